@@ -1,0 +1,36 @@
+# Both targets set everything up in .venv: they need Python 3.11 or newer, make and a package index.
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
+
+.PHONY: demo test lint types benchmark clean
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+test: lint types
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/.test
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+
+types: .venv/.test
+	$(BIN)/mypy
+
+benchmark: .venv/.test
+	$(BIN)/python benchmarks/gated.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml requirements.lock | .venv/bin/python
+	$(PIP) -e '.[plot]'
+	touch $@
+
+.venv/.test: pyproject.toml requirements.lock | .venv/bin/python
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv demo build dist

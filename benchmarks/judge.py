@@ -1,0 +1,85 @@
+"""The float64 judge of every method: objective and duality gap of a gated program, from its data alone."""
+
+import time
+
+import numpy as np
+
+
+def fitted(instance, blocks):
+    """Return ``sum_i D_i A S_i``, shape (n, K).
+
+    Parameters
+    ----------
+    instance : GatedInstance
+        The program.
+    blocks : ndarray of shape (P, q, K)
+        The coefficients ``S_i``.
+    """
+    M = instance.patterns.astype(float)
+    outputs = np.moveaxis(np.asarray(blocks, dtype=float), 2, 0)
+    return np.stack([((M @ S) * instance.A).sum(1) for S in outputs], axis=1)
+
+
+def objective(instance, blocks):
+    """Return ``1/2 ||sum_i D_i A S_i - Y||_F^2 + weight_decay sum_i ||S_i||_F`` in float64."""
+    norms = np.linalg.norm(np.asarray(blocks, dtype=float), axis=(1, 2))
+    return 0.5 * np.sum((fitted(instance, blocks) - instance.Y) ** 2) + instance.weight_decay * norms.sum()
+
+
+def lower_bound(instance, blocks):
+    """Return the dual value of the residual V, scaled to be the best feasible multiple of itself.
+
+    Notes
+    -----
+    The dual is ``max <Y, V> - 1/2 ||V||_F^2`` subject to ``||A' D_i V||_F <= weight_decay`` for every i.
+    """
+    Y = instance.Y
+    V = Y - fitted(instance, blocks)
+    correlations = sum((instance.A.T @ (instance.patterns * v[:, None])) ** 2 for v in V.T)
+    limit = instance.weight_decay / np.sqrt(correlations.sum(0).max())
+    V = min(limit, np.sum(Y * V) / np.sum(V**2)) * V
+    return np.sum(Y * V) - 0.5 * np.sum(V**2)
+
+
+def relative_gap(instance, blocks, bound=-np.inf):
+    """Return ``(objective - lower bound) / objective``, with a better bound if one is known."""
+    value = objective(instance, blocks)
+    return (value - max(bound, lower_bound(instance, blocks))) / value
+
+
+class Certifier:
+    """Callback that ends a method at a certified relative gap and counts the method's own CPU seconds.
+
+    Parameters
+    ----------
+    instance : GatedInstance
+        The program.
+    gap : float
+        Relative gap at which to stop.
+    every : int
+        Iterations between two looks at the gap.
+
+    Attributes
+    ----------
+    seconds : float
+        CPU seconds since this object was made, without those spent judging.
+    iterations : int
+        Number of calls.
+    relative_gap : float
+        At the last look, with the best lower bound of all looks.
+    """
+
+    def __init__(self, instance, gap, every=5):
+        self.instance, self.gap, self.every = instance, gap, every
+        self.iterations, self.bound, self.relative_gap, self.seconds = 0, -np.inf, np.inf, 0.0
+        self.resumed = time.process_time()
+
+    def __call__(self, blocks):
+        """Return whether the gap has been reached."""
+        self.seconds += time.process_time() - self.resumed
+        self.iterations += 1
+        if self.iterations % self.every == 0:
+            self.bound = max(self.bound, lower_bound(self.instance, blocks))
+            self.relative_gap = relative_gap(self.instance, blocks, self.bound)
+        self.resumed = time.process_time()
+        return self.relative_gap <= self.gap

@@ -1,0 +1,52 @@
+"""Batch-normalised ReLU networks trained to a certified global optimum by convex programming."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BatchNormNetwork": "convexbn.network",
+    "Certificate": "convexbn.certificate",
+    "ConvexBNClassifier": "convexbn.estimators",
+    "ConvexBNRegressor": "convexbn.estimators",
+    "FormatError": "convexbn.container",
+    "Status": "convexbn.certificate",
+    "UnsupportedProgramError": "convexbn.training",
+    "load": "convexbn.storage",
+    "max_weight_decay": "convexbn.estimators",
+}
+
+__all__ = [
+    "BatchNormNetwork",
+    "Certificate",
+    "ConvexBNClassifier",
+    "ConvexBNRegressor",
+    "FormatError",
+    "Status",
+    "UnsupportedProgramError",
+    "__version__",
+    "load",
+    "max_weight_decay",
+]
+
+if TYPE_CHECKING:
+    from convexbn.certificate import Certificate, Status
+    from convexbn.container import FormatError
+    from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
+    from convexbn.network import BatchNormNetwork
+    from convexbn.storage import load
+    from convexbn.training import UnsupportedProgramError
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use: scikit-learn is not imported before an estimator is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'convexbn' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

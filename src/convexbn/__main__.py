@@ -1,0 +1,7 @@
+"""``python -m convexbn``."""
+
+import sys
+
+from convexbn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,271 @@
+"""The command line: ``convexbn fit | predict | certify``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from convexbn import __version__
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class _Terminated(Exception):
+    """SIGTERM arrived."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    former = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: int = options.command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _say("interrupted: nothing was written.", INTERRUPTED)
+    except _Terminated:
+        return _say("terminated: nothing was written.", TERMINATED)
+    except BrokenPipeError:  # `convexbn ... | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+        return _say(f"error: {error}", 1)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def fit(options: argparse.Namespace) -> int:
+    """``convexbn fit``: train, judge, save."""
+    from convexbn.progress import reporter
+    from convexbn.sources import estimator_for, read_source
+
+    _check_writable(options.out)
+    source = read_source(options.data, options.target, data_home=options.data_home)
+    split = source.split(options.test_size, options.seed, task=options.task)
+    started = time.perf_counter()
+    with reporter(sys.stderr) as report:
+        model = estimator_for(split.task)(
+            activation=options.activation,
+            loss=options.loss,
+            weight_decay=options.weight_decay,
+            n_gates=options.n_gates,
+            gates=options.gates,
+            rank=options.rank,
+            tol=options.tol,
+            max_iter=options.max_iter,
+            time_limit=options.time_limit,
+            random_state=options.seed,
+            callback=report,
+        )
+        with _quiet():
+            model.fit(split.X_train, split.y_train)
+    seconds = time.perf_counter() - started
+    model.source_ = split.description
+    model.save(options.out)
+    result = _result(model, split, seconds)
+    print(json.dumps(result) if options.json else _summary(result, model.certificate_.sentence, options.out))
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    """``convexbn predict``: one line a row of the data."""
+    from convexbn.container import write_atomically
+    from convexbn.sources import read_source
+    from convexbn.storage import load
+
+    if options.out is not None:
+        _check_writable(options.out)
+    model = load(options.file)
+    source = read_source(options.data, None, data_home=options.data_home, features=_feature_names(model))
+    rows = source.X if source.X_test is None else source.X_test
+    lines = ["prediction", *(_cell(value) for value in model.predict(rows))]
+    text = "".join(f"{line}\n" for line in lines)
+    if options.out is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(options.out, text.encode())
+    return 0
+
+
+def certify(options: argparse.Namespace) -> int:
+    """``convexbn certify``: take the question from the file, recompute every answer from the data."""
+    from convexbn.sources import read_source
+    from convexbn.storage import load
+
+    model = load(options.file)
+    made = dict(getattr(model, "source_", {}))
+    target = options.target or made.get("target")
+    source = read_source(
+        options.data, target, data_home=options.data_home, features=_feature_names(model), need_target=True
+    )
+    X, y = source.training_rows(made)
+    with _quiet():
+        proof = model.certify(X, y)
+        same = model.fingerprint(X, y) == model.fingerprint_
+    rows = "the rows it was trained on" if same else "OTHER rows than it was trained on (statistics from these)"
+    result = {
+        "objective": _number(proof.objective),
+        "lower_bound": _number(proof.lower_bound),
+        "relative_gap": _number(proof.relative_gap),
+        "status": proof.status.value,
+        "scope": proof.scope,
+        "weight_decay_objective": _number(proof.weight_decay_objective),
+        "training_rows": same,
+    }
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(f"{proof.status.value}, recomputed on {len(X)} rows: {rows}.")
+        print(proof.sentence)
+        print(f"objective {proof.objective:.12g}   lower bound {proof.lower_bound:.12g}   ", end="")
+        print(f"weight-decay objective of the plain network of neurons {proof.weight_decay_objective:.12g}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convexbn", description="Batch-normalised ReLU networks trained to a certified global optimum."
+    )
+    parser.add_argument("--version", action="version", version=f"convexbn {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="fit | predict | certify")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("data", metavar="DATA", help="digits, fashion-mnist, or a .csv, .parquet or .npz file")
+    data.add_argument("--data-home", metavar="DIR", help="folder of the four Fashion-MNIST idx files")
+
+    train = commands.add_parser("fit", parents=[data], help="train a network to a certified optimum and save it")
+    train.set_defaults(command=fit)
+    train.add_argument("--target", metavar="NAME", help="target column (files only)")
+    train.add_argument("--out", metavar="FILE", required=True, help="model to write, .safetensors")
+    train.add_argument("--activation", choices=["gated", "relu"], default="gated")
+    train.add_argument("--loss", choices=["squared", "logistic", "cross_entropy"], default="squared")
+    train.add_argument("--weight-decay", type=_auto_or_float, default="auto", metavar="BETA", help="or auto")
+    train.add_argument("--rank", type=_rank, metavar="K", help="directions to keep, or a share such as 0.95")
+    train.add_argument("--n-gates", type=int, default=100, metavar="P")
+    train.add_argument("--gates", choices=["data", "whitened"], default="data")
+    train.add_argument("--tol", type=float, default=1e-6, help="relative gap that counts as optimal")
+    train.add_argument("--max-iter", type=int, metavar="N")
+    train.add_argument("--time-limit", type=float, metavar="SECONDS")
+    train.add_argument("--task", choices=["auto", "classification", "regression"], default="auto")
+    train.add_argument("--test-size", type=float, metavar="SHARE", help="share of the rows to hold out")
+    train.add_argument("--seed", type=int, default=0, help="of the split and the gates")
+    train.add_argument("--json", action="store_true", help="print one JSON object last")
+
+    use = commands.add_parser("predict", help="predict with a saved network", parents=[_file_parser(), data])
+    use.set_defaults(command=predict)
+    use.add_argument("--out", metavar="CSV", help="write here instead of to standard output")
+
+    judge = commands.add_parser(
+        "certify",
+        help="recompute objective, bound and gap of a saved network",
+        parents=[_file_parser(), data],
+    )
+    judge.set_defaults(command=certify)
+    judge.add_argument("--target", metavar="NAME", help="target column, by default that of the training")
+    judge.add_argument("--json", action="store_true", help="print one JSON object last")
+    return parser
+
+
+def _file_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("file", metavar="FILE", help="model written by fit")
+    return parser
+
+
+def _auto_or_float(text: str) -> str | float:
+    return text if text == "auto" else float(text)
+
+
+def _rank(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _result(model: Any, split: Any, seconds: float) -> dict[str, Any]:
+    proof, network = model.certificate_, model.network_
+    has_test = split.X_test is not None
+    return {
+        "objective": _number(proof.objective),
+        "lower_bound": _number(proof.lower_bound),
+        "relative_gap": _number(proof.relative_gap),
+        "status": proof.status.value,
+        "scope": proof.scope,
+        "train_score": _number(model.score(split.X_train, split.y_train)),
+        "test_score": _number(model.score(split.X_test, split.y_test)) if has_test else None,
+        "n_iter": model.n_iter_,
+        "seconds": round(seconds, 4),
+        "n_neurons": network.n_neurons,
+        "n_gates_active": None if network.gate_index is None else len(set(network.gate_index.tolist())),
+        "rank": model.rank_,
+    }
+
+
+def _summary(result: dict[str, Any], sentence: str, out: str) -> str:
+    test = "none held out" if result["test_score"] is None else f"{result['test_score']:.4f}"
+    return (
+        f"{result['status']} ({result['scope']}): {sentence}\n"
+        f"objective {result['objective']:.9g}   lower bound {result['lower_bound'] or -math.inf:.9g}   "
+        f"relative gap {result['relative_gap'] or 0.0:.2g}\n"
+        f"train score {result['train_score']:.4f}   test score {test}   {result['n_iter']} iterations in "
+        f"{result['seconds']:.2f} s   {result['n_neurons']} neurons   rank {result['rank']}\n"
+        f"saved to {out}"
+    )
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    """One CSV cell a prediction; several outputs are separated by commas."""
+    if getattr(value, "ndim", 0):
+        return ",".join(repr(float(v)) for v in value)
+    text = str(value.item() if hasattr(value, "item") else value)
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n\r') else text
+
+
+def _feature_names(model: Any) -> list[str] | None:
+    """Columns that the model was trained on, by name, where it knows them."""
+    if hasattr(model, "feature_names_in_"):
+        return list(model.feature_names_in_)
+    names: list[str] | None = getattr(model, "source_", {}).get("feature_names")
+    return names
+
+
+def _check_writable(out: str) -> None:
+    """Refuse, before any work, a place that cannot be written to."""
+    folder = Path(out).resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--out {out}: the folder {folder} does not exist; create it first")
+    if Path(out).is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; name a file in it")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {out}: the folder {folder} cannot be written to")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warning that the printed sentence repeats."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _say(message: str, code: int) -> int:
+    print(f"convexbn: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,483 @@
+"""ConvexBNClassifier and ConvexBNRegressor: the programs behind scikit-learn's interface."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import scipy.sparse
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    RegressorMixin,
+    TransformerMixin,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from convexbn import training
+from convexbn._typing import Float, FloatMatrix
+from convexbn.certificate import Certificate, Status
+from convexbn.losses import softmax
+from convexbn.rows import canonical_rows, fingerprint
+from convexbn.solvers.solution import Budget, Progress
+from convexbn.threads import limited_for
+from convexbn.training import Fit, TrainingSet
+
+
+class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """What both estimators share: parameters, fit, hidden activations, persistence."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "activation": [StrOptions({"gated", "relu"})],
+        "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+        "n_gates": [Interval(Integral, 1, None, closed="left")],
+        "gates": [StrOptions({"data", "whitened"}), "array-like"],
+        "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
+        "solver": [StrOptions({"auto", *training.SOLVERS})],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "max_iter": [Interval(Integral, 0, None, closed="left"), None],
+        "time_limit": [Interval(Real, 0, None, closed="left"), None],
+        "random_state": ["random_state"],
+        "callback": [callable, None],
+    }
+
+    def __init__(
+        self,
+        *,
+        activation: str = "gated",
+        loss: str = "squared",
+        weight_decay: float | str = "auto",
+        n_gates: int = 100,
+        gates: str | FloatMatrix = "data",
+        rank: int | float | None = None,
+        solver: str = "auto",
+        tol: float = 1e-6,
+        max_iter: int | None = None,
+        time_limit: float | None = None,
+        random_state: Any = None,
+        callback: Callable[[Progress], object] | None = None,
+    ) -> None:
+        self.activation = activation
+        self.loss = loss
+        self.weight_decay = weight_decay
+        self.n_gates = n_gates
+        self.gates = gates
+        self.rank = rank
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.time_limit = time_limit
+        self.random_state = random_state
+        self.callback = callback
+
+    def transform(self, X: Any) -> Float:
+        """Hidden activations, one a neuron: (n, d) -> (n, n_neurons)."""
+        rows = self._checked_rows(X)
+        hidden: Float = self.network_.hidden(rows)
+        return hidden
+
+    def _outputs(self, X: Any) -> Float:
+        rows = self._checked_rows(X)
+        outputs: Float = self.network_.predict(rows)
+        return outputs
+
+    def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
+        """Judge the stored network on rows, by default those it was trained on.
+
+        Only the question is taken from the model (gates, loss, weight decay, rank); statistics,
+        objective and bound are recomputed from the rows given.
+        """
+        check_is_fitted(self)
+        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
+        with limited_for(len(X)):
+            data = self._training_set(X, self._encode_known(y), weights, input_eps)
+            return training.certify(
+                data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_, tol=self.tol
+            )
+
+    def fingerprint(self, X: Any, y: Any, sample_weight: Any = None) -> str:
+        """Hash of rows as ``fit`` stores it in ``fingerprint_``; independent of their order and repetition."""
+        check_is_fitted(self)
+        X, y, weights, _ = self._checked_data(X, y, sample_weight, reset=False)
+        return fingerprint(*canonical_rows(X, self._encode_known(y), weights))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to a safetensors file, atomically; ``convexbn.load`` reads it."""
+        from convexbn import storage
+
+        storage.save(self, path)
+
+    def _fit(self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float) -> dict[str, Any]:
+        """Fitted attributes, to be assigned at once when everything has succeeded."""
+        budget = Budget(self.time_limit, self.callback)
+        data = self._training_set(X, Y, weights, input_eps)
+        gates: Float | None = None
+        offsets: Float | None = None
+        if self.activation == "gated":
+            random_state = check_random_state(self.random_state)
+            gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
+        weight_decay = self.weight_decay
+        if isinstance(weight_decay, str):
+            largest = data.max_weight_decay(self.activation, gates, offsets)
+            weight_decay = training.AUTO_FRACTION * largest if largest > 0 else 1.0
+        if gates is not None and offsets is not None:
+            fit = training.fit_gated(
+                data, gates, offsets, float(weight_decay),
+                solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget,
+            )  # fmt: skip
+        else:
+            fit = training.fit_relu(data, float(weight_decay), tol=self.tol)
+        return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, float(weight_decay), fit)
+
+    def _fitted(self, data: TrainingSet, weight_decay: float, fit: Fit) -> dict[str, Any]:
+        _warn_unless_proved(fit.certificate)
+        return {
+            "network_": fit.network,
+            "certificate_": fit.certificate,
+            "history_": fit.history,
+            "n_iter_": fit.n_iter,
+            "weight_decay_": weight_decay,
+            "rank_": data.whitening.rank,
+            "fingerprint_": data.fingerprint,
+        }
+
+    def _training_set(self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float) -> TrainingSet:
+        return TrainingSet.prepare(
+            X, Y, weights,
+            loss=self._loss_name(Y), rank=self.rank, input_eps=input_eps,
+            merge_features=self.activation == "relu",
+        )  # fmt: skip
+
+    def _loss_name(self, Y: Float) -> str:
+        return str(self.loss)
+
+    def _encode_known(self, y: Any) -> Float:
+        raise NotImplementedError
+
+    def _checked_data(
+        self, X: Any, y: Any, sample_weight: Any, *, reset: bool
+    ) -> tuple[FloatMatrix, Any, Float, float]:
+        """Validated rows in float64, targets, weights, and the machine epsilon of the rows as given."""
+        _refuse_sparse(X)
+        X, y = validate_data(
+            self, X, y, reset=reset, ensure_all_finite=False, ensure_min_samples=2,
+            multi_output=isinstance(self, RegressorMixin), y_numeric=isinstance(self, RegressorMixin),
+        )  # fmt: skip
+        input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else float(np.finfo(float).eps)
+        X = np.asarray(X, dtype=np.float64)
+        _check_finite("X", X)
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        if not np.any(weights > 0):
+            raise ValueError("All sample weights are zero: give at least two rows a positive weight.")
+        return X, y, weights, input_eps
+
+    def _checked_rows(self, X: Any) -> Float:
+        check_is_fitted(self)
+        _refuse_sparse(X)
+        X = validate_data(self, X, reset=False, ensure_all_finite=False, dtype=np.float64)
+        _check_finite("X", X)
+        rows: Float = X
+        return rows
+
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.network_.n_neurons)
+
+
+class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
+    """Batch-normalised two-layer network trained to a certified optimum, for classification.
+
+    Two classes are one output with targets -1 and +1; more are one-hot.
+
+    Parameters
+    ----------
+    activation : {"gated", "relu"}, default="gated"
+        ``"gated"``: fixed gates are part of the model, and the optimum for those gates is certified.
+        ``"relu"``: certified over all networks of any width; solved where the distinct rows are affinely
+        independent (rank n - 1), a clear error elsewhere.
+    loss : {"squared", "logistic", "cross_entropy"}, default="squared"
+        ``"cross_entropy"`` is the softmax cross-entropy (for two classes the logistic loss);
+        ``"logistic"`` is for two classes.
+    weight_decay : float or "auto", default="auto"
+        Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the
+        *sum* of the losses. A torch optimiser's ``weight_decay`` lam with a mean loss is
+        ``beta = lam * sqrt(n)``. ``"auto"`` is 0.02 of :func:`max_weight_decay`.
+    n_gates : int, default=100
+        Number of gates that are drawn; equal training patterns are kept once.
+    gates : {"data", "whitened"} or array (d, n_gates) or (d + 1, n_gates), default="data"
+        Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the
+        whitened data, or given (offsets in the last row).
+    rank : int, float in (0, 1] or None, default=None
+        Keep all directions, the top ``rank``, or the fewest with this share of the variance, of the centred,
+        unscaled data.
+    solver : {"auto", "group_newton", "proximal", "conic"}, default="auto"
+        ``"group_newton"``: squared loss, up to thousands of rows. ``"proximal"``: any loss and size.
+        ``"conic"``: Clarabel, the reference (extra ``reference``). Not used where a formula solves.
+    tol : float, default=1e-6
+        Relative duality gap that counts as optimal.
+    max_iter : int or None, default=None
+        Limit of the solver's iterations; None takes the solver's own.
+    time_limit : float or None, default=None
+        Seconds for the solver.
+    random_state : int, RandomState or None, default=None
+        For the gates.
+    callback : callable or None, default=None
+        Called after each iteration with a ``Progress`` (iteration, objective, lower_bound, working_set,
+        relative_gap); a true return value stops the solver with status INTERRUPTED.
+
+    Attributes
+    ----------
+    certificate_ : Certificate
+        Objective, lower bound, gap, status and a sentence; computed by code that does not know the solver.
+    network_ : BatchNormNetwork
+        The network as ordinary weights.
+    gates_, gate_offsets_ : ndarray (d, n_gates), (n_gates,), or None
+        All gates of the program.
+    weight_decay_ : float
+        The weight decay used.
+    rank_ : int
+        Number of whitened directions.
+    history_ : list of Progress
+        Objective and lower bound after each iteration, the solver's own.
+    n_iter_ : int
+        Iterations done.
+    fingerprint_ : str
+        Hash of the training rows in canonical order.
+    classes_ : ndarray (n_classes,)
+        Class labels.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = ConvexBNClassifier(random_state=0).fit(X, y)
+    >>> model.certificate_.status.value, bool(model.certificate_.relative_gap <= 1e-6)
+    ('CERTIFIED', True)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **_ConvexBN._parameter_constraints,
+        "loss": [StrOptions({"squared", "logistic", "cross_entropy"})],
+    }
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train to a certified optimum.
+
+        Parameters
+        ----------
+        X : array-like (n, d)
+            Features.
+        y : array-like (n,)
+            Class labels.
+        sample_weight : array-like (n,), optional
+            Equal to repeating rows.
+        """
+        self._validate_params()
+        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
+        check_classification_targets(y)
+        classes = np.unique(y)
+        seen = np.unique(y[weights > 0])
+        if len(seen) < 2:
+            raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {seen[0]!r}.")
+        if self.loss == "logistic" and len(classes) > 2:
+            raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
+        with limited_for(len(X)):
+            fitted = self._fit(X, encode_classes(y, classes), weights, input_eps)
+        self.classes_ = classes
+        self.__dict__.update(fitted)
+        return self
+
+    def decision_function(self, X: Any) -> Float:
+        """Raw outputs of the network: (n,) for two classes, else (n, n_classes)."""
+        outputs = self._outputs(X)
+        return outputs[:, 0] if len(self.classes_) == 2 else outputs
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Class of the largest output."""
+        outputs = self.decision_function(X)
+        labels = (outputs > 0).astype(int) if outputs.ndim == 1 else outputs.argmax(axis=1)
+        classes: np.ndarray = self.classes_[labels]
+        return classes
+
+    def predict_proba(self, X: Any) -> Float:
+        """Class probabilities (n, n_classes).
+
+        Logistic and cross-entropy losses model them. For the squared loss they are the softmax of the
+        outputs (for two classes the sigmoid of twice the output): monotone in the outputs, not calibrated.
+        """
+        outputs = self.decision_function(X)
+        if outputs.ndim == 1:
+            logits = outputs if self.loss != "squared" else 2 * outputs
+            outputs = np.column_stack([np.zeros_like(logits), logits])
+        return softmax(outputs)
+
+    def _loss_name(self, Y: Float) -> str:
+        return "logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else str(self.loss)
+
+    def _encode_known(self, y: Any) -> Float:
+        unknown = np.setdiff1d(y, self.classes_)
+        if len(unknown):
+            raise ValueError(f"class {unknown[0]!r} was not seen in training; known are {list(self.classes_)}.")
+        return encode_classes(y, self.classes_)
+
+
+class ConvexBNRegressor(RegressorMixin, _ConvexBN):
+    """Batch-normalised two-layer network trained to a certified optimum, for regression.
+
+    There is no output intercept: the constant is fitted through batch norm's shift, and penalised like
+    everything else. Centre y when its mean is large.
+
+    Parameters
+    ----------
+    activation, weight_decay, n_gates, gates, rank, solver, tol, max_iter, time_limit, random_state, callback
+        As in :class:`ConvexBNClassifier`.
+    loss : {"squared"}, default="squared"
+        Half the sum of squared errors.
+
+    Attributes
+    ----------
+    certificate_, network_, gates_, gate_offsets_, weight_decay_, rank_, history_, n_iter_, fingerprint_
+        As in :class:`ConvexBNClassifier`.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> model = ConvexBNRegressor(random_state=0, weight_decay=200.0).fit(X, y - y.mean())
+    >>> model.certificate_.status.value
+    'CERTIFIED'
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **_ConvexBN._parameter_constraints,
+        "loss": [StrOptions({"squared"})],
+    }
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train to a certified optimum.
+
+        Parameters
+        ----------
+        X : array-like (n, d)
+            Features.
+        y : array-like (n,) or (n, K)
+            Targets.
+        sample_weight : array-like (n,), optional
+            Equal to repeating rows.
+        """
+        self._validate_params()
+        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
+        with limited_for(len(X)):
+            fitted = self._fit(X, self._encode_known(y), weights, input_eps)
+        self._single_output = np.ndim(y) == 1
+        self.__dict__.update(fitted)
+        return self
+
+    def predict(self, X: Any) -> Float:
+        """Outputs of the network: (n,) or (n, K) as the targets were."""
+        outputs = self._outputs(X)
+        return outputs[:, 0] if self._single_output else outputs
+
+    def _encode_known(self, y: Any) -> Float:
+        targets = np.asarray(y, dtype=np.float64)
+        return targets[:, None] if targets.ndim == 1 else targets
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def max_weight_decay(
+    X: Any,
+    y: Any,
+    *,
+    activation: str = "gated",
+    loss: str = "squared",
+    gates: str | FloatMatrix = "data",
+    n_gates: int = 100,
+    rank: int | float | None = None,
+    sample_weight: Any = None,
+    random_state: Any = None,
+) -> float:
+    """Smallest weight decay at which the zero network is optimal.
+
+    Parameters
+    ----------
+    X : array-like (n, d)
+        Features.
+    y : array-like (n,) or (n, K)
+        Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats
+        and matrices are targets.
+    activation, loss, gates, n_gates, rank, sample_weight, random_state
+        As in the estimators.
+
+    Returns
+    -------
+    float
+        Gated: ``max_i ||A' D_i V0||_F`` with ``V0 = -grad L(0)``, exact. ReLU at rank n - 1: the largest norm
+        of a ray of ``V0``.
+
+    Raises
+    ------
+    UnsupportedProgramError
+        ReLU outside rank n - 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(round(max_weight_decay(np.eye(5), [0, 0, 0, 1, 2], activation="relu"), 6))
+    1.732051
+    """
+    is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
+    kind = ConvexBNClassifier if is_class else ConvexBNRegressor
+    model = kind(activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank)
+    X, y, weights, input_eps = model._checked_data(X, y, sample_weight, reset=True)
+    Y = encode_classes(y, np.unique(y)) if is_class else model._encode_known(y)
+    data = model._training_set(X, Y, weights, input_eps)
+    if activation == "relu":
+        return data.max_weight_decay(activation, None, None)
+    drawn = data.draw_gates(gates, n_gates, check_random_state(random_state))
+    return data.max_weight_decay(activation, *drawn)
+
+
+def encode_classes(y: np.ndarray, classes: np.ndarray) -> Float:
+    """-1 and +1 for two classes (n, 1); one-hot for more (n, K)."""
+    labels = np.searchsorted(classes, y)
+    if len(classes) == 2:
+        return np.where(labels == 1, 1.0, -1.0)[:, None]
+    one_hot: Float = np.eye(len(classes))[labels]
+    return one_hot
+
+
+def _refuse_sparse(X: Any) -> None:
+    if scipy.sparse.issparse(X):
+        raise TypeError(
+            "Sparse data was passed for X, but dense data is required: batch norm centres the columns. "
+            f"Use '.toarray()' to densify; that takes {8 * np.prod(X.shape):.3g} bytes."
+        )
+
+
+def _check_finite(name: str, array: FloatMatrix) -> None:
+    if np.isfinite(array.sum()):  # one pass decides, unless finite values overflow the sum
+        return
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong):
+        row, column = wrong[0]
+        is_nan = np.isnan(array[row, column])
+        cause = "NaN" if is_nan else "infinity or a value too large for dtype('float64')"
+        raise ValueError(f"Input {name} contains {cause}; first at row {row}, column {column}.")
+
+
+def _warn_unless_proved(proof: Certificate) -> None:
+    if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
+        warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=5)

@@ -1,0 +1,155 @@
+"""Losses of the training program: value, negative gradient, dual value ``D(V) = -L*(-V)`` and its domain.
+
+Every loss is a weighted sum over rows, ``L(F) = sum_i w_i l(f_i, y_i)``, with outputs ``F`` (n, K). The dual
+variable lives where the negative gradient does: ``V = -grad L(F)`` (weights included), and the
+Fenchel-Young equality ``L(F) = D(V) - <V, F>`` holds there (mathematics, section 6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from convexbn._typing import Float
+
+#: What a dual variable may lie outside its domain by rounding alone.
+_ROUNDING = 64 * np.finfo(np.float64).eps
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A weighted loss bound to its targets.
+
+    Parameters
+    ----------
+    targets : ndarray (n, K)
+        Targets, one row a sample.
+    weights : ndarray (n,)
+        Positive sample weights.
+    constant : float
+        Added to the value and to the dual value: what merging rows with equal features leaves behind.
+    """
+
+    targets: Float
+    weights: Float
+    constant: float = 0.0
+
+    #: Upper bound of the second derivative of ``l`` in any direction of ``f``.
+    curvature: ClassVar[float]
+
+    def value(self, outputs: Float) -> float:
+        """``L(F)``."""
+        raise NotImplementedError
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        """``V = -grad L(F)``."""
+        raise NotImplementedError
+
+    def dual_value(self, dual: Float) -> float:
+        """``D(V)``, rounded downwards; ``-inf`` outside the domain."""
+        raise NotImplementedError
+
+    def merged(self, groups: np.ndarray, n_groups: int) -> Loss:
+        """The same loss as a function of one output row per group of rows (for rows with equal features)."""
+        weights: Float = np.bincount(groups, self.weights, n_groups).astype(np.float64)
+        sums = np.zeros((n_groups, self.targets.shape[1]))
+        np.add.at(sums, groups, self.weights[:, None] * self.targets)
+        means = sums / weights[:, None]
+        return type(self)(means, weights, self.constant + self._left_behind(means[groups]))
+
+    def _left_behind(self, means: Float) -> float:
+        """Value that does not depend on the outputs when targets are replaced by group means."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class SquaredLoss(Loss):
+    """``1/2 sum_i w_i ||f_i - y_i||^2``."""
+
+    curvature: ClassVar[float] = 1.0
+
+    def value(self, outputs: Float) -> float:
+        residual = outputs - self.targets
+        return float(0.5 * self.weights @ np.square(residual).sum(axis=1)) + self.constant
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        return self.weights[:, None] * (self.targets - outputs)
+
+    def dual_value(self, dual: Float) -> float:
+        half = 0.5 * dual / self.weights[:, None]
+        return _sum_downwards(dual * (self.targets - half)) + self.constant
+
+    def _left_behind(self, means: Float) -> float:
+        return SquaredLoss(self.targets, self.weights).value(means)
+
+
+@dataclass(frozen=True)
+class LogisticLoss(Loss):
+    """``sum_i w_i log(1 + exp(-y_i f_i))``, targets -1 or +1; a target in between is a soft label."""
+
+    curvature: ClassVar[float] = 0.25
+
+    def value(self, outputs: Float) -> float:
+        # log(1 + e^f) - p f with p = (1 + y) / 2, in the form that never overflows
+        losses = np.logaddexp(0, -np.abs(outputs)) + 0.5 * (np.abs(outputs) - self.targets * outputs)
+        return float(self.weights @ losses.sum(axis=1)) + self.constant
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        return 0.5 * self.weights[:, None] * (self.targets - np.tanh(0.5 * outputs))
+
+    def dual_value(self, dual: Float) -> float:
+        p = 0.5 * (1 + self.targets) - dual / self.weights[:, None]
+        if p.min() < -_ROUNDING or p.max() > 1 + _ROUNDING:
+            return -np.inf
+        return _sum_downwards(self.weights[:, None] * (_entropy(p) + _entropy(1 - p))) + self.constant
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss(Loss):
+    """``sum_i w_i (log sum_k exp(f_ik) - <y_i, f_i>)``, targets one-hot or any rows of the simplex."""
+
+    curvature: ClassVar[float] = 0.5
+
+    def value(self, outputs: Float) -> float:
+        peak = outputs.max(axis=1)
+        log_sum = peak + np.log(np.exp(outputs - peak[:, None]).sum(axis=1))
+        return float(self.weights @ (log_sum - (self.targets * outputs).sum(axis=1))) + self.constant
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        return self.weights[:, None] * (self.targets - softmax(outputs))
+
+    def dual_value(self, dual: Float) -> float:
+        p = self.targets - dual / self.weights[:, None]
+        if p.min() < -_ROUNDING or np.abs(p.sum(axis=1) - 1).max() > _ROUNDING * p.shape[1]:
+            return -np.inf
+        return _sum_downwards(self.weights[:, None] * _entropy(p)) + self.constant
+
+
+#: The losses by their public names.
+LOSSES: dict[str, type[Loss]] = {
+    "squared": SquaredLoss,
+    "logistic": LogisticLoss,
+    "cross_entropy": CrossEntropyLoss,
+}
+
+
+def softmax(outputs: Float) -> Float:
+    """Rows ``exp(f) / sum exp(f)``, without overflow."""
+    exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+    normalised: Float = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def _sum_downwards(terms: Float) -> float:
+    """Sum of the terms less what rounding may have added (numpy sums pairwise in blocks of 128)."""
+    slack = np.finfo(np.float64).eps * (32 + np.log2(max(terms.size, 1)))
+    return float(terms.sum() - slack * np.abs(terms).sum())
+
+
+def _entropy(p: Float) -> Float:
+    """``-p log p``, 0 at 0 (and at what rounding leaves below 0)."""
+    safe = np.where(p > 0, p, 1.0)
+    terms: Float = -safe * np.log(safe)
+    return terms

@@ -1,0 +1,126 @@
+"""BatchNormNetwork: a two-layer batch-normalised network as ordinary weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from convexbn._typing import Float, FloatMatrix, Index
+from convexbn.patterns import gate_patterns
+from convexbn.whitening import Whitening, centre
+
+#: Hidden activations held at once when predicting (rows times neurons).
+_CHUNK_ENTRIES = 1 << 21
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormNetwork:
+    """``F(x) = sum_j phi(gamma_j BN(x'w_j) + shift_j / sqrt(n)) output_j`` with stored statistics.
+
+    ``BN(z)_i = (x_i'w - mean'w) / ||C X_train w||``; ``phi`` is the ReLU, or the neuron's fixed gate
+    times the identity. Every ``weight`` column is scaled so that ``||C X_train w||^2 = n_effective``
+    (unit biased variance), so that the statistics are ``mean`` and ``n_effective`` alone.
+
+    Attributes
+    ----------
+    weight : ndarray (d, m)
+        First-layer weights on the raw features.
+    gamma, shift : ndarray (m,)
+        The paper's batch-norm scale and shift; ``gamma^2 + shift^2 = ||output row||^2``.
+    output : ndarray (m, K)
+        Second-layer weights.
+    mean : ndarray (d,)
+        Training means of the features.
+    n_effective : float
+        Sum of the sample weights.
+    gates, gate_offsets, gate_index : ndarray (d, m), (m,), (m,) or None
+        Gate of each neuron: open where ``(x - mean)'g + b >= 0``, and its place among the gates of
+        the program. ``None`` for ReLU networks.
+    """
+
+    weight: Float
+    gamma: Float
+    shift: Float
+    output: Float
+    mean: Float
+    n_effective: float
+    gates: Float | None = None
+    gate_offsets: Float | None = None
+    gate_index: Index | None = None
+
+    @property
+    def n_neurons(self) -> int:
+        """Width ``m``."""
+        return int(self.weight.shape[1])
+
+    def hidden(self, X: FloatMatrix) -> Float:
+        """Hidden activations, one a neuron: (n, d) -> (n, m). Each row depends on itself alone."""
+        centred, exponent = centre(X, self.mean)
+        response = np.ldexp(centred @ self.weight, exponent)
+        response = (self.gamma * response + self.shift) / np.sqrt(self.n_effective)
+        if self.gates is None or self.gate_offsets is None:
+            opened = response > 0
+        else:
+            opened = gate_patterns(X, self.mean, self.gates, self.gate_offsets)
+        activations: Float = np.where(opened, response, 0.0)
+        return activations
+
+    def predict(self, X: FloatMatrix) -> Float:
+        """Outputs ``F(X)``: (n, d) -> (n, K), in chunks of bounded memory."""
+        outputs = np.zeros((len(X), self.output.shape[1]))
+        size = max(1, _CHUNK_ENTRIES // max(self.n_neurons, X.shape[1], 1))
+        for start in range(0, len(X), size):
+            part = slice(start, start + size)
+            outputs[part] = self.hidden(X[part]) @ self.output
+        return outputs
+
+    def neurons(self) -> dict[str, Any]:
+        """The arrays that belong to neurons, by name: what a certificate takes."""
+        names = [f.name for f in fields(self) if f.name not in ("mean", "n_effective")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @classmethod
+    def from_neurons(cls, whitening: Whitening, first: Float, output: Float) -> BatchNormNetwork:
+        """ReLU network of first-layer columns ``s_j`` (r + 1, m) on the whitened data and output rows (m, K).
+
+        Norms are balanced: each neuron is rescaled so that ``||s_j|| = ||output_j||``, which leaves the
+        function and makes the weight decay ``sum_j ||s_j|| ||output_j||`` (mathematics, section 1a).
+        """
+        inner, outer = np.linalg.norm(first, axis=0), np.linalg.norm(output, axis=1)
+        live = (inner > 0) & (outer > 0)
+        scale = np.sqrt(outer[live] / inner[live])
+        balanced = first[:, live] * scale
+        gamma = np.linalg.norm(balanced[:-1], axis=0)
+        # a neuron of the constant column alone still needs some direction on which the data vary
+        direction = np.where(gamma > 0, balanced[:-1], np.eye(len(balanced) - 1, 1))
+        direction /= np.where(gamma > 0, gamma, 1)
+        return cls(
+            weight=whitening.projection @ direction * np.sqrt(whitening.total_weight),
+            gamma=gamma,
+            shift=balanced[-1],
+            output=output[live] / scale[:, None],
+            mean=whitening.mean,
+            n_effective=whitening.total_weight,
+        )
+
+    @classmethod
+    def from_blocks(
+        cls, whitening: Whitening, gate_index: Index, blocks: Float, gates: Float, gate_offsets: Float
+    ) -> BatchNormNetwork:
+        """Gated network of blocks ``S_i`` (m', q, K): ``rank(S_i)`` neurons each, by its SVD."""
+        left, values, right = np.linalg.svd(blocks, full_matrices=False)
+        cut = np.finfo(np.float64).eps * max(blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
+        block, atom = np.nonzero((values > cut) & (values > 0))
+        root = np.sqrt(values[block, atom])[:, None]
+        plain = cls.from_neurons(whitening, (root * left[block, :, atom]).T, root * right[block, atom])
+        index = gate_index[block]
+        return cls(
+            **plain.neurons(),
+            mean=plain.mean,
+            n_effective=plain.n_effective,
+            gates=gates[:, index],
+            gate_offsets=gate_offsets[index],
+            gate_index=index,
+        )

@@ -1,0 +1,46 @@
+"""Progress of a solve: one updated line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from convexbn.solvers.solution import Progress
+
+#: Seconds between plain lines.
+_INTERVAL = 2.0
+
+
+@contextmanager
+def reporter(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
+    """Give a callback for the solver that draws its progress on ``stream``."""
+    if stream.isatty():
+        from rich.console import Console
+        from rich.status import Status
+
+        with Status("whitening", console=Console(file=stream)) as status:
+            yield lambda progress: status.update(_line(progress))
+    else:
+        yield _Lines(stream)
+
+
+class _Lines:
+    """Prints the first iteration and then at most one line every two seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.due = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + _INTERVAL
+            print(_line(progress), file=self.stream, flush=True)
+
+
+def _line(progress: Progress) -> str:
+    return (
+        f"iteration {progress.iteration}   objective {progress.objective:.6g}   "
+        f"gap {progress.relative_gap:.1e}   working set {progress.working_set}"
+    )

@@ -1,0 +1,1 @@
+"""Solvers of the training programs; each is a frozen dataclass of settings with one method ``solve``."""

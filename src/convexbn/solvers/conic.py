@@ -1,0 +1,92 @@
+"""The gated program with squared loss handed to Clarabel, an interior-point conic solver: the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+
+from convexbn._typing import Float
+from convexbn.losses import SquaredLoss
+from convexbn.program import GatedProgram
+from convexbn.solvers.solution import Budget, Progress, Solution
+
+
+@dataclass(frozen=True)
+class Conic:
+    """Clarabel on ``min 1/2 ||R||^2 + beta sum t_i`` s.t. ``R = sqrt(w) (sum_i D_i A S_i - Y)``, ``||S_i|| <= t_i``.
+
+    For small programs: the constraint matrix has ``n K q P`` nonzeros.
+
+    Parameters
+    ----------
+    tol : float, default=1e-6
+        Relative gap; the solver runs at a hundredth of it.
+    max_iter : int, default=200
+        Largest number of interior-point iterations.
+    """
+
+    tol: float = 1e-6
+    max_iter: int = 200
+
+    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
+        """Solve the program; an interior point takes no warm start, and ``start`` is not used.
+
+        Raises
+        ------
+        ImportError
+            When Clarabel is not installed.
+        TypeError
+            For another loss than the squared one.
+        """
+        try:
+            import clarabel
+        except ImportError as error:
+            raise ImportError("solver='conic' needs Clarabel: pip install 'convexbn[reference]'.") from error
+        if not isinstance(program.loss, SquaredLoss):
+            raise TypeError("the conic reference solves the squared loss only; use solver='proximal' for others.")
+        settings = clarabel.DefaultSettings()
+        settings.verbose = False
+        settings.max_iter = self.max_iter
+        settings.tol_gap_rel = settings.tol_gap_abs = settings.tol_feas = min(0.01 * self.tol, 1e-8)
+        if budget is not None and budget.time_limit is not None:
+            settings.time_limit = max(budget.time_limit, 1e-3)
+        answer = clarabel.DefaultSolver(*_problem(program, clarabel), settings).solve()
+        return _solution(program, answer)
+
+
+def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
+    """``P, q, A, b, cones`` for variables ``(R, S_1, t_1, S_2, t_2, ...)``."""
+    (n, K), (q, _), m = program.loss.targets.shape, program.block_shape, program.n_gates
+    root = np.sqrt(program.loss.weights)[:, None]
+    size = n * K + m * (q * K + 1)
+    quadratic = scipy.sparse.diags(np.r_[np.ones(n * K), np.zeros(size - n * K)]).tocsc()
+    linear = np.zeros(size)
+    linear[n * K + q * K :: q * K + 1] = program.weight_decay
+    eye = scipy.sparse.identity(K)
+    columns: list[scipy.sparse.spmatrix] = [scipy.sparse.identity(n * K)]
+    for i in range(m):
+        columns.append(-scipy.sparse.kron(root * program.patterns[:, [i]] * program.rows, eye))
+        columns.append(scipy.sparse.csc_matrix((n * K, 1)))
+    # cone rows hold (t_i, S_i) = b - A x with b = 0
+    order = np.arange(m * (q * K + 1)).reshape(m, -1)[:, np.r_[q * K, 0 : q * K]].ravel()
+    cone = scipy.sparse.csc_matrix(
+        (-np.ones(len(order)), (np.arange(len(order)), n * K + order)), shape=(len(order), size)
+    )
+    constraints = scipy.sparse.vstack([scipy.sparse.hstack(columns), cone]).tocsc()
+    right = np.r_[-(root * program.loss.targets).ravel(), np.zeros(len(order))]
+    cones = [clarabel.ZeroConeT(n * K)] + [clarabel.SecondOrderConeT(q * K + 1)] * m
+    return quadratic, linear, constraints, right, cones
+
+
+def _solution(program: GatedProgram, answer) -> Solution:  # type: ignore[no-untyped-def]
+    """Blocks above the solver's own accuracy, with its word for why it stopped."""
+    (n, K), (q, _) = program.loss.targets.shape, program.block_shape
+    stacked = np.asarray(answer.x)[n * K :].reshape(program.n_gates, q * K + 1)
+    blocks: Float = stacked[:, :-1].reshape(-1, q, K)
+    index = np.flatnonzero(stacked[:, -1] > 1e-9 * max(stacked[:, -1].max(initial=0.0), 0.0))
+    solved = str(answer.status) in ("Solved", "AlmostSolved")
+    reason = "tolerance" if solved else ("time_limit" if "Time" in str(answer.status) else "max_iter")
+    history = [Progress(answer.iterations, answer.obj_val + program.loss.constant, answer.obj_val_dual, len(index))]
+    return Solution(index, blocks[index], reason, history)

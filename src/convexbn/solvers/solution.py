@@ -1,0 +1,98 @@
+"""What every solver takes and gives: a budget of work, a report after each iteration, a solution."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from convexbn._typing import Float, Index
+from convexbn.program import GatedProgram
+
+
+class Progress(NamedTuple):
+    """State after one iteration; bounds are the solver's own, the certificate recomputes them."""
+
+    iteration: int
+    objective: float
+    lower_bound: float
+    working_set: int
+
+    @property
+    def relative_gap(self) -> float:
+        """Gap relative to the objective, 0 when the objective is 0."""
+        return (self.objective - self.lower_bound) / self.objective if self.objective else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop before the tolerance is met.
+
+    Parameters
+    ----------
+    time_limit : float, optional
+        Seconds from the creation of the budget.
+    callback : callable, optional
+        Called with a ``Progress`` after each iteration; a true return value stops the solver.
+    """
+
+    time_limit: float | None = None
+    callback: Callable[[Progress], object] | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
+        """Why to stop now (a key of ``certificate.STOPPED_BY``), or None to go on."""
+        asked = bool(self.callback(progress)) if self.callback is not None else False
+        if not np.isfinite(progress.objective):
+            return "numerical"
+        if progress.relative_gap <= tol:
+            return "tolerance"
+        if asked:
+            return "callback"
+        if self.time_limit is not None and time.monotonic() - self.started >= self.time_limit:
+            return "time_limit"
+        return "max_iter" if progress.iteration >= max_iter else None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Nonzero blocks of a solution and how it was reached.
+
+    Attributes
+    ----------
+    gate_index : ndarray (m,)
+        Gates with a nonzero block.
+    blocks : ndarray (m, q, K)
+        The blocks ``S_i``.
+    stopped_by : str
+        A key of ``certificate.STOPPED_BY``.
+    history : list of Progress
+        One entry an iteration.
+    n_factorizations : int
+        Cholesky factorisations of size n.
+    """
+
+    gate_index: Index
+    blocks: Float
+    stopped_by: str
+    history: list[Progress] = field(default_factory=list)
+    n_factorizations: int = 0
+
+    @property
+    def n_iter(self) -> int:
+        """Iterations done."""
+        return self.history[-1].iteration if self.history else 0
+
+
+class Solver(Protocol):
+    """Frozen settings with one method; no state is kept between solves."""
+
+    @property
+    def tol(self) -> float:
+        """Relative duality gap to reach."""
+
+    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
+        """Solve the program, from ``start`` where the method can use it."""

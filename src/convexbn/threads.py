@@ -1,0 +1,49 @@
+"""BLAS threads during a solve: one for small problems, the caller's setting afterwards.
+
+Two threads on a busy machine cost more than ten times the time of one on products of this size (they
+spin while they wait), and win little on an idle one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+#: Rows up to which one BLAS thread is used.
+SINGLE_THREAD_ROWS = 3000
+
+_lock = threading.Lock()
+_users = 0
+_limiter: Any = None
+
+
+def limited_for(n_rows: int) -> Any:
+    """Context in which a problem of this size is solved."""
+    return _one_thread() if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One BLAS thread while anybody is inside; fits may run in several threads of the caller."""
+    global _users, _limiter
+    with _lock:
+        if _users == 0:
+            _limiter = _controller().limit(limits=1, user_api="blas")
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _limiter.restore_original_limits()
+
+
+@cache
+def _controller() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

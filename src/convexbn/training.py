@@ -1,0 +1,221 @@
+"""From raw rows to a program and from its solution to a certified network: what the doors share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convexbn import certificate
+from convexbn._typing import Float, FloatMatrix
+from convexbn.certificate import Certificate
+from convexbn.losses import LOSSES, Loss, SquaredLoss
+from convexbn.network import BatchNormNetwork
+from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.program import GatedProgram
+from convexbn.rows import canonical_rows, distinct_rows, fingerprint
+from convexbn.solvers import closed_form
+from convexbn.solvers.conic import Conic
+from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.proximal import Proximal
+from convexbn.solvers.solution import Budget, Progress, Solver
+from convexbn.whitening import Whitening, whiten
+
+#: Fraction of the largest useful weight decay that ``weight_decay="auto"`` takes.
+AUTO_FRACTION = 0.02
+
+#: Rows up to which ``solver="auto"`` factorises n x n matrices.
+NEWTON_ROWS = 6000
+
+SOLVERS: dict[str, Callable[..., Solver]] = {
+    "group_newton": GroupNewton,
+    "proximal": Proximal,
+    "conic": Conic,
+}
+
+
+class UnsupportedProgramError(NotImplementedError, ValueError):
+    """The data and options describe a program that no solver of this version can certify."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Canonical training rows, their loss and whitening.
+
+    Attributes
+    ----------
+    X : ndarray (n, d)
+        Distinct rows in canonical order.
+    loss : Loss
+        Loss bound to targets and weights of those rows.
+    whitening : Whitening
+        Whitened rows and statistics.
+    fingerprint : str
+        Hash of the canonical rows, targets and weights.
+    """
+
+    X: FloatMatrix
+    loss: Loss
+    whitening: Whitening
+    fingerprint: str
+
+    @classmethod
+    def prepare(
+        cls,
+        X: FloatMatrix,
+        Y: Float,
+        sample_weight: Float,
+        *,
+        loss: str,
+        rank: int | float | None,
+        input_eps: float,
+        merge_features: bool,
+    ) -> TrainingSet:
+        """Canonical order, merging and whitening.
+
+        With ``merge_features`` (ReLU by formula) rows of equal features are merged whatever their targets:
+        averaged for the squared loss, soft labels for the others.
+        """
+        X, Y, weights = canonical_rows(X, Y, sample_weight)
+        mark = fingerprint(X, Y, weights)
+        bound = LOSSES[loss](Y, weights)
+        if merge_features:
+            X, place = distinct_rows(X)
+            bound = bound.merged(place, len(X))
+        whitening = whiten(X, bound.weights, rank=rank, input_eps=input_eps)
+        return cls(X, bound, whitening, mark)
+
+    def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
+        """The gated program on these rows."""
+        patterns = gate_patterns(self.X, self.whitening.mean, gates, gate_offsets)
+        return GatedProgram(self.whitening.rows, patterns, self.loss, weight_decay)
+
+    def draw_gates(
+        self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
+    ) -> tuple[Float, Float]:
+        """Sampled or given gates, of equal training patterns the first: (d, P), (P,)."""
+        n, d = self.X.shape
+        if isinstance(gates, str):
+            check_memory(n, d, n_gates)
+            directions, offsets = sample_gates(gates, n_gates, self.whitening, random_state)
+        else:
+            directions, offsets = split_gates(np.asarray(gates, dtype=np.float64), d)
+            check_memory(n, d, len(offsets))
+        kept = first_of_each_pattern(gate_patterns(self.X, self.whitening.mean, directions, offsets))
+        return np.ascontiguousarray(directions[:, kept]), offsets[kept]
+
+    def require_formula(self) -> None:
+        """Refuse ReLU programs outside the regime with a formula."""
+        n, r = len(self.X), self.whitening.rank
+        if r != n - 1:
+            raise UnsupportedProgramError(
+                f"activation='relu' is solved by formula where the distinct rows are affinely independent "
+                f"(rank n - 1 = {n - 1}; here the rank is {r}). The general ReLU solver over all patterns is "
+                "not available yet; use activation='gated'."
+            )
+
+    def max_weight_decay(self, activation: str, gates: Float | None, gate_offsets: Float | None) -> float:
+        """Smallest weight decay at which the zero network is optimal."""
+        if gates is not None and gate_offsets is not None:
+            return self.gated_program(gates, gate_offsets).max_weight_decay()
+        self.require_formula()
+        return closed_form.max_weight_decay(self.loss)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained network, its certificate and how it was reached."""
+
+    network: BatchNormNetwork
+    certificate: Certificate
+    history: list[Progress]
+    n_iter: int
+
+
+def fit_gated(
+    data: TrainingSet,
+    gates: Float,
+    gate_offsets: Float,
+    weight_decay: float,
+    *,
+    solver: str,
+    tol: float,
+    max_iter: int | None,
+    budget: Budget,
+) -> Fit:
+    """Solve the gated program, read the network off its blocks, and have it judged on the raw rows."""
+    program = data.gated_program(gates, gate_offsets, weight_decay)
+    settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
+    method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
+    solution = method.solve(program, budget=budget)
+    network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
+    proof = certificate.certify_gated(
+        program, data.X, **network.neurons(), tolerance=tol, stopped_by=solution.stopped_by
+    )
+    return Fit(network, proof, solution.history, solution.n_iter)
+
+
+def fit_relu(data: TrainingSet, weight_decay: float, *, tol: float) -> Fit:
+    """Write the globally optimal ReLU network down by formula (rank n - 1), and have it judged."""
+    data.require_formula()
+    try:
+        first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
+    except closed_form.NoFormulaError as error:
+        raise UnsupportedProgramError(str(error)) from None
+    network = BatchNormNetwork.from_neurons(data.whitening, first, output)
+    proof = certificate.certify_relu(
+        data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
+    )
+    return Fit(network, proof, [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)], 1)
+
+
+def certify(
+    data: TrainingSet,
+    network: BatchNormNetwork,
+    weight_decay: float,
+    gates: Float | None,
+    gate_offsets: Float | None,
+    *,
+    tol: float,
+) -> Certificate:
+    """Judge a network on rows: every answer is recomputed, batch-norm statistics included."""
+    if gates is None or gate_offsets is None:
+        return certificate.certify_relu(
+            data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
+        )
+    program = data.gated_program(gates, gate_offsets, weight_decay)
+    return certificate.certify_gated(program, data.X, **network.neurons(), tolerance=tol, stopped_by="tolerance")
+
+
+def choose_solver(solver: str, loss: Loss) -> str:
+    """Resolve ``"auto"``: Newton on the group scales for the squared loss up to ``NEWTON_ROWS`` rows."""
+    if solver != "auto":
+        return solver
+    newton = isinstance(loss, SquaredLoss) and len(loss.targets) <= NEWTON_ROWS
+    return "group_newton" if newton else "proximal"
+
+
+def split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:
+    """Directions (d, P) and offsets (P,) of an array of gates (d, P), or (d + 1, P) with offsets last."""
+    if gates.ndim != 2 or gates.shape[0] not in (d, d + 1) or gates.shape[1] == 0:
+        raise ValueError(
+            f"gates must have shape ({d}, n_gates), or ({d + 1}, n_gates) with offsets last; got {gates.shape}."
+        )
+    if not np.isfinite(gates).all():
+        raise ValueError("gates must be finite.")
+    offsets = gates[d] if gates.shape[0] == d + 1 else np.zeros(gates.shape[1])
+    return gates[:d], offsets
+
+
+def check_memory(n: int, d: int, n_gates: int) -> None:
+    """Refuse gates whose directions and patterns cannot fit in memory, before allocating them."""
+    needed = 8 * n_gates * (2 * d + 2 * n)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.8 * physical:
+        raise MemoryError(
+            f"{n_gates} gates on {n} rows of {d} features need {needed:.3g} bytes, more than 80 % of the "
+            f"{physical:.3g} bytes of this machine; lower n_gates."
+        )

@@ -1,0 +1,141 @@
+"""The honesty count: wrong results that carry CERTIFIED over runs cut short, perturbed or told by a lying solver.
+
+It must be 0, and it is printed.
+"""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+from planted import planted
+
+from convexbn.certificate import Status, certify_blocks, certify_gated
+from convexbn.losses import SquaredLoss
+from convexbn.network import BatchNormNetwork
+from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.proximal import Proximal
+
+TOLERANCE = 1e-6
+
+
+def problems():
+    for seed in range(8):
+        yield planted(n=30, d=4, K=1 + seed % 3, n_gates=25, seed=seed)
+
+
+def reference(program):
+    """Optimum to 1e-11, or 1e-9 for the first-order method."""
+    newton = isinstance(program.loss, SquaredLoss)
+    return (GroupNewton(tol=1e-11) if newton else Proximal(tol=1e-9, max_iter=20000)).solve(program)
+
+
+def lies(program, solution, rng):
+    """Wrong answers, each told with success: (gate_index, blocks)."""
+    index, blocks = solution.gate_index, solution.blocks
+    noise = rng.standard_normal(blocks.shape)
+    size = np.linalg.norm(blocks)
+    yield index, blocks * (1 + 3e-3)
+    yield index, blocks + 3e-2 * size * noise / np.linalg.norm(noise)
+    yield index[1:], blocks[1:]  # a neuron dropped
+    yield index, -blocks
+    yield (index + 1) % program.n_gates, blocks  # a pattern flipped
+    yield index, np.zeros_like(blocks)
+    yield index, 1e3 * blocks
+    yield index, np.full_like(blocks, np.nan)
+    yield index, blocks[:, ::-1]  # coordinates mixed up
+
+
+def cut_short(program):
+    for iterations in (0, 1, 2, 3):
+        yield GroupNewton(tol=TOLERANCE, max_iter=iterations).solve(program)
+    for iterations in (1, 3, 10, 30):
+        yield Proximal(tol=TOLERANCE, max_iter=iterations).solve(program)
+
+
+def is_false(proof, optimum):
+    """CERTIFIED, although the objective is further from the optimum than was claimed (or not finite)."""
+    proved = proof.status in (Status.CERTIFIED, Status.TRIVIAL)
+    wrong = not proof.objective <= optimum * (1 + proof.tolerance) + 1e-12
+    bound_broken = proof.lower_bound > optimum * (1 + 1e-10)
+    return (proved and wrong) or bound_broken
+
+
+def test_no_wrong_result_is_certified(capsys):
+    rng = np.random.default_rng(0)
+    runs = refused = false = 0
+    for problem in problems():
+        base = problem.program
+        for fraction in (0.5, 0.05):
+            program = base.with_weight_decay(fraction * base.max_weight_decay())
+            best = reference(program)
+            optimum = best.history[-1].lower_bound
+            answers = [(s.gate_index, s.blocks) for s in cut_short(program)]
+            answers += list(lies(program, best, rng))
+            for index, blocks in answers:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # NaN blocks
+                    proof = certify_blocks(program, index, blocks, tolerance=TOLERANCE, stopped_by="tolerance")
+                runs += 1
+                refused += proof.status not in (Status.CERTIFIED, Status.TRIVIAL)
+                false += is_false(proof, optimum)
+    with capsys.disabled():
+        print(f"\nhonesty count: {false} wrong results CERTIFIED over {runs} runs ({refused} refused)")
+    assert runs >= 200 and refused >= 150
+    assert false == 0
+
+
+def perturbed_networks(network, rng):
+    replace = dataclasses.replace
+    yield "weight", replace(network, weight=network.weight + 0.03 * rng.standard_normal(network.weight.shape))
+    yield "output", replace(network, output=network.output * (1 + 3e-3))
+    yield "gamma", replace(network, gamma=network.gamma * (1 + 3e-3))
+    yield "shift", replace(network, shift=network.shift + 0.03)
+    half = {k: (v[:, ::2] if k in ("weight", "gates") else v[::2]) for k, v in network.neurons().items()}
+    yield "neurons dropped", replace(network, **half)
+
+
+def test_no_perturbed_network_is_certified(capsys):
+    """The same through ordinary weights: perturb, drop neurons, swap the targets, change the question."""
+    rng = np.random.default_rng(1)
+    runs = false = 0
+    for problem in problems():
+        program = problem.program.with_weight_decay(0.05 * problem.program.max_weight_decay())
+        best = reference(program)
+        network = BatchNormNetwork.from_blocks(
+            problem.whitening, best.gate_index, best.blocks, problem.gates, problem.offsets
+        )
+        proof = _judge(program, problem, network)
+        assert proof.status is Status.CERTIFIED, proof.sentence
+        swapped = dataclasses.replace(
+            program, loss=dataclasses.replace(program.loss, targets=program.loss.targets[::-1])
+        )
+        for name, wrong in perturbed_networks(network, rng):
+            runs += 1
+            proof = _judge(program, problem, wrong)
+            assert proof.status is Status.GAP_OPEN, (name, proof.sentence)
+            false += is_false(proof, best.history[-1].lower_bound)
+        for question in (swapped, program.with_weight_decay(0.5 * program.weight_decay)):
+            runs += 1
+            proof = _judge(question, problem, network)
+            false += is_false(proof, reference(question).history[-1].lower_bound)
+    with capsys.disabled():
+        print(f"\nhonesty count (networks): {false} wrong results CERTIFIED over {runs} runs")
+    assert false == 0
+
+
+def test_a_network_on_other_gates_is_refused():
+    problem = next(problems())
+    best = reference(problem.program)
+    network = BatchNormNetwork.from_blocks(
+        problem.whitening, best.gate_index, best.blocks, problem.gates, problem.offsets
+    )
+    other = dataclasses.replace(network, gate_index=(network.gate_index + 1) % problem.program.n_gates)
+    with pytest.raises(ValueError, match="does not follow the gate"):
+        _judge(problem.program, problem, other)
+
+
+def _judge(program, problem, network):
+    return certify_gated(
+        program, problem.X, **network.neurons(), tolerance=TOLERANCE, stopped_by="tolerance"
+    )
