@@ -16,12 +16,18 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # Clarabel's
 import argparse
 import json
 import platform
+import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from convexbn.certificate import certify_blocks
+from convexbn.losses import SquaredLoss
+from convexbn.path import weight_decay_path
+from convexbn.program import GatedProgram
+from convexbn.solvers.group_newton import GroupNewton
 from instances import FASHION_MNIST, SHAPES, gated_instance, largest_weight_decay
 from judge import Certifier, objective, relative_gap
 from peers import clarabel_cvxpy, fista_float32, pyscnn, pyscnn_versions
@@ -82,14 +88,36 @@ class Row:
         return self.peer_seconds / self.seconds
 
 
+def program_of(instance):
+    """Return an instance as a program of the package."""
+    loss = SquaredLoss(instance.Y, np.ones(len(instance.Y)))
+    return GatedProgram(instance.A, instance.patterns, loss, instance.weight_decay)
+
+
+def run_of(instance, solution, seconds):
+    """Return a solution as a Run: its blocks on all gates, the figures beside them."""
+    blocks = np.zeros((instance.patterns.shape[1], instance.A.shape[1], instance.Y.shape[1]))
+    blocks[solution.gate_index] = solution.blocks
+    return Run(seconds, blocks, solution.n_factorizations)
+
+
 def ours(instance, gap):
-    """Solve to a certified relative gap with convexbn; return a Run."""
-    raise NotImplementedError
+    """Solve to a certified relative gap with convexbn, and certify; return a Run."""
+    started = time.process_time()
+    program = program_of(instance)
+    solution = GroupNewton(tol=gap).solve(program)
+    certify_blocks(program, solution.gate_index, solution.blocks, tolerance=gap, stopped_by=solution.stopped_by)
+    return run_of(instance, solution, time.process_time() - started)
 
 
 def ours_path(instance, weight_decays, gap):
     """Solve a path of weight decays, each to a certified relative gap; return a Run for each."""
-    raise NotImplementedError
+    runs = []
+    started = time.process_time()
+    for point in weight_decay_path(program_of(instance), weight_decays, GroupNewton(tol=gap)):
+        runs.append(run_of(instance, point.solution, time.process_time() - started))
+        started = time.process_time()
+    return runs
 
 
 def median_run(instance, gap):

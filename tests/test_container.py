@@ -28,7 +28,7 @@ from hypothesis.extra import numpy as hnp
 
 import hostile
 from convexbn import container
-from convexbn.container import FormatError, read, write
+from convexbn.container import FormatError, read, write, write_atomically
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, links and permissions")
 DTYPES = {code: np.dtype(kind) for kind, code in container._CODES.items()}
@@ -353,6 +353,16 @@ def test_a_full_disk_leaves_the_former_file(path, monkeypatch):
             write(path, ARRAYS, {})
     assert caught.value.filename == str(path)
     assert holds_old(path)
+
+
+def test_any_bytes_are_written_in_the_same_way(path, monkeypatch):
+    write_atomically(path, hostile.SOUND)
+    assert path.read_bytes() == hostile.SOUND and os.listdir(path.parent) == [path.name]
+    monkeypatch.setattr(os, "replace", failing(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken") as caught:
+        write_atomically(path, b"new")
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == hostile.SOUND and os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), SystemExit(1)])

@@ -11,6 +11,9 @@ import numpy as np
 from convexbn._typing import Bool, Float, FloatMatrix, Index
 from convexbn.whitening import Whitening, centre
 
+#: Responses held at once.
+_BLOCK_ENTRIES = 1 << 20
+
 
 def sample_gates(
     kind: str, n_gates: int, whitening: Whitening, random_state: np.random.RandomState
@@ -39,10 +42,15 @@ def sample_gates(
 
 def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> Bool:
     """Which gates are open at which rows: (n, d), (d, P) -> (n, P), in float64."""
-    centred, exponent = centre(X, mean)
-    response = centred @ gates
-    response += np.ldexp(offsets, -exponent)
-    return response >= 0
+    opened = np.empty((len(X), gates.shape[1]), dtype=bool)
+    size = max(64, _BLOCK_ENTRIES // max(gates.shape))
+    for start in range(0, len(X), size):
+        part = slice(start, start + size)
+        centred, exponent = centre(X[part], mean)
+        response = centred @ gates
+        response += np.ldexp(offsets, -exponent)
+        np.greater_equal(response, 0, out=opened[part])
+    return opened
 
 
 def first_of_each_pattern(patterns: Bool) -> Index:

@@ -78,7 +78,7 @@ class GroupNewton:
                 )
             )
             # the certificate is taken at the residual, which differs from weight_decay * alpha by rounding
-            reason = budget.stop_reason(history[-1], tol=0.5 * self.tol, max_iter=self.max_iter)
+            reason = budget.stop_reason(history[-1], tol=0.8 * self.tol, max_iter=self.max_iter)
             following = None
             if reason is None:
                 relative = max(history[-1].relative_gap, self.tol)
@@ -90,22 +90,23 @@ class GroupNewton:
     def _newton_step(
         self, state: _Scaled, point: _Point, gradients: Float, norms: Float, accuracy: float
     ) -> _Point | None:
-        """One Newton step on the working set with backtracking; None when no step decreases ``J``."""
+        """One step on the working set with backtracking; None when no step decreases ``J``."""
         working = _working_set(point.scales, norms)
         slope = 0.5 * state.beta * (1 - norms[working] ** 2)
-        hessian = state.hessian(point, working, gradients[working])
+        hessian = state.hessian(working, gradients[working])
         old = point.scales[working]
-        step = bounded_quadratic(hessian, slope, old) - old
-        for _ in range(30):
-            scales = point.scales.copy()
-            scales[working] = np.maximum(old + step, 0)
-            if not scales.any():
-                scales = 0.1 * point.scales
-            trial = state.evaluate(scales, accuracy)
-            decrease = slope @ (scales[working] - old)
-            if trial.value <= point.value + 1e-4 * min(decrease, 0) + 1e-13 * abs(point.value):
-                return trial if np.any(scales != point.scales) else None
-            step *= 0.5
+        for modelled, halvings in ((_secular(slope, norms[working], state.beta), 4), (slope, 30)):
+            step = bounded_quadratic(hessian, modelled, old) - old
+            for _ in range(halvings):
+                scales = point.scales.copy()
+                scales[working] = np.maximum(old + step, 0)
+                if not scales.any():
+                    scales = 0.1 * point.scales
+                trial = state.evaluate(scales, accuracy)
+                decrease = min(slope @ (scales[working] - old), 0.0)
+                if trial.value <= point.value + 1e-4 * decrease + 1e-13 * abs(point.value):
+                    return trial if np.any(scales != point.scales) else None
+                step *= 0.5
         return None
 
     @staticmethod
@@ -125,7 +126,6 @@ class _Point:
     alpha: Float  # C^{-1} Y, (n, K)
     outputs: Float  # sum_i eta_i D_i A A' D_i alpha, exactly that of the blocks, (n, K)
     value: float  # J
-    factor: FloatMatrix  # lower Cholesky factor of C
 
 
 class _Scaled:
@@ -142,7 +142,6 @@ class _Scaled:
         self.program = replace(
             program,
             rows=root * program.rows,
-            patterns=program.patterns.astype(np.float64),
             loss=SquaredLoss(self.targets, np.ones(len(targets))),
             weight_decay=self.beta,
         )
@@ -150,10 +149,10 @@ class _Scaled:
         self._use(np.dtype(np.float32 if len(targets) >= _SMALL else np.float64))
 
     def _use(self, dtype: np.dtype) -> None:
-        """Build what the factorisation reads in its precision: ``A``, ``A A'`` and ``M'`` by rows."""
+        """Build what the factorisation reads in its precision: ``A`` and ``A A'``, and room for ``C``."""
         self.rows = self.program.rows.astype(dtype)
-        self.gram = np.asfortranarray(self.rows @ self.rows.T)
-        self.gates = np.ascontiguousarray(self.program.patterns.T, dtype=dtype)
+        self.gram = (self.rows @ self.rows.T).T  # symmetric, in LAPACK's order
+        self.factor = np.zeros_like(self.gram)  # syrk and potrf touch the lower triangle only
         self.syrk, self.trsm = scipy.linalg.get_blas_funcs(("syrk", "trsm"), (self.gram,))
         self.potrf, self.potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (self.gram,))
 
@@ -171,44 +170,46 @@ class _Scaled:
         """Factorise ``C``, solve for ``alpha`` by refined conjugate gradients, and evaluate ``J``."""
         active = np.flatnonzero(scales)
         restricted = replace(self.program, patterns=self.program.patterns[:, active])
-        factor = self._factorize(scales[active], active)
+        self._factorize(scales[active], active)
         everything = np.arange(len(active))
 
         def image(alpha: Float) -> Float:  # the masked kernel, without forming it
             return restricted.outputs(everything, scales[active, None, None] * restricted.correlations(alpha))
 
         goal = 0.03 * self.beta * accuracy
-        alpha, outputs = self._conjugate_gradients(image, factor, goal)
+        alpha, outputs = self._conjugate_gradients(image, goal)
         fitted = self.beta * alpha + outputs
         # second-order accurate in the error of alpha, unlike <Y, alpha>
         value = 0.5 * self.beta * float(np.sum(alpha * (2 * self.targets - fitted)) + scales.sum())
-        return _Point(scales, alpha, outputs, value, factor)
+        return _Point(scales, alpha, outputs, value)
 
-    def _factorize(self, scales: Float, active: Index) -> FloatMatrix:
-        """Lower Cholesky factor of ``C``, in float32 while that is enough."""
-        root = np.sqrt(scales).astype(self.gates.dtype)
-        C = self.syrk(1.0, (root[:, None] * self.gates[active]).T, lower=1)
-        C *= self.gram
-        diagonal = np.einsum("ii->i", C)
-        diagonal += self.beta
-        self.n_factorizations += 1
-        factor, info = self.potrf(C, lower=1, overwrite_a=1, clean=0)
-        if info == 0:
-            lower: FloatMatrix = factor
-            return lower
-        if self.gram.dtype == np.float32:
-            self._use(np.dtype(np.float64))
-        else:
-            self.gram[np.diag_indices_from(self.gram)] *= 1 + 1e-10
-        return self._factorize(scales, active)
+    def _factorize(self, scales: Float, active: Index) -> None:
+        """Lower Cholesky factor of ``C`` in place, in float32 while that is enough."""
+        for ridge in (0.0, 0.0, 1e-14, 1e-11, 1e-8, 1e-5):
+            root = np.sqrt(scales).astype(self.rows.dtype)
+            columns = (root[:, None] * self._gates(active)).T
+            C = self.syrk(1.0, columns, beta=0.0, c=self.factor, lower=1, overwrite_c=1)
+            C *= self.gram
+            diagonal = np.einsum("ii->i", C)
+            diagonal += self.beta + ridge * diagonal.max()
+            self.n_factorizations += 1
+            self.factor, info = self.potrf(C, lower=1, overwrite_a=1, clean=0)
+            if info == 0:
+                return
+            if self.rows.dtype == np.float32:
+                self._use(np.dtype(np.float64))
+        raise FloatingPointError("the kernel of the group scales could not be factorised; raise weight_decay.")
 
-    def _conjugate_gradients(
-        self, image: Callable[[Float], Float], factor: FloatMatrix, goal: float
-    ) -> tuple[Float, Float]:
+    def _gates(self, index: Index) -> FloatMatrix:
+        """Patterns of the gates ``index``, one a row, in the precision of the factorisation."""
+        return np.ascontiguousarray(self.program.patterns.T[index], dtype=self.rows.dtype)
+
+    def _conjugate_gradients(self, image: Callable[[Float], Float], goal: float) -> tuple[Float, Float]:
         """Solve ``(beta I + image) alpha = Y`` in float64, one run a column, preconditioned by the factor."""
 
         def solve(right: Float) -> Float:
-            solved: Float = self.potrs(factor, right.astype(factor.dtype), lower=1)[0].astype(np.float64)
+            right = right.astype(self.factor.dtype)
+            solved: Float = self.potrs(self.factor, right, lower=1)[0].astype(np.float64)
             return solved
 
         alpha = solve(self.targets)
@@ -240,13 +241,12 @@ class _Scaled:
         t = min(inner / square, 1 / norms.max())
         return objective, t * inner - 0.5 * t**2 * square
 
-    def hessian(self, point: _Point, working: Index, gradients: Float) -> Float:
-        """``H_ij = beta <w_i, C^{-1} w_j> = beta <L^{-1} w_i, L^{-1} w_j>`` on the working set."""
+    def hessian(self, working: Index, gradients: Float) -> Float:
+        """``H_ij = beta <w_i, C^{-1} w_j> = beta <L^{-1} w_i, L^{-1} w_j>`` at the point evaluated last."""
         q, K = self.program.block_shape
-        dtype = point.factor.dtype
-        columns = gradients.transpose(0, 2, 1).reshape(-1, q).astype(dtype) @ self.rows.T.astype(dtype, copy=False)
-        columns.reshape(len(working), K, -1)[...] *= self.gates[working, None]
-        solved = self.trsm(1.0, point.factor, columns.T, lower=1, overwrite_b=1).T
+        columns = gradients.transpose(0, 2, 1).reshape(-1, q).astype(self.rows.dtype) @ self.rows.T
+        columns.reshape(len(working), K, -1)[...] *= self._gates(working)[:, None]
+        solved = self.trsm(1.0, self.factor, columns.T, lower=1, overwrite_b=1).T
         stacked = solved.reshape(len(working), -1)
         hessian: Float = self.beta * (stacked @ stacked.T).astype(np.float64)
         return hessian
@@ -259,12 +259,21 @@ class _Scaled:
 
 
 def _working_set(scales: Float, norms: Float) -> Index:
-    """The support and the worst violators of ``||A' D_i alpha|| <= 1``, at most half as many (or 64)."""
+    """The support and the worst violators of ``||A' D_i alpha|| <= 1``, at most twice as many (or 64)."""
     support = scales > 0
     outside = np.flatnonzero(~support & (norms > 1))
-    count = max(64, int(support.sum()) // 2)
+    count = max(64, 2 * int(support.sum()))
     worst = outside[np.argsort(-norms[outside], kind="stable")[:count]]
     return np.sort(np.concatenate([np.flatnonzero(support), worst]))
+
+
+def _secular(slope: Float, norms: Float, beta: float) -> Float:
+    """Slope for which the quadratic model is Newton's for ``1 / norm_i = 1`` where a scale should grow.
+
+    ``1 / norm_i`` is nearly linear in the scales where ``norm_i^2`` is nearly a hyperbola, as in the secular
+    equation of a trust region (More and Sorensen 1983); the Jacobian is that of ``J`` up to a factor a row.
+    """
+    return np.where(norms > 1, beta * norms**2 * (1 - norms), slope)
 
 
 def bounded_quadratic(hessian: Float, slope: Float, start: Float) -> Float:
