@@ -44,7 +44,7 @@ class CertificateDisplay:
         lower = [p.lower_bound for p in self.history]
         upper = [p.objective for p in self.history]
         axes[0].plot(iterations, upper, "o-", color="#b2182b", label="objective of the network")
-        axes[0].plot(iterations, lower, "o-", color="#2166ac", label="lower bound: no network is below")
+        axes[0].plot(iterations, lower, "o-", color="#2166ac", label="lower bound of the best network")
         axes[0].fill_between(iterations, lower, upper, color="0.9")
         axes[0].set(xlabel="iteration", ylabel="objective")
         axes[0].legend(frameon=False)

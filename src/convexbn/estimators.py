@@ -26,10 +26,10 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from convexbn import training
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate, Status
+from convexbn.environment import solving
 from convexbn.losses import softmax
 from convexbn.rows import canonical_rows, fingerprint
 from convexbn.solvers.solution import Budget, Progress
-from convexbn.threads import limited_for
 from convexbn.training import Fit, TrainingSet
 
 
@@ -82,23 +82,25 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
     def transform(self, X: Any) -> Float:
         """Hidden activations, one a neuron: (n, d) -> (n, n_neurons)."""
         rows = self._checked_rows(X)
-        hidden: Float = self.network_.hidden(rows)
+        with np.errstate(all="ignore"):
+            hidden: Float = self.network_.hidden(rows)
         return hidden
 
     def _outputs(self, X: Any) -> Float:
         rows = self._checked_rows(X)
-        outputs: Float = self.network_.predict(rows)
+        with np.errstate(all="ignore"):
+            outputs: Float = self.network_.predict(rows)
         return outputs
 
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
-        """Judge the stored network on rows, by default those it was trained on.
+        """Judge the stored network on rows: those it was trained on, or others.
 
         Only the question is taken from the model (gates, loss, weight decay, rank); statistics,
         objective and bound are recomputed from the rows given.
         """
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        with limited_for(len(X)):
+        with solving(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps)
             return training.certify(
                 data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_, tol=self.tol
@@ -290,7 +292,7 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
             raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {seen[0]!r}.")
         if self.loss == "logistic" and len(classes) > 2:
             raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
-        with limited_for(len(X)):
+        with solving(len(X)):
             fitted = self._fit(X, encode_classes(y, classes), weights, input_eps)
         self.classes_ = classes
         self.__dict__.update(fitted)
@@ -318,7 +320,8 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         if outputs.ndim == 1:
             logits = outputs if self.loss != "squared" else 2 * outputs
             outputs = np.column_stack([np.zeros_like(logits), logits])
-        return softmax(outputs)
+        with np.errstate(all="ignore"):
+            return softmax(outputs)
 
     def _loss_name(self, Y: Float) -> str:
         return "logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else str(self.loss)
@@ -376,7 +379,7 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         """
         self._validate_params()
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-        with limited_for(len(X)):
+        with solving(len(X)):
             fitted = self._fit(X, self._encode_known(y), weights, input_eps)
         self._single_output = np.ndim(y) == 1
         self.__dict__.update(fitted)

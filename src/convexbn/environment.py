@@ -1,7 +1,8 @@
-"""BLAS threads during a solve: one for small problems, the caller's setting afterwards.
+"""Floating-point flags and BLAS threads during a solve, and the caller's own afterwards.
 
-Two threads on a busy machine cost more than ten times the time of one on products of this size (they
-spin while they wait), and win little on an idle one.
+Underflow in float32 and the like is expected inside, whatever ``numpy.errstate`` the caller has set. Two
+threads on a busy machine cost more than ten times the time of one on products of this size (they spin while
+they wait), and win little on an idle one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 #: Rows up to which one BLAS thread is used.
 SINGLE_THREAD_ROWS = 3000
 
@@ -20,9 +23,12 @@ _users = 0
 _limiter: Any = None
 
 
-def limited_for(n_rows: int) -> Any:
-    """Context in which a problem of this size is solved."""
-    return _one_thread() if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
+@contextmanager
+def solving(n_rows: int) -> Iterator[None]:
+    """Surround the solve of a problem of this size."""
+    threads = _one_thread() if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
+    with np.errstate(all="ignore"), threads:
+        yield
 
 
 @contextmanager
