@@ -1,0 +1,134 @@
+"""NPZ archives of numpy arrays; pickled objects inside are refused, never loaded."""
+
+from __future__ import annotations
+
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convexbn.tables.table import Table, TableError, cause, check_finite, check_memory, choose, declared, listed
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# What zipfile and numpy.lib.format raise on damaged bytes.
+_DAMAGE = (
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """An array of an archive as its header describes it."""
+
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def read_npz(path: Path, target: str | None, features: Sequence[str] | None) -> Table:
+    """Read an archive of numpy arrays; pickled objects inside are refused, never loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _npz_table(archive, target, features)
+    except TableError:
+        raise
+    except _DAMAGE as error:
+        raise TableError(f"no sound .npz archive ({cause(error)}); write it again") from error
+
+
+def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[str] | None) -> Table:
+    """Find the matrix and the target in an open archive, and read them."""
+    members = _members(archive)
+    name = _matrix_name(members)
+    rows, width = members[name].shape
+    if not rows:
+        raise TableError(f"array {name!r} has no rows; add at least one")
+    if target is not None and (target not in members or members[target].shape != (rows,)):
+        shapes = ", ".join(f"{other!r} {member.shape}" for other, member in list(members.items())[:20])
+        raise TableError(f"has no array {target!r} of shape ({rows},) for the target; its arrays are {shapes}")
+    check_memory(8 * rows * width)
+    names = [f"x{index}" for index in range(width)]
+    chosen = choose(names, None, features)
+    matrix = _matrix(_array(archive, members[name]))
+    if features is not None:
+        position = {column: index for index, column in enumerate(names)}
+        matrix = matrix[:, [position[wanted] for wanted in chosen]]
+    labels = None if target is None else declared(_array(archive, members[target]), target)
+    return Table(matrix, chosen, labels, target)
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, _Member]:
+    """Read the headers of all arrays; refuse one that promises more data than its file holds."""
+    members = {}
+    for info in archive.infolist():
+        if not info.filename.endswith(".npy"):
+            continue
+        check_memory(info.file_size)
+        shape, dtype = _npy_header(archive, info)
+        held = 0 if dtype.hasobject else prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or held > info.file_size:
+            raise TableError(f"{info.filename} is shorter than its header says; write it again")
+        members[info.filename.removesuffix(".npy")] = _Member(info, shape, dtype)
+    return members
+
+
+def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type of an array without reading it."""
+    with archive.open(info) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in _HEADERS:
+            raise TableError(f"{info.filename} has .npy version {version}; write it with plain numbers or text")
+        try:
+            shape, _, dtype = _HEADERS[version](stream)
+        except MemoryError as error:  # Python's parser, on hostile nesting
+            raise TableError(f"{info.filename} has no sound header; write it again") from error
+    return shape, dtype
+
+
+def _matrix_name(members: dict[str, _Member]) -> str:
+    """Return the name of the array that holds the features: X, or the only two-dimensional one."""
+    matrices = [name for name, member in members.items() if len(member.shape) == 2]
+    if "X" not in matrices and len(matrices) != 1:
+        raise TableError(
+            f"has {len(matrices)} two-dimensional arrays, none called 'X'; call the features 'X' (its arrays "
+            f"are {listed(list(members))})"
+        )
+    name = "X" if "X" in matrices else matrices[0]
+    if members[name].dtype.kind not in "biufO":
+        raise TableError(f"array {name!r} is {members[name].dtype}; the features must be real numbers")
+    return name
+
+
+def _array(archive: zipfile.ZipFile, member: _Member) -> NDArray[Any]:
+    """Read one array to the end of its file, which is where the checksum is compared."""
+    if member.dtype.hasobject:
+        raise TableError(f"{member.info.filename} holds a pickle, which is never loaded; store numbers or text")
+    with archive.open(member.info) as stream:
+        values: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        if stream.read(1):
+            raise TableError(f"{member.info.filename} is longer than its header says; write it again")
+    return values
+
+
+def _matrix(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Convert a numeric matrix to finite float64."""
+    with np.errstate(over="ignore"):
+        matrix = np.asarray(values, dtype=np.float64)
+    for index, column in enumerate(matrix.T):  # a mask of the whole matrix would cost an eighth of it
+        check_finite(column, f"x{index}")
+    return matrix

@@ -1,0 +1,89 @@
+"""The door of the package: `read_table` finds the reader for a kind of file and says which file it refuses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from convexbn.tables.npz import read_npz
+from convexbn.tables.parquet import read_parquet
+from convexbn.tables.table import Table, TableError, cause
+from convexbn.tables.text import read_text
+
+_Reader: TypeAlias = Callable[[Path, str | None, Sequence[str] | None], Table]
+_READERS: dict[str, _Reader] = {
+    ".csv": read_text,
+    ".tsv": read_text,
+    ".txt": read_text,
+    ".parquet": read_parquet,
+    ".npz": read_npz,
+}
+
+
+def read_table(path: str | os.PathLike[str], target: str | None = None, features: Sequence[str] | None = None) -> Table:
+    r"""Read a data matrix and its target from a file.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file whose name ends in ``.csv``, ``.tsv`` or ``.txt`` (UTF-8 text with a header line; cells are
+        separated by ``,``, ``;`` or tab, whichever the header uses), in ``.parquet`` (needs pyarrow) or in
+        ``.npz``.
+    target : str, optional
+        The column that holds the target; in an ``.npz``, the array. None: the table has no target.
+    features : sequence of str, optional
+        The columns to read, in this order; all others are ignored. None: every column but the target.
+
+    Returns
+    -------
+    Table
+        In a text file the target is int64 if every cell is an integer literal, float64 if every cell is a
+        number, text otherwise. Elsewhere its declared type decides: bool and integers become int64, floats
+        float64, and text stays text.
+
+    Raises
+    ------
+    TableError
+        If the file cannot be read exactly as a finite table within half of the physical memory.
+
+    Notes
+    -----
+    The columns of an ``.npz`` are those of its array ``X``, or of its only two-dimensional array, and are
+    called ``x0``, ``x1`` and so on. Messages give the line of a text file; in the other formats the row,
+    counted from 1.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "houses.csv"
+    ...     _ = file.write_text("rooms;area;sold\n3;71.5;yes\n4;90;no\n")
+    ...     table = read_table(file, target="sold")
+    >>> table.features
+    array([[ 3. , 71.5],
+           [ 4. , 90. ]])
+    >>> table.feature_names, table.target.tolist()
+    (('rooms', 'area'), ['yes', 'no'])
+    """
+    file = Path(path)
+    try:
+        return _reader(file)(file, target, features)
+    except TableError as error:
+        error.args = (f"{file}: {error}",)
+        raise
+    except OSError as error:
+        raise TableError(f"{file}: cannot be read ({error.strerror or cause(error)}); check the file") from error
+
+
+def _reader(file: Path) -> _Reader:
+    """Return the function that reads this kind of file."""
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise TableError(f"unknown kind of file; its name must end in {', '.join(_READERS)}")
+    if not file.exists():
+        raise TableError("no such file; check the path")
+    if not file.is_file():
+        raise TableError("not a regular file; give the path of a file")
+    return reader
