@@ -136,6 +136,5 @@ def test_a_network_on_other_gates_is_refused():
 
 
 def _judge(program, problem, network):
-    return certify_gated(
-        program, problem.X, **network.neurons(), tolerance=TOLERANCE, stopped_by="tolerance"
-    )
+    mean = problem.whitening.mean
+    return certify_gated(program, problem.X, mean, **network.neurons(), tolerance=TOLERANCE, stopped_by="tolerance")

@@ -14,7 +14,7 @@ _HOMES = {
     "ConvexBNRegressor": "convexbn.estimators",
     "FormatError": "convexbn.container",
     "Status": "convexbn.certificate",
-    "UnsupportedProgramError": "convexbn.training",
+    "UnsupportedProgramError": "convexbn.solvers.closed_form",
     "load": "convexbn.storage",
     "max_weight_decay": "convexbn.estimators",
 }
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from convexbn.container import FormatError
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
     from convexbn.network import BatchNormNetwork
+    from convexbn.solvers.closed_form import UnsupportedProgramError
     from convexbn.storage import load
-    from convexbn.training import UnsupportedProgramError
 
 
 def __getattr__(name: str) -> Any:

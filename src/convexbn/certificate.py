@@ -42,6 +42,8 @@ STOPPED_BY = {
     "time_limit": "the time limit was reached; raise time_limit",
     "callback": "the callback asked to stop",
     "stalled": "no further progress was possible in this precision; raise tol or weight_decay",
+    "outside": "the weights use directions that the rank cut left out, or rounding in nearly collinear columns "
+    "moved them there; certify with rank=None, or lower rank",
     "numerical": "a value that is not finite appeared; rescale y or raise weight_decay",
 }
 
@@ -92,6 +94,7 @@ class Certificate:
 def certify_gated(
     program: GatedProgram,
     X: FloatMatrix,
+    mean: Float,
     *,
     weight: Float,
     gamma: Float,
@@ -111,6 +114,8 @@ def certify_gated(
         The question: whitened rows, patterns of all gates, loss and weight decay.
     X : ndarray (n, d)
         The raw rows that the statistics are taken from.
+    mean : ndarray (d,)
+        Their means, as the patterns of the program used them.
     weight, gamma, shift, output, gates, gate_offsets, gate_index : ndarray
         The answer: one column (row of ``output``) a neuron, and the gate of the program it sits on.
     tolerance : float
@@ -125,14 +130,13 @@ def certify_gated(
     Raises
     ------
     ValueError
-        When the network is not one of the program: another gate than it names, or weights outside the
-        directions that the whitening kept.
+        When a neuron does not follow the gate that it names.
     """
     weights = program.loss.weights
-    normalized, mean = batch_normalize(X, weight, weights)
+    normalized = batch_normalize(X, weight, weights)
     opened = gate_patterns(X, mean, gates, gate_offsets)
     _check_gates(opened, program.patterns[:, gate_index])
-    coordinates = _whitened_coordinates(program, normalized)
+    coordinates = program.rows[:, :-1].T @ (weights[:, None] * normalized)  # q_j / ||q_j||
     first_layer = np.vstack([gamma * coordinates, shift])  # columns s_j
     outputs = (opened * (gamma * normalized + shift / np.sqrt(weights.sum()))) @ output
     used, place = np.unique(gate_index, return_inverse=True)
@@ -147,7 +151,7 @@ def certify_gated(
         dual_norm_bound=program.dual_norm_bound,
         scope="these gates",
         tolerance=tolerance,
-        stopped_by=stopped_by,
+        stopped_by="outside" if _leaves_span(coordinates, normalized) else stopped_by,
     )
 
 
@@ -197,7 +201,7 @@ def certify_relu(
     stopped_by : str
         Why the solver stopped.
     """
-    normalized, _ = batch_normalize(X, weight, loss.weights)
+    normalized = batch_normalize(X, weight, loss.weights)
     hidden = np.maximum(gamma * normalized + shift / np.sqrt(loss.weights.sum()), 0)
     root = np.sqrt(loss.weights)[:, None]
     return judge(
@@ -230,16 +234,17 @@ def judge(
     objective = value + weight_decay * penalty
     dual = loss.negative_gradient(outputs)
     if not (np.isfinite(objective) and np.isfinite(dual).all()):
-        lower, floor = -np.inf, 0.0
+        lower, floor, optimal_at_zero = -np.inf, 0.0, False
     else:
         bound, rounding = dual_norm_bound(dual)
         lower = lower_bound(loss, dual, bound, weight_decay)
         floor = rounding / max(bound, weight_decay) + 64 * _EPS
+        optimal_at_zero = penalty == 0 and bound - rounding <= weight_decay * (1 + 64 * _EPS)
     gap = objective - lower
     if 0 > gap > -1e-9 * abs(objective):  # the objective's own rounding
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
-    status = _status(relative, tolerance, trivial=penalty == 0, stopped_by=stopped_by)
+    status = _status(relative, tolerance, trivial=optimal_at_zero, stopped_by=stopped_by)
     sentence = _sentence(status, objective, relative, tolerance, floor, scope, stopped_by)
     return Certificate(
         objective=objective,
@@ -279,18 +284,10 @@ def _check_gates(opened: np.ndarray, named: np.ndarray) -> None:
         )
 
 
-def _whitened_coordinates(program: GatedProgram, normalized: Float) -> Float:
-    """Coordinates ``q / ||q||`` (r, m) of normalised responses in the whitened basis, checked to lie in its span."""
-    coordinates: Float = program.rows[:, :-1].T @ (program.loss.weights[:, None] * normalized)
+def _leaves_span(coordinates: Float, normalized: Float) -> bool:
+    """Whether a normalised response has a part outside the whitened directions."""
     norms = np.linalg.norm(coordinates, axis=0)
-    live = normalized.any(axis=0)
-    outside = np.flatnonzero(live & (norms < 1 - 1e-6))
-    if len(outside):
-        raise ValueError(
-            f"neuron {outside[0]} uses directions that the rank cut left out: it is not a network of the "
-            "truncated program; certify it with rank=None."
-        )
-    return coordinates
+    return bool(np.any(normalized.any(axis=0) & (norms < 1 - 1e-6)))
 
 
 def _plain_penalty(gamma: Float, shift: Float, output: Float) -> float:
@@ -299,6 +296,8 @@ def _plain_penalty(gamma: Float, shift: Float, output: Float) -> float:
 
 def _status(relative: float, tolerance: float, *, trivial: bool, stopped_by: str) -> Status:
     if not (np.isfinite(relative) and relative >= 0):
+        return Status.NUMERICAL
+    if stopped_by == "outside":
         return Status.NUMERICAL
     if relative <= tolerance:
         return Status.TRIVIAL if trivial else Status.CERTIFIED
@@ -334,7 +333,7 @@ def _sentence(
             f"{reason or 'rounding spoiled the dual point; rescale y or raise weight_decay'}."
         )
     if tolerance < floor:
-        reason = f"tol={tolerance:.1g} is below what float64 can prove on these data ({floor:.1g}); raise tol"
+        reason = f"{reason}; tol={tolerance:.1g} is below what float64 can prove here ({floor:.1g})".lstrip("; ")
     return (
         f"Not yet optimal within tol={tolerance:.1g}: objective {objective:.9g} is at most {relative:.2g} "
         f"(relative) above the best among {among}; {reason or 'the network is not the optimum of its program'}."

@@ -18,9 +18,7 @@ import numpy as np
 #: Rows up to which one BLAS thread is used.
 SINGLE_THREAD_ROWS = 3000
 
-_lock = threading.Lock()
-_users = 0
-_limiter: Any = None
+_in_control = threading.Lock()
 
 
 @contextmanager
@@ -33,19 +31,15 @@ def solving(n_rows: int) -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One BLAS thread while anybody is inside; fits may run in several threads of the caller."""
-    global _users, _limiter
-    with _lock:
-        if _users == 0:
-            _limiter = _controller().limit(limits=1, user_api="blas")
-        _users += 1
-    try:
+    """One BLAS thread, set and given back by the first fit that is inside; its companions leave it alone."""
+    if not _in_control.acquire(blocking=False):
         yield
+        return
+    try:
+        with _controller().limit(limits=1, user_api="blas"):
+            yield
     finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _limiter.restore_original_limits()
+        _in_control.release()
 
 
 @cache

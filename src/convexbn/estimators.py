@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import scipy.sparse
 from sklearn.base import (
     BaseEstimator,
     ClassifierMixin,
@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from convexbn import training
 from convexbn._typing import Float, FloatMatrix
@@ -31,6 +31,7 @@ from convexbn.losses import softmax
 from convexbn.rows import canonical_rows, fingerprint
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
+from convexbn.validation import checked_data, checked_rows
 
 
 class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -86,10 +87,11 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             hidden: Float = self.network_.hidden(rows)
         return hidden
 
-    def _outputs(self, X: Any) -> Float:
+    def _outputs(self, X: Any, fitted: dict[str, Any]) -> Float:
+        """Outputs of one fit, whose attributes a fit in another thread replaces all at once."""
         rows = self._checked_rows(X)
         with np.errstate(all="ignore"):
-            outputs: Float = self.network_.predict(rows)
+            outputs: Float = fitted["network_"].predict(rows)
         return outputs
 
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
@@ -118,6 +120,17 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 
         storage.save(self, path)
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Check the parameters; restore every attribute when the fit inside fails, whatever the reason."""
+        self._validate_params()
+        before = self.__dict__.copy()
+        try:
+            yield
+        except BaseException:
+            self.__dict__ = before
+            raise
+
     def _fit(self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float) -> dict[str, Any]:
         """Fitted attributes, to be assigned at once when everything has succeeded."""
         budget = Budget(self.time_limit, self.callback)
@@ -125,8 +138,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         gates: Float | None = None
         offsets: Float | None = None
         if self.activation == "gated":
-            random_state = check_random_state(self.random_state)
-            gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
+            gates, offsets = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
         weight_decay = self.weight_decay
         if isinstance(weight_decay, str):
             largest = data.max_weight_decay(self.activation, gates, offsets)
@@ -141,7 +153,6 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, float(weight_decay), fit)
 
     def _fitted(self, data: TrainingSet, weight_decay: float, fit: Fit) -> dict[str, Any]:
-        _warn_unless_proved(fit.certificate)
         return {
             "network_": fit.network,
             "certificate_": fit.certificate,
@@ -168,27 +179,12 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
     def _checked_data(
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool
     ) -> tuple[FloatMatrix, Any, Float, float]:
-        """Validated rows in float64, targets, weights, and the machine epsilon of the rows as given."""
-        _refuse_sparse(X)
-        X, y = validate_data(
-            self, X, y, reset=reset, ensure_all_finite=False, ensure_min_samples=2,
-            multi_output=isinstance(self, RegressorMixin), y_numeric=isinstance(self, RegressorMixin),
-        )  # fmt: skip
-        input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else float(np.finfo(float).eps)
-        X = np.asarray(X, dtype=np.float64)
-        _check_finite("X", X)
-        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        if not np.any(weights > 0):
-            raise ValueError("All sample weights are zero: give at least two rows a positive weight.")
-        return X, y, weights, input_eps
+        numeric = isinstance(self, RegressorMixin)
+        return checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
 
     def _checked_rows(self, X: Any) -> Float:
         check_is_fitted(self)
-        _refuse_sparse(X)
-        X = validate_data(self, X, reset=False, ensure_all_finite=False, dtype=np.float64)
-        _check_finite("X", X)
-        rows: Float = X
-        return rows
+        return checked_rows(self, X)
 
     @property
     def _n_features_out(self) -> int:
@@ -283,31 +279,29 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         sample_weight : array-like (n,), optional
             Equal to repeating rows.
         """
-        self._validate_params()
-        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-        check_classification_targets(y)
-        classes = np.unique(y)
-        seen = np.unique(y[weights > 0])
-        if len(seen) < 2:
-            raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {seen[0]!r}.")
-        if self.loss == "logistic" and len(classes) > 2:
-            raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
-        with solving(len(X)):
-            fitted = self._fit(X, encode_classes(y, classes), weights, input_eps)
-        self.classes_ = classes
-        self.__dict__.update(fitted)
+        with self._all_or_nothing():
+            X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
+            seen = np.unique(y[weights > 0])
+            if len(seen) < 2:
+                raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {seen[0]!r}.")
+            Y, classes = self._encode_new(y)
+            with solving(len(X)):
+                fitted = self._fit(X, Y, weights, input_eps)
+            self.__dict__ = self.__dict__ | fitted | {"classes_": classes}
+            _warn_unless_proved(self.certificate_)
         return self
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the network: (n,) for two classes, else (n, n_classes)."""
-        outputs = self._outputs(X)
-        return outputs[:, 0] if len(self.classes_) == 2 else outputs
+        outputs = self._outputs(X, self.__dict__)
+        return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
     def predict(self, X: Any) -> np.ndarray:
         """Class of the largest output."""
-        outputs = self.decision_function(X)
-        labels = (outputs > 0).astype(int) if outputs.ndim == 1 else outputs.argmax(axis=1)
-        classes: np.ndarray = self.classes_[labels]
+        fitted = self.__dict__
+        outputs = self._outputs(X, fitted)
+        labels = (outputs[:, 0] > 0).astype(int) if outputs.shape[1] == 1 else outputs.argmax(axis=1)
+        classes: np.ndarray = fitted["classes_"][labels]
         return classes
 
     def predict_proba(self, X: Any) -> Float:
@@ -325,6 +319,14 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
 
     def _loss_name(self, Y: Float) -> str:
         return "logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else str(self.loss)
+
+    def _encode_new(self, y: Any) -> tuple[Float, np.ndarray]:
+        """Targets and classes of labels to be learned."""
+        check_classification_targets(y)
+        classes = np.unique(y)
+        if self.loss == "logistic" and len(classes) > 2:
+            raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
+        return encode_classes(y, classes), classes
 
     def _encode_known(self, y: Any) -> Float:
         unknown = np.setdiff1d(y, self.classes_)
@@ -377,18 +379,19 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         sample_weight : array-like (n,), optional
             Equal to repeating rows.
         """
-        self._validate_params()
-        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-        with solving(len(X)):
-            fitted = self._fit(X, self._encode_known(y), weights, input_eps)
-        self._single_output = np.ndim(y) == 1
-        self.__dict__.update(fitted)
+        with self._all_or_nothing():
+            X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
+            with solving(len(X)):
+                fitted = self._fit(X, self._encode_known(y), weights, input_eps)
+            self.__dict__ = self.__dict__ | fitted | {"_single_output": np.ndim(y) == 1}
+            _warn_unless_proved(self.certificate_)
         return self
 
     def predict(self, X: Any) -> Float:
         """Outputs of the network: (n,) or (n, K) as the targets were."""
-        outputs = self._outputs(X)
-        return outputs[:, 0] if self._single_output else outputs
+        fitted = self.__dict__
+        outputs = self._outputs(X, fitted)
+        return outputs[:, 0] if fitted["_single_output"] else outputs
 
     def _encode_known(self, y: Any) -> Float:
         targets = np.asarray(y, dtype=np.float64)
@@ -443,13 +446,14 @@ def max_weight_decay(
     """
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
     kind = ConvexBNClassifier if is_class else ConvexBNRegressor
-    model = kind(activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank)
+    model = kind(activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank, random_state=random_state)
+    model._validate_params()
     X, y, weights, input_eps = model._checked_data(X, y, sample_weight, reset=True)
-    Y = encode_classes(y, np.unique(y)) if is_class else model._encode_known(y)
+    Y = model._encode_new(y)[0] if is_class else model._encode_known(y)
     data = model._training_set(X, Y, weights, input_eps)
     if activation == "relu":
         return data.max_weight_decay(activation, None, None)
-    drawn = data.draw_gates(gates, n_gates, check_random_state(random_state))
+    drawn = data.draw_gates(gates, n_gates, _own_random_state(random_state))
     return data.max_weight_decay(activation, *drawn)
 
 
@@ -462,25 +466,11 @@ def encode_classes(y: np.ndarray, classes: np.ndarray) -> Float:
     return one_hot
 
 
-def _refuse_sparse(X: Any) -> None:
-    if scipy.sparse.issparse(X):
-        raise TypeError(
-            "Sparse data was passed for X, but dense data is required: batch norm centres the columns. "
-            f"Use '.toarray()' to densify; that takes {8 * np.prod(X.shape):.3g} bytes."
-        )
-
-
-def _check_finite(name: str, array: FloatMatrix) -> None:
-    if np.isfinite(array.sum()):  # one pass decides, unless finite values overflow the sum
-        return
-    wrong = np.argwhere(~np.isfinite(array))
-    if len(wrong):
-        row, column = wrong[0]
-        is_nan = np.isnan(array[row, column])
-        cause = "NaN" if is_nan else "infinity or a value too large for dtype('float64')"
-        raise ValueError(f"Input {name} contains {cause}; first at row {row}, column {column}.")
+def _own_random_state(random_state: Any) -> np.random.RandomState:
+    """scikit-learn's convention, except that None is a fresh source: numpy's global one is left alone."""
+    return np.random.RandomState() if random_state is None else check_random_state(random_state)
 
 
 def _warn_unless_proved(proof: Certificate) -> None:
     if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-        warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=5)
+        warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=3)

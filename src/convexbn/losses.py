@@ -14,8 +14,10 @@ import numpy as np
 
 from convexbn._typing import Float
 
+_EPS = float(np.finfo(np.float64).eps)
+
 #: What a dual variable may lie outside its domain by rounding alone.
-_ROUNDING = 64 * np.finfo(np.float64).eps
+_ROUNDING = 64 * _EPS
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,15 @@ class LogisticLoss(Loss):
         return float(self.weights @ losses.sum(axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
-        return 0.5 * self.weights[:, None] * (self.targets - np.tanh(0.5 * outputs))
+        p = 0.5 * (1 + self.targets)
+        return self.weights[:, None] * (p * _sigmoid(-outputs) - (1 - p) * _sigmoid(outputs))
 
     def dual_value(self, dual: Float) -> float:
         p = 0.5 * (1 + self.targets) - dual / self.weights[:, None]
         if p.min() < -_ROUNDING or p.max() > 1 + _ROUNDING:
             return -np.inf
-        return _sum_downwards(self.weights[:, None] * (_entropy(p) + _entropy(1 - p))) + self.constant
+        terms = _entropy_downwards(p) + _entropy_downwards(1 - p)
+        return _sum_downwards(self.weights[:, None] * terms) + self.constant
 
 
 @dataclass(frozen=True)
@@ -113,18 +117,26 @@ class CrossEntropyLoss(Loss):
     curvature: ClassVar[float] = 0.5
 
     def value(self, outputs: Float) -> float:
-        peak = outputs.max(axis=1)
-        log_sum = peak + np.log(np.exp(outputs - peak[:, None]).sum(axis=1))
-        return float(self.weights @ (log_sum - (self.targets * outputs).sum(axis=1))) + self.constant
+        peak, exponentials = _shifted(outputs)
+        rest = exponentials.sum(axis=1, where=~peak)
+        below = outputs[peak][:, None] - outputs
+        losses = (self.targets * below).sum(axis=1) + np.log1p(rest)
+        return float(self.weights @ losses) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
-        return self.weights[:, None] * (self.targets - softmax(outputs))
+        # y (1 - p) - (1 - y) p, where 1 - p of the largest is the sum of the others: no digits are lost
+        peak, exponentials = _shifted(outputs)
+        total = exponentials.sum(axis=1, keepdims=True)
+        rest = exponentials.sum(axis=1, keepdims=True, where=~peak)
+        others = np.where(peak, rest, total - exponentials)
+        dual: Float = self.targets * others - (1 - self.targets) * exponentials
+        return self.weights[:, None] * dual / total
 
     def dual_value(self, dual: Float) -> float:
         p = self.targets - dual / self.weights[:, None]
         if p.min() < -_ROUNDING or np.abs(p.sum(axis=1) - 1).max() > _ROUNDING * p.shape[1]:
             return -np.inf
-        return _sum_downwards(self.weights[:, None] * _entropy(p)) + self.constant
+        return _sum_downwards(self.weights[:, None] * _entropy_downwards(p)) + self.constant
 
 
 #: The losses by their public names.
@@ -144,12 +156,26 @@ def softmax(outputs: Float) -> Float:
 
 def _sum_downwards(terms: Float) -> float:
     """Sum of the terms less what rounding may have added (numpy sums pairwise in blocks of 128)."""
-    slack = np.finfo(np.float64).eps * (32 + np.log2(max(terms.size, 1)))
+    slack = _EPS * (32 + np.log2(max(terms.size, 1)))
     return float(terms.sum() - slack * np.abs(terms).sum())
 
 
-def _entropy(p: Float) -> Float:
-    """``-p log p``, 0 at 0 (and at what rounding leaves below 0)."""
+def _entropy_downwards(p: Float) -> Float:
+    """``-p log p``, 0 at 0, less what an error of rounding in ``p`` (a difference of numbers up to 1) may add."""
     safe = np.where(p > 0, p, 1.0)
-    terms: Float = -safe * np.log(safe)
+    logarithm = np.log(safe)
+    terms: Float = -safe * logarithm - 2 * _EPS * (2 - np.maximum(logarithm, np.log(_EPS)))
     return terms
+
+
+def _sigmoid(outputs: Float) -> Float:
+    """``1 / (1 + exp(-f))`` to full relative accuracy, without overflow."""
+    small = np.exp(-np.abs(outputs))
+    sigmoid: Float = np.where(outputs >= 0, 1.0, small) / (1 + small)
+    return sigmoid
+
+
+def _shifted(outputs: Float) -> tuple[np.ndarray, Float]:
+    """Mask of the first largest output of every row, and ``exp(f - max f)``."""
+    peak = np.arange(outputs.shape[1]) == outputs.argmax(axis=1)[:, None]
+    return peak, np.exp(outputs - outputs.max(axis=1, keepdims=True))

@@ -13,6 +13,7 @@ from convexbn.whitening import Whitening, centre
 
 #: Responses held at once.
 _BLOCK_ENTRIES = 1 << 20
+_EPS = float(np.finfo(np.float64).eps)
 
 
 def sample_gates(
@@ -24,7 +25,8 @@ def sample_gates(
     ----------
     kind : {"data", "whitened"}
         ``"data"``: ``g ~ N(0, I_d)``, offset 0. ``"whitened"``: ``h ~ N(0, I_{r+1})`` on the whitened
-        rows, ``g = V S^{-1} h[:r]``, ``b = h[r] / sqrt(n)``: isotropic where the network lives.
+        rows, ``g = V S^{-1} h[:r]``, ``b = h[r] / sqrt(n)``: isotropic where the network lives. Drawn as
+        ``h[:r] = V'z``, ``z ~ N(0, I_d)``.
     n_gates : int
         Number of draws.
     whitening : Whitening
@@ -35,22 +37,47 @@ def sample_gates(
     if kind == "data":
         gates = random_state.standard_normal((len(whitening.mean), n_gates))
         return gates, np.zeros(n_gates)
-    directions = random_state.standard_normal((whitening.rank + 1, n_gates))
-    offsets = directions[-1] / np.sqrt(whitening.total_weight)
-    return whitening.projection @ directions[:-1], offsets
+    draws = random_state.standard_normal((len(whitening.mean) + 1, n_gates))
+    # h = V'z does not depend on the signs and rotations of singular vectors, unlike a draw of h itself
+    directions = whitening.directions.T @ draws[:-1]
+    return whitening.projection @ directions, draws[-1] / np.sqrt(whitening.total_weight)
 
 
+@np.errstate(all="ignore")
 def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> Bool:
-    """Which gates are open at which rows: (n, d), (d, P) -> (n, P), in float64."""
+    """Which gates are open at which rows: (n, d), (d, P) -> (n, P), in float64.
+
+    A response within rounding of zero is summed again in an order that does not depend on the batch, so that
+    a row on a hyperplane is treated alike in training, prediction and certification.
+    """
+    lengths = np.linalg.norm(gates / _column_peaks(gates), axis=0) * _column_peaks(gates)
     opened = np.empty((len(X), gates.shape[1]), dtype=bool)
     size = max(64, _BLOCK_ENTRIES // max(gates.shape))
     for start in range(0, len(X), size):
         part = slice(start, start + size)
         centred, exponent = centre(X[part], mean)
-        response = centred @ gates
-        response += np.ldexp(offsets, -exponent)
+        thresholds = -np.ldexp(offsets, -exponent)
+        response = centred @ gates - thresholds
+        _settle_ties(response, centred, gates, thresholds, lengths)
         np.greater_equal(response, 0, out=opened[part])
     return opened
+
+
+def _settle_ties(response: Float, centred: Float, gates: Float, thresholds: Float, lengths: Float) -> None:
+    """Sum again, in a fixed order, the responses that rounding could push across zero."""
+    peak = np.abs(centred).max(axis=1, initial=0.0)
+    reach = peak * np.sqrt(centred.shape[1])  # bounds the norm of the row
+    doubtful = np.abs(response) <= 8 * len(gates) * _EPS * (reach[:, None] * lengths + np.abs(thresholds))
+    rows, columns = np.nonzero(doubtful)
+    step = max(1, _BLOCK_ENTRIES // len(gates))
+    for start in range(0, len(rows), step):
+        i, j = rows[start : start + step], columns[start : start + step]
+        response[i, j] = (centred[i] * gates.T[j]).sum(axis=1) - thresholds[j]
+
+
+def _column_peaks(gates: Float) -> Float:
+    peaks = np.abs(gates).max(axis=0)
+    return np.where(peaks > 0, peaks, 1.0)
 
 
 def first_of_each_pattern(patterns: Bool) -> Index:

@@ -16,10 +16,11 @@ from convexbn._typing import Float, FloatMatrix, Index
 _BLOCK = 4096
 
 
-def equal_rows(keys: FloatMatrix) -> tuple[Index, Index]:
+def equal_rows(keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, Index]:
     """Order that brings equal rows together, and where each run of equal rows starts in it.
 
-    The order depends on the values of the rows alone. Rows are sorted by a 64-bit hash and compared exactly.
+    The order depends on the values of the rows (and of ``ties`` within a run) alone. Rows are sorted by a 64-bit
+    hash and compared exactly.
 
     Examples
     --------
@@ -27,7 +28,8 @@ def equal_rows(keys: FloatMatrix) -> tuple[Index, Index]:
     >>> len(starts), sorted(len(run) for run in np.split(order, starts[1:]))
     (2, [1, 2])
     """
-    order = np.argsort(_row_hashes(keys), kind="stable")
+    hashes = _row_hashes(keys)
+    order = np.argsort(hashes, kind="stable") if ties is None else np.lexsort((ties, hashes))
     ordered = keys[order]
     changed = (ordered[1:] != ordered[:-1]).any(axis=1)
     return order, np.concatenate([[0], np.flatnonzero(changed) + 1])
@@ -38,9 +40,10 @@ def canonical_rows(X: FloatMatrix, Y: Float, sample_weight: Float) -> tuple[Floa
     kept = sample_weight > 0
     if not kept.all():
         X, Y, sample_weight = X[kept], Y[kept], sample_weight[kept]
-    order, starts = equal_rows(np.hstack([X, Y]) + 0.0)  # + 0.0: -0.0 and 0.0 are one value
+    X, Y = X + 0.0, Y + 0.0  # -0.0 and 0.0 are one value
+    order, starts = equal_rows(np.hstack([X, Y]), sample_weight)
     first = order[starts]
-    return X[first] + 0.0, Y[first], np.add.reduceat(sample_weight[order], starts)
+    return X[first], Y[first], np.add.reduceat(sample_weight[order], starts)
 
 
 def distinct_rows(X: FloatMatrix) -> tuple[FloatMatrix, Index]:

@@ -37,10 +37,6 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
 }
 
 
-class UnsupportedProgramError(NotImplementedError, ValueError):
-    """The data and options describe a program that no solver of this version can certify."""
-
-
 @dataclass(frozen=True)
 class TrainingSet:
     """Canonical training rows, their loss and whitening.
@@ -111,7 +107,7 @@ class TrainingSet:
         """Refuse ReLU programs outside the regime with a formula."""
         n, r = len(self.X), self.whitening.rank
         if r != n - 1:
-            raise UnsupportedProgramError(
+            raise closed_form.UnsupportedProgramError(
                 f"activation='relu' is solved by formula where the distinct rows are affinely independent "
                 f"(rank n - 1 = {n - 1}; here the rank is {r}). The general ReLU solver over all patterns is "
                 "not available yet; use activation='gated'."
@@ -150,10 +146,15 @@ def fit_gated(
     program = data.gated_program(gates, gate_offsets, weight_decay)
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
-    solution = method.solve(program, budget=budget)
+    solution = method.solve(program, budget=budget).finite()
     network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
     proof = certificate.certify_gated(
-        program, data.X, **network.neurons(), tolerance=tol, stopped_by=solution.stopped_by
+        program,
+        data.X,
+        data.whitening.mean,
+        **network.neurons(),
+        tolerance=tol,
+        stopped_by=solution.stopped_by,
     )
     return Fit(network, proof, solution.history, solution.n_iter)
 
@@ -161,10 +162,7 @@ def fit_gated(
 def fit_relu(data: TrainingSet, weight_decay: float, *, tol: float) -> Fit:
     """Write the globally optimal ReLU network down by formula (rank n - 1), and have it judged."""
     data.require_formula()
-    try:
-        first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
-    except closed_form.NoFormulaError as error:
-        raise UnsupportedProgramError(str(error)) from None
+    first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
     network = BatchNormNetwork.from_neurons(data.whitening, first, output)
     proof = certificate.certify_relu(
         data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
@@ -187,7 +185,9 @@ def certify(
             data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
         )
     program = data.gated_program(gates, gate_offsets, weight_decay)
-    return certificate.certify_gated(program, data.X, **network.neurons(), tolerance=tol, stopped_by="tolerance")
+    return certificate.certify_gated(
+        program, data.X, data.whitening.mean, **network.neurons(), tolerance=tol, stopped_by="tolerance"
+    )
 
 
 def choose_solver(solver: str, loss: Loss) -> str:

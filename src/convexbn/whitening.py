@@ -33,6 +33,8 @@ class Whitening:
         Weighted column means, in the units of the data.
     projection : ndarray (d, r)
         ``V S^{-1}``: from centred data to the whitened space.
+    directions : ndarray (d, r)
+        ``V``: right singular vectors (of the standardised columns for ``rank=None``).
     singular_values : ndarray
         All singular values that were found: of the standardised columns for ``rank=None``, else of the
         centred, unscaled data (in the units of the data).
@@ -47,6 +49,7 @@ class Whitening:
     rows: Float
     mean: Float
     projection: Float
+    directions: Float
     singular_values: Float
     total_weight: float
     constant: np.ndarray
@@ -67,12 +70,13 @@ class Whitening:
 def centre(X: FloatMatrix, mean: Float) -> tuple[Float, int]:
     """Return ``(X - mean) / 2^e`` and the exponent ``e``, which is 0 unless the difference could overflow."""
     largest = max(np.abs(X).max(initial=0.0), np.abs(mean).max(initial=0.0))
-    exponent = 64 if largest > 2.0**960 else 0
+    exponent = 16 if largest > 2.0**1007 else 0
     if exponent:
         return np.ldexp(X, -exponent) - np.ldexp(mean, -exponent), exponent
     return X - mean, exponent
 
 
+@np.errstate(all="ignore")
 def whiten(
     X: FloatMatrix,
     sample_weight: Float | None = None,
@@ -132,6 +136,7 @@ def whiten(
             "all features are constant, so batch normalisation has nothing to normalise: "
             "give at least one feature that varies over the rows of positive weight."
         )
+    _warn_of_nearly_constant(np.flatnonzero(constant & (np.ptp(scaled, axis=0) > 0)))
     kept = np.flatnonzero(~constant)
     offsets = np.abs(mean[kept]) / deviation[kept]
     _warn_of_offsets(kept, offsets, input_eps)
@@ -140,45 +145,47 @@ def whiten(
     cut = min(len(kept) * input_eps * (1 + offsets.max()), 1 / 16)
 
     left, values, right = scipy.linalg.svd(R / norms[kept], full_matrices=False)
-    numerical_rank = _numerical_rank(values, cut)
-    units = norms[kept]
-    shift = exponents[kept]
+    r = _numerical_rank(values, cut)
+    basis, directions = left[:, :r], right[:r].T
+    back = np.ldexp(directions / values[:r] / norms[kept][:, None], -exponents[kept][:, None])
     if rank is not None:
-        # the same triangle in the user's units (up to one power of two): its top singular directions
-        units, shift = np.ones(len(kept)), np.full(len(kept), exponents[kept].max())
-        left, values, right = scipy.linalg.svd(np.ldexp(R, exponents[kept] - shift[0]), full_matrices=False)
-        numerical_rank = min(numerical_rank, _kept_directions(values, rank))
-    r = numerical_rank
-    projection = np.zeros((X.shape[1], r))
-    projection[kept] = np.ldexp((right[:r].T / values[:r]) / units[:, None], -shift[:, None])
-    rows = np.hstack([Q[:, 1:] @ left[:, :r] / root, np.full((n, 1), 1 / np.sqrt(total))])
+        # the same triangle in the user's units, up to one power of two: its top singular directions, as a
+        # rotation of the standardised ones, so that mixed units cost no digits
+        left, values, right = scipy.linalg.svd(np.ldexp(R, exponents[kept] - exponents[kept].max()))
+        values = np.ldexp(values, exponents[kept].max())
+        k = min(r, _kept_directions(values / values[0], rank))
+        rotation = _orthonormal(basis.T @ left[:, :k])
+        basis, back, directions = basis @ rotation, back @ rotation, right[:k].T
+    _refuse_denormal(back, kept)
     return Whitening(
-        rows=rows,
+        rows=np.hstack([Q[:, 1:] @ basis / root, np.full((n, 1), 1 / np.sqrt(total))]),
         mean=np.ldexp(mean, exponents),
-        projection=projection,
-        singular_values=values if rank is None else np.ldexp(values, shift[0]),
+        projection=_padded(back, kept, X.shape[1]),
+        directions=_padded(directions, kept, X.shape[1]),
+        singular_values=values,
         total_weight=total,
         constant=constant,
-        rank_cut=cut,
+        rank_cut=float(cut),
     )
 
 
-def batch_normalize(X: FloatMatrix, weight: Float, sample_weight: Float) -> tuple[Float, Float]:
-    """Return ``C X w / ||C X w||`` for every column of ``weight`` (n, m), and the means of ``X`` used.
+@np.errstate(all="ignore")
+def batch_normalize(X: FloatMatrix, weight: Float, sample_weight: Float) -> Float:
+    """Return ``C X w / ||C X w||`` for every column of ``weight``: (n, d), (d, m) -> (n, m).
 
     The statistics are those of the rows given, with their weights; the columns of the result have unit
     weighted norm. A direction on which the data do not vary gives a zero column.
     """
     total = sample_weight.sum()
-    half, exponent = centre(X, X[0])  # relative to a row: no offset, no overflow
-    response = half @ np.ldexp(weight, exponent)
+    relative, exponent = centre(X, X[0])  # to a row: no offset, no overflow
+    response = relative @ np.ldexp(weight, exponent)
     response -= sample_weight @ response / total
     response -= sample_weight @ response / total
     peaks = np.abs(response).max(axis=0)
     response /= np.where(peaks > 0, peaks, 1)
     norms = np.sqrt(np.einsum("ij,ij,i->j", response, response, sample_weight))
-    mean = np.ldexp(sample_weight @ half / total, exponent) + X[0]
-    return np.divide(response, norms, out=np.zeros_like(response), where=norms > 0), mean
+    normalized: Float = np.divide(response, norms, out=np.zeros_like(response), where=norms > 0)
+    return normalized
 
 
 def _unit_columns(X: FloatMatrix) -> tuple[Float, np.ndarray]:
@@ -219,9 +226,41 @@ def _numerical_rank(values: Float, cut: float) -> int:
 
 def _kept_directions(values: Float, rank: int | float) -> int:
     if isinstance(rank, Integral):
-        return min(int(rank), len(values))
-    share = np.cumsum((values / values[0]) ** 2)
+        return int(rank)
+    share = np.cumsum(values**2)
     return int(np.searchsorted(share, rank * share[-1] * (1 - 1e-12)) + 1)
+
+
+def _orthonormal(rotation: Float) -> Float:
+    """Orthonormal columns next to columns that are nearly so."""
+    Q, R = scipy.linalg.qr(rotation, mode="economic")
+    orthonormal: Float = Q * np.where(np.diag(R) < 0, -1.0, 1.0)
+    return orthonormal
+
+
+def _padded(array: Float, kept: np.ndarray, d: int) -> Float:
+    """Rows of all ``d`` features, zero where a feature is constant."""
+    padded = np.zeros((d, array.shape[1]))
+    padded[kept] = array
+    return padded
+
+
+def _refuse_denormal(back: Float, kept: np.ndarray) -> None:
+    overflown = np.flatnonzero(~np.isfinite(back).all(axis=1))
+    if len(overflown):
+        raise ValueError(
+            f"feature {kept[overflown[0]]} varies by less than 1e-308, where floating point has few digits left: "
+            "multiply it by a power of ten; batch norm does not care about units."
+        )
+
+
+def _warn_of_nearly_constant(columns: np.ndarray) -> None:
+    if len(columns):
+        warnings.warn(
+            f"feature {columns[0]} varies by no more than rounding around its mean and is treated as constant.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_offsets(kept: np.ndarray, offsets: Float, input_eps: float) -> None:

@@ -14,8 +14,8 @@ from convexbn.bounds import group_directions
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, Loss, SquaredLoss
 
 
-class NoFormulaError(ValueError):
-    """The targets have no closed form."""
+class UnsupportedProgramError(NotImplementedError, ValueError):
+    """The data and options describe a program that no solver of this version can certify."""
 
 
 def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float, Float]:
@@ -31,7 +31,7 @@ def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float
 
     Raises
     ------
-    NoFormulaError
+    UnsupportedProgramError
         When the targets have no formula: two rays with an acute angle, or soft labels in cross-entropy.
 
     Examples
@@ -67,7 +67,7 @@ def _cross_entropy(loss: Loss, weight_decay: float) -> tuple[Float, Float]:
     K = loss.targets.shape[1]
     labels = loss.targets.argmax(axis=1)
     if not np.array_equal(loss.targets, np.eye(K)[labels]):
-        raise NoFormulaError(
+        raise UnsupportedProgramError(
             "no formula: rows with equal features carry different classes, which makes their labels soft; "
             "use loss='squared' with two classes, or activation='gated'."
         )
@@ -133,7 +133,7 @@ def _rays(targets: Float) -> tuple[Float, Float, Float]:
     live = group >= 0
     acute = directions @ directions.T - np.eye(len(directions)) > 1e-9
     if acute.any():
-        raise NoFormulaError(
+        raise UnsupportedProgramError(
             "no formula: the targets have directions with an acute angle between them; one output, one-hot, "
             "+-1 and balanced centred targets have one. The general ReLU solver is not available yet; "
             "use activation='gated'."

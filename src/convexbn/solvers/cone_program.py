@@ -73,9 +73,7 @@ class _Iterate:
         gated = (program.opened[:, :, None] * program.rows).transpose(1, 0, 2).reshape(len(program.rows), -1)
         couplings = np.kron(program.output @ program.output.T, np.ones((self.q, self.q)))
         self.gram = gated.T @ gated * couplings
-        self.linear = np.einsum(
-            "nmq,nm->mq", gated.reshape(-1, self.m, self.q), program.targets @ program.output.T
-        )
+        self.linear = np.einsum("nmq,nm->mq", gated.reshape(-1, self.m, self.q), program.targets @ program.output.T)
         self.constant = 0.5 * float(np.sum(program.targets**2))
         self.w = start.copy()
         sizes = np.linalg.norm(start, axis=1)
@@ -136,8 +134,10 @@ class _Iterate:
         cones = scaling.corrected(affine[0], affine[1], target)
         slacks = target - self.slack * self.multiplier - affine[2] * affine[3]
         step = self._direction(system, scaling, cones, slacks)
+        if not all(np.isfinite(part).all() for part in step):
+            return False
         self._move(0.99 * self._longest(*step), *step)
-        return bool(np.isfinite(self.w).all())
+        return True
 
     def _system(self, scaling: _NesterovTodd) -> tuple[Float, Float] | None:
         """Factorised Newton matrix in ``w``: Gram + slack terms + cone terms with ``t`` eliminated."""

@@ -25,7 +25,7 @@ import scipy.linalg
 from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.losses import SquaredLoss
 from convexbn.program import GatedProgram, block_norms
-from convexbn.solvers.solution import Budget, Progress, Solution
+from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
 
 #: Below this many rows everything is factorised in float64.
 _SMALL = 500
@@ -57,10 +57,11 @@ class GroupNewton:
         if not isinstance(program.loss, SquaredLoss):
             raise TypeError("group_newton solves the squared loss only; use solver='proximal' for others.")
         budget = budget or Budget()
+        zero = zero_solution(program, budget)
+        if zero is not None:
+            return zero
         state = _Scaled(program)
         norms = block_norms(state.program.correlations(state.targets))
-        if norms.max(initial=0.0) <= state.beta:
-            return self._zero(state, budget)
         scales = state.initial_scales(norms, start)
         point = state.evaluate(scales, accuracy=1.0)
         history: list[Progress] = []
@@ -109,14 +110,6 @@ class GroupNewton:
                 step *= 0.5
         return None
 
-    @staticmethod
-    def _zero(state: _Scaled, budget: Budget) -> Solution:
-        value = state.original.loss.value(np.zeros_like(state.targets))
-        report = Progress(0, value, value, 0)
-        budget.stop_reason(report, tol=0.0, max_iter=0)
-        empty = np.zeros((0, *state.program.block_shape))
-        return Solution(np.zeros(0, dtype=np.intp), empty, "tolerance", [report])
-
 
 @dataclass(frozen=True)
 class _Point:
@@ -137,8 +130,8 @@ class _Scaled:
         largest = float(np.abs(targets).max()) or 1.0
         self.unit = 2.0 ** np.frexp(largest * np.linalg.norm(targets / largest))[1]
         self.targets = targets / self.unit
-        self.beta = program.weight_decay / self.unit
-        self.original = program
+        # below this the kernel is all there is; the judge still takes the weight decay as it is
+        self.beta = max(program.weight_decay / self.unit, 1e-12)
         self.program = replace(
             program,
             rows=root * program.rows,
@@ -238,7 +231,7 @@ class _Scaled:
         objective = 0.5 * float(np.sum((self.targets - point.outputs) ** 2)) + self.beta * penalty
         dual = self.beta * point.alpha
         inner, square = float(np.sum(dual * self.targets)), float(np.sum(dual**2))
-        t = min(inner / square, 1 / norms.max())
+        t = min(inner / square, 1 / norms.max()) if square > 0 else 0.0
         return objective, t * inner - 0.5 * t**2 * square
 
     def hessian(self, working: Index, gradients: Float) -> Float:

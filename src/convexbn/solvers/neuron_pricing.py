@@ -108,9 +108,7 @@ def network_outputs(rows: Float, neurons: Neurons) -> Float:
     return outputs
 
 
-def local_phase(
-    rows: Float, loss: Loss, weight_decay: float, neurons: Neurons, max_iter: int = 400
-) -> Neurons:
+def local_phase(rows: Float, loss: Loss, weight_decay: float, neurons: Neurons, max_iter: int = 400) -> Neurons:
     """L-BFGS on ``L(F) + beta / 2 (||first||^2 + ||output||^2)``, the balanced network."""
     import scipy.optimize
 

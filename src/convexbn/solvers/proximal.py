@@ -13,7 +13,7 @@ import numpy as np
 
 from convexbn._typing import Float
 from convexbn.program import GatedProgram, block_norms
-from convexbn.solvers.solution import Budget, Progress, Solution
+from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Proximal:
     def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
         """Solve the program, warm-started from the blocks of ``start``."""
         budget = budget or Budget()
+        zero = zero_solution(program, budget)
+        if zero is not None:
+            return zero
         loss, beta = program.loss, program.weight_decay
         x = np.zeros((program.n_gates, *program.block_shape))
         if start is not None:

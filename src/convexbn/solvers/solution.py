@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -81,10 +81,27 @@ class Solution:
     history: list[Progress] = field(default_factory=list)
     n_factorizations: int = 0
 
+    def finite(self) -> Solution:
+        """Return this solution, or the zero one stopped by ``"numerical"`` when a block is not finite."""
+        if np.isfinite(self.blocks).all():
+            return self
+        return replace(self, gate_index=self.gate_index[:0], blocks=self.blocks[:0], stopped_by="numerical")
+
     @property
     def n_iter(self) -> int:
         """Iterations done."""
         return self.history[-1].iteration if self.history else 0
+
+
+def zero_solution(program: GatedProgram, budget: Budget) -> Solution | None:
+    """The zero network where the weight decay makes it optimal, else None."""
+    if program.max_weight_decay() > program.weight_decay * (1 + 1e-14):
+        return None
+    value = program.loss.value(np.zeros_like(program.loss.targets))
+    report = Progress(1, value, value, 0)
+    if budget.callback is not None:
+        budget.callback(report)
+    return Solution(np.zeros(0, dtype=np.intp), np.zeros((0, *program.block_shape)), "tolerance", [report])
 
 
 class Solver(Protocol):

@@ -1,7 +1,4 @@
-"""Upper bounds of ``max over ||s|| <= 1 of ||V'(A s)_+||``: what a certificate over all patterns rests on.
-
-Every function returns a number that is never below the true maximum, rounding included.
-"""
+"""Bound by the nonnegative orthant, which contains every ``(A u)_+``: exact at rank n - 1, valid always."""
 
 from __future__ import annotations
 

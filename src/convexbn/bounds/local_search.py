@@ -1,0 +1,172 @@
+"""Lower estimates of ``max over ||u|| <= 1 of ||V'(A u)_+||``: local maxima from many starts, all at once.
+
+At fixed output direction ``c`` and ``v = V c`` the function ``v'(A u)_+`` is a difference of convex functions. Two
+ascents are used, both on all starts at a time:
+
+* the sign-pattern fixed point ``u <- A'D(u) v``, fast and not monotone, to find promising regions;
+* the convex-concave step, monotone: linearise the terms with ``v_i > 0`` at ``u`` and maximise the concave rest,
+  ``max over ||u|| <= 1 of p'u - sum w_i (a_i'u)_+ = min over 0 <= s <= w of ||p - A's||``, ``w = v_-``.
+
+The box least-squares problem has Hessian ``A A'``, a projector, so that projected gradients need step length one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from convexbn._typing import Bool, Float
+from convexbn.bounds.result import unit_scale
+
+_FIXED_POINT_STEPS = 4
+_SAME_DIRECTION = 1 - 1e-4
+
+
+def local_search(V: Float, A: Float, starts: int, rng: np.random.Generator) -> tuple[float, Float]:
+    """Best local maximum of ``||V'(A u)_+||`` over the unit sphere found from random starts.
+
+    Parameters
+    ----------
+    V : ndarray (n, K)
+    A : ndarray (n, q)
+        Orthonormal columns.
+    starts : int
+        Number of random starts.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    value : float
+        ``||V'(A u)_+||``: a lower estimate of the maximum, never an upper bound.
+    u : ndarray (q,)
+        Unit vector.
+    """
+    values, directions = local_maxima(V, A, starts, rng)
+    return float(values[0]), directions[0]
+
+
+def local_maxima(
+    V: Float,
+    A: Float,
+    starts: int,
+    rng: np.random.Generator,
+    *,
+    initial: Float | None = None,
+    keep: int = 30,
+    rounds: int = 30,
+) -> tuple[Float, Float]:
+    """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= keep``.
+
+    Parameters
+    ----------
+    V, A, starts, rng
+        As in ``local_search``.
+    initial : ndarray (m, q), optional
+        Directions to ascend from besides the random ones: the neurons of the moment.
+    keep : int
+        Distinct directions that are followed to the end.
+    rounds : int
+        Largest number of convex-concave steps.
+    """
+    scale = unit_scale(V)
+    V = V / scale
+    directions = normalise(rng.standard_normal((starts, A.shape[1])))
+    outputs = normalise(rng.standard_normal((starts, V.shape[1])))
+    directions = _fixed_point(directions, outputs, V, A)
+    if initial is not None:
+        directions = np.vstack([normalise(initial), directions])
+    directions = distinct(directions, hidden_norms(directions, V, A), keep)
+    directions = ascend(directions, V, A, rounds)
+    directions = distinct(directions, hidden_norms(directions, V, A), keep)
+    return hidden_norms(directions, V, A) * scale, directions
+
+
+def hidden_norms(directions: Float, V: Float, A: Float) -> Float:
+    """``||V'(A u)_+||`` of every row ``u``."""
+    norms: Float = np.linalg.norm(np.maximum(directions @ A.T, 0) @ V, axis=1)
+    return norms
+
+
+def normalise(rows: Float) -> Float:
+    """Rows divided by their norms; zero rows become the first unit vector."""
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    first = np.zeros(rows.shape[-1])
+    first[0] = 1.0
+    return np.where(norms > 0, rows / np.where(norms > 0, norms, 1.0), first)
+
+
+def distinct(directions: Float, values: Float, keep: int) -> Float:
+    """At most ``keep`` directions with pairwise angles above about 0.8 degrees, best first."""
+    ordered = directions[np.argsort(-values, kind="stable")]
+    chosen: list[int] = []
+    for i, row in enumerate(ordered):
+        if len(chosen) == keep:
+            break
+        if not chosen or (ordered[chosen] @ row).max() < _SAME_DIRECTION:
+            chosen.append(i)
+    return ordered[chosen]
+
+
+def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
+    """Convex-concave ascent from every row, with a step onto the face of kinks that each iterate lies on."""
+    current = hidden_norms(directions, V, A)
+    subgradients = np.zeros((len(directions), len(A)))
+    for _ in range(rounds):
+        hidden = np.maximum(directions @ A.T, 0)
+        weights = normalise(hidden @ V) @ V.T
+        moved, subgradients = _concave_maximiser(hidden > 0, weights, subgradients, A)
+        faced = _onto_kinks(moved, weights, subgradients, A)
+        candidates = np.stack([moved, faced, directions])
+        values = np.stack([hidden_norms(moved, V, A), hidden_norms(faced, V, A), current])
+        best = values.argmax(axis=0)
+        places = np.arange(len(best))
+        directions, following = candidates[best, places], values[best, places]
+        if np.all(following <= current * (1 + 1e-13)):
+            break
+        current = following
+    return directions
+
+
+def _fixed_point(directions: Float, outputs: Float, V: Float, A: Float) -> Float:
+    """Some steps of ``u <- A'D(u) V c, c <- V'(A u)_+``, rows normalised; the first with the given outputs."""
+    for _ in range(_FIXED_POINT_STEPS):
+        active = directions @ A.T > 0
+        directions = normalise(np.where(active, outputs @ V.T, 0.0) @ A)
+        outputs = normalise(np.maximum(directions @ A.T, 0) @ V)
+    return directions
+
+
+def _concave_maximiser(active: Bool, weights: Float, start: Float, A: Float, steps: int = 40) -> tuple[Float, Float]:
+    """Maximise ``p'u - sum w_i (a_i'u)_+`` over the sphere by accelerated projected gradients on its dual.
+
+    Returns the unit vectors ``p - A's`` and the dual variables ``0 <= s <= w``, one row a problem.
+    """
+    linear = np.where(active & (weights > 0), weights, 0.0) @ A
+    upper = np.maximum(-weights, 0)
+    point = previous = np.minimum(start, upper)
+    for k in range(steps):
+        following = np.clip(point + (linear - point @ A) @ A.T, 0, upper)
+        point = following + (k / (k + 3)) * (following - previous)
+        previous = following
+    return normalise(linear - previous @ A), previous
+
+
+def _onto_kinks(directions: Float, weights: Float, subgradients: Float, A: Float) -> Float:
+    """Maximise on the face ``a_i'u = 0`` of the rows whose subgradient lies strictly inside its interval.
+
+    With the rows at rest on their kinks known, the maximiser is the projection of the gradient of all others.
+    """
+    upper = np.maximum(-weights, 0)
+    inside = (subgradients > 1e-6 * upper) & (subgradients < (1 - 1e-6) * upper)
+    inside &= np.abs(directions @ A.T) < 1e-3 * np.linalg.norm(A, axis=1)
+    gradients = np.where((directions @ A.T > 0) & ~inside, weights, 0.0) @ A
+    for k in np.flatnonzero(inside.any(axis=1)):
+        gradients[k] -= _along(A[inside[k]], gradients[k])
+    return normalise(gradients)
+
+
+def _along(face: Float, vector: Float) -> Float:
+    """Component of ``vector`` in the span of the rows of ``face``."""
+    _, values, right = np.linalg.svd(face, full_matrices=False)
+    basis = right[values > 1e-10 * values[0]]
+    component: Float = basis.T @ (basis @ vector)
+    return component

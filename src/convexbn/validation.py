@@ -1,0 +1,114 @@
+"""What may enter an estimator: dense finite numbers, refused in one sentence that names the place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from sklearn.utils.validation import _check_sample_weight, validate_data
+
+from convexbn._typing import Float, FloatMatrix
+
+
+def checked_data(
+    estimator: Any, X: Any, y: Any, sample_weight: Any, *, numeric_targets: bool, reset: bool
+) -> tuple[FloatMatrix, Any, Float, float]:
+    """Rows in float64, targets, weights, and the machine epsilon of the rows as they came.
+
+    Raises
+    ------
+    ValueError
+        Values that are not finite (with the first row and column), masked, of the wrong shape, too few rows, or
+        weights that leave nothing.
+    TypeError
+        Sparse matrices, ``np.matrix``, complex or other things that are not numbers.
+    """
+    for name, array in (("X", X), ("y", y), ("sample_weight", sample_weight)):
+        _refuse_containers(name, array)
+    for name, array in (("y", y), ("sample_weight", sample_weight)):
+        check_finite(name, array)
+    X, y = _validated(
+        estimator, X, y, reset=reset, ensure_min_samples=2,
+        multi_output=numeric_targets, y_numeric=numeric_targets,
+    )  # fmt: skip
+    input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else float(np.finfo(float).eps)
+    X = np.asarray(X, dtype=np.float64)
+    weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    if not np.any(weights > 0):
+        raise ValueError("All sample weights are zero: give at least two rows a positive weight.")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(weights.sum()):
+            raise ValueError("The sum of sample_weight overflows: divide the weights by a common factor.")
+    return X, y, weights, input_eps
+
+
+def checked_rows(estimator: Any, X: Any) -> Float:
+    """Rows to predict, in float64."""
+    _refuse_containers("X", X)
+    rows: Float = np.asarray(_validated(estimator, X, reset=False), dtype=np.float64)
+    return rows
+
+
+def check_finite(name: str, array: Any) -> None:
+    """Refuse NaN and infinity in numeric data, with the place of the first."""
+    if array is None:
+        return
+    try:
+        values = np.asarray(array)
+    except (ValueError, TypeError, RuntimeError):
+        return  # scikit-learn says what is wrong with it
+    if values.dtype.kind not in "fc" or values.ndim == 0:
+        return
+    with np.errstate(all="ignore"):
+        if np.isfinite(values.sum()):  # one pass decides, unless finite values overflow the sum
+            return
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        where = f"row {wrong[0][0]}" + "".join(f", column {column}" for column in wrong[0][1:])
+        is_nan = np.isnan(values[tuple(wrong[0])])
+        cause = "NaN" if is_nan else "infinity or a value too large for dtype('float64')"
+        raise ValueError(f"Input {name} contains {cause}; first at {where}.")
+
+
+def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
+    """scikit-learn's validation, for numbers only, with columns that are no numbers named."""
+    _refuse_columns(X)
+    try:
+        result = validate_data(estimator, X, *y, ensure_all_finite=False, **options)
+    except RuntimeError as error:  # tensors that require gradients
+        raise TypeError(f"X cannot be read as an array: {error}") from error
+    rows = result[0] if y else result
+    if rows.dtype.kind not in "fiub":
+        raise TypeError(f"X must hold numbers; its type is {rows.dtype}.")
+    check_finite("X", rows)
+    return result
+
+
+def _refuse_containers(name: str, array: Any) -> None:
+    if scipy.sparse.issparse(array):
+        raise TypeError(
+            f"Sparse data was passed for {name}, but dense data is required: batch norm centres the columns. "
+            f"Use '.toarray()' to densify; that takes {8 * np.prod(array.shape):.3g} bytes."
+        )
+    if np.ma.isMaskedArray(array) and np.ma.getmaskarray(array).any():
+        raise ValueError(f"{name} has masked values: fill them or leave their rows out.")
+
+
+def _refuse_columns(X: Any) -> None:
+    """Name the first column of a data frame that is no number."""
+    if not (hasattr(X, "columns") and hasattr(X, "dtypes") and hasattr(X, "iloc")):
+        return
+    for column, dtype in X.dtypes.items():
+        kind = getattr(dtype, "kind", "O")
+        if kind not in "fiubcO" or str(dtype) in ("category", "string", "str"):
+            raise ValueError(f"column {column!r} of X has type {dtype}, which is no number: encode or drop it.")
+        if kind == "O":
+            _require_numbers(column, X[column])
+
+
+def _require_numbers(column: Any, values: Any) -> None:
+    try:
+        np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column {column!r} of X holds values that are no numbers: {error}.") from error
