@@ -8,13 +8,14 @@ import warnings
 
 import numpy as np
 import pytest
-from planted import planted
 
-from convexbn.certificate import Status, certify_blocks, certify_gated
+from convexbn.certificate import certify_blocks, certify_gated
 from convexbn.losses import SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
+from convexbn.verdict import Status
+from planted import planted
 
 TOLERANCE = 1e-6
 

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from planted import planted
 
-from convexbn.certificate import Status, certify_blocks
+from convexbn.certificate import certify_blocks
 from convexbn.network import BatchNormNetwork
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget
+from convexbn.verdict import Status
+from planted import planted
 
 SOLVERS = {"group_newton": GroupNewton, "proximal": Proximal, "conic": Conic}
 SQUARED_ONLY = {"group_newton", "conic"}

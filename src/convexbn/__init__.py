@@ -13,7 +13,7 @@ _HOMES = {
     "ConvexBNClassifier": "convexbn.estimators",
     "ConvexBNRegressor": "convexbn.estimators",
     "FormatError": "convexbn.container",
-    "Status": "convexbn.certificate",
+    "Status": "convexbn.verdict",
     "UnsupportedProgramError": "convexbn.solvers.closed_form",
     "load": "convexbn.storage",
     "max_weight_decay": "convexbn.estimators",
@@ -33,12 +33,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from convexbn.certificate import Certificate, Status
+    from convexbn.certificate import Certificate
     from convexbn.container import FormatError
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
     from convexbn.network import BatchNormNetwork
     from convexbn.solvers.closed_form import UnsupportedProgramError
     from convexbn.storage import load
+    from convexbn.verdict import Status
 
 
 def __getattr__(name: str) -> Any:

@@ -6,46 +6,21 @@ penalty, a dual point and its bound. It knows no solver; what a solver says of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 
-from convexbn import bounds
 from convexbn._typing import Float, FloatMatrix, Index
+from convexbn.evidence import AllPatterns, Evidence
 from convexbn.losses import Loss
 from convexbn.patterns import gate_patterns
 from convexbn.program import GatedProgram, block_norms
+from convexbn.verdict import Status, sentence_of, status_of, told_apart
 from convexbn.whitening import batch_normalize
 
 _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
-
-
-class Status(StrEnum):
-    """What is proved."""
-
-    CERTIFIED = "CERTIFIED"
-    RESTRICTED = "RESTRICTED"
-    GAP_OPEN = "GAP_OPEN"
-    INTERRUPTED = "INTERRUPTED"
-    NUMERICAL = "NUMERICAL"
-    TRIVIAL = "TRIVIAL"
-
-
-#: Why a solver stopped, and what a user can do about it.
-STOPPED_BY = {
-    "tolerance": "",
-    "formula": "",
-    "max_iter": "the iteration limit was reached; raise max_iter",
-    "time_limit": "the time limit was reached; raise time_limit",
-    "callback": "the callback asked to stop",
-    "stalled": "no further progress was possible in this precision; raise tol or weight_decay",
-    "outside": "the weights use directions that the rank cut left out, or rounding in nearly collinear columns "
-    "moved them there; certify with rank=None, or lower rank",
-    "numerical": "a value that is not finite appeared; rescale y or raise weight_decay",
-}
 
 
 @dataclass(frozen=True)
@@ -66,9 +41,14 @@ class Certificate:
     sentence : str
         Status, cause and remedy in words.
     stopped_by : str
-        A key of ``STOPPED_BY``.
+        A key of ``verdict.STOPPED_BY``.
     weight_decay_objective : float
         Loss plus ``weight_decay / 2`` times the squared norm of the weights of the plain network of neurons.
+    bound : str
+        What bounds the dual point: ``"gates"`` (exact), ``"orthant"``, ``"branch and bound"``, ``"relaxation"``,
+        ``"chosen dual point"`` or ``"lifted relaxation"``.
+    estimated_gap : float or None
+        Relative gap if a local search had found the worst pattern: an estimate, not a bound. None for gates.
     """
 
     objective: float
@@ -79,6 +59,8 @@ class Certificate:
     sentence: str
     stopped_by: str
     weight_decay_objective: float
+    bound: str
+    estimated_gap: float | None
 
     @property
     def gap(self) -> float:
@@ -136,7 +118,7 @@ def certify_gated(
     normalized = batch_normalize(X, weight, weights)
     opened = gate_patterns(X, mean, gates, gate_offsets)
     _check_gates(opened, program.patterns[:, gate_index])
-    coordinates = program.rows[:, :-1].T @ (weights[:, None] * normalized)  # q_j / ||q_j||
+    coordinates, outside = _whitened(program.rows, weights, normalized)
     first_layer = np.vstack([gamma * coordinates, shift])  # columns s_j
     outputs = (opened * (gamma * normalized + shift / np.sqrt(weights.sum()))) @ output
     used, place = np.unique(gate_index, return_inverse=True)
@@ -148,10 +130,10 @@ def certify_gated(
         program.weight_decay,
         penalty=float(block_norms(blocks).sum()),
         plain_penalty=_plain_penalty(gamma, shift, output),
-        dual_norm_bound=program.dual_norm_bound,
+        evidence=lambda dual: [Evidence(dual, *program.dual_norm_bound(dual), "gates")],
         scope="these gates",
         tolerance=tolerance,
-        stopped_by="outside" if _leaves_span(coordinates, normalized) else stopped_by,
+        stopped_by="outside" if outside else stopped_by,
     )
 
 
@@ -166,7 +148,7 @@ def certify_blocks(
         program.weight_decay,
         penalty=float(block_norms(blocks).sum()),
         plain_penalty=float(np.linalg.svd(blocks, compute_uv=False).sum()) if finite else np.nan,
-        dual_norm_bound=program.dual_norm_bound,
+        evidence=lambda dual: [Evidence(dual, *program.dual_norm_bound(dual), "gates")],
         scope="these gates",
         tolerance=tolerance,
         stopped_by=stopped_by,
@@ -174,6 +156,7 @@ def certify_blocks(
 
 
 def certify_relu(
+    rows: Float,
     loss: Loss,
     X: FloatMatrix,
     weight_decay: float,
@@ -184,13 +167,16 @@ def certify_relu(
     output: Float,
     tolerance: float,
     stopped_by: str,
+    seconds: float = 0.0,
 ) -> Certificate:
-    """Certify a ReLU network over all widths and patterns by the orthant bound (tight at rank n - 1).
+    """Certify a ReLU network over all widths and patterns, by the cheapest bound that closes the gap.
 
     Parameters
     ----------
+    rows : ndarray (n, q)
+        Whitened rows ``A`` of the (distinct) rows ``X``.
     loss : Loss
-        Loss bound to targets and weights; rows of ``X`` should be distinct, or the bound is loose.
+        Loss bound to targets and weights.
     X : ndarray (n, d)
         The raw rows that the statistics are taken from.
     weight_decay : float
@@ -200,20 +186,26 @@ def certify_relu(
         Relative gap that counts as optimal.
     stopped_by : str
         Why the solver stopped.
+    seconds : float
+        For the bounds beyond the orthant; 0 tries the orthant alone (tight at rank n - 1).
     """
     normalized = batch_normalize(X, weight, loss.weights)
     hidden = np.maximum(gamma * normalized + shift / np.sqrt(loss.weights.sum()), 0)
     root = np.sqrt(loss.weights)[:, None]
+    coordinates, outside = _whitened(rows, loss.weights, normalized)
+    directions = np.vstack([gamma * coordinates, shift]).T
+    prover = AllPatterns(loss, root * rows, weight_decay, directions, seconds)
     return judge(
         loss,
         hidden @ output,
         weight_decay,
         penalty=float(np.hypot(gamma, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
-        dual_norm_bound=lambda dual: bounds.orthant(dual / root),
+        evidence=prover.evidence,
+        estimate=prover.estimate if seconds > 0 else None,
         scope="all patterns",
         tolerance=tolerance,
-        stopped_by=stopped_by,
+        stopped_by="outside" if outside else stopped_by,
     )
 
 
@@ -224,37 +216,52 @@ def judge(
     *,
     penalty: float,
     plain_penalty: float,
-    dual_norm_bound: Callable[[Float], tuple[float, float]],
+    evidence: Callable[[Float], Iterable[Evidence]],
     scope: str,
     tolerance: float,
     stopped_by: str,
+    estimate: Callable[[Float], float] | None = None,
 ) -> Certificate:
-    """Certificate of outputs ``F`` with a given penalty: dual point, lower bound, gap, status and sentence."""
+    """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
+
+    ``evidence`` gives bounded dual points from the dual ``-grad L(F)``, cheap ones first; no more are asked for
+    than it takes to close the gap. ``estimate`` gives a lower estimate of the dual norm, for the estimated gap.
+    """
     value = loss.value(outputs)
     objective = value + weight_decay * penalty
     dual = loss.negative_gradient(outputs)
-    if not (np.isfinite(objective) and np.isfinite(dual).all()):
-        lower, floor, optimal_at_zero = -np.inf, 0.0, False
-    else:
-        bound, rounding = dual_norm_bound(dual)
-        lower = lower_bound(loss, dual, bound, weight_decay)
-        floor = rounding / max(bound, weight_decay) + 64 * _EPS
-        optimal_at_zero = penalty == 0 and bound - rounding <= weight_decay * (1 + 64 * _EPS)
+    lower, bound, floor, trivial = -np.inf, "none", 0.0, False
+    estimated: float | None = None
+    if np.isfinite(objective) and np.isfinite(dual).all():
+        for point in evidence(dual):
+            found = lower_bound(loss, point.dual, point.bound, weight_decay)
+            if found > lower:
+                lower, bound = found, point.name
+                floor = point.rounding / max(point.bound, weight_decay) + 64 * _EPS
+            at_zero = penalty == 0 and np.array_equal(point.dual, dual)
+            trivial |= at_zero and point.bound - point.rounding <= weight_decay * (1 + 64 * _EPS)
+            if objective - lower <= tolerance * objective:
+                break
+        if estimate is not None:
+            guess = lower_bound(loss, dual, max(estimate(dual), weight_decay), weight_decay)
+            estimated = max(objective - max(guess, lower), 0.0) / objective if objective != 0 else 0.0
     gap = objective - lower
     if 0 > gap > -1e-9 * abs(objective):  # the objective's own rounding
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
-    status = _status(relative, tolerance, trivial=optimal_at_zero, stopped_by=stopped_by)
-    sentence = _sentence(status, objective, relative, tolerance, floor, scope, stopped_by)
+    status = status_of(relative, tolerance, trivial=trivial, stopped_by=stopped_by, estimated=estimated)
+    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by)
     return Certificate(
         objective=objective,
         lower_bound=lower,
         tolerance=tolerance,
         scope=scope,
         status=status,
-        sentence=sentence,
+        sentence=sentence + told_apart(status, relative, estimated, bound),
         stopped_by=stopped_by,
         weight_decay_objective=value + weight_decay * plain_penalty,
+        bound=bound,
+        estimated_gap=estimated,
     )
 
 
@@ -284,57 +291,13 @@ def _check_gates(opened: np.ndarray, named: np.ndarray) -> None:
         )
 
 
-def _leaves_span(coordinates: Float, normalized: Float) -> bool:
-    """Whether a normalised response has a part outside the whitened directions."""
+def _whitened(rows: Float, weights: Float, normalized: Float) -> tuple[Float, bool]:
+    """Unit coordinates ``q_j / ||q_j||`` of normalised responses, and whether one leaves the whitened directions."""
+    coordinates = rows[:, :-1].T @ (weights[:, None] * normalized)
     norms = np.linalg.norm(coordinates, axis=0)
-    return bool(np.any(normalized.any(axis=0) & (norms < 1 - 1e-6)))
+    outside = bool(np.any(normalized.any(axis=0) & (norms < 1 - 1e-6)))
+    return coordinates / np.where(norms > 0, norms, 1.0), outside
 
 
 def _plain_penalty(gamma: Float, shift: Float, output: Float) -> float:
     return float(0.5 * (gamma @ gamma + shift @ shift + np.sum(output**2)))
-
-
-def _status(relative: float, tolerance: float, *, trivial: bool, stopped_by: str) -> Status:
-    if not (np.isfinite(relative) and relative >= 0):
-        return Status.NUMERICAL
-    if stopped_by == "outside":
-        return Status.NUMERICAL
-    if relative <= tolerance:
-        return Status.TRIVIAL if trivial else Status.CERTIFIED
-    if stopped_by == "numerical":
-        return Status.NUMERICAL
-    return Status.INTERRUPTED if stopped_by == "callback" else Status.GAP_OPEN
-
-
-def _sentence(
-    status: Status,
-    objective: float,
-    relative: float,
-    tolerance: float,
-    floor: float,
-    scope: str,
-    stopped_by: str,
-) -> str:
-    among = {
-        "these gates": "all networks with these gates (penalty: one Frobenius norm per gate)",
-        "all patterns": "all batch-normalised ReLU networks of any width",
-    }[scope]
-    reason = STOPPED_BY[stopped_by]
-    if status is Status.TRIVIAL:
-        return (
-            f"The zero network is optimal among {among}: weight_decay is at or above its largest useful "
-            "value; lower it to obtain a network."
-        )
-    if status is Status.CERTIFIED:
-        return f"Objective {objective:.9g} is proved to be within {relative:.2g} (relative) of the best among {among}."
-    if status is Status.NUMERICAL:
-        return (
-            f"No valid bound: objective {objective:.9g}; "
-            f"{reason or 'rounding spoiled the dual point; rescale y or raise weight_decay'}."
-        )
-    if tolerance < floor:
-        reason = f"{reason}; tol={tolerance:.1g} is below what float64 can prove here ({floor:.1g})".lstrip("; ")
-    return (
-        f"Not yet optimal within tol={tolerance:.1g}: objective {objective:.9g} is at most {relative:.2g} "
-        f"(relative) above the best among {among}; {reason or 'the network is not the optimum of its program'}."
-    )

@@ -8,26 +8,29 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from convexbn import __version__
 
 INTERRUPTED, TERMINATED = 130, 143
 
 
-class _Terminated(Exception):
+class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()  # closed by `>&-`
     options = _parser().parse_args(arguments)
-    former = signal.signal(signal.SIGTERM, _terminate)
+    in_main = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
         code: int = options.command(options)
         sys.stdout.flush()
@@ -42,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         return _say(f"error: {error}", 1)
     finally:
-        signal.signal(signal.SIGTERM, former)
+        if in_main:
+            signal.signal(signal.SIGTERM, former)
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -210,15 +214,19 @@ def _result(model: Any, split: Any, seconds: float) -> dict[str, Any]:
 
 
 def _summary(result: dict[str, Any], sentence: str, out: str) -> str:
-    test = "none held out" if result["test_score"] is None else f"{result['test_score']:.4f}"
+    test = "none held out" if result["test_score"] is None else _shown(result["test_score"], ".4f")
     return (
         f"{result['status']} ({result['scope']}): {sentence}\n"
-        f"objective {result['objective']:.9g}   lower bound {result['lower_bound'] or -math.inf:.9g}   "
-        f"relative gap {result['relative_gap'] or 0.0:.2g}\n"
-        f"train score {result['train_score']:.4f}   test score {test}   {result['n_iter']} iterations in "
+        f"objective {_shown(result['objective'], '.9g')}   lower bound {_shown(result['lower_bound'], '.9g')}   "
+        f"relative gap {_shown(result['relative_gap'], '.2g')}\n"
+        f"train score {_shown(result['train_score'], '.4f')}   test score {test}   {result['n_iter']} iterations in "
         f"{result['seconds']:.2f} s   {result['n_neurons']} neurons   rank {result['rank']}\n"
         f"saved to {out}"
     )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
 
 
 def _number(value: float) -> float | None:
@@ -264,6 +272,10 @@ def _quiet() -> Iterator[None]:
 
 def _terminate(signum: int, frame: object) -> None:
     raise _Terminated
+
+
+def _nowhere() -> TextIO:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def _say(message: str, code: int) -> int:

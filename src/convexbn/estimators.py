@@ -25,13 +25,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from convexbn import training
 from convexbn._typing import Float, FloatMatrix
-from convexbn.certificate import Certificate, Status
+from convexbn.certificate import Certificate
 from convexbn.environment import solving
 from convexbn.losses import softmax
 from convexbn.rows import canonical_rows, fingerprint
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
 from convexbn.validation import checked_data, checked_rows
+from convexbn.verdict import Status
 
 
 class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -143,6 +144,8 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         if isinstance(weight_decay, str):
             largest = data.max_weight_decay(self.activation, gates, offsets)
             weight_decay = training.AUTO_FRACTION * largest if largest > 0 else 1.0
+        if not np.isfinite(weight_decay):
+            raise ValueError("the squares of y overflow: divide y by a power of ten, and weight_decay with it.")
         if gates is not None and offsets is not None:
             fit = training.fit_gated(
                 data, gates, offsets, float(weight_decay),
@@ -281,9 +284,8 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         """
         with self._all_or_nothing():
             X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-            seen = np.unique(y[weights > 0])
-            if len(seen) < 2:
-                raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {seen[0]!r}.")
+            if not weights.all():  # as if the rows of weight zero were not there
+                X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
             Y, classes = self._encode_new(y)
             with solving(len(X)):
                 fitted = self._fit(X, Y, weights, input_eps)
@@ -324,6 +326,8 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         """Targets and classes of labels to be learned."""
         check_classification_targets(y)
         classes = np.unique(y)
+        if len(classes) < 2:
+            raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {classes[0]!r}.")
         if self.loss == "logistic" and len(classes) > 2:
             raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
         return encode_classes(y, classes), classes

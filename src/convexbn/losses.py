@@ -103,10 +103,10 @@ class LogisticLoss(Loss):
         return self.weights[:, None] * (p * _sigmoid(-outputs) - (1 - p) * _sigmoid(outputs))
 
     def dual_value(self, dual: Float) -> float:
-        p = 0.5 * (1 + self.targets) - dual / self.weights[:, None]
-        if p.min() < -_ROUNDING or p.max() > 1 + _ROUNDING:
+        p, q = 0.5 * (1 + self.targets), dual / self.weights[:, None]
+        if (p - q).min() < -_ROUNDING or (p - q).max() > 1 + _ROUNDING:
             return -np.inf
-        terms = _entropy_downwards(p) + _entropy_downwards(1 - p)
+        terms = _entropy_downwards(p, q) + _entropy_downwards(1 - p, -q)
         return _sum_downwards(self.weights[:, None] * terms) + self.constant
 
 
@@ -130,13 +130,15 @@ class CrossEntropyLoss(Loss):
         rest = exponentials.sum(axis=1, keepdims=True, where=~peak)
         others = np.where(peak, rest, total - exponentials)
         dual: Float = self.targets * others - (1 - self.targets) * exponentials
-        return self.weights[:, None] * dual / total
+        dual *= self.weights[:, None] / total
+        return dual
 
     def dual_value(self, dual: Float) -> float:
-        p = self.targets - dual / self.weights[:, None]
+        q = dual / self.weights[:, None]
+        p = self.targets - q
         if p.min() < -_ROUNDING or np.abs(p.sum(axis=1) - 1).max() > _ROUNDING * p.shape[1]:
             return -np.inf
-        return _sum_downwards(self.weights[:, None] * _entropy_downwards(p)) + self.constant
+        return _sum_downwards(self.weights[:, None] * _entropy_downwards(self.targets, q)) + self.constant
 
 
 #: The losses by their public names.
@@ -160,11 +162,17 @@ def _sum_downwards(terms: Float) -> float:
     return float(terms.sum() - slack * np.abs(terms).sum())
 
 
-def _entropy_downwards(p: Float) -> Float:
-    """``-p log p``, 0 at 0, less what an error of rounding in ``p`` (a difference of numbers up to 1) may add."""
-    safe = np.where(p > 0, p, 1.0)
-    logarithm = np.log(safe)
-    terms: Float = -safe * logarithm - 2 * _EPS * (2 - np.maximum(logarithm, np.log(_EPS)))
+def _entropy_downwards(y: Float, q: Float) -> Float:
+    """``-p log p`` at ``p = y - q``, 0 at 0, less what rounding in ``p`` may add.
+
+    Hard labels keep full relative accuracy: ``p`` is ``-q`` or its logarithm is ``log1p(-q)``; what remains is the
+    rounding of ``q`` itself. Soft labels lose an absolute epsilon in the difference.
+    """
+    p = y - q
+    live = p > 0
+    logarithm = np.where(y == 1, np.log1p(-np.where(live, q, 0.0)), np.log(np.where(live, p, 1.0)))
+    doubt = np.where(y == 0, 0.0, np.where(y == 1, np.abs(q), 1.0)) * _EPS
+    terms: Float = np.where(live, -p * logarithm, 0.0) - doubt * (2 - np.maximum(logarithm, np.log(_EPS)))
     return terms
 
 

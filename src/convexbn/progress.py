@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ def reporter(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
         with Status("whitening", console=Console(file=stream)) as status:
             yield lambda progress: status.update(_line(progress))
     else:
-        yield _Lines(stream)
+        yield _Lines(stream).report
 
 
 class _Lines:
@@ -33,10 +34,15 @@ class _Lines:
         self.stream = stream
         self.due = 0.0
 
-    def __call__(self, progress: Progress) -> None:
-        if time.monotonic() >= self.due:
-            self.due = time.monotonic() + _INTERVAL
+    def report(self, progress: Progress) -> None:
+        """Print a line when one is due; a reader that went away ends the lines, not the work."""
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + _INTERVAL
+        try:
             print(_line(progress), file=self.stream, flush=True)
+        except OSError:
+            self.due = math.inf
 
 
 def _line(progress: Progress) -> str:

@@ -165,7 +165,7 @@ def fit_relu(data: TrainingSet, weight_decay: float, *, tol: float) -> Fit:
     first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
     network = BatchNormNetwork.from_neurons(data.whitening, first, output)
     proof = certificate.certify_relu(
-        data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
+        data.whitening.rows, data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
     )
     return Fit(network, proof, [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)], 1)
 
@@ -182,8 +182,9 @@ def certify(
     """Judge a network on rows: every answer is recomputed, batch-norm statistics included."""
     if gates is None or gate_offsets is None:
         return certificate.certify_relu(
-            data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
-        )
+            data.whitening.rows, data.loss, data.X, weight_decay,
+            **network.neurons(), tolerance=tol, stopped_by="formula",
+        )  # fmt: skip
     program = data.gated_program(gates, gate_offsets, weight_decay)
     return certificate.certify_gated(
         program, data.X, data.whitening.mean, **network.neurons(), tolerance=tol, stopped_by="tolerance"

@@ -151,7 +151,8 @@ def whiten(
     if rank is not None:
         # the same triangle in the user's units, up to one power of two: its top singular directions, as a
         # rotation of the standardised ones, so that mixed units cost no digits
-        left, values, right = scipy.linalg.svd(np.ldexp(R, exponents[kept] - exponents[kept].max()))
+        scaled = np.ldexp(R, exponents[kept] - exponents[kept].max())
+        left, values, right = scipy.linalg.svd(scaled, full_matrices=False)
         values = np.ldexp(values, exponents[kept].max())
         k = min(r, _kept_directions(values / values[0], rank))
         rotation = _orthonormal(basis.T @ left[:, :k])
@@ -201,15 +202,44 @@ def _constant_and_triangle(root: Float, Z: Float) -> tuple[Float, Float]:
     """
     stacked = np.hstack([root, Z])
     n, width = stacked.shape
-    if n <= 2 * max(BLOCK_ROWS, width):
-        Q, R = scipy.linalg.qr(stacked, mode="economic", check_finite=False, overwrite_a=True)
+    size = max(BLOCK_ROWS, width)
+    if n <= 2 * size:
+        Q, R = _qr(stacked)
         return Q, R[1:, 1:]
-    starts = range(0, n, max(BLOCK_ROWS, width))
-    blocks = [scipy.linalg.qr(stacked[a : a + starts.step], mode="economic") for a in starts]
-    top, R = scipy.linalg.qr(np.vstack([R for _, R in blocks]), mode="economic")
+    fast = _cholesky_qr(stacked)
+    if fast is not None:
+        return fast[0], fast[1][1:, 1:]
+    blocks = [_qr(stacked[start : start + size]) for start in range(0, n, size)]
+    top, R = _qr(np.vstack([R for _, R in blocks]))
     cuts = np.cumsum([len(R) for _, R in blocks])[:-1]
     Q = np.vstack([q @ t for (q, _), t in zip(blocks, np.split(top, cuts), strict=True)])
     return Q, R[1:, 1:]
+
+
+def _cholesky_qr(matrix: Float) -> tuple[Float, Float] | None:
+    """QR by Cholesky of the Gram matrix, twice: matrix products only, ten times faster than Householder's.
+
+    The Gram matrix alone would lose half the digits; the second pass restores orthogonality to rounding while
+    the condition of the columns, scaled to unit length, is below about 1e6 (Yamamoto et al. 2015). None beyond.
+    """
+    lengths = np.sqrt(np.einsum("ij,ij->j", matrix, matrix))
+    Q, R = matrix / lengths, np.diag(lengths)
+    for _ in range(2):
+        try:
+            factor = scipy.linalg.cholesky(Q.T @ Q, check_finite=False)
+        except scipy.linalg.LinAlgError:
+            return None
+        if np.diag(factor).min() < 1e-5:
+            return None
+        inverse = scipy.linalg.solve_triangular(factor, np.eye(len(factor)), check_finite=False)
+        Q, R = Q @ inverse, factor @ R
+    return Q, R
+
+
+def _qr(matrix: Float) -> tuple[Float, Float]:
+    """Economic Householder QR, in LAPACK's own order of storage."""
+    Q, R = scipy.linalg.qr(np.array(matrix, order="F"), mode="economic", overwrite_a=True, check_finite=False)
+    return Q, R
 
 
 def _numerical_rank(values: Float, cut: float) -> int:

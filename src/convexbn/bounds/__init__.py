@@ -1,10 +1,40 @@
 """Upper bounds of ``max over ||u|| <= 1 of ||V'(A u)_+||``: what a certificate over all patterns rests on.
 
-Every bound is a number that is never below the true maximum, rounding included; ``local_search`` gives a lower
-estimate. ``A`` (n, q) has orthonormal columns (weighted data: rows times ``sqrt(w)``, ``V / sqrt(w)``).
+``A`` (n, q) has orthonormal columns (weighted data: rows times ``sqrt(w)``, ``V / sqrt(w)``). Every bound is a
+number that is never below the maximum, rounding included; ``local_search`` gives a lower estimate.
+
+===================== ============== ==================================================================
+``orthant``           K outputs      ignores A; exact at rank n - 1
+``relaxation``        one output     ``O(n q^2 + q^3)`` a step
+``lifted``            K outputs      tighter; ``O((n + q)^3)`` a step
+``branch_and_bound``  K outputs      to any tolerance, ``q <= 8``; also returns a violator
+``dual_point``        one output     a dual point chosen for ``relaxation``, squared loss
+``lifted_dual_point`` one output     a dual point chosen for ``lifted``, squared loss
+===================== ============== ==================================================================
 """
 
+from convexbn.bounds.branch_and_bound import MAX_RANK, Enclosure, branch_and_bound
+from convexbn.bounds.dual_point import DualPoint, dual_point
+from convexbn.bounds.lifted import lifted
+from convexbn.bounds.lifted_dual import lifted_dual_point
 from convexbn.bounds.local_search import local_maxima, local_search
 from convexbn.bounds.orthant import group_directions, orthant
+from convexbn.bounds.relaxation import Relaxed, relaxation
+from convexbn.bounds.result import Bound
 
-__all__ = ["group_directions", "local_maxima", "local_search", "orthant"]
+__all__ = [
+    "MAX_RANK",
+    "Bound",
+    "DualPoint",
+    "Enclosure",
+    "Relaxed",
+    "branch_and_bound",
+    "dual_point",
+    "group_directions",
+    "lifted",
+    "lifted_dual_point",
+    "local_maxima",
+    "local_search",
+    "orthant",
+    "relaxation",
+]

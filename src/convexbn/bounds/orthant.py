@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 
 from convexbn._typing import Float
+from convexbn.bounds.result import EPS, unit_scale
 
-_EPS = float(np.finfo(np.float64).eps)
+#: Different directions up to which the Perron bound is computed: its matrix is square in them.
+_PERRON_ROWS = 2000
 
 
 def orthant(dual: Float) -> tuple[float, float]:
@@ -30,29 +31,29 @@ def orthant(dual: Float) -> tuple[float, float]:
     Exact as a bound of the program when ``rank(C X) = n - 1``, where ``A`` is orthogonal; valid for every
     ``A`` (mathematics, sections 2c and 7).
     """
-    rows, slack = _merge_directions(dual) if dual.shape[1] > 1 else (dual, 0.0)
-    if dual.shape[1] == 1:
-        bound = max(np.linalg.norm(np.maximum(dual, 0)), np.linalg.norm(np.minimum(dual, 0)))
+    scale = unit_scale(dual)
+    V = dual / scale
+    if V.shape[1] == 1:
+        bound, slack = max(np.linalg.norm(np.maximum(V, 0)), np.linalg.norm(np.minimum(V, 0))), 0.0
     else:
-        scale = float(np.abs(rows).max(initial=0.0)) or 1.0
-        gram = (rows / scale) @ (rows / scale).T
-        perron = np.sqrt(_largest_eigenvalue(np.maximum(gram, 0)))
-        bound = scale * min(perron, np.sqrt(_largest_eigenvalue(gram)))
-    rounding = float(bound * 8 * _EPS * (8 + np.log2(len(dual)))) + slack
-    return float(bound) + rounding, rounding
+        rows, slack = _merge_directions(V)
+        square = _largest_eigenvalue(rows.T @ rows)
+        if len(rows) <= _PERRON_ROWS:
+            square = min(square, _largest_eigenvalue(np.maximum(rows @ rows.T, 0)))
+        bound = np.sqrt(square)
+        slack += 4 * np.sqrt(len(rows)) * EPS * float(bound)  # LAPACK's backward error in the eigenvalue
+    rounding = float(bound) * EPS * (32 + len(V)) + slack  # sums of n squares
+    return (float(bound) + rounding) * scale, rounding * scale
 
 
 def _largest_eigenvalue(matrix: Float) -> float:
-    """Largest eigenvalue of a symmetric matrix, rounded upwards by LAPACK's backward error."""
-    size = len(matrix)
-    top = scipy.linalg.eigvalsh(matrix, subset_by_index=[size - 1, size - 1])[0]
-    return float(max(top, 0.0) + 4 * np.sqrt(size) * _EPS * np.linalg.norm(matrix))
+    return float(max(np.linalg.eigvalsh(matrix)[-1], 0.0))
 
 
 def group_directions(rows: Float) -> tuple[np.ndarray, Float]:
     """Group rows of equal direction: group of each row (-1 for zero rows), and unit directions (G, K).
 
-    Directions are equal when they agree to nine decimals.
+    Directions are equal when all their entries agree to nine decimals, or lie on a chain of such steps.
     """
     norms = np.linalg.norm(rows, axis=1)
     live = norms > 0
@@ -60,10 +61,18 @@ def group_directions(rows: Float) -> tuple[np.ndarray, Float]:
     if not live.any():
         return group, np.zeros((0, rows.shape[1]))
     directions = rows[live] / norms[live][:, None]
-    rounded = np.round(directions, 9) + 0.0  # -0.0 and 0.0 are one
-    _, first, inverse = np.unique(rounded, axis=0, return_index=True, return_inverse=True)
+    chains = np.column_stack([_chains(column) for column in directions.T])
+    _, first, inverse = np.unique(chains, axis=0, return_index=True, return_inverse=True)
     group[live] = inverse.ravel()
     return group, directions[first]
+
+
+def _chains(values: Float) -> np.ndarray:
+    """Number of the run that each value lies in: sorted values less than 1e-9 apart are one run."""
+    order = np.argsort(values)
+    chains = np.zeros(len(values), dtype=np.intp)
+    chains[order[1:]] = np.cumsum(np.diff(values[order]) > 1e-9)
+    return chains
 
 
 def _merge_directions(dual: Float) -> tuple[Float, float]:
@@ -78,4 +87,4 @@ def _merge_directions(dual: Float) -> tuple[Float, float]:
     norms, group = np.linalg.norm(dual[live], axis=1), group[live]
     left_out = dual[live] - norms[:, None] * directions[group]
     totals = np.sqrt(np.bincount(group, norms**2))
-    return totals[:, None] * directions, float(np.linalg.norm(left_out)) * (1 + 64 * _EPS)
+    return totals[:, None] * directions, float(np.linalg.norm(left_out)) * (1 + 64 * EPS)

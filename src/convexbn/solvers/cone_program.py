@@ -43,6 +43,7 @@ class ConeProgram:
     opened: np.ndarray
     output: Float
 
+    @np.errstate(all="ignore")
     def solve(self, start: Float, *, tol: float = 1e-9, max_iter: int = 60) -> Float:
         """Optimal ``w`` (m, q), from vectors inside their cones.
 
@@ -257,7 +258,8 @@ class _NesterovTodd:
 def _determinant(x: Float) -> Float:
     """``x_0^2 - ||x_1||^2``, as a product that keeps its digits near the boundary."""
     tail = np.linalg.norm(x[:, 1:], axis=1)
-    return np.maximum((x[:, 0] - tail) * (x[:, 0] + tail), 1e-300)
+    determinant: Float = np.maximum((x[:, 0] - tail) * (x[:, 0] + tail), 1e-300)
+    return determinant
 
 
 def _product(x: Float, y: Float) -> Float:

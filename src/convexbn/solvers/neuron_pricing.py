@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from convexbn import bounds
 from convexbn._typing import Float
 from convexbn.losses import Loss, SquaredLoss
 from convexbn.solvers.cone_program import ConeProgram
@@ -48,7 +49,6 @@ class ReluSolution:
 
     neurons: Neurons
     stopped_by: str
-    estimated_gap: float
     history: list[Progress] = field(default_factory=list)
 
 
@@ -74,32 +74,33 @@ class NeuronPricing:
     n_starts: int = 300
 
     def solve(
-        self,
-        rows: Float,
-        loss: Loss,
-        weight_decay: float,
-        random_state: np.random.RandomState,
-        budget: Budget | None = None,
+        self, rows: Float, loss: Loss, weight_decay: float, rng: np.random.Generator, budget: Budget | None = None
     ) -> ReluSolution:
-        """Train on orthonormal rows; the estimated gap rests on a local search and is not a certificate."""
+        """Train on whitened rows; the bounds in the history rest on a local search and prove nothing."""
         budget = budget or Budget()
-        neurons = local_phase(rows, loss, weight_decay, _random(rows, loss, self.width, random_state))
+        root = np.sqrt(loss.weights)[:, None]
+        neurons = merge(local_phase(rows, loss, weight_decay, _random(rows, loss, self.width, rng)))
         history: list[Progress] = []
+        best, record = neurons, np.inf
         while True:
             neurons = polish(rows, loss, weight_decay, neurons)
             outputs = network_outputs(rows, neurons)
             objective = loss.value(outputs) + weight_decay * float(neurons.masses.sum())
-            dual = loss.negative_gradient(outputs)
-            found, values = price(rows, dual, neurons, self.n_starts, random_state)
-            largest = max(float(values.max(initial=0.0)), weight_decay)
-            estimate = loss.dual_value(weight_decay / largest * dual)
-            history.append(Progress(len(history) + 1, objective, estimate, neurons.first.shape[1]))
-            reason = budget.stop_reason(history[-1], tol=self.tol, max_iter=self.max_iter)
-            if reason is not None:
-                return ReluSolution(neurons, reason, history[-1].relative_gap, history)
+            if objective < record:
+                best, record = neurons, objective
+            V = loss.negative_gradient(outputs) / root
+            values, found = bounds.local_maxima(V, root * rows, self.n_starts, rng, initial=neurons.first.T)
+            estimate = loss.dual_value(min(1.0, weight_decay / values[0]) * root * V)
+            history.append(Progress(len(history) + 1, record, estimate, neurons.first.shape[1]))
             better = values > weight_decay * (1 + 0.1 * self.tol)
-            new = _newcomers(rows, dual, found[:, better], neurons)
-            neurons = local_phase(rows, loss, weight_decay, neurons.joined(new))
+            reason = budget.stop_reason(history[-1], tol=self.tol, max_iter=self.max_iter)
+            if reason is None and not better.any():
+                reason = "stalled"
+            if reason is not None:
+                return ReluSolution(best, reason, history)
+            new = _newcomers(root * rows, V, found[better].T, neurons)
+            together = neurons.joined(new)
+            neurons = merge(local_phase(rows, loss, weight_decay, together)).joined(together)
 
 
 def network_outputs(rows: Float, neurons: Neurons) -> Float:
@@ -150,63 +151,47 @@ def merge(neurons: Neurons) -> Neurons:
 
 
 def polish(rows: Float, loss: Loss, weight_decay: float, neurons: Neurons) -> Neurons:
-    """Optimum of the restricted program on the patterns and output directions of the neurons."""
-    neurons = merge(neurons)
+    """Optimum of the restricted program on the patterns and output directions of the neurons.
+
+    Never worse than any part of the network that is given, since the patterns of that part are among them.
+    """
     if not isinstance(loss, SquaredLoss) or neurons.first.shape[1] == 0:
         return neurons
+    neurons, opened = _one_a_cone(rows, neurons)
     directions = neurons.output / np.linalg.norm(neurons.output, axis=1)[:, None]
-    opened = (rows @ neurons.first >= 0).T
     start = (neurons.first * np.linalg.norm(neurons.output, axis=1)).T
-    w = ConeProgram(rows, loss.targets, weight_decay, opened, directions).solve(start)
+    root = np.sqrt(loss.weights)[:, None]
+    w = ConeProgram(root * rows, root * loss.targets, weight_decay, opened, directions).solve(start)
     sizes = np.linalg.norm(w, axis=1)
     live = sizes > 1e-7 * sizes.max(initial=0.0)
     root = np.sqrt(sizes[live])[:, None]
     return Neurons((w[live] / root).T, directions[live] * root)
 
 
-def price(
-    rows: Float, dual: Float, neurons: Neurons, n_starts: int, random_state: np.random.RandomState
-) -> tuple[Float, Float]:
-    """Unit directions (q, s) of large ``||V'(A u)_+||`` and their values, best first, no two alike."""
-    q, K = rows.shape[1], dual.shape[1]
-    random = random_state.standard_normal((q, n_starts))
-    starts = np.hstack([neurons.first, random])
-    best, values = ascend(rows, dual, starts, 30)
-    order = np.argsort(-values)
-    best, values = best[:, order], values[order]
-    alike = np.triu(best.T @ best > 1 - 1e-6, 1).any(axis=0)
-    kept = np.flatnonzero(~alike)[:30]
-    return best[:, kept], values[kept]
+def _one_a_cone(rows: Float, neurons: Neurons) -> tuple[Neurons, np.ndarray]:
+    """The heaviest neuron of every pattern and output direction, and the patterns (m, n)."""
+    order = np.argsort(-neurons.masses, kind="stable")
+    opened = (rows @ neurons.first[:, order] >= 0).T
+    directions = neurons.output[order] / np.linalg.norm(neurons.output[order], axis=1)[:, None]
+    keys = np.hstack([opened, np.round(directions, 6) + 0.0])
+    first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
+    kept = order[first]
+    return Neurons(neurons.first[:, kept], neurons.output[kept]), opened[first]
 
 
-def ascend(rows: Float, dual: Float, starts: Float, steps: int) -> tuple[Float, Float]:
-    """Sign-pattern fixed point ``u <- A'(V c o 1[A u > 0])`` from many starts, the best point of each."""
-    u = starts / np.linalg.norm(starts, axis=0)
-    best, record = u, np.full(u.shape[1], -np.inf)
-    for _ in range(steps):
-        response = rows @ u
-        image = dual.T @ np.maximum(response, 0)  # (K, s)
-        value = np.linalg.norm(image, axis=0)
-        better = value > record
-        best, record = np.where(better, u, best), np.where(better, value, record)
-        c = image / np.maximum(value, 1e-300)
-        u = rows.T @ ((dual @ c) * (response > 0))
-        u = u / np.maximum(np.linalg.norm(u, axis=0), 1e-300)
-    return best, record
-
-
-def _newcomers(rows: Float, dual: Float, directions: Float, neurons: Neurons) -> Neurons:
+def _newcomers(rows: Float, V: Float, directions: Float, neurons: Neurons) -> Neurons:
     """New neurons of one per cent of the present weight, with their best outputs."""
-    image = dual.T @ np.maximum(rows @ directions, 0)
+    image = V.T @ np.maximum(rows @ directions, 0)
     output = (image / np.maximum(np.linalg.norm(image, axis=0), 1e-300)).T
     size = np.sqrt(0.01 * neurons.masses.sum() / max(directions.shape[1], 1))
     return Neurons(size * directions, size * output)
 
 
-def _random(rows: Float, loss: Loss, width: int, random_state: np.random.RandomState) -> Neurons:
+def _random(rows: Float, loss: Loss, width: int, rng: np.random.Generator) -> Neurons:
     """Random directions, balanced at the size of the targets."""
     q, K = rows.shape[1], loss.targets.shape[1]
-    size = np.sqrt(np.linalg.norm(loss.negative_gradient(np.zeros_like(loss.targets))) / width)
-    first, output = random_state.standard_normal((q, width)), random_state.standard_normal((width, K))
+    dual = loss.negative_gradient(np.zeros_like(loss.targets)) / np.sqrt(loss.weights)[:, None]
+    size = np.sqrt(np.linalg.norm(dual) / width)
+    first, output = rng.standard_normal((q, width)), rng.standard_normal((width, K))
     output /= np.linalg.norm(output, axis=1)[:, None]
     return Neurons(size * first / np.linalg.norm(first, axis=0), size * output)

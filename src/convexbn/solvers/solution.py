@@ -44,7 +44,7 @@ class Budget:
     started: float = field(default_factory=time.monotonic)
 
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
-        """Why to stop now (a key of ``certificate.STOPPED_BY``), or None to go on."""
+        """Why to stop now (a key of ``verdict.STOPPED_BY``), or None to go on."""
         asked = bool(self.callback(progress)) if self.callback is not None else False
         if not np.isfinite(progress.objective):
             return "numerical"
@@ -68,7 +68,7 @@ class Solution:
     blocks : ndarray (m, q, K)
         The blocks ``S_i``.
     stopped_by : str
-        A key of ``certificate.STOPPED_BY``.
+        A key of ``verdict.STOPPED_BY``.
     history : list of Progress
         One entry an iteration.
     n_factorizations : int

@@ -1,0 +1,108 @@
+"""Bound of ``max over ||u|| <= 1 of ||V'(A u)_+||`` by the doubly nonnegative relaxation (module ``lifting``).
+
+The multipliers come from alternating directions between the spectraplex and the entrywise constraints: with the
+scaled multiplier L and penalty rho,
+
+    W = spectraplex(B'(Z - L + C / rho) B),   Z = entrywise(B W B' + L),   L = L + B W B' - Z,
+
+and ``N = -rho L`` gives a valid bound at any iteration. W has low rank in practice, so that an iteration is
+a partial eigendecomposition of order n + q and products of order ``n^2 q``.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import scipy.linalg
+
+from convexbn._typing import Float
+from convexbn.bounds.lifting import Blocks, LiftedSet
+from convexbn.bounds.result import EPS, Bound, unit_scale
+
+#: A bound is evaluated every so many iterations.
+CHECK_EVERY = 25
+#: Penalty for an objective of unit norm and unit trace, and over-relaxation.
+PENALTY, RELAXATION = 10.0, 1.8
+
+
+def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None = None, target: float = 0.0) -> Bound:
+    """Bound ``max over ||u|| <= 1 of ||V'(A u)_+||`` by the doubly nonnegative relaxation.
+
+    Parameters
+    ----------
+    V : ndarray (n, K)
+    A : ndarray (n, q)
+        Orthonormal columns.
+    iterations : int
+        Alternating steps (for each sign when ``K = 1``).
+    deadline : float, optional
+        ``time.monotonic()`` at which to stop.
+    target : float
+        Stop as soon as the bound is at most this.
+
+    Returns
+    -------
+    Bound
+        With the number of eigendecompositions as ``work``. Memory: about ten matrices of order ``2 n``.
+    """
+    scale = unit_scale(V)
+    norm = float(np.linalg.norm(V / scale)) or 1.0
+    unit = scale * norm
+    if V.shape[1] == 1:
+        relaxed = LiftedSet(A, homogenised=True)
+        sides = [
+            _alternate(relaxed, relaxed.weights(sign * V[:, 0] / unit), iterations, deadline, target / unit)
+            for sign in (1.0, -1.0)
+        ]
+        best = max(sides, key=lambda side: side.value)
+        return Bound(best.value * unit, best.rounding * unit, sum(side.work for side in sides))
+    relaxed = LiftedSet(A, homogenised=False)
+    gram = Blocks.zeros(len(A))
+    gram.xx[:] = (V / unit) @ (V / unit).T
+    square = _alternate(relaxed, gram, iterations, deadline, (target / unit) ** 2)
+    value = float(np.sqrt(square.value)) * (1 + 4 * EPS)
+    return Bound(value * unit, square.rounding / max(value, EPS) * unit, square.work)
+
+
+def _alternate(relaxed: LiftedSet, objective: Blocks, iterations: int, deadline: float | None, target: float) -> Bound:
+    """Best bound of ``<C, Z>`` over the multipliers of alternating directions."""
+    multiplier = Z = Blocks.zeros(relaxed.size)
+    drift = relaxed.adjoint(objective) / PENALTY
+    best, work = relaxed.bound(objective, multiplier), 1
+    for k in range(1, iterations + 1):
+        factor = _spectraplex(relaxed.adjoint(Z.plus(multiplier, -1.0)) + drift)
+        shifted = relaxed.lift(factor).times(RELAXATION).plus(Z, 1 - RELAXATION).plus(multiplier)
+        Z = relaxed.nearest(shifted)
+        multiplier, work = shifted.plus(Z, -1.0), work + 1
+        late = deadline is not None and time.monotonic() >= deadline
+        if k % CHECK_EVERY == 0 or k == iterations or late:
+            best, work = min(best, relaxed.bound(objective, multiplier.times(-PENALTY))), work + 1
+            if late or best[0] <= target:
+                break
+    return Bound(*best, work)
+
+
+def _largest(matrix: Float, few: int) -> tuple[Float, Float]:
+    """The ``few`` largest eigenvalues and their vectors; all of them where LAPACK's subset driver gives up."""
+    size = len(matrix)
+    try:
+        values, basis = scipy.linalg.eigh(matrix, subset_by_index=[size - few, size - 1], check_finite=False)
+    except scipy.linalg.LinAlgError:
+        values, basis = np.linalg.eigh(matrix)
+    return values, basis
+
+
+def _spectraplex(matrix: Float) -> Float:
+    """Factor F of the nearest positive semidefinite matrix ``F F'`` of unit trace: few eigenvectors are needed."""
+    size = len(matrix)
+    for few in (min(32, size), size):
+        values, basis = _largest(matrix, few)
+        descending = values[::-1]
+        excess = (np.cumsum(descending) - 1) / np.arange(1, len(values) + 1)
+        level = excess[np.flatnonzero(descending > excess)[-1]]
+        if level >= values[0]:
+            break
+    kept = values > level
+    factor: Float = basis[:, kept] * np.sqrt(values[kept] - level)
+    return factor

@@ -1,0 +1,156 @@
+"""The header of a saved model: its fields and their rules, written from an estimator and read back in parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from convexbn import __version__
+from convexbn.certificate import Certificate
+from convexbn.container import JSON
+from convexbn.storage import rules
+from convexbn.storage.rules import NOT_FINITE, none_or, require
+from convexbn.verdict import STOPPED_BY, Status
+
+#: Scope of the certificate, by activation.
+SCOPES = {"gated": "these gates", "relu": "all patterns"}
+
+#: Rules of the certificate's fields, by their declared type; some have a narrower one.
+_OF_TYPE: dict[Any, rules.Rule] = {
+    "float": rules.real,
+    "float | None": none_or(rules.real),
+    "str": rules.text,
+    "Status": rules.one_of(*(status.value for status in Status)),
+}
+_NARROWER: dict[str, rules.Rule] = {
+    "tolerance": rules.not_negative,
+    "scope": rules.one_of(*SCOPES.values()),
+    "stopped_by": rules.one_of(*STOPPED_BY),
+    "estimated_gap": none_or(rules.not_negative),
+}
+_CERTIFICATE = rules.record(**{field.name: _OF_TYPE[field.type] for field in fields(Certificate)} | _NARROWER)
+
+#: What the command line writes down to find the training rows again.
+_SOURCE = rules.record(
+    data=rules.text,
+    target=none_or(rules.text),
+    feature_names=none_or(rules.names),
+    test_size=rules.share,
+    seed=rules.count,
+    task=rules.one_of("classification", "regression"),
+)
+
+_CLASSES = rules.record(
+    dtype=rules.matching(r"[<>|=]?[biufUO]\d*"),
+    labels=rules.list_of(str, int, float, bool, least=2),
+)
+
+_FIELDS: dict[str, rules.Rule] = {
+    "version": rules.text,
+    "estimator": rules.one_of("ConvexBNClassifier", "ConvexBNRegressor"),
+    "parameters": rules.mapping,
+    "n_effective": rules.positive,
+    "weight_decay": rules.positive,
+    "rank": rules.count,
+    "n_iter": rules.count,
+    "fingerprint": rules.matching(r"[0-9a-f]{64}"),
+    "feature_names": none_or(rules.names),
+    "classes": none_or(_CLASSES),
+    "single_output": none_or(rules.flag),
+    "certificate": _CERTIFICATE,
+    "source": none_or(_SOURCE),
+}
+
+_MAX_CLASS_BYTES = 1 << 28
+
+
+def of_model(model: Any) -> dict[str, JSON]:
+    """The header of a fitted estimator, in plain Python values."""
+    header = {
+        "version": __version__,
+        "estimator": type(model).__name__,
+        "parameters": _parameters(model),
+        "n_effective": float(model.network_.n_effective),
+        "weight_decay": float(model.weight_decay_),
+        "rank": int(model.rank_),
+        "n_iter": int(model.n_iter_),
+        "fingerprint": model.fingerprint_,
+        "feature_names": list(model.feature_names_in_) if hasattr(model, "feature_names_in_") else None,
+        "classes": _classes_to_json(model.classes_) if hasattr(model, "classes_") else None,
+        "single_output": getattr(model, "_single_output", None),
+        "certificate": _certificate_to_json(model.certificate_),
+        "source": getattr(model, "source_", None),
+    }
+    plain: dict[str, JSON] = _plain(header)
+    return plain
+
+
+def check(header: Mapping[str, JSON]) -> None:
+    """Refuse a header with a field too few or too many, or one that breaks its own rule."""
+    require(rules.same_names(header, _FIELDS), "header")
+    for name, rule in _FIELDS.items():
+        require(rule(header[name]), name)
+
+
+def classes(block: Mapping[str, Any] | None) -> np.ndarray | None:
+    """Class labels, sorted and each exactly what its type can hold."""
+    if block is None:
+        return None
+    labels = _typed(**block)
+    # compared as text: 1, 1.0 and True are three labels
+    require(labels is not None and repr(labels.tolist()) == repr(block["labels"]), "classes")
+    return labels
+
+
+def certificate(block: Mapping[str, Any]) -> Certificate:
+    """The certificate as it was claimed."""
+    values: dict[str, Any] = {**block, "status": Status(block["status"])}
+    for field in fields(Certificate):
+        if "float" in str(field.type) and values[field.name] in NOT_FINITE:
+            values[field.name] = float(values[field.name])
+    return Certificate(**values)
+
+
+def _parameters(model: Any) -> dict[str, Any]:
+    """Parameters that JSON can hold; given gates are a tensor."""
+    parameters = {name: value for name, value in model.get_params().items() if name != "callback"}
+    if not isinstance(model.gates, str):
+        del parameters["gates"]
+    if not isinstance(model.random_state, (int, np.integer)):
+        parameters["random_state"] = None
+    return parameters
+
+
+def _certificate_to_json(proof: Certificate) -> dict[str, Any]:
+    """Fields of a certificate; numbers that JSON cannot hold by name."""
+    values = _plain(asdict(proof))
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _classes_to_json(labels: np.ndarray) -> dict[str, Any]:
+    return {"dtype": labels.dtype.str, "labels": labels.tolist()}
+
+
+def _typed(dtype: str, labels: list[Any]) -> np.ndarray | None:
+    """Labels as an array of a type, or None where there is none, or it is not in order without repetition."""
+    try:
+        if np.dtype(dtype).itemsize * len(labels) > _MAX_CLASS_BYTES:
+            return None
+        with np.errstate(over="ignore"):
+            array = np.array(labels, dtype=dtype)
+        return array if np.array_equal(np.unique(array), array) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """The same value without NumPy scalars and enumerations."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.value if isinstance(value, Status) else value

@@ -1,0 +1,232 @@
+"""The layers: imports go one way, optional packages are optional, importing is cheap."""
+
+import ast
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convexbn
+
+PACKAGE = Path(convexbn.__file__).parent
+CHECKOUT = Path(__file__).parents[1]
+
+#: A module or package may import from earlier lines and from within itself.
+LAYERS = [
+    ["_typing", "environment"],
+    ["whitening", "losses"],
+    ["patterns", "rows"],
+    ["program"],
+    ["bounds"],
+    ["evidence", "verdict"],
+    ["certificate"],
+    ["solvers"],
+    ["network"],
+    ["path"],
+    ["training"],
+    ["validation"],
+    ["estimators"],
+    ["storage", "display", "progress"],
+    ["sources"],
+    ["cli"],
+    ["__main__"],
+]
+ALONE = ["container", "tables", "datasets", "_typing", "environment"]
+OPTIONAL = ["matplotlib", "clarabel", "pyarrow", "torch", "PIL"]
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name.removesuffix(".__init__"), path
+
+
+def imported(path, *, everywhere=True):
+    """Modules that a file imports, in full; with ``everywhere`` also inside of functions."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(path):
+    """Modules of the package that a file imports, without the prefix."""
+    known = {name for name, _ in modules()}
+    return known & {name.removeprefix("convexbn.") for name in imported(path) if name.startswith("convexbn.")}
+
+
+def group(name):
+    return name.split(".")[0]
+
+
+def test_every_module_has_its_layer():
+    listed = {name for layer in LAYERS for name in layer} | {*ALONE, "__init__"}
+    assert {group(name) for name, _ in modules()} == listed
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)))
+def test_imports_go_one_way(layer):
+    below = {name for names in LAYERS[:layer] for name in names} | {"container", "tables", "datasets"}
+    for name, path in modules():
+        if group(name) in LAYERS[layer]:
+            backwards = {group(other) for other in own(path)} - below - {group(name)}
+            if name == "estimators":  # save() hands over to the storage, inside of a function
+                backwards -= {"storage"}
+            assert not backwards, f"{name} imports {sorted(backwards)}"
+
+
+def test_no_two_modules_need_one_another():
+    """Within packages too: imports at the top of files have no circle."""
+    needs = {name: {m.removeprefix("convexbn.") for m in imported(path, everywhere=False)} for name, path in modules()}
+    needs = {name: (others & set(needs)) - {name, group(name)} for name, others in needs.items()}
+    while needs:
+        free = [name for name, others in needs.items() if not others & set(needs)]
+        assert free, f"circle among {sorted(needs)}"
+        for name in free:
+            del needs[name]
+
+
+def test_the_estimators_do_not_import_the_storage_at_the_top():
+    assert "convexbn.storage" not in set(imported(PACKAGE / "estimators.py", everywhere=False))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_modules_that_stand_alone_import_nothing_of_ours(name):
+    for module, path in modules():
+        if group(module) == name:
+            assert {group(other) for other in own(path)} <= {name}
+
+
+def test_the_judge_knows_no_solver():
+    files, seen, todo = dict(modules()), set(), ["certificate"]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        todo += own(files[name]) - seen
+    assert not {group(name) for name in seen} & {"solvers", "path", "training", "estimators", "network"}
+
+
+def test_solvers_do_not_know_the_judge():
+    for name, path in modules():
+        if group(name) == "solvers":
+            assert "certificate" not in own(path), name
+
+
+def test_optional_packages_are_imported_inside_functions_alone():
+    for name, path in modules():
+        heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
+        assert not heads & {*OPTIONAL, "rich", "joblib", "pandas", "polars"}, name
+    for name in ("__init__", "cli", "__main__"):
+        path = PACKAGE / f"{name}.py"
+        heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
+        assert not heads & {"sklearn", "scipy", "numpy", "safetensors"}, name
+
+
+BLOCKED = """
+import importlib.abc, os, sys
+import numpy as np
+import scipy.linalg  # what stays imported, and needs none of the packages
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def expect(error, words, function):
+    try:
+        function()
+    except error as raised:
+        assert words in str(raised), raised
+    else:
+        raise AssertionError(words)
+
+def work(package):
+    import convexbn
+    from convexbn.cli import main
+    from convexbn.display import CertificateDisplay
+
+    X = np.random.default_rng(0).standard_normal((30, 3))
+    model = convexbn.ConvexBNRegressor(n_gates=10, random_state=0).fit(X, X[:, 0] ** 2)
+    assert model.certificate_.status == "CERTIFIED" and model.predict(X).shape == (30,)
+    expect(SystemExit, "0", lambda: main(["--help"]))
+    if package == "clarabel":
+        conic = convexbn.ConvexBNRegressor(solver="conic", n_gates=10)
+        expect(ImportError, "pip install 'convexbn[reference]'", lambda: conic.fit(X, X[:, 0]))
+    if package == "matplotlib":
+        expect(ImportError, "matplotlib", CertificateDisplay.from_estimator(model).plot)
+    if package == "pyarrow":
+        open("empty.parquet", "w").close()
+        assert main(["fit", "empty.parquet", "--target", "y", "--out", "m"]) == 1
+
+for package in sys.argv[1:]:
+    if os.fork() == 0:
+        assert package not in sys.modules, package
+        blocker = Blocker()
+        blocker.package = package
+        sys.meta_path.insert(0, blocker)
+        work(package)
+        print("worked without", package)
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_without_each_optional_package_the_rest_works(tmp_path):
+    command = [sys.executable, "-c", BLOCKED, *OPTIONAL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stdout.splitlines() if "worked" in line] == [
+        f"worked without {package}" for package in OPTIONAL
+    ], done.stderr[-1500:]
+    assert done.stdout.count("fit | predict | certify") >= len(OPTIONAL)
+    assert "pip install convexbn[data]" in done.stderr.replace("'", "") and not (tmp_path / "m").exists()
+
+
+def cpu_seconds(*command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", "import convexbn"], ["-m", "convexbn", "--help"], ["-c", "import convexbn.cli"]], ids=str
+)
+def test_importing_and_helping_are_cheap(command):
+    seconds = min(cpu_seconds(*command) for _ in range(3))
+    assert seconds < 0.3, f"{seconds:.2f} CPU s"
+
+
+@pytest.mark.parametrize("statement", ["import convexbn", "from convexbn.cli import _parser; _parser().format_help()"])
+def test_importing_does_not_load_the_heavy_packages(statement):
+    script = f"import sys; {statement}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {"sklearn", "scipy", "numpy", "torch", "matplotlib", "rich", "pandas", "pyarrow"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_public_names_resolve_and_others_do_not():
+    assert all(getattr(convexbn, name) is not None for name in convexbn.__all__)
+    assert dir(convexbn) == sorted(convexbn.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = convexbn.nonsense
+
+
+def test_the_citation_has_the_required_keys():
+    path = CHECKOUT / "CITATION.cff"
+    if not path.exists():
+        return
+    text = path.read_text()
+    assert "\t" not in text
+    top = dict(re.findall(r"^([a-z-]+):[ ]*(.*)$", text, re.MULTILINE))
+    assert {"cff-version", "message", "title", "authors"} <= set(top)
+    assert re.fullmatch(r"[\"']?1\.2\.0[\"']?", top["cff-version"])
+    assert top.get("version", convexbn.__version__).strip("\"'") == convexbn.__version__
+    assert re.search(r"^authors:\n\s+- \S", text, re.MULTILINE) and (top["message"] and top["title"])
