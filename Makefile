@@ -9,6 +9,7 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: lint types
+	SCIPY_ARRAY_API=1 $(BIN)/python -m pytest tests/test_estimator_checks.py -k array_api
 	$(BIN)/python -m pytest -n auto
 
 lint: .venv/.test

@@ -100,7 +100,9 @@ class NeuronPricing:
                 return ReluSolution(best, reason, history)
             new = _newcomers(root * rows, V, found[better].T, neurons)
             together = neurons.joined(new)
-            neurons = merge(local_phase(rows, loss, weight_decay, together)).joined(together)
+            neurons = merge(local_phase(rows, loss, weight_decay, together))
+            if isinstance(loss, SquaredLoss):  # the restricted program chooses among all of them
+                neurons = neurons.joined(together)
 
 
 def network_outputs(rows: Float, neurons: Neurons) -> Float:
