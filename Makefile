@@ -19,8 +19,8 @@ lint: .venv/.test
 types: .venv/.test
 	$(BIN)/mypy
 
-benchmark: .venv/.test
-	$(BIN)/python benchmarks/gated.py
+benchmark: .venv/.test .venv/.peer
+	$(BIN)/python benchmarks/gated.py --pyscnn .venv/peer/bin/python
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,12 @@ benchmark: .venv/.test
 
 .venv/.test: pyproject.toml requirements.lock | .venv/bin/python
 	$(PIP) -e '.[test]'
+	touch $@
+
+# pyscnn asks for packages that it does not use, gigabytes of them: only what it imports, in a place of its own
+.venv/.peer: benchmarks/requirements.txt | .venv/bin/python
+	$(PYTHON) -m venv .venv/peer
+	.venv/peer/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 clean:
