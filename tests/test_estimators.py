@@ -1,6 +1,7 @@
 """The estimators' interface: attributes, conventions, defaults on digits, invariances, scikit-learn's machinery."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 
@@ -59,7 +60,7 @@ def blocks_of(model, X, y, weights=None):
 # -- attributes and conventions --
 
 
-def test_defaults_are_those_of_the_issue():
+def test_defaults_are_the_documented_ones():
     expected = {"activation": "gated", "loss": "squared", "weight_decay": "auto", "gates": "data", "rank": None}
     expected |= {"solver": "auto", "tol": 1e-6, "time_limit": None, "random_state": None}
     for model in (ConvexBNClassifier(), ConvexBNRegressor()):
@@ -84,7 +85,7 @@ def test_shapes_of_a_gated_network(K):
     assert all(isinstance(point, Progress) for point in model.history_)
 
 
-def test_the_certificate_has_the_fields_of_the_issue():
+def test_the_certificate_has_the_documented_fields():
     X = rows()
     proof = classifier().fit(X, classes_of(X)).certificate_
     names = ["objective", "lower_bound", "gap", "relative_gap", "tolerance", "scope", "status", "sentence"]
@@ -638,3 +639,52 @@ def test_fit_changes_neither_parameters_nor_input():
     assert all(model.get_params()[name] is value for name, value in before.items())
     for now, then in zip((X, y, weights, gates), copies, strict=True):
         np.testing.assert_array_equal(now, then)
+
+
+# -- what a certificate does not cover is said --
+
+
+@pytest.mark.parametrize("change", [{"mean": 3.0}, {"weight": 7.0}, {"n_effective": 9.0}])
+@pytest.mark.parametrize("kind", ["gated", "relu"])
+def test_stored_statistics_that_are_not_those_of_the_rows_are_never_certified(change, kind):
+    X = rows(60 if kind == "gated" else 5)
+    y = values_of(X)
+    model = regressor(activation=kind, weight_decay=0.1).fit(X, y)
+    assert model.certificate_.status is Status.CERTIFIED
+    ((name, amount),) = change.items()
+    value = getattr(model.network_, name)
+    wrong = value + amount if name == "mean" else value * amount
+    model.network_ = dataclasses.replace(model.network_, **{name: wrong})
+    assert model.certify(X, y).status is not Status.CERTIFIED
+
+
+def test_an_offset_that_spoils_the_stored_mean_is_not_certified():
+    X = rows()
+    with pytest.warns(ConvergenceWarning, match="offset"):
+        model = regressor().fit(X + 1e14, values_of(X))
+    assert model.certificate_.status is not Status.CERTIFIED
+
+
+def test_the_sentence_of_a_truncated_program_says_so():
+    X = rows()
+    assert "leading 2 directions" in regressor(rank=2).fit(X, values_of(X)).certificate_.sentence
+    assert "leading" not in regressor(rank=4).fit(X, values_of(X)).certificate_.sentence
+
+
+def test_a_class_of_zero_weight_is_as_if_it_were_not_there():
+    X = rows()
+    y, weights = np.arange(60) % 3, np.where(np.arange(60) % 3 == 2, 0.0, 1.0)
+    model, kept = classifier().fit(X, y, weights), weights > 0
+    assert model.certify(X, y, weights) == model.certify(X[kept], y[kept])
+    assert model.fingerprint(X, y, weights) == model.fingerprint_
+    options = {"random_state": 0, "n_gates": 20}
+    with_zeros = max_weight_decay(X, y, sample_weight=weights, **options)
+    assert with_zeros == max_weight_decay(X[kept], y[kept], **options)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e300])
+def test_targets_whose_squares_leave_the_range_are_refused(scale):
+    X = rows()
+    for attempt in (regressor().fit, max_weight_decay):
+        with pytest.raises(ValueError, match="squares of y"):
+            attempt(X, scale * values_of(X))

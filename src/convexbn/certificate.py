@@ -7,7 +7,7 @@ penalty, a dual point and its bound. It knows no solver; what a solver says of i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -87,6 +87,7 @@ def certify_gated(
     gate_index: Index,
     tolerance: float,
     stopped_by: str,
+    truncated: bool = False,
 ) -> Certificate:
     """Certify a gated network for its gates: ``L + weight_decay * sum_i ||S_i||_F`` against the dual.
 
@@ -104,6 +105,8 @@ def certify_gated(
         Relative gap that counts as optimal.
     stopped_by : str
         Why the solver stopped.
+    truncated : bool
+        Whether the whitened rows leave directions of the data out, which the sentence then says.
 
     Returns
     -------
@@ -134,6 +137,7 @@ def certify_gated(
         scope="these gates",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
+        directions=program.block_shape[0] - 1 if truncated else None,
     )
 
 
@@ -221,11 +225,13 @@ def judge(
     tolerance: float,
     stopped_by: str,
     estimate: Callable[[Float], float] | None = None,
+    directions: int | None = None,
 ) -> Certificate:
     """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
 
     ``evidence`` gives bounded dual points from the dual ``-grad L(F)``, cheap ones first; no more are asked for
     than it takes to close the gap. ``estimate`` gives a lower estimate of the dual norm, for the estimated gap.
+    ``directions`` is the number that a truncated program keeps.
     """
     value = loss.value(outputs)
     objective = value + weight_decay * penalty
@@ -250,7 +256,7 @@ def judge(
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
     status = status_of(relative, tolerance, trivial=trivial, stopped_by=stopped_by, estimated=estimated)
-    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by)
+    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, directions)
     return Certificate(
         objective=objective,
         lower_bound=lower,
@@ -263,6 +269,14 @@ def judge(
         bound=bound,
         estimated_gap=estimated,
     )
+
+
+def downgraded(proof: Certificate, stopped_by: str) -> Certificate:
+    """The certificate without its claim: NUMERICAL, for a reason of ``verdict.STOPPED_BY``."""
+    sentence = sentence_of(
+        Status.NUMERICAL, proof.objective, proof.relative_gap, proof.tolerance, 0.0, proof.scope, stopped_by, None
+    )
+    return replace(proof, status=Status.NUMERICAL, sentence=sentence, stopped_by=stopped_by)
 
 
 def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) -> float:

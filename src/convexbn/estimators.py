@@ -106,8 +106,9 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps)
             return training.certify(
-                data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_, tol=self.tol
-            )
+                data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_,
+                tol=self.tol, stopped_by="tolerance", own_rows=data.fingerprint == self.fingerprint_,
+            )  # fmt: skip
 
     def fingerprint(self, X: Any, y: Any, sample_weight: Any = None) -> str:
         """Hash of rows as ``fit`` stores it in ``fingerprint_``; independent of their order and repetition."""
@@ -144,8 +145,6 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         if isinstance(weight_decay, str):
             largest = data.max_weight_decay(self.activation, gates, offsets)
             weight_decay = training.AUTO_FRACTION * largest if largest > 0 else 1.0
-        if not np.isfinite(weight_decay):
-            raise ValueError("the squares of y overflow: divide y by a power of ten, and weight_decay with it.")
         if gates is not None and offsets is not None:
             fit = training.fit_gated(
                 data, gates, offsets, float(weight_decay),
@@ -167,6 +166,11 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         }
 
     def _training_set(self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float) -> TrainingSet:
+        with np.errstate(all="ignore"):
+            square = float(np.sum(Y**2))
+        if Y.any() and not 1e-305 < square < np.inf:
+            word = "overflow" if square > 1 else "underflow"
+            raise ValueError(f"the squares of y {word}: scale y by a power of ten, and weight_decay with it.")
         return TrainingSet.prepare(
             X, Y, weights,
             loss=self._loss_name(Y), rank=self.rank, input_eps=input_eps,
@@ -183,7 +187,10 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool
     ) -> tuple[FloatMatrix, Any, Float, float]:
         numeric = isinstance(self, RegressorMixin)
-        return checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
+        X, y, weights, input_eps = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
+        if not weights.all():  # as if the rows of weight zero were not there
+            X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
+        return X, y, weights, input_eps
 
     def _checked_rows(self, X: Any) -> Float:
         check_is_fitted(self)
@@ -284,8 +291,6 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         """
         with self._all_or_nothing():
             X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-            if not weights.all():  # as if the rows of weight zero were not there
-                X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
             Y, classes = self._encode_new(y)
             with solving(len(X)):
                 fitted = self._fit(X, Y, weights, input_eps)
@@ -335,7 +340,7 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     def _encode_known(self, y: Any) -> Float:
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
-            raise ValueError(f"class {unknown[0]!r} was not seen in training; known are {list(self.classes_)}.")
+            raise ValueError(f"class {unknown[0]} was not seen in training; known are {self.classes_.tolist()}.")
         return encode_classes(y, self.classes_)
 
 

@@ -148,13 +148,8 @@ def fit_gated(
     method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
     solution = method.solve(program, budget=budget).finite()
     network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
-    proof = certificate.certify_gated(
-        program,
-        data.X,
-        data.whitening.mean,
-        **network.neurons(),
-        tolerance=tol,
-        stopped_by=solution.stopped_by,
+    proof = certify(
+        data, network, weight_decay, gates, gate_offsets, tol=tol, stopped_by=solution.stopped_by, own_rows=True
     )
     return Fit(network, proof, solution.history, solution.n_iter)
 
@@ -164,9 +159,7 @@ def fit_relu(data: TrainingSet, weight_decay: float, *, tol: float) -> Fit:
     data.require_formula()
     first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
     network = BatchNormNetwork.from_neurons(data.whitening, first, output)
-    proof = certificate.certify_relu(
-        data.whitening.rows, data.loss, data.X, weight_decay, **network.neurons(), tolerance=tol, stopped_by="formula"
-    )
+    proof = certify(data, network, weight_decay, None, None, tol=tol, stopped_by="formula", own_rows=True)
     return Fit(network, proof, [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)], 1)
 
 
@@ -178,17 +171,35 @@ def certify(
     gate_offsets: Float | None,
     *,
     tol: float,
+    stopped_by: str,
+    own_rows: bool,
 ) -> Certificate:
-    """Judge a network on rows: every answer is recomputed, batch-norm statistics included."""
+    """Judge a network on rows: every answer is recomputed, batch-norm statistics included.
+
+    On the rows that it was trained on (``own_rows``) its stored statistics must give the same network.
+    """
     if gates is None or gate_offsets is None:
-        return certificate.certify_relu(
+        proof = certificate.certify_relu(
             data.whitening.rows, data.loss, data.X, weight_decay,
-            **network.neurons(), tolerance=tol, stopped_by="formula",
+            **network.neurons(), tolerance=tol, stopped_by=stopped_by,
         )  # fmt: skip
-    program = data.gated_program(gates, gate_offsets, weight_decay)
-    return certificate.certify_gated(
-        program, data.X, data.whitening.mean, **network.neurons(), tolerance=tol, stopped_by="tolerance"
-    )
+    else:
+        proof = certificate.certify_gated(
+            data.gated_program(gates, gate_offsets, weight_decay), data.X, data.whitening.mean,
+            **network.neurons(), tolerance=tol, stopped_by=stopped_by, truncated=data.whitening.truncated,
+        )  # fmt: skip
+    if own_rows and not _statistics_agree(data, network, weight_decay, proof):
+        return certificate.downgraded(proof, "statistics")
+    return proof
+
+
+def _statistics_agree(data: TrainingSet, network: BatchNormNetwork, weight_decay: float, proof: Certificate) -> bool:
+    """Whether the network with its stored statistics has the loss that was judged, within the tolerance."""
+    plain = 0.5 * sum(float(np.sum(part**2)) for part in (network.gamma, network.shift, network.output))
+    judged = proof.weight_decay_objective - weight_decay * plain
+    stored = data.loss.value(network.predict(data.X))
+    allowed = max(proof.tolerance, 1e-9) * proof.weight_decay_objective
+    return not abs(stored - judged) > allowed
 
 
 def choose_solver(solver: str, loss: Loss) -> str:

@@ -28,6 +28,8 @@ STOPPED_BY = {
     "stalled": "no further progress was possible in this precision; raise tol or weight_decay",
     "outside": "the weights use directions that the rank cut left out, or rounding in nearly collinear columns "
     "moved them there; certify with rank=None, or lower rank",
+    "statistics": "the stored mean and scale do not give the network that was proved, or rounding of a large offset in "
+    "the features keeps them from it; subtract the offsets from the data",
     "numerical": "a value that is not finite appeared; rescale y or raise weight_decay",
 }
 
@@ -63,12 +65,15 @@ def sentence_of(
     floor: float,
     scope: str,
     stopped_by: str,
+    directions: int | None,
 ) -> str:
     """Status, cause and remedy in words."""
     among = {
         "these gates": "all networks with these gates (penalty: one Frobenius norm per gate)",
         "all patterns": "all batch-normalised ReLU networks of any width",
     }[scope]
+    if directions is not None:
+        among += f" on the leading {directions} directions of the data (rank)"
     reason = STOPPED_BY[stopped_by]
     if status is Status.TRIVIAL:
         return (

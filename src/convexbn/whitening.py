@@ -40,6 +40,8 @@ class Whitening:
         centred, unscaled data (in the units of the data).
     total_weight : float
         Sum of the sample weights (the number of rows when unweighted).
+    numerical_rank : int
+        Number of independent directions in the data; more than ``rank`` when truncated.
     constant : ndarray (d,) of bool
         Columns that do not vary; they carry no information and are left out.
     rank_cut : float
@@ -52,6 +54,7 @@ class Whitening:
     directions: Float
     singular_values: Float
     total_weight: float
+    numerical_rank: int
     constant: np.ndarray
     rank_cut: float
 
@@ -59,6 +62,11 @@ class Whitening:
     def rank(self) -> int:
         """Number of directions kept, ``r``."""
         return int(self.projection.shape[1])
+
+    @property
+    def truncated(self) -> bool:
+        """Whether directions that the data have were left out."""
+        return self.rank < self.numerical_rank
 
     def transform(self, X: FloatMatrix) -> Float:
         """Rows of ``A`` for new points, from the stored statistics alone: (n, d) -> (n, r + 1)."""
@@ -165,6 +173,7 @@ def whiten(
         directions=_padded(directions, kept, X.shape[1]),
         singular_values=values,
         total_weight=total,
+        numerical_rank=r,
         constant=constant,
         rank_cut=float(cut),
     )

@@ -42,10 +42,10 @@ def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float
     >>> output.round(4)
     array([[0.2142, 0.    ]])
     """
-    if weight_decay >= max_weight_decay(loss):
-        return np.zeros((rows.shape[1], 0)), np.zeros((0, loss.targets.shape[1]))
     formula = {SquaredLoss: _squared, LogisticLoss: _logistic, CrossEntropyLoss: _cross_entropy}[type(loss)]
     hidden, output = formula(loss, weight_decay)
+    if weight_decay >= max_weight_decay(loss):
+        output = np.zeros_like(output)
     live = np.linalg.norm(output, axis=1) > 0
     root = np.sqrt(loss.weights)[:, None]
     return (root * rows).T @ hidden[:, live], output[live]
