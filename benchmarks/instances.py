@@ -1,9 +1,13 @@
-"""The gated programs that the benchmarks solve, rebuilt from a seed.
+"""The programs that the benchmarks solve, rebuilt from a seed.
 
 A gated program is the data (whitened, with a constant column), the targets, fixed activation patterns
 ``D_i = diag(1[A g_i >= 0])`` and a weight decay:
 
     min over S_1, ..., S_P   1/2 ||sum_i D_i A S_i - Y||_F^2 + weight_decay * sum_i ||S_i||_F
+
+The ReLU program has no fixed patterns; its neurons choose them:
+
+    min over m, s_1, ..., s_m, c_1, ..., c_m   1/2 ||sum_j (A s_j)_+ c_j - Y||^2 + weight_decay * sum_j ||s_j|| |c_j|
 """
 
 import gzip
@@ -11,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from convexbn import bounds
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 NEURONS = 10
@@ -23,6 +29,11 @@ SHAPES = {
     "G2b": (2000, 100, 1000, 0.01),
     "G3": (5000, 100, 200, 0.01),
 }
+
+# n, d, neurons of the planted network
+RELU_SHAPES = {"E1": (60, 2, 5), "E2": (200, 5, 10), "E3": (500, 20, 10)}
+
+STARTS = 3000  # of the local search for the largest weight decay
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,53 @@ def gated_instance(name, seed=0, folder=FASHION_MNIST):
     return GatedInstance(X, Y, A, patterns, gates, fraction * largest_weight_decay(A, patterns, Y))
 
 
-def planted(n, d, seed):
-    """Draw data, and the noisy outputs of a batch-normalised ReLU network of ten neurons on it.
+@dataclass(frozen=True)
+class ReluInstance:
+    """One ReLU program with one output.
+
+    Attributes
+    ----------
+    X : ndarray of shape (n, d)
+        Data before whitening.
+    Y : ndarray of shape (n, 1)
+        Targets.
+    A : ndarray of shape (n, q)
+        Whitened data and the constant column ``1 / sqrt(n)``: orthonormal columns.
+    weight_decay : float
+        The factor of the penalty.
+    """
+
+    X: np.ndarray
+    Y: np.ndarray
+    A: np.ndarray
+    weight_decay: float
+
+
+def relu_instance(name, fraction, seed=0):
+    """Build one of the instances of ``RELU_SHAPES``.
+
+    Parameters
+    ----------
+    name : {"E1", "E2", "E3"}
+        Shape of the planted network.
+    fraction : float
+        Weight decay as a fraction of the largest ``|Y'(A u)_+|`` over unit vectors u that a local search finds.
+    seed : int
+        Seed of the data.
+
+    Returns
+    -------
+    ReluInstance
+    """
+    n, d, neurons = RELU_SHAPES[name]
+    X, Y = planted(n, d, seed, neurons)
+    A = whiten(X, d)
+    largest, _ = bounds.local_search(Y, A, STARTS, np.random.default_rng([seed, 1]))
+    return ReluInstance(X, Y, A, fraction * largest)
+
+
+def planted(n, d, seed, neurons=NEURONS):
+    """Draw data, and the noisy outputs of a batch-normalised ReLU network on it.
 
     Parameters
     ----------
@@ -85,6 +141,8 @@ def planted(n, d, seed):
         Number of samples and of features.
     seed : int
         Seed of everything that is drawn.
+    neurons : int
+        Width of the network.
 
     Returns
     -------
@@ -95,9 +153,9 @@ def planted(n, d, seed):
     """
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((n, d)) @ (np.eye(d) + 0.3 * rng.standard_normal((d, d)) / np.sqrt(d))
-    Z = X @ rng.standard_normal((d, NEURONS))
+    Z = X @ rng.standard_normal((d, neurons))
     Z = (Z - Z.mean(0)) / Z.std(0)
-    scale, shift, output = rng.standard_normal((3, NEURONS))
+    scale, shift, output = rng.standard_normal((3, neurons))
     f = np.maximum(scale * Z + shift, 0) @ output
     y = f / f.std() + NOISE * rng.standard_normal(n)
     return X, (y / y.std())[:, None]

@@ -1,6 +1,7 @@
-"""The float64 judge of every method: objective and duality gap of a gated program, from its data alone."""
+"""The float64 judge of every method: objectives and duality gaps, from the data alone."""
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -83,3 +84,46 @@ class Certifier:
             self.relative_gap = relative_gap(self.instance, blocks, self.bound)
         self.resumed = time.process_time()
         return self.relative_gap <= self.gap
+
+
+def network_objective(instance, network):
+    """Return the objective of a batch-normalised ReLU network: loss plus balanced weight decay, from raw data.
+
+    Parameters
+    ----------
+    instance : ReluInstance
+        The program.
+    network : Network
+        Weights on the raw features; batch norm takes its statistics from the instance's data.
+    """
+    response = instance.X @ network.weight
+    response -= response.mean(0)
+    norms = np.linalg.norm(response, axis=0)
+    normalised = response / np.where(norms > 0, norms, 1)
+    hidden = np.maximum(network.gamma * normalised + network.shift / np.sqrt(len(response)), 0)
+    masses = np.hypot(network.gamma, network.shift) * np.linalg.norm(network.output, axis=1)
+    return 0.5 * np.sum((hidden @ network.output - instance.Y) ** 2) + instance.weight_decay * masses.sum()
+
+
+@dataclass(frozen=True)
+class Network:
+    """Neurons ``(gamma BN(x'w) + shift / sqrt(n))_+ output`` on the raw features; BN has norm 1, not variance 1.
+
+    Attributes
+    ----------
+    weight : ndarray of shape (d, m)
+    gamma, shift : ndarray of shape (m,)
+    output : ndarray of shape (m, 1)
+    """
+
+    weight: np.ndarray
+    gamma: np.ndarray
+    shift: np.ndarray
+    output: np.ndarray
+
+
+def from_whitened(instance, first, output):
+    """Return neurons ``(A first)_+ output`` on the whitened data as a Network on the raw features."""
+    centred = instance.X - instance.X.mean(0)
+    back = np.linalg.lstsq(centred, instance.A[:, :-1])[0]
+    return Network(back @ first[:-1], np.linalg.norm(first[:-1], axis=0), first[-1], output)

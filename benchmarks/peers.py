@@ -1,4 +1,4 @@
-"""The other methods for the gated program: accelerated proximal gradient, CVXPY with Clarabel, pyscnn.
+"""The other convex methods: accelerated proximal gradient, CVXPY with Clarabel, pyscnn.
 
 pyscnn asks for packages that nothing here uses, so it lives in an environment of its own:
 
@@ -151,6 +151,39 @@ def clarabel_cvxpy(instance):
     problem.solve(solver=cp.CLARABEL)
     seconds = time.process_time() - start
     return Trajectory(np.array([seconds]), np.array([problem.value]), S.value.T[:, :, None])
+
+
+def clarabel_relu(instance, patterns, signs):
+    """Minimise the ReLU program over neurons of given patterns and signs with CVXPY and Clarabel.
+
+    Parameters
+    ----------
+    instance : ReluInstance
+        The program.
+    patterns : ndarray of bool, shape (n, P)
+        Where each neuron is open: ``(2 D_i - 1) A s_i >= 0``.
+    signs : ndarray of shape (P,)
+        Its output, 1 or -1.
+
+    Returns
+    -------
+    first : ndarray of shape (q, P)
+        The neurons ``s_i``; their outputs are the signs.
+    seconds : float
+        CPU seconds of stating, compiling and solving the program at the default accuracy.
+    """
+    start = time.process_time()
+    n, q = instance.A.shape
+    features = ((patterns * signs)[:, :, None] * instance.A[:, None, :]).reshape(n, -1)
+    S, residual = cp.Variable((q, patterns.shape[1])), cp.Variable(n)
+    penalty = instance.weight_decay * cp.sum(cp.norm(S, axis=0))
+    fit = features @ cp.vec(S, order="F")
+    cones = cp.multiply(2.0 * patterns - 1, instance.A @ S) >= 0
+    problem = cp.Problem(
+        cp.Minimize(0.5 * cp.sum_squares(residual) + penalty), [residual == fit - instance.Y[:, 0], cones]
+    )
+    problem.solve(solver=cp.CLARABEL)
+    return S.value, time.process_time() - start
 
 
 def pyscnn(instance, interpreter, max_iter=10_000, tolerance=1e-14):

@@ -222,7 +222,12 @@ def test_relu_through_the_command_line(tmp_path, capsys):
     assert run("certify", tmp_path / "m", tmp_path / "small.npz", "--json") == 0
     assert last_json(capsys)["status"] == "CERTIFIED"
     np.savez(tmp_path / "large.npz", X=X, y=WORDS)
-    refused(capsys, "fit", tmp_path / "large.npz", *options, "--out", tmp_path / "n", match="not available yet")
+    options += ("--weight-decay", 1, "--time-limit", 3)
+    result = fit_json(capsys, tmp_path / "large.npz", *options, "--out", tmp_path / "n")
+    assert result["scope"] == "all patterns" and result["status"] in ("CERTIFIED", "RESTRICTED", "GAP_OPEN")
+    assert 0 <= result["relative_gap"] < 0.5
+    assert run("certify", tmp_path / "n", tmp_path / "large.npz", "--json") == 0
+    assert last_json(capsys)["objective"] == pytest.approx(result["objective"], rel=1e-9)
 
 
 @pytest.mark.skipif(not os.path.isdir(FASHION), reason="the Fashion-MNIST files are not on this machine")

@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, UnsupportedProgramError, max_weight_decay
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate import certify_blocks
 from convexbn.solvers.solution import Progress
 
@@ -268,22 +268,12 @@ def test_relu_at_rank_n_minus_1_is_certified_over_all_networks(d, loss, y):
     N = model.network_
     np.testing.assert_allclose(N.gamma**2 + N.shift**2, np.sum(N.output**2, axis=1), rtol=1e-10)
     assert (model.transform(X) >= 0).all() and model.score(X, y) == 1
-    largest = max_weight_decay(X, y, activation="relu", loss=loss)
+    largest, upper = max_weight_decay(X, y, activation="relu", loss=loss)
+    assert largest == upper
     trivial = classifier(activation="relu", loss=loss, weight_decay=largest).fit(X, y)
     assert trivial.certificate_.status is Status.TRIVIAL
     below = classifier(activation="relu", loss=loss, weight_decay=0.99 * largest).fit(X, y)
     assert below.certificate_.status is Status.CERTIFIED and below.network_.n_neurons > 0
-
-
-def test_relu_elsewhere_says_what_is_coming():
-    X = rows()
-    for model, y in ((classifier(activation="relu"), classes_of(X)), (regressor(activation="relu"), values_of(X))):
-        with pytest.raises(UnsupportedProgramError, match="not available yet"):
-            model.fit(X, y)
-    Y = np.abs(rows(5, 2, seed=1)) + 0.1  # acute rays have no formula
-    for weight_decay in (0.1, "auto"):
-        with pytest.raises(UnsupportedProgramError, match="not available yet"):
-            regressor(activation="relu", weight_decay=weight_decay).fit(rows(5, 6), Y)
 
 
 # -- rank --

@@ -14,7 +14,6 @@ _HOMES = {
     "ConvexBNRegressor": "convexbn.estimators",
     "FormatError": "convexbn.container",
     "Status": "convexbn.verdict",
-    "UnsupportedProgramError": "convexbn.solvers.closed_form",
     "load": "convexbn.storage",
     "max_weight_decay": "convexbn.estimators",
 }
@@ -26,7 +25,6 @@ __all__ = [
     "ConvexBNRegressor",
     "FormatError",
     "Status",
-    "UnsupportedProgramError",
     "__version__",
     "load",
     "max_weight_decay",
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from convexbn.container import FormatError
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
     from convexbn.network import BatchNormNetwork
-    from convexbn.solvers.closed_form import UnsupportedProgramError
     from convexbn.storage import load
     from convexbn.verdict import Status
 

@@ -46,9 +46,10 @@ class Certificate:
         Loss plus ``weight_decay / 2`` times the squared norm of the weights of the plain network of neurons.
     bound : str
         What bounds the dual point: ``"gates"`` (exact), ``"orthant"``, ``"branch and bound"``, ``"relaxation"``,
-        ``"chosen dual point"`` or ``"lifted relaxation"``.
+        ``"chosen dual point"``, ``"lifted dual point"`` or ``"lifted relaxation"``.
     estimated_gap : float or None
-        Relative gap if a local search had found the worst pattern: an estimate, not a bound. None for gates.
+        Relative gap if a local search had found the worst pattern: an estimate, not a bound. The relative gap
+        itself where that is within the tolerance; None for gates, and where no time was left to search.
     """
 
     objective: float
@@ -171,7 +172,8 @@ def certify_relu(
     output: Float,
     tolerance: float,
     stopped_by: str,
-    seconds: float = 0.0,
+    truncated: bool = False,
+    deadline: float | None = None,
 ) -> Certificate:
     """Certify a ReLU network over all widths and patterns, by the cheapest bound that closes the gap.
 
@@ -190,15 +192,17 @@ def certify_relu(
         Relative gap that counts as optimal.
     stopped_by : str
         Why the solver stopped.
-    seconds : float
-        For the bounds beyond the orthant; 0 tries the orthant alone (tight at rank n - 1).
+    truncated : bool
+        Whether the whitened rows leave directions of the data out, which the sentence then says.
+    deadline : float or None
+        ``time.monotonic()`` after which no further bound is tried; None: each bound does its stated work.
     """
     normalized = batch_normalize(X, weight, loss.weights)
     hidden = np.maximum(gamma * normalized + shift / np.sqrt(loss.weights.sum()), 0)
     root = np.sqrt(loss.weights)[:, None]
     coordinates, outside = _whitened(rows, loss.weights, normalized)
     directions = np.vstack([gamma * coordinates, shift]).T
-    prover = AllPatterns(loss, root * rows, weight_decay, directions, seconds)
+    prover = AllPatterns(loss, root * rows, weight_decay, directions, tolerance, deadline)
     return judge(
         loss,
         hidden @ output,
@@ -206,10 +210,11 @@ def certify_relu(
         penalty=float(np.hypot(gamma, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
         evidence=prover.evidence,
-        estimate=prover.estimate if seconds > 0 else None,
+        estimate=prover.estimate,
         scope="all patterns",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
+        directions=rows.shape[1] - 1 if truncated else None,
     )
 
 
@@ -224,7 +229,7 @@ def judge(
     scope: str,
     tolerance: float,
     stopped_by: str,
-    estimate: Callable[[Float], float] | None = None,
+    estimate: Callable[[Float], float | None] | None = None,
     directions: int | None = None,
 ) -> Certificate:
     """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
@@ -248,9 +253,11 @@ def judge(
             trivial |= at_zero and point.bound - point.rounding <= weight_decay * (1 + 64 * _EPS)
             if objective - lower <= tolerance * objective:
                 break
-        if estimate is not None:
-            guess = lower_bound(loss, dual, max(estimate(dual), weight_decay), weight_decay)
-            estimated = max(objective - max(guess, lower), 0.0) / objective if objective != 0 else 0.0
+        if estimate is not None and objective - lower <= tolerance * objective:
+            estimated = max(objective - lower, 0.0) / objective if objective != 0 else 0.0
+        elif estimate is not None and (norm := estimate(dual)) is not None:
+            guess = max(lower_bound(loss, dual, max(norm, weight_decay), weight_decay), lower)
+            estimated = max(objective - guess, 0.0) / objective
     gap = objective - lower
     if 0 > gap > -1e-9 * abs(objective):  # the objective's own rounding
         lower, gap = objective, 0.0

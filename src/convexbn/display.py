@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from convexbn.certificate import Certificate
+from convexbn.collapse import CollapseMetrics
 from convexbn.solvers.solution import Progress
 
 
@@ -59,5 +60,71 @@ class CertificateDisplay:
         for axis in axes:
             axis.spines[["top", "right"]].set_visible(False)
             axis.xaxis.get_major_locator().set_params(integer=True)
+        self.axes_, self.figure_ = axes, axes[0].figure
+        return self
+
+
+#: Panels of a ``CollapseDisplay``: title, and the measures in it with their names, the first in the first colour.
+_PANELS = [
+    ("NC1  variation within classes", {"within_class": "trace(S_W pinv(S_B)) / K"}),
+    ("NC2  distance to a simplex", {"norm_variation": "norms", "angle_deviation": "angles"}),
+    ("NC3  classifier and class means", {"duality_centred": "centred means", "duality_uncentred": "means"}),
+    ("NC4  nearest class mean disagrees", {"disagreement": "share of samples"}),
+]
+
+
+class CollapseDisplay:
+    """Neural collapse over the epochs of a training, with the values of the global optimum as dashed lines.
+
+    Parameters
+    ----------
+    history : sequence of CollapseMetrics
+        One an epoch.
+    epochs : sequence of float, optional
+        When they were taken; 1, 2, ... by default.
+    optimum : CollapseMetrics, optional
+        Values to compare with, such as ``collapse.optimal_collapse``.
+
+    Attributes
+    ----------
+    figure_, axes_ : matplotlib objects
+        Set by ``plot``.
+
+    Examples
+    --------
+    >>> from convexbn.collapse import optimal_collapse
+    >>> optimum = optimal_collapse([8, 8, 8, 8], 0.5, loss="squared")
+    >>> CollapseDisplay([optimum, optimum], optimum=optimum).plot().axes_.shape  # doctest: +SKIP
+    (4,)
+    """
+
+    def __init__(
+        self,
+        history: Sequence[CollapseMetrics],
+        epochs: Sequence[float] | None = None,
+        optimum: CollapseMetrics | None = None,
+    ) -> None:
+        self.history = list(history)
+        self.epochs = list(range(1, len(self.history) + 1)) if epochs is None else list(epochs)
+        self.optimum = optimum
+
+    def plot(self, axes: Any = None) -> CollapseDisplay:
+        """Draw one panel a measure on four axes; returns self."""
+        import matplotlib.pyplot as plt
+
+        if axes is None:
+            _, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+        for axis, (title, measures) in zip(axes, _PANELS, strict=True):
+            for (measure, label), colour in zip(measures.items(), ("#2166ac", "#b2182b"), strict=False):
+                values = [getattr(metrics, measure) for metrics in self.history]
+                axis.plot(self.epochs, values, color=colour, label=label, zorder=3)
+                if self.optimum is not None:
+                    value = getattr(self.optimum, measure)
+                    axis.axhline(value, color=colour, ls="--", lw=1, label=f"optimum {round(value, 12):.3g}")
+            axis.set_title(title, fontsize=10)
+            axis.set(xlabel="epoch")
+            axis.set_ylim(bottom=-0.04 * axis.get_ylim()[1])
+            axis.legend(frameon=False, fontsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
         self.axes_, self.figure_ = axes, axes[0].figure
         return self

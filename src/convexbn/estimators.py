@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import (
@@ -33,6 +33,9 @@ from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
 from convexbn.validation import checked_data, checked_rows
 from convexbn.verdict import Status
+
+if TYPE_CHECKING:
+    from convexbn.conversion import Conversion
 
 
 class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -99,7 +102,8 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         """Judge the stored network on rows: those it was trained on, or others.
 
         Only the question is taken from the model (gates, loss, weight decay, rank); statistics,
-        objective and bound are recomputed from the rows given.
+        objective and bound are recomputed from the rows given. ReLU networks are judged over all patterns,
+        by bounds that are tried for ``time_limit`` seconds, or for their stated work without one.
         """
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
@@ -108,6 +112,45 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             return training.certify(
                 data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_,
                 tol=self.tol, stopped_by="tolerance", own_rows=data.fingerprint == self.fingerprint_,
+                deadline=Budget(self.time_limit).deadline,
+            )  # fmt: skip
+
+    def to_relu(self, X: Any, y: Any, sample_weight: Any = None, *, unrealisable: str = "refuse") -> Conversion:
+        """The gated network as a plain ReLU network with the same outputs on its training rows.
+
+        Each linear neuron of a gate becomes the difference of two ReLU neurons of its cone, of smallest norms. The
+        outputs are kept and the gates dropped: the objective, which is returned before and after, rises, often many
+        times over. To train a good ReLU network use ``activation="relu"``.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            The rows that the model was trained on.
+        unrealisable : {"refuse", "nearest"}, default="refuse"
+            With ``rank`` gates may cut the rows in ways that no direction of the whitened data does: an error with
+            their number, or the program solved again with the nearest gates that are realised.
+
+        Returns
+        -------
+        Conversion
+            With ``network``, ``certificate``, the objectives, ``n_unrealisable`` and ``output_error``.
+
+        Raises
+        ------
+        ValueError
+            For ReLU models, other rows than those of the training, and gates that are not realised.
+        """
+        from convexbn.conversion import to_relu
+
+        check_is_fitted(self)
+        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
+        with solving(len(X)):
+            data = self._training_set(X, self._encode_known(y), weights, input_eps)
+            if data.fingerprint != self.fingerprint_:
+                raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
+            return to_relu(
+                data, self.network_, self.gates_, self.gate_offsets_, self.weight_decay_,
+                tol=self.tol, unrealisable=unrealisable,
             )  # fmt: skip
 
     def fingerprint(self, X: Any, y: Any, sample_weight: Any = None) -> str:
@@ -137,22 +180,26 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         """Fitted attributes, to be assigned at once when everything has succeeded."""
         budget = Budget(self.time_limit, self.callback)
         data = self._training_set(X, Y, weights, input_eps)
-        gates: Float | None = None
-        offsets: Float | None = None
-        if self.activation == "gated":
-            gates, offsets = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
-        weight_decay = self.weight_decay
-        if isinstance(weight_decay, str):
-            largest = data.max_weight_decay(self.activation, gates, offsets)
-            weight_decay = training.AUTO_FRACTION * largest if largest > 0 else 1.0
-        if gates is not None and offsets is not None:
-            fit = training.fit_gated(
-                data, gates, offsets, float(weight_decay),
-                solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget,
-            )  # fmt: skip
-        else:
-            fit = training.fit_relu(data, float(weight_decay), tol=self.tol)
-        return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, float(weight_decay), fit)
+        random_state = _own_random_state(self.random_state)
+        if self.activation == "relu":
+            weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
+            fit = training.fit_relu(
+                data, weight_decay, tol=self.tol, max_iter=self.max_iter, budget=budget, random_state=random_state
+            )
+            return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
+        gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
+        weight_decay = self._resolved(data.gated_program(gates, offsets).max_weight_decay)
+        fit = training.fit_gated(
+            data, gates, offsets, weight_decay,
+            solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget,
+        )  # fmt: skip
+        return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
+
+    def _resolved(self, largest: Callable[[], float]) -> float:
+        """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
+        if not isinstance(self.weight_decay, str):
+            return float(self.weight_decay)
+        return training.AUTO_FRACTION * peak if (peak := largest()) > 0 else 1.0
 
     def _fitted(self, data: TrainingSet, weight_decay: float, fit: Fit) -> dict[str, Any]:
         return {
@@ -210,8 +257,8 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     ----------
     activation : {"gated", "relu"}, default="gated"
         ``"gated"``: fixed gates are part of the model, and the optimum for those gates is certified.
-        ``"relu"``: certified over all networks of any width; solved where the distinct rows are affinely
-        independent (rank n - 1), a clear error elsewhere.
+        ``"relu"``: all patterns and widths. By formula where the distinct rows are affinely independent
+        (rank n - 1); elsewhere neurons are searched for, and the certificate bounds what the search did not see.
     loss : {"squared", "logistic", "cross_entropy"}, default="squared"
         ``"cross_entropy"`` is the softmax cross-entropy (for two classes the logistic loss);
         ``"logistic"`` is for two classes.
@@ -229,15 +276,16 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         unscaled data.
     solver : {"auto", "group_newton", "proximal", "conic"}, default="auto"
         ``"group_newton"``: squared loss, up to thousands of rows. ``"proximal"``: any loss and size.
-        ``"conic"``: Clarabel, the reference (extra ``reference``). Not used where a formula solves.
+        ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own.
     tol : float, default=1e-6
         Relative duality gap that counts as optimal.
     max_iter : int or None, default=None
         Limit of the solver's iterations; None takes the solver's own.
     time_limit : float or None, default=None
-        Seconds for the solver.
+        Seconds for the solver and, with ``activation="relu"``, the proof: at most half of them for the solver.
+        None: a stated amount of work.
     random_state : int, RandomState or None, default=None
-        For the gates.
+        For the gates, or the starting neurons.
     callback : callable or None, default=None
         Called after each iteration with a ``Progress`` (iteration, objective, lower_bound, working_set,
         relative_gap); a true return value stops the solver with status INTERRUPTED.
@@ -423,7 +471,7 @@ def max_weight_decay(
     rank: int | float | None = None,
     sample_weight: Any = None,
     random_state: Any = None,
-) -> float:
+) -> float | tuple[float, float]:
     """Smallest weight decay at which the zero network is optimal.
 
     Parameters
@@ -439,19 +487,17 @@ def max_weight_decay(
     Returns
     -------
     float
-        Gated: ``max_i ||A' D_i V0||_F`` with ``V0 = -grad L(0)``, exact. ReLU at rank n - 1: the largest norm
-        of a ray of ``V0``.
-
-    Raises
-    ------
-    UnsupportedProgramError
-        ReLU outside rank n - 1.
+        Gated: ``max_i ||A' D_i V0||_F`` with ``V0 = -grad L(0)``, exact.
+    (float, float)
+        ReLU: value of a local search for ``max over ||u|| <= 1 of ||V0'(A u)_+||``, and a valid upper bound. Equal
+        where it has a formula (rank n - 1: the largest norm of a ray of ``V0``).
 
     Examples
     --------
     >>> import numpy as np
-    >>> float(round(max_weight_decay(np.eye(5), [0, 0, 0, 1, 2], activation="relu"), 6))
-    1.732051
+    >>> value, upper = max_weight_decay(np.eye(5), [0, 0, 0, 1, 2], activation="relu")
+    >>> round(value, 6), round(upper, 6)
+    (1.732051, 1.732051)
     """
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
     kind = ConvexBNClassifier if is_class else ConvexBNRegressor
@@ -460,10 +506,11 @@ def max_weight_decay(
     X, y, weights, input_eps = model._checked_data(X, y, sample_weight, reset=True)
     Y = model._encode_new(y)[0] if is_class else model._encode_known(y)
     data = model._training_set(X, Y, weights, input_eps)
-    if activation == "relu":
-        return data.max_weight_decay(activation, None, None)
-    drawn = data.draw_gates(gates, n_gates, _own_random_state(random_state))
-    return data.max_weight_decay(activation, *drawn)
+    with solving(len(X)):
+        if activation == "relu":
+            return data.max_weight_decay_relu()
+        drawn = data.draw_gates(gates, n_gates, _own_random_state(random_state))
+        return data.gated_program(*drawn).max_weight_decay()
 
 
 def encode_classes(y: np.ndarray, classes: np.ndarray) -> Float:

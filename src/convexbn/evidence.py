@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,20 @@ from convexbn import bounds
 from convexbn._typing import Float
 from convexbn.losses import Loss, SquaredLoss
 
-#: Rows up to which the lifted relaxation is tried for several outputs: its matrices are of order n + q.
+#: Rows up to which the lifted relaxations are tried: their matrices are of order n + q.
 _LIFTED_ROWS = 600
+
+#: Cones of branch and bound, where no deadline is given and at most (a cone takes 8 q^2 bytes).
+_CONES, _MOST_CONES = 500_000, 5_000_000
+
+#: Share of the remaining time that branch and bound may take; the relaxations follow.
+_BRANCHING_SHARE = 0.6
+
+#: Relative distance of the bounds at which the dual norm of a point counts as known.
+_ENCLOSED = 1e-5
+
+#: Entries ``n q`` up to which a local search takes a second.
+_QUICK_ENTRIES = 1 << 16
 
 
 class Evidence(NamedTuple):
@@ -38,43 +51,91 @@ class AllPatterns:
     weight_decay : float
     directions : ndarray (m, q)
         First layers of the network: where large values are likely.
-    seconds : float
-        Time for everything beyond the orthant.
+    tolerance : float
+        Relative gap that counts as optimal: no bound is made sharper than it needs.
+    deadline : float or None
+        ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work.
     """
 
     loss: Loss
     rows: Float
     weight_decay: float
     directions: Float
-    seconds: float
+    tolerance: float = 1e-6
+    deadline: float | None = None
 
     def evidence(self, dual: Float) -> Iterator[Evidence]:
-        """The dual point with each bound in turn, and dual points chosen for the relaxation."""
-        root = np.sqrt(self.loss.weights)[:, None]
-        V = dual / root
-        yield Evidence(dual, *bounds.orthant(V), "orthant")
-        if self.seconds <= 0:
+        """The dual point with each bound in turn, and dual points chosen for the relaxations."""
+        V = dual / self._root
+        for bound, name in self._cheap(V, self.weight_decay):
+            yield Evidence(dual, bound.value, bound.rounding, name)
+        if not (V.shape[1] == 1 and isinstance(self.loss, SquaredLoss)):
+            for bound, name in self._lifted(V, self.weight_decay):
+                yield Evidence(dual, bound.value, bound.rounding, name)
             return
-        deadline = time.monotonic() + self.seconds
-        if self.rows.shape[1] <= bounds.MAX_RANK:
-            found = bounds.branch_and_bound(
-                V, self.rows, tolerance=1e-7, target=self.weight_decay, start=self.directions,
-                max_nodes=10_000_000, deadline=time.monotonic() + 0.6 * self.seconds,
-            )  # fmt: skip
-            yield Evidence(dual, found.value, found.rounding, "branch and bound")
-        if V.shape[1] == 1:
-            relaxed = bounds.relaxation(V, self.rows, deadline=deadline)
-            yield Evidence(dual, relaxed.value, relaxed.rounding, "relaxation")
-            if isinstance(self.loss, SquaredLoss):
-                chosen = bounds.dual_point(root * self.loss.targets, V, self.rows, self.weight_decay, deadline=deadline)
-                yield Evidence(root * chosen.dual, chosen.value, chosen.rounding, "chosen dual point")
-        if len(V) <= _LIFTED_ROWS:
-            lifted = bounds.lifted(V, self.rows, deadline=deadline, target=self.weight_decay)
-            yield Evidence(dual, lifted.value, lifted.rounding, "lifted relaxation")
+        targets = self._root * self.loss.targets
+        for choose, name in ((bounds.dual_point, "chosen dual point"), (bounds.lifted_dual_point, "lifted dual point")):
+            if self._late or (choose is bounds.lifted_dual_point and len(V) > _LIFTED_ROWS):
+                return
+            chosen = choose(targets, V, self.rows, self.weight_decay, deadline=self.deadline)
+            yield Evidence(self._root * chosen.dual, chosen.value, chosen.rounding, name)
 
-    def estimate(self, dual: Float) -> float:
-        """Largest value that a local search finds: a lower estimate of the dual norm."""
-        V = dual / np.sqrt(self.loss.weights)[:, None]
-        rng = np.random.default_rng(0)
-        values, _ = bounds.local_maxima(V, self.rows, 300, rng, initial=self.directions)
-        return float(values.max(initial=0.0))
+    def dual_norm(self, dual: Float, *, proved: bool = True) -> tuple[float, float]:
+        """Value of a local search and valid upper bound of ``max over ||u|| <= 1 of ||V'(A u)_+||``.
+
+        Infinity stands for a bound that is not asked for.
+        """
+        V = dual / self._root
+        values, found = self._local_maxima(V)
+        lower, upper = float(values[0]), np.inf
+        if not proved:
+            return lower, upper
+        enough, prover = lower * (1 + _ENCLOSED), replace(self, directions=found)
+        for bound, _ in itertools.chain(prover._cheap(V, enough), prover._lifted(V, enough)):
+            upper = min(upper, float(bound.value))
+            if upper <= enough:
+                break
+        return min(lower, upper), upper
+
+    def estimate(self, dual: Float) -> float | None:
+        """Largest value that a local search finds, a lower estimate of the dual norm.
+
+        None after the deadline on data of a size where the search takes more than about a second.
+        """
+        return (
+            None
+            if self._late and self.rows.size > _QUICK_ENTRIES
+            else float(self._local_maxima(dual / self._root)[0][0])
+        )
+
+    def _local_maxima(self, V: Float) -> tuple[Float, Float]:
+        return bounds.local_maxima(V, self.rows, 300, np.random.default_rng(0), initial=self.directions)
+
+    @property
+    def _root(self) -> Float:
+        root: Float = np.sqrt(self.loss.weights)[:, None]
+        return root
+
+    @property
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _cheap(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
+        """Orthant, branch and bound where the rank allows it, relaxation."""
+        yield bounds.Bound(*bounds.orthant(V), 1), "orthant"
+        if self._late:
+            return
+        if self.rows.shape[1] <= bounds.MAX_RANK:
+            now = time.monotonic()
+            until = None if self.deadline is None else now + _BRANCHING_SHARE * (self.deadline - now)
+            yield bounds.branch_and_bound(
+                V, self.rows, tolerance=0.1 * self.tolerance, target=target, start=self.directions,
+                max_nodes=_CONES if until is None else _MOST_CONES, deadline=until,
+            ), "branch and bound"  # fmt: skip
+        if V.shape[1] == 1 and not self._late:
+            yield bounds.relaxation(V, self.rows, deadline=self.deadline), "relaxation"
+
+    def _lifted(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
+        """The doubly nonnegative relaxation, for a moderate number of rows."""
+        if len(V) <= _LIFTED_ROWS and not self._late:
+            yield bounds.lifted(V, self.rows, deadline=self.deadline, target=target), "lifted relaxation"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from convexbn import certificate
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate
+from convexbn.evidence import AllPatterns
 from convexbn.losses import LOSSES, Loss, SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
@@ -20,6 +21,7 @@ from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.neuron_pricing import NeuronPricing
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget, Progress, Solver
 from convexbn.whitening import Whitening, whiten
@@ -29,6 +31,12 @@ AUTO_FRACTION = 0.02
 
 #: Rows up to which ``solver="auto"`` factorises n x n matrices.
 NEWTON_ROWS = 6000
+
+#: Share of a time limit that the ReLU solver may take before the proof begins.
+SOLVER_SHARE = 0.5
+
+#: Fraction of the tolerance that pricing aims at: the valid bounds need the rest.
+PRICING_TOL = 0.1
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "group_newton": GroupNewton,
@@ -103,22 +111,21 @@ class TrainingSet:
         kept = first_of_each_pattern(gate_patterns(self.X, self.whitening.mean, directions, offsets))
         return np.ascontiguousarray(directions[:, kept]), offsets[kept]
 
-    def require_formula(self) -> None:
-        """Refuse ReLU programs outside the regime with a formula."""
-        n, r = len(self.X), self.whitening.rank
-        if r != n - 1:
-            raise closed_form.UnsupportedProgramError(
-                f"activation='relu' is solved by formula where the distinct rows are affinely independent "
-                f"(rank n - 1 = {n - 1}; here the rank is {r}). The general ReLU solver over all patterns is "
-                "not available yet; use activation='gated'."
-            )
+    def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
+        """Smallest weight decay at which the zero ReLU network is optimal: local-search value and valid upper bound.
 
-    def max_weight_decay(self, activation: str, gates: Float | None, gate_offsets: Float | None) -> float:
-        """Smallest weight decay at which the zero network is optimal."""
-        if gates is not None and gate_offsets is not None:
-            return self.gated_program(gates, gate_offsets).max_weight_decay()
-        self.require_formula()
-        return closed_form.max_weight_decay(self.loss)
+        Equal at rank n - 1 where the targets have a formula; elsewhere infinity stands for a bound that is not asked
+        for.
+        """
+        if self.whitening.rank == len(self.X) - 1:
+            try:
+                return (exact := closed_form.max_weight_decay(self.loss)), exact
+            except closed_form.NoFormulaError:
+                pass
+        dual = self.loss.negative_gradient(np.zeros_like(self.loss.targets))
+        rows = np.sqrt(self.loss.weights)[:, None] * self.whitening.rows
+        prover = AllPatterns(self.loss, rows, weight_decay=0.0, directions=rows[:0])
+        return prover.dual_norm(dual, proved=proved)
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,46 @@ def fit_gated(
     return Fit(network, proof, solution.history, solution.n_iter)
 
 
-def fit_relu(data: TrainingSet, weight_decay: float, *, tol: float) -> Fit:
-    """Write the globally optimal ReLU network down by formula (rank n - 1), and have it judged."""
-    data.require_formula()
-    first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
-    network = BatchNormNetwork.from_neurons(data.whitening, first, output)
-    proof = certify(data, network, weight_decay, None, None, tol=tol, stopped_by="formula", own_rows=True)
-    return Fit(network, proof, [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)], 1)
+def fit_relu(
+    data: TrainingSet,
+    weight_decay: float,
+    *,
+    tol: float,
+    max_iter: int | None,
+    budget: Budget,
+    random_state: np.random.RandomState,
+) -> Fit:
+    """Train over all patterns, by formula where there is one and by pricing elsewhere, and have the network judged.
+
+    Of a time limit pricing takes ``SOLVER_SHARE`` at most; the proof has the rest.
+    """
+    network, history, stopped_by = _relu_by_formula(data, weight_decay), [], "formula"
+    if network is None:
+        settings: dict[str, Any] = {} if max_iter is None else {"max_iter": max_iter}
+        rng = np.random.default_rng(random_state.randint(2**31))
+        share = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
+        solution = NeuronPricing(tol=PRICING_TOL * tol, **settings).solve(
+            data.whitening.rows, data.loss, weight_decay, rng, replace(budget, time_limit=share)
+        )
+        network = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
+        history, stopped_by = solution.history, solution.stopped_by
+    proof = certify(
+        data, network, weight_decay, None, None,
+        tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
+    )  # fmt: skip
+    history = history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]
+    return Fit(network, proof, history, len(history))
+
+
+def _relu_by_formula(data: TrainingSet, weight_decay: float) -> BatchNormNetwork | None:
+    """The globally optimal network at rank n - 1 for targets that have a formula, else None."""
+    if data.whitening.rank != len(data.X) - 1:
+        return None
+    try:
+        first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
+    except closed_form.NoFormulaError:
+        return None
+    return BatchNormNetwork.from_neurons(data.whitening, first, output)
 
 
 def certify(
@@ -173,15 +213,18 @@ def certify(
     tol: float,
     stopped_by: str,
     own_rows: bool,
+    deadline: float | None = None,
 ) -> Certificate:
     """Judge a network on rows: every answer is recomputed, batch-norm statistics included.
 
-    On the rows that it was trained on (``own_rows``) its stored statistics must give the same network.
+    On the rows that it was trained on (``own_rows``) its stored statistics must give the same network. ReLU networks
+    are judged over all patterns, by bounds that are tried until ``deadline``.
     """
     if gates is None or gate_offsets is None:
         proof = certificate.certify_relu(
             data.whitening.rows, data.loss, data.X, weight_decay,
             **network.neurons(), tolerance=tol, stopped_by=stopped_by,
+            truncated=data.whitening.truncated, deadline=deadline,
         )  # fmt: skip
     else:
         proof = certificate.certify_gated(

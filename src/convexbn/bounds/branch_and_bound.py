@@ -90,7 +90,7 @@ def branch_and_bound(
     if q <= 2:
         value, rounding, maximiser, work = plane(V, A)
         return Enclosure(value * scale, rounding * scale, work, (value - rounding) * scale, maximiser, "tolerance")
-    search = _Search(V, A, tolerance, target / scale, np.eye(q)[:1] if start is None else start)
+    search = _Search(V, A, tolerance, target / scale, np.eye(q)[:1] if start is None or len(start) == 0 else start)
     reason = search.run(max_nodes, deadline)
     rounding = 4 * EPS * search.upper * (n + q)
     return Enclosure(
@@ -118,9 +118,14 @@ class _Search:
         return max(self.lower, self.settled, self.frontier.largest())
 
     @property
-    def threshold(self) -> float:
-        """Cones with bounds up to this are not split."""
+    def enough(self) -> float:
+        """The bound that is asked for."""
         return max(self.lower * (1 + self.tolerance), self.target)
+
+    @property
+    def threshold(self) -> float:
+        """Cones with bounds up to this are not split: they are good enough, or one that cannot be split is worse."""
+        return max(self.enough, self.settled)
 
     def run(self, max_nodes: int, deadline: float | None) -> str:
         """Split the cones of largest bound, many at a time, until something stops it."""
@@ -134,7 +139,7 @@ class _Search:
                 mine = halves.problem == problem
                 if mine.any():
                     self.bound(halves.generators[mine], problem, halves.bounds[mine])
-        return "tolerance" if self.upper <= self.threshold else "rounding"
+        return "tolerance" if self.upper <= self.enough else "rounding"
 
     def improve(self, directions: Float) -> None:
         """Ascend from the best direction given when it beats the best value found."""
@@ -159,6 +164,7 @@ class _Search:
         bounds = np.where(batch.thin, parents, np.minimum(bounds, parents))
         edges, shares = cones.worst_edge(batch, weights, directions)
         nodes = Nodes(generators, np.full(len(bounds), problem), bounds, edges, shares)
+        self.settled = max(self.settled, float(bounds[batch.thin].max(initial=0.0)))
         open_ = (bounds > self.threshold) & ~batch.thin
         self.settled = max(self.settled, float(bounds[~open_].max(initial=0.0)))
         self.frontier.add(nodes.take(open_))

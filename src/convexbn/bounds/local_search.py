@@ -20,6 +20,13 @@ from convexbn.bounds.result import unit_scale
 _FIXED_POINT_STEPS = 4
 _SAME_DIRECTION = 1 - 1e-4
 
+#: Steps without a rise after which a direction is left.
+_RESTS = 4
+
+#: Directions that are followed to the end and returned; on small data, of ``n q`` entries, more are followed.
+_FOLLOWED = 30
+_FOLLOWED_ENTRIES = 1 << 18
+
 
 def local_search(V: Float, A: Float, starts: int, rng: np.random.Generator) -> tuple[float, Float]:
     """Best local maximum of ``||V'(A u)_+||`` over the unit sphere found from random starts.
@@ -51,10 +58,12 @@ def local_maxima(
     rng: np.random.Generator,
     *,
     initial: Float | None = None,
-    keep: int = 30,
     rounds: int = 30,
 ) -> tuple[Float, Float]:
-    """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= keep``.
+    """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= 30``.
+
+    The initial directions and the random ones are thinned apart from each other: near an optimum the neurons all
+    have the largest value, and would leave no place for a start that leads elsewhere.
 
     Parameters
     ----------
@@ -62,21 +71,22 @@ def local_maxima(
         As in ``local_search``.
     initial : ndarray (m, q), optional
         Directions to ascend from besides the random ones: the neurons of the moment.
-    keep : int
-        Distinct directions that are followed to the end.
     rounds : int
         Largest number of convex-concave steps.
     """
     scale = unit_scale(V)
     V = V / scale
-    directions = normalise(rng.standard_normal((starts, A.shape[1])))
+    raw = normalise(rng.standard_normal((starts, A.shape[1])))
     outputs = normalise(rng.standard_normal((starts, V.shape[1])))
-    directions = _fixed_point(directions, outputs, V, A)
-    if initial is not None:
-        directions = np.vstack([normalise(initial), directions])
-    directions = distinct(directions, hidden_norms(directions, V, A), keep)
-    directions = ascend(directions, V, A, rounds)
-    directions = distinct(directions, hidden_norms(directions, V, A), keep)
+    moved = _fixed_point(raw, outputs, V, A)
+    keep = max(_FOLLOWED, _FOLLOWED_ENTRIES // A.size)
+    # the fixed point takes many starts to few places: some are followed from where they are
+    followed = [distinct(moved, hidden_norms(moved, V, A), keep), raw[:keep]]
+    if initial is not None and len(initial):
+        known = normalise(initial)
+        followed.append(distinct(known, hidden_norms(known, V, A), keep))
+    directions = ascend(np.vstack(followed), V, A, rounds)
+    directions = distinct(directions, hidden_norms(directions, V, A), _FOLLOWED)
     return hidden_norms(directions, V, A) * scale, directions
 
 
@@ -108,21 +118,25 @@ def distinct(directions: Float, values: Float, keep: int) -> Float:
 
 def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
     """Convex-concave ascent from every row, with a step onto the face of kinks that each iterate lies on."""
-    current = hidden_norms(directions, V, A)
+    directions, values = directions.copy(), hidden_norms(directions, V, A)
     subgradients = np.zeros((len(directions), len(A)))
+    rising, rests = np.arange(len(directions)), np.zeros(len(directions), dtype=int)
     for _ in range(rounds):
-        hidden = np.maximum(directions @ A.T, 0)
+        at = directions[rising]
+        hidden = np.maximum(at @ A.T, 0)
         weights = normalise(hidden @ V) @ V.T
         moved, subgradients = _concave_maximiser(hidden > 0, weights, subgradients, A)
-        faced = _onto_kinks(moved, weights, subgradients, A)
-        candidates = np.stack([moved, faced, directions])
-        values = np.stack([hidden_norms(moved, V, A), hidden_norms(faced, V, A), current])
-        best = values.argmax(axis=0)
-        places = np.arange(len(best))
-        directions, following = candidates[best, places], values[best, places]
-        if np.all(following <= current * (1 + 1e-13)):
+        candidates = np.stack([moved, _onto_kinks(moved, weights, subgradients, A), at])
+        heights = np.stack([*(hidden_norms(steps, V, A) for steps in candidates[:2]), values[rising]])
+        best, places = heights.argmax(axis=0), np.arange(len(rising))
+        directions[rising] = candidates[best, places]
+        rose = heights[best, places] > values[rising] * (1 + 1e-13)
+        values[rising] = heights[best, places]
+        rests = np.where(rose, 0, rests + 1)  # the dual variables of a step that failed begin the next one
+        kept = rests < _RESTS
+        rising, subgradients, rests = rising[kept], subgradients[kept], rests[kept]
+        if len(rising) == 0:
             break
-        current = following
     return directions
 
 

@@ -14,8 +14,8 @@ from convexbn.bounds import group_directions
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, Loss, SquaredLoss
 
 
-class UnsupportedProgramError(NotImplementedError, ValueError):
-    """The data and options describe a program that no solver of this version can certify."""
+class NoFormulaError(ValueError):
+    """The targets have no formula: the program is for an iterative solver."""
 
 
 def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float, Float]:
@@ -31,7 +31,7 @@ def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float
 
     Raises
     ------
-    UnsupportedProgramError
+    NoFormulaError
         When the targets have no formula: two rays with an acute angle, or soft labels in cross-entropy.
 
     Examples
@@ -69,9 +69,8 @@ def _cross_entropy(loss: Loss, weight_decay: float) -> tuple[Float, Float]:
     K = loss.targets.shape[1]
     labels = loss.targets.argmax(axis=1)
     if not np.array_equal(loss.targets, np.eye(K)[labels]):
-        raise UnsupportedProgramError(
-            "no formula: rows with equal features carry different classes, which makes their labels soft; "
-            "use loss='squared' with two classes, or activation='gated'."
+        raise NoFormulaError(
+            "no formula: rows with equal features carry different classes, which makes their labels soft."
         )
     totals = np.bincount(labels, loss.weights, K)
     hidden = np.sqrt(loss.weights / totals[labels])[:, None] * loss.targets
@@ -135,10 +134,9 @@ def _rays(targets: Float) -> tuple[Float, Float, Float]:
     live = group >= 0
     acute = directions @ directions.T - np.eye(len(directions)) > 1e-9
     if acute.any():
-        raise UnsupportedProgramError(
+        raise NoFormulaError(
             "no formula: the targets have directions with an acute angle between them; one output, one-hot, "
-            "+-1 and balanced centred targets have one. The general ReLU solver is not available yet; "
-            "use activation='gated'."
+            "+-1 and balanced centred targets have one."
         )
     lengths = np.linalg.norm(targets, axis=1)
     norms = np.sqrt(np.bincount(group[live], lengths[live] ** 2, len(directions)))

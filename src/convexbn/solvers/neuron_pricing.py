@@ -1,46 +1,46 @@
-"""ReLU networks over all patterns: local phase, restricted convex program, pricing, repeated.
+"""ReLU networks over all patterns: local phase, masses, Newton's method, pricing, repeated.
 
-A sampled set of patterns is not the program. The local phase trains the balanced network on the whitened
-data, which finds patterns that matter; the restricted program makes it optimal for those patterns;
-pricing looks for a neuron ``u`` with ``||V'(A u)_+|| > weight_decay ||u||``, which would lower the objective, and
-hands it back to the local phase. What pricing does not find is bounded by ``bounds``, not by pricing.
+A sampled set of patterns is not the program. The local phase trains a wide network on the whitened data, which
+finds patterns that matter; the program over the masses keeps the neurons that are needed; Newton's method on the
+kinks makes them stationary to rounding; pricing looks for a neuron ``u`` with
+``||V'(A u)_+|| > weight_decay ||u||``, which would lower the objective, and hands it back. For a stationary network
+that is all there is to optimality. What pricing does not find is bounded by ``bounds``, not by pricing.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from convexbn import bounds
 from convexbn._typing import Float
-from convexbn.losses import Loss, SquaredLoss
-from convexbn.solvers.cone_program import ConeProgram
+from convexbn.bounds.local_search import normalise
+from convexbn.losses import Loss
+from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
+from convexbn.solvers.kink_newton import KinkNewton
+from convexbn.solvers.local_phase import local_phase, random_neurons
+from convexbn.solvers.masses import with_best_masses
+from convexbn.solvers.neuron_search import NeuronSearch
+from convexbn.solvers.neurons import Neurons, merge, network_outputs
 from convexbn.solvers.solution import Budget, Progress
 
-#: Directions closer than this (cosine) with equal outputs are one neuron.
-_SAME = 1 - 1e-4
+__all__ = ["NeuronPricing", "Neurons", "ReluSolution", "local_phase", "merge", "network_outputs", "polish"]
 
-#: Mass relative to the largest below which a neuron is dropped.
-_NEGLIGIBLE = 1e-5
+#: Neurons that enter in a round.
+_NEWCOMERS = 30
 
+#: Batches of starts that have to find nothing before the search ends.
+_BATCHES = 10
 
-@dataclass(frozen=True)
-class Neurons:
-    """A network on the whitened data: ``F = (A first)_+ output``, ``first`` (q, m), ``output`` (m, K)."""
+#: New neurons relative to the present ones that end the search after one batch; half as many after two, and so on.
+_ENOUGH = 0.1
 
-    first: Float
-    output: Float
+#: Rounds without progress that are enough.
+_PATIENCE = 5
 
-    @property
-    def masses(self) -> Float:
-        """``||s_j|| ||c_j||``."""
-        masses: Float = np.linalg.norm(self.first, axis=0) * np.linalg.norm(self.output, axis=1)
-        return masses
-
-    def joined(self, other: Neurons) -> Neurons:
-        """Both networks side by side."""
-        return Neurons(np.hstack([self.first, other.first]), np.vstack([self.output, other.output]))
+#: Variables of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix.
+_MOST_VARIABLES = 3000
 
 
 @dataclass(frozen=True)
@@ -54,146 +54,193 @@ class ReluSolution:
 
 @dataclass(frozen=True)
 class NeuronPricing:
-    """Local phase, restricted convex program, pricing, until nothing better is found.
+    """Local phase, masses, Newton's method, pricing, until nothing better is found.
 
     Parameters
     ----------
     tol : float, default=1e-6
         Relative gap against the estimated bound at which to stop.
-    max_iter : int, default=30
+    max_iter : int, default=100
         Largest number of rounds.
-    width : int, default=50
-        Neurons of the first local phase.
-    n_starts : int, default=300
-        Random starts of each pricing.
+    width : int, default=200
+        Neurons of the local phase.
+    n_starts : int, default=100
+        Random starts of a batch of pricing, fewer where the data are large; ten batches have to find nothing.
     """
 
     tol: float = 1e-6
-    max_iter: int = 30
-    width: int = 50
-    n_starts: int = 300
+    max_iter: int = 100
+    width: int = 200
+    n_starts: int = 100
 
     def solve(
-        self, rows: Float, loss: Loss, weight_decay: float, rng: np.random.Generator, budget: Budget | None = None
+        self,
+        rows: Float,
+        loss: Loss,
+        weight_decay: float,
+        rng: np.random.Generator,
+        budget: Budget | None = None,
+        initial: Neurons | None = None,
     ) -> ReluSolution:
-        """Train on whitened rows; the bounds in the history rest on a local search and prove nothing."""
+        """Train on whitened rows; the bounds in the history rest on a search and prove nothing.
+
+        Parameters
+        ----------
+        rows : ndarray (n, q)
+        loss : Loss
+        weight_decay : float
+        rng : numpy.random.Generator
+        budget : Budget, optional
+        initial : Neurons, optional
+            A warm start, which joins the trained neurons; the solution is never worse.
+        """
         budget = budget or Budget()
-        root = np.sqrt(loss.weights)[:, None]
-        neurons = merge(local_phase(rows, loss, weight_decay, _random(rows, loss, self.width, rng)))
+        problem = _Problem(rows, loss, weight_decay, budget.deadline)
+        neurons = problem.trained(random_neurons(rows, loss, self.width, rng))
+        best = problem.nothing
+        if initial is not None:
+            neurons, best = initial.joined(neurons), problem.cheaper(initial, best)
         history: list[Progress] = []
-        best, record = neurons, np.inf
         while True:
-            neurons = polish(rows, loss, weight_decay, neurons)
-            outputs = network_outputs(rows, neurons)
-            objective = loss.value(outputs) + weight_decay * float(neurons.masses.sum())
-            if objective < record:
-                best, record = neurons, objective
-            V = loss.negative_gradient(outputs) / root
-            values, found = bounds.local_maxima(V, root * rows, self.n_starts, rng, initial=neurons.first.T)
-            estimate = loss.dual_value(min(1.0, weight_decay / values[0]) * root * V)
-            history.append(Progress(len(history) + 1, record, estimate, neurons.first.shape[1]))
-            better = values > weight_decay * (1 + 0.1 * self.tol)
+            gap = history[-1].relative_gap if history else 1.0
+            neurons = problem.polished(problem.selected(neurons), gap)
+            best = problem.cheaper(neurons, best)
+            record = problem.objective(best)
+            found, bound = self._price(problem, neurons, record, rng)
+            history.append(Progress(len(history) + 1, record, bound, len(neurons.output)))
             reason = budget.stop_reason(history[-1], tol=self.tol, max_iter=self.max_iter)
-            if reason is None and not better.any():
+            if reason is None and (not len(found) or _without_progress(history)):
                 reason = "stalled"
             if reason is not None:
-                return ReluSolution(best, reason, history)
-            new = _newcomers(root * rows, V, found[better].T, neurons)
-            together = neurons.joined(new)
-            neurons = merge(local_phase(rows, loss, weight_decay, together))
-            if isinstance(loss, SquaredLoss):  # the restricted program chooses among all of them
-                neurons = neurons.joined(together)
+                return ReluSolution(problem.with_fewest(best), reason, history)
+            neurons = neurons.joined(problem.newcomers(neurons, found))
+
+    def _price(
+        self, problem: _Problem, neurons: Neurons, record: float, rng: np.random.Generator
+    ) -> tuple[Float, float]:
+        """Directions that would lower the objective, best first (m, q), and the estimated bound.
+
+        Starts are followed batch by batch until enough of them leave a gap to the best objective so far. Where the
+        first batch finds none, branch and bound looks in low rank, and nothing else is left to do when it has
+        looked everywhere. A search that time cuts short estimates nothing: a valid bound takes its place.
+        """
+        V = problem.dual(neurons)
+        threshold = problem.weight_decay * (1 + 0.1 * self.tol)
+        search = NeuronSearch(V, problem.A, problem.deadline)
+        search.from_neurons(neurons.first.T)
+        for batch in range(_BATCHES):
+            search.from_random(self.n_starts, rng)
+            found, bound = search.above(threshold, _NEWCOMERS), problem.estimate(V, search.largest)
+            gap = record - bound > self.tol * record
+            if gap and len(found) * (batch + 1) > _ENOUGH * len(neurons.output):
+                break
+            if batch == 0 and not (gap and len(found)) and search.by_branch_and_bound(threshold, self.tol):
+                break
+            if search.late:
+                return found, problem.estimate(V, float(np.linalg.norm(V, 2)))
+        return search.above(threshold, _NEWCOMERS), problem.estimate(V, search.largest)
 
 
-def network_outputs(rows: Float, neurons: Neurons) -> Float:
-    """``F = (A first)_+ output``."""
-    outputs: Float = np.maximum(rows @ neurons.first, 0) @ neurons.output
-    return outputs
+@dataclass(frozen=True)
+class _Problem:
+    """The program, and when to stop working on it."""
+
+    rows: Float
+    loss: Loss
+    weight_decay: float
+    deadline: float | None
+
+    @functools.cached_property
+    def root(self) -> Float:
+        root: Float = np.sqrt(self.loss.weights)[:, None]
+        return root
+
+    @functools.cached_property
+    def A(self) -> Float:
+        """Rows of orthonormal columns."""
+        return self.root * self.rows
+
+    @property
+    def nothing(self) -> Neurons:
+        """The network without neurons."""
+        return Neurons(np.zeros((self.rows.shape[1], 0)), np.zeros((0, self.loss.targets.shape[1])))
+
+    def objective(self, neurons: Neurons) -> float:
+        """Loss and penalty."""
+        penalty = self.weight_decay * float(neurons.masses.sum())
+        return self.loss.value(network_outputs(self.rows, neurons)) + penalty
+
+    def cheaper(self, one: Neurons, other: Neurons) -> Neurons:
+        """The network of smaller objective."""
+        return one if self.objective(one) < self.objective(other) else other
+
+    def dual(self, neurons: Neurons) -> Float:
+        """``V / sqrt(w)``."""
+        dual: Float = self.loss.negative_gradient(network_outputs(self.rows, neurons)) / self.root
+        return dual
+
+    def estimate(self, V: Float, norm: float) -> float:
+        """Dual value of ``V`` scaled to feasibility, were ``norm`` its dual norm."""
+        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * self.root * V)
+
+    def trained(self, neurons: Neurons) -> Neurons:
+        """The local phase, and what it leaves in clusters as one neuron each."""
+        return merge(local_phase(self.rows, self.loss, self.weight_decay, neurons, deadline=self.deadline))
+
+    def selected(self, neurons: Neurons) -> Neurons:
+        """The neurons that are needed, with their best masses."""
+        best = with_best_masses(self.rows, self.loss, self.weight_decay, neurons, deadline=self.deadline)
+        return merged_in_cones(self.rows, best)
+
+    def polished(self, neurons: Neurons, gap: float) -> Neurons:
+        """Newton's method, as carefully started and as accurate as a relative gap asks for."""
+        return polish(
+            self.rows, self.loss, self.weight_decay, neurons,
+            damping=float(np.clip(gap, 1e-6, 0.1)), tol=float(np.clip(1e-3 * gap**2, 1e-14, 1e-9)),
+            deadline=self.deadline,
+        )  # fmt: skip
+
+    def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
+        """New neurons with their best outputs; the program over the masses decides on these."""
+        image = np.maximum(directions @ self.A.T, 0) @ self.dual(neurons)
+        mass = float(neurons.masses.mean()) if len(neurons.output) else 1.0
+        return Neurons(directions.T, normalise(image)).with_masses(np.full(len(directions), mass))
+
+    def with_fewest(self, neurons: Neurons) -> Neurons:
+        """The same network with fewer neurons, polished, where that does not cost anything."""
+        fewer = vertex(self.A, merged_in_cones(self.rows, neurons))
+        if len(fewer.output) == len(neurons.output):
+            return neurons
+        fewer = self.polished(fewer, gap=0.0)
+        return fewer if self.objective(fewer) <= self.objective(neurons) * (1 + 1e-12) else neurons
 
 
-def local_phase(rows: Float, loss: Loss, weight_decay: float, neurons: Neurons, max_iter: int = 400) -> Neurons:
-    """L-BFGS on ``L(F) + beta / 2 (||first||^2 + ||output||^2)``, the balanced network."""
-    import scipy.optimize
-
-    q, m = neurons.first.shape
-
-    def split(x: Float) -> tuple[Float, Float]:
-        return x[: q * m].reshape(q, m), x[q * m :].reshape(m, -1)
-
-    def value(x: Float) -> tuple[float, Float]:
-        first, output = split(x)
-        response = rows @ first
-        hidden = np.maximum(response, 0)
-        outputs = hidden @ output
-        dual = loss.negative_gradient(outputs)
-        back = (dual @ output.T) * (response > 0)
-        gradient = np.concatenate([(-rows.T @ back).ravel(), (-hidden.T @ dual).ravel()]) + weight_decay * x
-        return loss.value(outputs) + 0.5 * weight_decay * float(x @ x), gradient
-
-    start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
-    options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
-    answer = scipy.optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options)
-    return Neurons(*split(answer.x))
+def _without_progress(history: list[Progress]) -> bool:
+    """Several rounds have brought nothing beyond rounding."""
+    return len(history) > _PATIENCE and history[-1].objective >= history[-1 - _PATIENCE].objective * (1 - 1e-13)
 
 
-def merge(neurons: Neurons) -> Neurons:
-    """Drop negligible neurons, and join those of nearly equal direction and output into their sum."""
-    masses = neurons.masses
-    order = np.argsort(-masses)
-    order = order[masses[order] > _NEGLIGIBLE * masses.max(initial=0.0)]
-    first = neurons.first[:, order] / np.linalg.norm(neurons.first[:, order], axis=0)
-    output = neurons.output[order] / np.linalg.norm(neurons.output[order], axis=1)[:, None]
-    alike = (first.T @ first > _SAME) & (output @ output.T > _SAME)
-    leader = alike.argmax(axis=1)  # the heaviest that is alike
-    kept = np.flatnonzero(leader == np.arange(len(order)))
-    total = np.zeros(len(order))
-    np.add.at(total, leader, masses[order])
-    root = np.sqrt(total[kept])
-    return Neurons(first[:, kept] * root, output[kept] * root[:, None])
+def polish(
+    rows: Float,
+    loss: Loss,
+    weight_decay: float,
+    neurons: Neurons,
+    *,
+    damping: float = 0.1,
+    tol: float = 1e-14,
+    deadline: float | None = None,
+) -> Neurons:
+    """A stationary network by Newton's method, never worse than the one that is given.
 
-
-def polish(rows: Float, loss: Loss, weight_decay: float, neurons: Neurons) -> Neurons:
-    """Optimum of the restricted program on the patterns and output directions of the neurons.
-
-    Never worse than any part of the network that is given, since the patterns of that part are among them.
+    Where all variables are too many for one system, blocks of neurons take turns, the heaviest first.
     """
-    if not isinstance(loss, SquaredLoss) or neurons.first.shape[1] == 0:
-        return neurons
-    neurons, opened = _one_a_cone(rows, neurons)
-    directions = neurons.output / np.linalg.norm(neurons.output, axis=1)[:, None]
-    start = (neurons.first * np.linalg.norm(neurons.output, axis=1)).T
-    root = np.sqrt(loss.weights)[:, None]
-    w = ConeProgram(root * rows, root * loss.targets, weight_decay, opened, directions).solve(start)
-    sizes = np.linalg.norm(w, axis=1)
-    live = sizes > 1e-7 * sizes.max(initial=0.0)
-    root = np.sqrt(sizes[live])[:, None]
-    return Neurons((w[live] / root).T, directions[live] * root)
-
-
-def _one_a_cone(rows: Float, neurons: Neurons) -> tuple[Neurons, np.ndarray]:
-    """The heaviest neuron of every pattern and output direction, and the patterns (m, n)."""
-    order = np.argsort(-neurons.masses, kind="stable")
-    opened = (rows @ neurons.first[:, order] >= 0).T
-    directions = neurons.output[order] / np.linalg.norm(neurons.output[order], axis=1)[:, None]
-    keys = np.hstack([opened, np.round(directions, 6) + 0.0])
-    first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
-    kept = order[first]
-    return Neurons(neurons.first[:, kept], neurons.output[kept]), opened[first]
-
-
-def _newcomers(rows: Float, V: Float, directions: Float, neurons: Neurons) -> Neurons:
-    """New neurons of one per cent of the present weight, with their best outputs."""
-    image = V.T @ np.maximum(rows @ directions, 0)
-    output = (image / np.maximum(np.linalg.norm(image, axis=0), 1e-300)).T
-    size = np.sqrt(0.01 * neurons.masses.sum() / max(directions.shape[1], 1))
-    return Neurons(size * directions, size * output)
-
-
-def _random(rows: Float, loss: Loss, width: int, rng: np.random.Generator) -> Neurons:
-    """Random directions, balanced at the size of the targets."""
-    q, K = rows.shape[1], loss.targets.shape[1]
-    dual = loss.negative_gradient(np.zeros_like(loss.targets)) / np.sqrt(loss.weights)[:, None]
-    size = np.sqrt(np.linalg.norm(dual) / width)
-    first, output = rng.standard_normal((q, width)), rng.standard_normal((width, K))
-    output /= np.linalg.norm(output, axis=1)[:, None]
-    return Neurons(size * first / np.linalg.norm(first, axis=0), size * output)
+    neurons = neurons.chosen(np.argsort(-neurons.masses)).balanced()
+    most = max(1, _MOST_VARIABLES // (rows.shape[1] + loss.targets.shape[1]))
+    blocks = [neurons.chosen(slice(start, start + most)) for start in range(0, len(neurons.output), most)]
+    for k, block in enumerate(blocks):
+        fixed = np.zeros_like(loss.targets)
+        for other in blocks[:k] + blocks[k + 1 :]:
+            fixed += network_outputs(rows, other)
+        newton = KinkNewton(rows, loss, weight_decay, fixed)
+        blocks[k] = newton.solve(block, damping=damping, tol=tol, deadline=deadline)
+    return functools.reduce(Neurons.joined, blocks, neurons.chosen(slice(0)))

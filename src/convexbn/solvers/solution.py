@@ -43,6 +43,11 @@ class Budget:
     callback: Callable[[Progress], object] | None = None
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def deadline(self) -> float | None:
+        """``time.monotonic()`` at which the time limit is over, None without one."""
+        return None if self.time_limit is None else self.started + self.time_limit
+
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
         """Why to stop now (a key of ``verdict.STOPPED_BY``), or None to go on."""
         asked = bool(self.callback(progress)) if self.callback is not None else False
@@ -52,7 +57,7 @@ class Budget:
             return "tolerance"
         if asked:
             return "callback"
-        if self.time_limit is not None and time.monotonic() - self.started >= self.time_limit:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             return "time_limit"
         return "max_iter" if progress.iteration >= max_iter else None
 

@@ -1,0 +1,407 @@
+"""How far a network that was trained elsewhere is from the best there is, and why.
+
+The gap of a certificate is split by what our own solvers reach: the same neurons trained on from where they stand, and
+a network of any width from scratch. What the first wins was left by the training, what the second wins beyond needs
+other or more neurons, and what remains above the lower bound is not proved.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+
+from convexbn import training
+from convexbn._typing import Float
+from convexbn.certificate import Certificate
+from convexbn.conversion import neurons_of
+from convexbn.environment import solving
+from convexbn.layers import Layers
+from convexbn.network import BatchNormNetwork
+from convexbn.objective import Objective
+from convexbn.output_bias import WithOutputBias
+from convexbn.solvers.local_phase import local_phase, random_neurons
+from convexbn.solvers.neuron_pricing import polish
+from convexbn.solvers.neurons import Neurons, merge, network_outputs
+from convexbn.solvers.solution import Budget
+from convexbn.training import TrainingSet
+from convexbn.verdict import Status, status_of
+
+_EPS = float(np.finfo(np.float64).eps)
+
+#: Share of the time for training the network's own neurons on.
+_FURTHER_SHARE = 0.2
+
+#: Width and iterations of our own training where the output has a bias: there is no pricing for it.
+_WIDTH, _ITERATIONS = 100, 2000
+
+
+class Cause(StrEnum):
+    """What most of the gap is made of."""
+
+    NONE = "none"
+    OPTIMISATION = "optimisation"
+    WIDTH = "width"
+    BOUND = "bound"
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Objective of a trained network, a lower bound of every network's, and what the gap means.
+
+    All numbers are in the units of the loss that was given (torch's mean, say), except for those of ``certificate``.
+
+    Attributes
+    ----------
+    objective : float
+        Loss with the full-batch statistics plus weight decay, of the numbers as they stand.
+    balanced_objective : float
+        The same after rescaling every neuron to its least penalty, with the best output bias where there is one.
+    lower_bound : float
+        No network of the scope has a smaller objective.
+    tol : float
+        Relative gap that counts as optimal.
+    status : Status
+    cause : Cause
+        The largest part of the gap.
+    explanation : str
+        One paragraph on what the gap means and what to do.
+    scope : str
+        Among what the network is compared.
+    factor : float
+        What the sum of the losses over rows is multiplied with.
+    weight_decay : float
+        Beta of the program, against the sum of the losses.
+    n_neurons : int
+        Neurons that are used.
+    loss, stored_loss : float
+        Loss with the full-batch statistics of the rows, and in eval mode with the stored ones.
+    trained_on_objective : float or None
+        What the same neurons reach when they are trained on; None where it was not tried.
+    best_known : float
+        Smallest objective of a network that was seen: this one, or one of ours.
+    best_n_neurons : int
+        Its neurons.
+    universal : bool
+        Whether the bound also holds for all other features of these rows: whatever the layers before compute.
+    certificate : Certificate
+        Of the network alone, in the units of the summed loss.
+    """
+
+    objective: float
+    balanced_objective: float
+    lower_bound: float
+    tol: float
+    status: Status
+    cause: Cause
+    explanation: str
+    scope: str
+    factor: float
+    weight_decay: float
+    n_neurons: int
+    loss: float
+    stored_loss: float
+    trained_on_objective: float | None
+    best_known: float
+    best_n_neurons: int
+    universal: bool
+    certificate: Certificate
+
+    @property
+    def gap(self) -> float:
+        """``balanced_objective - lower_bound``."""
+        return self.balanced_objective - self.lower_bound
+
+    @property
+    def relative_gap(self) -> float:
+        """``gap / balanced_objective``, 0 when the objective is 0."""
+        return self.gap / self.balanced_objective if self.balanced_objective else 0.0
+
+
+def audit(
+    layers: Layers,
+    X: Float,
+    objective: Objective,
+    *,
+    deep: bool = False,
+    tol: float = 1e-6,
+    time_limit: float | None = None,
+    random_state: int = 0,
+) -> Audit:
+    """Judge layers that were trained on rows for an objective.
+
+    Parameters
+    ----------
+    layers : Layers
+        An output bias of zero counts as none; another is part of the program.
+    X : ndarray (n, d)
+        Inputs of the layers.
+    objective : Objective
+        With targets of the same rows.
+    deep : bool
+        Whether ``X`` are features of a deeper network.
+    tol : float
+        Relative gap that counts as optimal.
+    time_limit : float or None
+        Seconds for our own training and the proof; 0: the cheapest bound alone; None: their stated work.
+    random_state : int
+        For our own training.
+
+    Raises
+    ------
+    ValueError
+        When the rows do not fit the layers and the targets, or a neuron does not vary over them.
+    """
+    _check(layers, X, objective, tol, time_limit)
+    budget = Budget(time_limit)
+    with solving(len(X)):
+        batch = layers.with_statistics_of(X)
+        case = _Case.of(batch, X, objective, tol)
+        alone = case.certified(case.network, deadline=0.0)
+        found = _Found.nothing(alone, case.n_neurons)
+        if time_limit != 0 and alone.status in (Status.GAP_OPEN, Status.RESTRICTED):
+            found = _search(case, alone, budget, random_state)
+        outputs = batch.predict(X)
+        return _report(
+            case, alone, found, deep=deep,
+            trained=objective.value(layers, outputs),
+            loss=objective.loss.value(outputs),
+            stored=objective.loss.value(layers.predict(X)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """The question (rows, loss, weight decay) and the network that is judged."""
+
+    data: TrainingSet
+    objective: Objective
+    network: BatchNormNetwork
+    n_rows: int
+    tol: float
+
+    @classmethod
+    def of(cls, batch: Layers, X: Float, objective: Objective, tol: float) -> _Case:
+        loss = objective.loss
+        data = TrainingSet.prepare(
+            X, loss.targets, np.ones(len(X)),
+            loss=loss.name, rank=None, input_eps=_EPS, merge_features=True,
+        )  # fmt: skip
+        if batch.output_bias.any():
+            data = replace(data, loss=WithOutputBias.of(data.loss, objective.bias_decay))
+        return cls(data, objective, batch.network(X), len(X), tol)
+
+    @property
+    def weight_decay(self) -> float:
+        return self.objective.weight_decay
+
+    @property
+    def has_bias(self) -> bool:
+        return isinstance(self.data.loss, WithOutputBias)
+
+    @property
+    def neurons(self) -> Neurons:
+        """The network on the whitened rows, balanced."""
+        return neurons_of(self.data, self.network).balanced()
+
+    @property
+    def n_neurons(self) -> int:
+        return len(self.neurons.output)
+
+    def certified(self, network: BatchNormNetwork, deadline: float | None) -> Certificate:
+        return training.certify(
+            self.data, network, self.weight_decay, None, None,
+            tol=self.tol, stopped_by="tolerance", own_rows=False, deadline=deadline,
+        )  # fmt: skip
+
+    def trained_on(self, neurons: Neurons, deadline: float | None, max_iter: int = _ITERATIONS) -> Neurons:
+        """The same number of neurons or fewer, at a stationary point."""
+        rows, loss = self.data.whitening.rows, self.data.loss
+        found = local_phase(rows, loss, self.weight_decay, neurons, max_iter=max_iter, deadline=deadline)
+        return found if self.has_bias else polish(rows, loss, self.weight_decay, found, deadline=deadline)
+
+    def objective_of(self, neurons: Neurons) -> float:
+        """Loss and penalty on the whitened rows."""
+        outputs = network_outputs(self.data.whitening.rows, neurons)
+        return self.data.loss.value(outputs) + self.weight_decay * float(neurons.masses.sum())
+
+    def network_of(self, neurons: Neurons) -> BatchNormNetwork:
+        return BatchNormNetwork.from_neurons(self.data.whitening, neurons.first, neurons.output)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What our own training found, in the units of the summed loss."""
+
+    trained_on: float | None
+    in_time: bool
+    best: float
+    n_neurons: int
+    lower_bound: float
+    bound: str
+
+    @classmethod
+    def nothing(cls, alone: Certificate, n_neurons: int) -> _Found:
+        return cls(None, True, alone.objective, n_neurons, alone.lower_bound, alone.bound)
+
+
+def _search(case: _Case, alone: Certificate, budget: Budget, random_state: int) -> _Found:
+    """Train the neurons on, train our own network, and bound the program by its dual point."""
+    limit = budget.time_limit
+    soon = None if limit is None else budget.started + _FURTHER_SHARE * limit
+    further = case.trained_on(case.neurons, soon)
+    in_time = soon is None or time.monotonic() < soon
+    reached = min(case.objective_of(further), alone.objective)
+    rest = Budget(None if limit is None else (1 - _FURTHER_SHARE) * limit)
+    network, ours = _our_own(case, further, rest, random_state)
+    known = [(reached, _width(further)), (ours.objective, _width(neurons_of(case.data, network)))]
+    best, n_neurons = min([(alone.objective, case.n_neurons), *known])
+    lower, bound = max((proof.lower_bound, proof.bound) for proof in (alone, ours))
+    return _Found(reached, in_time, best, n_neurons, lower, bound)
+
+
+def _our_own(case: _Case, start: Neurons, budget: Budget, random_state: int) -> tuple[BatchNormNetwork, Certificate]:
+    """Network of any width by formula or pricing; with an output bias by descent from many neurons."""
+    if not case.has_bias:
+        fit = training.fit_relu(
+            case.data, case.weight_decay,
+            tol=case.tol, max_iter=None, budget=budget, random_state=np.random.RandomState(random_state),
+        )  # fmt: skip
+        return fit.network, fit.certificate
+    more = random_neurons(case.data.whitening.rows, case.data.loss, _WIDTH, np.random.default_rng(random_state))
+    half = None if budget.deadline is None else 0.5 * (budget.started + budget.deadline)
+    network = case.network_of(case.trained_on(start.joined(more), half))
+    return network, case.certified(network, budget.deadline)
+
+
+def _width(neurons: Neurons) -> int:
+    """Neurons that matter, those that are alike counted once."""
+    return len(merge(neurons).output)
+
+
+def _report(
+    case: _Case, alone: Certificate, found: _Found, *, deep: bool, trained: float, loss: float, stored: float
+) -> Audit:
+    reached, factor = alone.objective, case.objective.loss.factor
+    lower = reached if 0 > reached - found.lower_bound > -1e-9 * abs(reached) else found.lower_bound
+    relative = (reached - lower) / reached if reached else 0.0
+    estimated = alone.estimated_gap if found.trained_on is None else (reached - found.best) / reached
+    status = status_of(
+        relative, case.tol, trivial=alone.status is Status.TRIVIAL, stopped_by=alone.stopped_by, estimated=estimated
+    )
+    cause = _cause(case, alone, found, status, lower)
+    universal = deep and found.bound == "orthant" and len(case.data.X) == case.n_rows
+    report = Audit(
+        objective=trained,
+        balanced_objective=factor * reached,
+        lower_bound=factor * lower,
+        tol=case.tol,
+        status=status,
+        cause=cause,
+        explanation="",
+        scope=_scope(deep, case.has_bias),
+        factor=factor,
+        weight_decay=case.weight_decay,
+        n_neurons=case.n_neurons,
+        loss=loss,
+        stored_loss=stored,
+        trained_on_objective=None if found.trained_on is None else factor * found.trained_on,
+        best_known=factor * found.best,
+        best_n_neurons=found.n_neurons,
+        universal=universal,
+        certificate=alone,
+    )
+    return replace(report, explanation=_explanation(report, found))
+
+
+def _cause(case: _Case, alone: Certificate, found: _Found, status: Status, lower: float) -> Cause:
+    """The largest part of the gap; without a search, what the estimate says."""
+    if status not in (Status.GAP_OPEN, Status.RESTRICTED):
+        return Cause.NONE
+    if found.trained_on is None:
+        return Cause.BOUND if status is Status.RESTRICTED else Cause.OPTIMISATION
+    training_left, others = alone.objective - found.trained_on, found.trained_on - found.best
+    unproved = found.best - lower
+    if unproved >= max(training_left, others):
+        return Cause.BOUND
+    if training_left >= others or case.n_neurons >= found.n_neurons or not found.in_time:
+        return Cause.OPTIMISATION
+    return Cause.WIDTH
+
+
+def _scope(deep: bool, has_bias: bool) -> str:
+    layers = "the last two layers on these features" if deep else "the network"
+    return f"{layers}, of any width{', with an output bias' if has_bias else ''}"
+
+
+def _explanation(report: Audit, found: _Found) -> str:
+    """What was measured, what it means, what to do."""
+    if report.status is Status.NUMERICAL:
+        return report.certificate.sentence
+    parts = [_measured(report, found.bound)]
+    if report.cause is Cause.NONE:
+        parts.append("Nothing is left to win by longer training or more neurons.")
+    elif report.trained_on_objective is None:
+        parts.append(_UNSEARCHED[report.cause])
+    else:
+        parts.append(_reached(report, found.in_time))
+        parts.append(_MEANING[report.cause].format(few=report.n_neurons, more=report.best_n_neurons))
+    if report.universal:
+        parts.append("The bound holds for all features of these rows: whatever the layers before compute.")
+    return " ".join(parts)
+
+
+def _measured(report: Audit, bound: str) -> str:
+    return (
+        f"{report.scope[0].upper()}{report.scope[1:]}: the objective {report.balanced_objective:.9g} (norms balanced; "
+        f"{report.objective:.9g} as it stands) is proved to be at most {report.relative_gap:.2g} (relative) above the "
+        f"least possible, which is at least {report.lower_bound:.9g} ({bound})."
+    )
+
+
+def _reached(report: Audit, in_time: bool) -> str:
+    far = "" if in_time else ", as far as time allowed"
+    return (
+        f"Trained on from where they stand{far}, its {report.n_neurons} neurons reach "
+        f"{report.trained_on_objective:.9g}; the best network that we found has {report.best_n_neurons} and reaches "
+        f"{report.best_known:.9g}."
+    )
+
+
+_MEANING = {
+    Cause.OPTIMISATION: (
+        "Most of the gap is optimisation error: train longer, with a smaller learning rate at the end or another start."
+    ),
+    Cause.WIDTH: (
+        "Most of the gap is for want of neurons: {few} against {more}; widen the hidden layer (a local minimum of the "
+        "narrow one cannot be told from this)."
+    ),
+    Cause.BOUND: (
+        "Most of the gap lies between that and the bound, which is valid and may be loose, unless our search stopped "
+        "short: allow more time, or raise the weight decay."
+    ),
+}
+
+_UNSEARCHED = {
+    Cause.OPTIMISATION: (
+        "A local search finds a neuron that would lower the objective: train longer or widen the hidden layer, and "
+        "allow more time to learn which."
+    ),
+    Cause.BOUND: "A local search finds no neuron that would lower the objective: most of the gap may be a loose bound.",
+}
+
+
+def _check(layers: Layers, X: Float, objective: Objective, tol: float, time_limit: float | None) -> None:
+    d, n = len(layers.weight), len(objective.loss.targets)
+    if X.ndim != 2 or X.shape[1] != d or len(X) < 2:
+        raise ValueError(f"X must have two rows or more, of {d} features; got shape {X.shape}.")
+    if len(X) != n:
+        raise ValueError(f"X has {len(X)} rows and y has {n}: give a target a row.")
+    if not np.isfinite(X).all():
+        raise ValueError("X must be finite: leave out or fill the rows that are not.")
+    if not 0 <= tol < np.inf:
+        raise ValueError(f"tol must be a number that is not negative, got {tol}.")
+    if time_limit is not None and not time_limit >= 0:
+        raise ValueError(f"time_limit must not be negative, got {time_limit}.")

@@ -1,0 +1,199 @@
+"""From a gated network to a plain ReLU network with the same outputs on the training rows.
+
+A neuron ``u`` of the gate ``D`` adds ``D A u c'``. Where some direction opens on exactly the rows of ``D`` (the gate is
+realised), the cone ``{s : (2 D - I) A s >= 0}`` has an interior, and ``u`` is the difference ``p - m`` of two of its
+vectors. On them the gate is the ReLU's own, so ``D A u = (A p)_+ - (A m)_+``: two ReLU neurons, with outputs ``c`` and
+``-c``. Blocks of several outputs are split atom by atom of their SVD. The norms are the smallest for the block; they
+are larger than the gated ones, the more so the thinner the cone, and that is the price of dropping the gates.
+
+With ``rank`` below that of the data, gates on the raw features cut the rows in ways that no direction of the whitened
+data does. Such gates are counted and refused, or moved to the nearest direction and the program solved again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from convexbn import training
+from convexbn._typing import Float
+from convexbn.certificate import Certificate
+from convexbn.network import BatchNormNetwork
+from convexbn.patterns import first_of_each_pattern, gate_patterns
+from convexbn.program import GatedProgram, block_norms
+from convexbn.realisation import nearest_directions, realised
+from convexbn.solvers.cone_difference import difference_in_cones
+from convexbn.solvers.neuron_pricing import Neurons
+from convexbn.solvers.solution import Budget
+from convexbn.training import TrainingSet
+from convexbn.whitening import Whitening, batch_normalize
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """A ReLU network, and what became of the gated one's objective on the way.
+
+    Attributes
+    ----------
+    network : BatchNormNetwork
+        The ReLU network; its outputs on the training rows are those of the gated network.
+    certificate : Certificate
+        Its objective over all patterns, with the orthant's lower bound.
+    objective_before : float
+        Objective of the gated network that was given.
+    objective_realised : float
+        Objective of the gated network that was split: after the gates that are not realised were moved.
+    n_unrealisable : int
+        Gates of the given network that no direction of the whitened data realises.
+    output_error : float
+        Largest difference of the outputs on the training rows, relative to the largest output.
+    """
+
+    network: BatchNormNetwork
+    certificate: Certificate
+    objective_before: float
+    objective_realised: float
+    n_unrealisable: int
+    output_error: float
+
+    @property
+    def objective_after(self) -> float:
+        """Objective of the ReLU network: loss plus ``weight_decay * sum_j ||s_j|| ||c_j||``."""
+        return self.certificate.objective
+
+
+def to_relu(
+    data: TrainingSet,
+    network: BatchNormNetwork,
+    gates: Float,
+    gate_offsets: Float,
+    weight_decay: float,
+    *,
+    tol: float = 1e-6,
+    unrealisable: str = "refuse",
+) -> Conversion:
+    """Convert a gated network into a ReLU network.
+
+    Parameters
+    ----------
+    data : TrainingSet
+        The rows that the network was trained on.
+    network : BatchNormNetwork
+        The gated network.
+    gates, gate_offsets : ndarray (d, P), (P,)
+        All gates of its program.
+    weight_decay : float
+    tol : float
+        Relative gap of the certificate, and of the program that ``"nearest"`` solves.
+    unrealisable : {"refuse", "nearest"}
+        What to do with gates that no direction of the whitened data realises: an error with their number, or solve
+        the program again with the gates of the directions nearest to them.
+
+    Raises
+    ------
+    ValueError
+        For a ReLU network, and for gates that are not realised.
+    """
+    if network.gate_index is None:
+        raise ValueError("the network has no gates: it is a ReLU network already.")
+    if unrealisable not in ("refuse", "nearest"):
+        raise ValueError(f"unrealisable must be 'refuse' or 'nearest', got {unrealisable!r}.")
+    before = split = _Blocks.of(data, network, weight_decay)
+    n_unrealisable = before.n_unrealisable
+    if n_unrealisable and unrealisable == "nearest":
+        gates, gate_offsets = _with_nearest(data, gates, gate_offsets)
+        network = training.fit_gated(
+            data, gates, gate_offsets, weight_decay, solver="auto", tol=tol, max_iter=None, budget=Budget()
+        ).network
+        split = _Blocks.of(data, network, weight_decay)
+    if missing := split.n_unrealisable:
+        raise ValueError(_refusal(missing, len(split.blocks), data.whitening))
+    neurons = split.split()
+    converted = BatchNormNetwork.from_neurons(data.whitening, neurons.first, neurons.output)
+    # the proof is not what the conversion is for: the orthant alone
+    proof = training.certify(
+        data, converted, weight_decay, None, None, tol=tol, stopped_by="tolerance", own_rows=True, deadline=0.0
+    )
+    outputs = network.predict(data.X)
+    error = np.abs(converted.predict(data.X) - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float64).tiny)
+    return Conversion(converted, proof, before.objective, split.objective, n_unrealisable, float(error))
+
+
+def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
+    """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
+    normalized = batch_normalize(data.X, network.weight, data.loss.weights)
+    coordinates = data.whitening.rows[:, :-1].T @ (data.loss.weights[:, None] * normalized)
+    lengths = np.linalg.norm(coordinates, axis=0)
+    coordinates /= np.where(lengths > 0, lengths, 1)
+    return Neurons(np.vstack([network.gamma * coordinates, network.shift]), network.output)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Gates that a network uses, their nearest directions on the whitened rows (q, m), and its blocks (m, q, K)."""
+
+    program: GatedProgram
+    directions: Float
+    blocks: Float
+
+    @classmethod
+    def of(cls, data: TrainingSet, network: BatchNormNetwork, weight_decay: float) -> _Blocks:
+        """Sum the neurons of every gate."""
+        assert network.gates is not None
+        assert network.gate_offsets is not None
+        assert network.gate_index is not None
+        neurons = neurons_of(data, network)
+        _, first, place = np.unique(network.gate_index, return_index=True, return_inverse=True)
+        gates, offsets = network.gates[:, first], network.gate_offsets[first]
+        program = data.gated_program(gates, offsets, weight_decay)
+        blocks = np.zeros((len(first), *program.block_shape))
+        np.add.at(blocks, place, neurons.first.T[:, :, None] * neurons.output[:, None, :])
+        return cls(program, _directions(data, gates, offsets), blocks)
+
+    @property
+    def objective(self) -> float:
+        """Loss plus ``weight_decay * sum_i ||S_i||_F``."""
+        program = self.program
+        outputs = program.outputs(np.arange(len(self.blocks)), self.blocks)
+        return program.loss.value(outputs) + program.weight_decay * float(block_norms(self.blocks).sum())
+
+    @property
+    def n_unrealisable(self) -> int:
+        """Gates that no direction of the whitened rows realises."""
+        return int((~realised(self.program.rows, self.program.patterns, self.directions)).sum())
+
+    def split(self) -> Neurons:
+        """Two ReLU neurons an atom of every block."""
+        left, values, right = np.linalg.svd(self.blocks, full_matrices=False)
+        cut = _EPS * max(self.blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
+        block, atom = np.nonzero((values > cut) & (values > 0))
+        vectors, output = values[block, atom][:, None] * left[block, :, atom], right[block, atom]
+        positive, negative = difference_in_cones(self.program.rows, self.program.patterns.T[block], vectors)
+        return Neurons(np.vstack([positive, negative]).T, np.vstack([output, -output]))
+
+
+def _directions(data: TrainingSet, gates: Float, offsets: Float) -> Float:
+    return nearest_directions(data.X, data.whitening, data.loss.weights, gates, offsets)
+
+
+def _with_nearest(data: TrainingSet, gates: Float, offsets: Float) -> tuple[Float, Float]:
+    """The gates, those that are not realised moved to the nearest direction, of equal patterns the first."""
+    whitening = data.whitening
+    directions = _directions(data, gates, offsets)
+    opened = gate_patterns(data.X, whitening.mean, gates, offsets)
+    kept = realised(whitening.rows, opened, directions)
+    moved = whitening.projection @ directions[:-1], directions[-1] / np.sqrt(whitening.total_weight)
+    gates, offsets = np.where(kept, gates, moved[0]), np.where(kept, offsets, moved[1])
+    first = first_of_each_pattern(gate_patterns(data.X, whitening.mean, gates, offsets))
+    return gates[:, first], offsets[first]
+
+
+def _refusal(n_unrealisable: int, n_gates: int, whitening: Whitening) -> str:
+    return (
+        f"{n_unrealisable} of the {n_gates} gates that the network uses are not realised on the whitened data (rank "
+        f"{whitening.rank} of {whitening.numerical_rank}): no ReLU neuron opens on exactly their rows. Train with "
+        "gates='whitened' or with rank=None, or convert with unrealisable='nearest'."
+    )

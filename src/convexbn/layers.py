@@ -1,0 +1,185 @@
+"""A two-layer network as other frameworks hold it: affine map, batch norm with stored statistics, ReLU, affine map.
+
+The map between the two forms is that of mathematics, section 1d: weights of unit biased variance, batch-norm scale
+``gamma / sqrt(n) * sqrt(1 + eps)`` and offset ``shift / sqrt(n)``. Frameworks convert these arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from convexbn._typing import Float
+from convexbn.network import BatchNormNetwork
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """``x -> relu(scale (weight'x + bias - running_mean) / sqrt(running_var + eps) + offset)'output + output_bias``.
+
+    All arrays are float64, whatever type they were stored in or will be.
+
+    Attributes
+    ----------
+    weight, bias : ndarray (d, m), (m,)
+        First affine map.
+    running_mean, running_var : ndarray (m,)
+        Stored statistics; the variance is the one that normalises.
+    eps : float
+        What batch norm adds to the variance.
+    scale, offset : ndarray (m,)
+        Batch norm's own weight and bias.
+    output, output_bias : ndarray (m, K), (K,)
+        Second affine map.
+    """
+
+    weight: Float
+    bias: Float
+    running_mean: Float
+    running_var: Float
+    eps: float
+    scale: Float
+    offset: Float
+    output: Float
+    output_bias: Float
+
+    @classmethod
+    @np.errstate(all="ignore")
+    def of(cls, network: BatchNormNetwork, dtype: DTypeLike, eps: float) -> Layers:
+        """Layers of a network, rounded to numbers of ``dtype``.
+
+        The bias centres the pre-activations, and the running mean is what rounding leaves of their mean.
+        """
+        root = np.sqrt(network.n_effective)
+        weight = rounded(network.weight, dtype)
+        mean = network.mean @ weight
+        bias = rounded(-mean, dtype)
+        return cls(
+            weight=weight,
+            bias=bias,
+            running_mean=rounded(mean + bias, dtype),
+            running_var=np.ones_like(bias),
+            eps=eps,
+            scale=rounded(network.gamma / root * np.sqrt(1 + eps), dtype),
+            offset=rounded(network.shift / root, dtype),
+            output=rounded(network.output, dtype),
+            output_bias=np.zeros(network.output.shape[1]),
+        )
+
+    @property
+    def gain(self) -> Float:
+        """What batch norm multiplies each pre-activation with: (m,)."""
+        gain: Float = self.scale / np.sqrt(self.running_var + self.eps)
+        return gain
+
+    def predict(self, X: Float) -> Float:
+        """Outputs from the stored statistics: (n, d) -> (n, K)."""
+        response = X @ self.weight + (self.bias - self.running_mean)
+        outputs: Float = np.maximum(self.gain * response + self.offset, 0) @ self.output + self.output_bias
+        return outputs
+
+    def with_statistics_of(self, X: Float) -> Layers:
+        """The same layers with the full-batch statistics of rows (n, d): what train mode computes on all of them."""
+        mean, deviation = self._statistics(X)
+        return replace(self, running_mean=mean @ self.weight + self.bias, running_var=deviation**2)
+
+    def network(self, X: Float) -> BatchNormNetwork:
+        """The network of the same function, in terms of the statistics of rows ``X`` (n, d).
+
+        Gamma and shift are those with which the full-batch statistics of these rows give the function that the layers
+        have with the stored ones.
+
+        Raises
+        ------
+        ValueError
+            When a neuron that is used does not vary over the rows.
+        """
+        return self._network(*self._statistics(X), float(len(X)))
+
+    def network_without_rows(self, n_effective: float) -> BatchNormNetwork:
+        """The network of the same function, as if the stored statistics were those of ``n_effective`` rows.
+
+        Of the means of the features, which it does not depend on, these are `implied_mean`.
+        """
+        return self._network(self.implied_mean(), np.sqrt(self.running_var), n_effective)
+
+    def implied_mean(self) -> Float:
+        """Smallest means of the features (d,) that explain the stored means of the pre-activations."""
+        scale = row_scale(self.weight)
+        responses = self.running_mean - self.bias
+        mean: Float = np.linalg.lstsq((self.weight / scale).T, responses, rcond=None)[0] / scale[:, 0]
+        return mean
+
+    def _statistics(self, X: Float) -> tuple[Float, Float]:
+        """Means of the features (d,) and deviations of the pre-activations (m,), 0 where only rounding varies."""
+        mean = X.mean(axis=0)
+        mean += (X - mean).mean(axis=0)  # an offset leaves a mean behind: centre twice
+        deviation = ((X - mean) @ self.weight).std(axis=0)
+        rounding = 8 * _EPS * (np.abs(X).max(axis=0) @ np.abs(self.weight))
+        return mean, np.where(deviation > rounding, deviation, 0.0)
+
+    def _network(self, mean: Float, deviation: Float, n: float) -> BatchNormNetwork:
+        varies = (deviation > 0) & np.isfinite(deviation)
+        still = np.flatnonzero(~varies & (self.scale != 0) & self.weight.any(axis=0))
+        if len(still):
+            raise ValueError(
+                f"{len(still)} neurons (the first is {still[0]}) do not vary over the rows, or overflow, so batch norm "
+                "has nothing to normalise: give the rows that the network was trained on, or remove these neurons."
+            )
+        sign = np.where(self.scale < 0, -1.0, 1.0)
+        return BatchNormNetwork(
+            weight=self.weight * (sign / np.where(varies, deviation, 1.0)),
+            gamma=np.sqrt(n) * np.abs(self.gain) * np.where(varies, deviation, 0.0),
+            shift=np.sqrt(n) * (self.offset + self.gain * (mean @ self.weight + self.bias - self.running_mean)),
+            output=self.output,
+            mean=mean,
+            n_effective=n,
+        )
+
+
+@np.errstate(all="ignore")
+def folded(network: BatchNormNetwork, dtype: DTypeLike) -> tuple[Float, Float]:
+    """First affine map with batch norm folded in, in numbers of ``dtype``: (d, m), (m,)."""
+    root = np.sqrt(network.n_effective)
+    weight = rounded(network.weight * (network.gamma / root), dtype)
+    return weight, rounded(network.shift / root - network.mean @ weight, dtype)
+
+
+def rounded(array: Float, dtype: DTypeLike) -> Float:
+    """Return the numbers that a type can hold, in float64."""
+    numbers: Float = np.asarray(array).astype(dtype).astype(np.float64)
+    return numbers
+
+
+def row_scale(weight: Float) -> Float:
+    """Largest entry of every row (d, 1), 1 where all are 0: what takes the units of the features out of weights."""
+    peaks: Float = np.abs(weight).max(axis=1, initial=0.0, keepdims=True)
+    return np.where(peaks > 0, peaks, 1.0)
+
+
+def convertible(network: BatchNormNetwork) -> BatchNormNetwork:
+    """The network, or one dead neuron for none: frameworks have no batch norm of no features.
+
+    Raises
+    ------
+    TypeError
+        For anything but a network.
+    """
+    if not isinstance(network, BatchNormNetwork):
+        raise TypeError(f"network must be a BatchNormNetwork, such as model.network_; got {type(network).__name__}.")
+    if network.n_neurons:
+        return network
+    gated = network.gates is not None
+    return replace(
+        network,
+        weight=np.zeros((len(network.mean), 1)),
+        gamma=np.zeros(1),
+        shift=np.zeros(1),
+        output=np.zeros((1, network.output.shape[1])),
+        gates=np.zeros((len(network.mean), 1)) if gated else None,
+        gate_offsets=np.zeros(1) if gated else None,
+    )

@@ -1,0 +1,14 @@
+"""The PyTorch door: networks as plain modules, and modules as networks."""
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("convexbn.nn needs PyTorch: pip install 'convexbn[torch]'.") from error
+
+from convexbn.nn.gated import GatedModule
+from convexbn.nn.judging import certify
+from convexbn.nn.module import to_module
+from convexbn.nn.reading import from_module
+from convexbn.nn.tail import Tail, read_tail
+
+__all__ = ["GatedModule", "Tail", "certify", "from_module", "read_tail", "to_module"]

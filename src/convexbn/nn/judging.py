@@ -1,0 +1,94 @@
+"""How far a torch network is from the best there is, for its own loss and optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from convexbn.audit import Audit, audit
+from convexbn.nn.tail import as_tensor, read_tail
+from convexbn.nn.translation import objective_of, trained_loss
+
+
+def certify(
+    module: nn.Module,
+    X: Any,
+    y: Any,
+    *,
+    loss: nn.Module | str,
+    optimizer: Any = None,
+    weight_decay: float | None = None,
+    tol: float = 1e-6,
+    time_limit: float | None = 60.0,
+    random_state: int = 0,
+) -> Audit:
+    """Certificate of a network that torch trained: objective, lower bound over all widths, gap and its cause.
+
+    The network ends in Linear, BatchNorm1d, ReLU, Linear. Of a deeper one these last two layers are judged, on the
+    features that the layers before compute in eval mode. The batch norm that is judged has the statistics of all rows
+    of ``X``, as in train mode on one batch; the loss in eval mode, with the stored statistics (averages over batches,
+    of unbiased variances), is reported beside. The module is neither run (a copy is) nor changed.
+
+    The objective is ``factor * sum of losses + weight decay / 2 * squares`` of batch norm's scale and offset and of the
+    last layer, with the reduction of ``loss`` and the decay of ``optimizer``. Decay on layers before batch norm is not
+    counted: they can be scaled down for nothing, so that it has no effect on the optimum (but for ``eps``, which makes
+    the network's own objective larger and never the bound invalid). Dropout is taken to be off.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In any mode, on any device.
+    X : ndarray or Tensor (n, ...)
+        All rows that it was trained on, as the module takes them.
+    y : array-like or Tensor (n,) or (n, K)
+        Their targets, as the loss takes them.
+    loss : torch.nn.Module or str
+        ``nn.MSELoss()``, ``nn.CrossEntropyLoss()`` (label smoothing included) or ``nn.BCEWithLogitsLoss()``, of
+        reduction mean or sum. Or a loss of this package, summed over rows: ``"squared"`` (half the squares),
+        ``"cross_entropy"``, ``"logistic"`` (targets -1 and +1).
+    optimizer : torch.optim.Optimizer, optional
+        The optimiser that trained it, for its weight decay: SGD, Adam and others that add it to the gradient. AdamW
+        shrinks the parameters beside the gradient and minimises no such objective: give ``weight_decay`` instead.
+    weight_decay : float, optional
+        Instead of an optimiser, beta of ``sum of losses + beta / 2 * (gamma^2 + shift^2 + output^2)``, with
+        ``gamma = sqrt(n) * scale`` and ``shift = sqrt(n) * offset``, and a last bias without decay. A common decay
+        ``lam`` of an optimiser is ``lam / (factor * sqrt(n))``: with a mean loss ``lam * sqrt(n)``.
+    tol : float, default=1e-6
+        Relative gap that counts as optimal.
+    time_limit : float or None, default=60
+        Seconds for our own training and the proof, which tell the causes of a gap apart; 0: the cheapest bound alone;
+        None: their stated work.
+    random_state : int, default=0
+        For our own training.
+
+    Returns
+    -------
+    Audit
+        ``print(audit.explanation)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``read_tail``; for losses, optimisers and targets that have no such objective; for neurons that do not vary
+        over the rows.
+
+    Examples
+    --------
+    >>> import numpy as np, torch, convexbn, convexbn.nn
+    >>> X = np.random.default_rng(0).standard_normal((12, 20))
+    >>> model = convexbn.ConvexBNRegressor(activation="relu", weight_decay=0.5).fit(X, X[:, 0])
+    >>> module = convexbn.nn.to_module(model.network_, dtype=torch.float64)
+    >>> found = convexbn.nn.certify(module, X, X[:, 0], loss="squared", weight_decay=0.5)
+    >>> found.status.value, found.cause.value, found.relative_gap <= 1e-6
+    ('CERTIFIED', 'none', True)
+    """
+    tail, rows = read_tail(module), as_tensor(X)
+    if not torch.isfinite(rows).all():
+        raise ValueError("X must be finite: leave out or fill the rows that are not.")
+    objective = objective_of(trained_loss(loss, y, tail.layers.output.shape[1]), tail, optimizer, weight_decay)
+    return audit(
+        tail.layers, tail.features(rows), objective,
+        deep=bool(tail.before), tol=tol, time_limit=time_limit, random_state=random_state,
+    )  # fmt: skip

@@ -1,0 +1,120 @@
+"""From a torch module of Linear, BatchNorm1d, ReLU, Linear to a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from convexbn._typing import Float
+from convexbn.network import BatchNormNetwork
+from convexbn.nn.tail import Tail, as_tensor, kind_of, read_tail
+from convexbn.probes import probe_rows
+
+#: How much further than other probes some lie: activations that saturate show there.
+_FAR = 30.0
+
+
+def from_module(
+    module: nn.Module, X: Any = None, *, n_effective: float | None = None, statistics: str = "stored"
+) -> BatchNormNetwork:
+    """Network of a torch module made of Linear, BatchNorm1d, ReLU, Linear, in any nesting.
+
+    ReLU may be a call in ``forward``; Identity, Flatten and Dropout, which change nothing in eval mode, are skipped.
+    Parameters of any floating type are taken as they are, in float64. Neurons keep their order and their norms. The
+    module is not changed.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In train or eval mode, on any device.
+    X : ndarray or Tensor (n, ...), optional
+        The rows that it was trained on: gamma and shift refer to their statistics.
+    n_effective : float, optional
+        Without ``X``, the number of those rows; their statistics are then taken to be the stored ones.
+    statistics : {"stored", "batch"}
+        The function of the network: that of eval mode, with the stored statistics, or that of train mode on all rows
+        of ``X`` at once.
+
+    Returns
+    -------
+    BatchNormNetwork
+
+    Raises
+    ------
+    TypeError
+        For a layer of another type, by its name.
+    ValueError
+        For a layer in a state that no network has, by its name: batch norm untrained or without statistics, scale and
+        shift, a last Linear with a bias, numbers that are not finite. For a forward that does something else.
+
+    Examples
+    --------
+    >>> import torch, convexbn.nn
+    >>> layers = torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 1, bias=False)
+    >>> module, X = torch.nn.Sequential(*layers), torch.randn(50, 3)
+    >>> outputs = module(X)  # a pass in train mode gives the batch norm statistics
+    >>> network = convexbn.nn.from_module(module, X, statistics="batch")
+    >>> bool(abs(network.predict(X.double().numpy()) - outputs.detach().numpy()).max() < 1e-5)
+    True
+    """
+    if statistics not in ("stored", "batch"):
+        raise ValueError(f"statistics must be 'stored' or 'batch', got {statistics!r}.")
+    tail = read_tail(module)
+    _check_two_layer(tail)
+    layers, d = tail.layers, len(tail.layers.weight)
+    if X is None:
+        if n_effective is None or statistics == "batch":
+            raise ValueError("a module does not hold its training rows: give X, or n_effective for their number.")
+        if not 0 < n_effective < np.inf:
+            raise ValueError(f"n_effective must be a positive number of rows, got {n_effective}.")
+        _check_inputs(tail, torch.empty(0, d, dtype=torch.float64, device="cpu"))
+        return layers.network_without_rows(float(n_effective))
+    if n_effective is not None:
+        raise ValueError("give X or n_effective, not both: n_effective is the number of rows of X.")
+    tensor = as_tensor(X)
+    rows = _checked_rows(tensor, d)
+    _check_inputs(tail, tensor)
+    return (layers.with_statistics_of(rows) if statistics == "batch" else layers).network(rows)
+
+
+def _check_two_layer(tail: Tail) -> None:
+    """Refuse layers that a two-layer network has not."""
+    if tail.before:
+        first = kind_of(tail.module.get_submodule(tail.before[0]))
+        raise ValueError(
+            f"{first} '{tail.before[0]}' comes before Linear '{tail.linear}', and a network of this package has two "
+            "layers: give the module from there on, and its inputs as data."
+        )
+    bias = np.abs(tail.layers.output_bias).max(initial=0.0)
+    if bias > 0:
+        raise ValueError(
+            f"Linear '{tail.output}' has a bias (up to {bias:.1e}), which a network of this package has not: train it "
+            "with bias=False."
+        )
+
+
+def _check_inputs(tail: Tail, X: torch.Tensor) -> None:
+    """Run the module on random rows and on the first of ``X`` (n, ...), which gives their shape: Linear takes them."""
+    mean = tail.layers.implied_mean()
+    near = probe_rows(tail.layers.weight * tail.layers.gain, mean)
+    far = mean + _FAR * (near - mean)
+    rows = torch.cat([torch.from_numpy(np.vstack([near, far])).reshape(-1, *X.shape[1:]), X[: len(near)]])
+    expected, features = rows.flatten(1).numpy(), tail.features(rows)
+    if not np.array_equal(features, expected):
+        raise ValueError(
+            f"the forward of the {kind_of(tail.module)} changes its inputs before Linear '{tail.linear}': give the "
+            "layers in a Sequential, and changed inputs as data."
+        )
+
+
+def _checked_rows(X: torch.Tensor, d: int) -> Float:
+    """Rows (n, d) of a tensor (n, ...)."""
+    if X.ndim < 2 or len(X) < 2 or X[0].numel() != d:
+        raise ValueError(f"X must have two rows or more, of {d} features; got shape {tuple(X.shape)}.")
+    if not torch.isfinite(X).all():
+        raise ValueError("X must be finite.")
+    rows: Float = X.flatten(1).numpy()
+    return rows

@@ -1,0 +1,244 @@
+"""The last two layers of a trained deep network, replaced by the best there are on its own features.
+
+Deep networks are scale-free below their last batch norm, so that only its scale and shift and the last Linear carry
+weight decay that matters. On the features of the layers before, those are the two-layer program of this package. At
+rank n - 1 its optimum is the global one of the whole deep network: no other earlier layers give less (mathematics,
+section 4).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from convexbn import training
+from convexbn._typing import Float
+from convexbn.certificate import Certificate
+from convexbn.conversion import neurons_of
+from convexbn.environment import solving
+from convexbn.layers import Layers, convertible
+from convexbn.network import BatchNormNetwork
+from convexbn.nn.standing import Standing, Task
+from convexbn.nn.statistics import with_full_batch_statistics
+from convexbn.nn.tail import Tail, as_tensor, read_tail
+from convexbn.solvers import closed_form
+from convexbn.solvers.local_phase import local_phase
+from convexbn.solvers.neuron_pricing import NeuronPricing
+from convexbn.solvers.solution import Budget
+from convexbn.training import TrainingSet
+
+_NUMBERS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
+
+#: Rows that are run first, for an error in time.
+_FEW = 64
+
+#: Rows up to which neurons are priced: beyond, a round takes minutes.
+PRICING_ROWS = 5000
+
+
+@dataclass(frozen=True, eq=False)
+class Reoptimisation:
+    """A module with its last two layers re-optimised.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The new module, in eval mode.
+    before, after : Standing
+        Of the module that was given and of the new one.
+    certificate : Certificate or None
+        What is proved of the new module, over all widths and patterns, on its features.
+    """
+
+    module: nn.Module
+    before: Standing
+    after: Standing
+    certificate: Certificate | None
+
+
+def reoptimise(
+    module: nn.Module,
+    X: Any,
+    y: Any,
+    *,
+    loss: str,
+    weight_decay: float,
+    X_val: Any = None,
+    y_val: Any = None,
+    certify: bool = True,
+    tol: float = 1e-6,
+    max_iter: int = 400,
+    time_limit: float | None = 60.0,
+    random_state: int = 0,
+) -> Reoptimisation:
+    """Replace the last Linear, BatchNorm1d, ReLU, Linear of a trained network by better ones on the same features.
+
+    Earlier layers are frozen; the running statistics of their batch norms become the biased ones of all rows at once,
+    layer by layer, so that train mode on all rows and eval mode agree. The new layers are
+
+    - the global optimum by formula, where the rank of the features is n - 1 and the targets have a formula;
+    - up to 5,000 rows those of the ReLU program, from the module's own neurons by a local phase and neuron pricing;
+    - beyond, those of the local phase alone (L-BFGS on all rows): no worse than the module's own, and optimal only as
+      far as the certificate says.
+
+    The program has no output bias: that of the last Linear becomes 0, and "no worse" means than without it.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Trained, of float32 or float64, on any device; whatever comes before its last four layers is kept, such as
+        convolutions and pooling. It is not changed.
+    X : ndarray or Tensor (n, ...)
+        The training rows, as the module takes them.
+    y : ndarray or Tensor (n,) or (n, K)
+        Integers are classes 0 to K - 1, the numbers of the outputs (with one output 0 or -1, and 1); floats are
+        targets as the loss takes them, for which there is no accuracy.
+    loss : {"squared", "logistic", "cross_entropy"}
+        Summed over the rows; ``"squared"`` is half the squared error, ``"logistic"`` is for one output.
+    weight_decay : float
+        Strength against the *sum* of the losses. A torch optimiser's ``weight_decay`` lam on the last batch norm and
+        Linear is ``lam * sqrt(n)`` with a mean loss, and ``lam * K * sqrt(n) / 2`` with ``MSELoss``. (AdamW's is
+        another: it is not part of the gradient.)
+    X_val, y_val : ndarray or Tensor, optional
+        Validation rows, for their accuracy alone.
+    certify : bool, default=True
+        Whether to prove how good the new layers are. Beyond 10,000 rows the proof can take longer than the layers, and
+        its bound is loose.
+    tol : float, default=1e-6
+        Relative gap that counts as optimal.
+    max_iter : int, default=400
+        Iterations of the local phase.
+    time_limit : float or None, default=60
+        Seconds for the layers and the proof: half for the layers where there is no formula. None: a stated amount of
+        work.
+    random_state : int, default=0
+        For the random starts of pricing.
+
+    Returns
+    -------
+    Reoptimisation
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a module that does not end so, has batch norms without running statistics, or has another type of numbers;
+        for data that do not belong to it.
+
+    Notes
+    -----
+    The width becomes what the solution needs. Every batch norm of the new module has momentum 0, so that a pass in
+    train mode leaves its statistics; set it before training further. Features of float32 modules are computed in
+    float64, and directions that float32 cannot tell from rounding are left out.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.nn import BatchNorm1d, Linear, ReLU, Sequential
+    >>> earlier = [Linear(4, 40), BatchNorm1d(40), ReLU()]
+    >>> module = Sequential(*earlier, Linear(40, 30), BatchNorm1d(30), ReLU(), Linear(30, 2))
+    >>> X, y = torch.randn(20, 4, generator=torch.manual_seed(0)), torch.arange(20) % 2
+    >>> _ = module(X)  # a pass in train mode gives the batch norm statistics
+    >>> result = reoptimise(module.double(), X, y, loss="cross_entropy", weight_decay=0.1)
+    >>> result.certificate.status.value, result.after.n_neurons, result.after.train_accuracy
+    ('CERTIFIED', 2, 1.0)
+    """
+    budget, given, rows = Budget(time_limit), read_tail(module), as_tensor(X)
+    task = Task.of(rows, y, given.layers.output.shape[1], loss, weight_decay)
+    if X_val is not None and task.labels is not None:
+        task = task.validated_on(as_tensor(X_val), y_val)
+    numbers = _numbers(given)
+    given.features(rows[:_FEW])
+    frozen = with_full_batch_statistics(given.module, given.before, rows)
+    features = read_tail(frozen).features(rows)
+    start = given.layers.with_statistics_of(features)
+    with solving(len(rows)):
+        data = TrainingSet.prepare(
+            features, task.loss.targets, task.loss.weights,
+            loss=loss, rank=None, input_eps=float(np.finfo(numbers).eps), merge_features=True,
+        )  # fmt: skip
+        network, stopped_by = _solved(
+            data, start.network(features), weight_decay,
+            tol=tol, max_iter=max_iter, budget=budget, random_state=random_state,
+        )  # fmt: skip
+        layers = Layers.of(convertible(network), numbers, given.layers.eps)
+        proof = None
+        if certify:
+            proof = training.certify(
+                data, layers.network(features), weight_decay, None, None,
+                tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
+            )  # fmt: skip
+    new = _with_layers(frozen, given, layers)
+    before, after = task.standing(given.module, start, features), task.standing(new, layers, features)
+    return Reoptimisation(new, before, after, proof)
+
+
+def _solved(
+    data: TrainingSet,
+    start: BatchNormNetwork,
+    weight_decay: float,
+    *,
+    tol: float,
+    max_iter: int,
+    budget: Budget,
+    random_state: int,
+) -> tuple[BatchNormNetwork, str]:
+    """The network by formula where there is one, from the given one elsewhere; why it stopped."""
+    rows, n = data.whitening.rows, len(data.X)
+    if data.whitening.rank == n - 1:
+        try:
+            layers = closed_form.solve_full_rank(rows, data.loss, weight_decay)
+            return BatchNormNetwork.from_neurons(data.whitening, *layers), "formula"
+        except closed_form.NoFormulaError:
+            pass
+    solving_time = None if budget.time_limit is None else training.SOLVER_SHARE * budget.time_limit
+    share = replace(budget, time_limit=solving_time)
+    own = neurons_of(data, start).balanced()
+    found = local_phase(rows, data.loss, weight_decay, own, max_iter=max_iter, deadline=share.deadline)
+    stopped_by = "time_limit" if share.deadline is not None and time.monotonic() >= share.deadline else "tolerance"
+    if n <= PRICING_ROWS:
+        pricing, rng = NeuronPricing(tol=training.PRICING_TOL * tol), np.random.default_rng(random_state)
+        solution = pricing.solve(rows, data.loss, weight_decay, rng, share, initial=found)
+        found, stopped_by = solution.neurons, solution.stopped_by
+    return BatchNormNetwork.from_neurons(data.whitening, found.first, found.output), stopped_by
+
+
+def _with_layers(module: nn.Module, tail: Tail, layers: Layers) -> nn.Module:
+    """A copy with other last layers, of any width."""
+    copied = copy.deepcopy(module)
+    linear, batch_norm, output = _last_layers(copied, tail)
+    _fill(linear, weight=layers.weight.T, bias=layers.bias)
+    _fill(batch_norm, weight=layers.scale, bias=layers.offset)
+    _fill(batch_norm, running_mean=layers.running_mean, running_var=layers.running_var)
+    _fill(output, weight=layers.output.T)
+    if output.bias is not None:
+        _fill(output, bias=layers.output_bias)
+    linear.out_features = batch_norm.num_features = output.in_features = len(layers.scale)
+    batch_norm.momentum = 0.0
+    return copied
+
+
+def _last_layers(module: nn.Module, tail: Tail) -> list[Any]:
+    """Linear, batch norm, Linear."""
+    return [module.get_submodule(name) for name in (tail.linear, tail.batch_norm, tail.output)]
+
+
+def _fill(layer: Any, **arrays: Float) -> None:
+    """Put new tensors in the places of a layer's parameters and buffers, of whatever size."""
+    old = layer.weight
+    for name, array in arrays.items():
+        value = torch.tensor(np.ascontiguousarray(array), dtype=old.dtype, device=old.device)
+        setattr(layer, name, value if name in layer._buffers else nn.Parameter(value, old.requires_grad))
+
+
+def _numbers(tail: Tail) -> type[np.floating[Any]]:
+    """Type of the numbers of the last layers."""
+    dtype = _last_layers(tail.module, tail)[0].weight.dtype
+    if dtype not in _NUMBERS:
+        raise TypeError(f"the module holds {dtype}: convert it to torch.float32 or torch.float64 first.")
+    return _NUMBERS[dtype]

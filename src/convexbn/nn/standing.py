@@ -1,0 +1,138 @@
+"""Standing: objective and accuracy of a module, the same measure before and after its layers are replaced."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from convexbn._typing import Float, Index
+from convexbn.layers import Layers
+from convexbn.losses import LOSSES, Loss
+from convexbn.nn.statistics import outputs_of
+from convexbn.objective import TrainedLoss
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Objective and accuracy of a module.
+
+    Attributes
+    ----------
+    objective : float
+        Sum of the losses plus ``weight_decay * sum_j ||s_j|| ||c_j||`` of the last batch norm and Linear, with
+        full-batch statistics in every batch norm. An output bias counts in the losses and is not penalised.
+    weight_decay_objective : float
+        Sum of the losses plus ``weight_decay / 2`` times the squares of the parameters as they are:
+        ``n (scale^2 + shift^2)`` of the last batch norm, and the weights of the last Linear.
+    n_neurons : int
+        Width of the last hidden layer.
+    train_accuracy, validation_accuracy : float or None
+        Share of rows whose largest output is that of their class, in eval mode and the module's own type; None
+        without classes, or without validation rows.
+    """
+
+    objective: float
+    weight_decay_objective: float
+    n_neurons: int
+    train_accuracy: float | None
+    validation_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and validation rows, the loss on the training rows, classes where there are any, and weight decay.
+
+    Attributes
+    ----------
+    rows : Tensor (n, ...)
+    loss : Loss
+    labels : ndarray (n,) or None
+        Classes; None where the targets are numbers.
+    weight_decay : float
+    validation : (Tensor, ndarray) or None
+        Rows and their classes.
+    """
+
+    rows: torch.Tensor
+    loss: Loss
+    labels: Index | None
+    weight_decay: float
+    validation: tuple[torch.Tensor, Index] | None = None
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
+        """Targets (n, K) of classes or numbers.
+
+        Raises
+        ------
+        ValueError
+            For a weight decay that is not positive, a loss that is not for ``K`` outputs, and targets that do not
+            belong to the rows, the outputs or the loss.
+        """
+        if not 0 < weight_decay < np.inf:
+            raise ValueError(f"weight_decay must be positive and finite, got {weight_decay}.")
+        if loss not in ("squared", "logistic" if K == 1 else "cross_entropy"):
+            raise ValueError(
+                f"loss={loss!r} is not for a module of {K} outputs: give 'squared', 'logistic' (one output) or "
+                "'cross_entropy' (more)."
+            )
+        values, n = _array(y), len(rows)
+        if values.dtype.kind not in "iub":
+            labels, targets = None, TrainedLoss.of(loss, values, K).targets
+        else:
+            labels = as_labels(values, K, n)
+            targets = np.where(labels == 1, 1.0, -1.0)[:, None] if K == 1 else np.eye(K)[labels]
+        if len(targets) != n:
+            raise ValueError(f"X has {n} rows and y {len(targets)}: give one target for every row.")
+        return cls(rows, LOSSES[loss](targets, np.ones(n)), labels, weight_decay)
+
+    def validated_on(self, rows: torch.Tensor, y: Any) -> Task:
+        """The same task with validation rows and their classes."""
+        return replace(self, validation=(rows, as_labels(y, self.loss.targets.shape[1], len(rows), "y_val")))
+
+    def standing(self, module: nn.Module, layers: Layers, features: Float) -> Standing:
+        """Of a module whose last layers are ``layers`` on features (n, p)."""
+        network, value = layers.network(features), self.loss.value(layers.predict(features))
+        penalty = float(np.hypot(network.gamma, network.shift) @ np.linalg.norm(network.output, axis=1))
+        squares = len(features) * (layers.scale @ layers.scale + layers.offset @ layers.offset)
+        return Standing(
+            objective=value + self.weight_decay * penalty,
+            weight_decay_objective=float(value + self.weight_decay / 2 * (squares + np.sum(layers.output**2))),
+            n_neurons=network.n_neurons,
+            train_accuracy=None if self.labels is None else _accuracy(module, self.rows, self.labels),
+            validation_accuracy=None if self.validation is None else _accuracy(module, *self.validation),
+        )
+
+
+def as_labels(y: Any, K: int, n: int, name: str = "y") -> Index:
+    """Classes of ``n`` rows for a module of ``K`` outputs; with one output 0, or -1, and 1."""
+    values, classes = _array(y), max(K, 2)
+    if values.shape != (n,) or values.dtype.kind not in "iub":
+        raise ValueError(
+            f"{name} must hold {n} integers, the classes; got shape {values.shape} of type {values.dtype}."
+        )
+    labels: Index = values.astype(np.intp)
+    if K == 1:
+        labels = np.where(labels == -1, 0, labels)
+    if n and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"{name} must hold classes from 0 to {classes - 1}, the numbers of the module's outputs; got "
+            f"{values.min()} to {values.max()}."
+        )
+    return labels
+
+
+def _array(y: Any) -> np.ndarray:
+    return y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+
+
+def _accuracy(module: nn.Module, rows: torch.Tensor, labels: Index) -> float:
+    """Share of rows whose largest output is that of their class, in eval mode."""
+    outputs = torch.cat(list(outputs_of(copy.deepcopy(module).eval(), rows)))
+    found = (outputs[:, 0] > 0) if outputs.shape[1] == 1 else outputs.argmax(dim=1)
+    return float(np.mean(found.numpy() == labels))

@@ -1,0 +1,99 @@
+"""Full-batch statistics: what batch norm computes in train mode on all rows at once, stored for eval mode.
+
+Torch's own running statistics are averages over batches, with the unbiased variance. Here every batch norm gets the
+mean and the biased variance of all rows, one after the other: each sees what the ones before make of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: Rows a pass.
+_BATCH = 1024
+
+
+def with_full_batch_statistics(module: nn.Module, names: Iterable[str], rows: torch.Tensor) -> nn.Module:
+    """A copy in eval mode, with the statistics of all rows in the batch norms among some layers, and momentum 0.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        It is not changed.
+    names : iterable of str
+        Names of layers in it.
+    rows : Tensor (n, ...)
+        In float64 on the CPU, where the statistics are computed.
+
+    Raises
+    ------
+    ValueError
+        For a batch norm that stores no statistics.
+    """
+    found: Any = copy.deepcopy(module).eval()
+    measured: Any = copy.deepcopy(found).to(device="cpu", dtype=torch.float64)
+    for name in _in_order_of_use(measured, names, rows):
+        mean, variance = _statistics(measured, name, rows)
+        own, double = found.get_submodule(name), measured.get_submodule(name)
+        own.running_mean.copy_(mean)
+        own.running_var.copy_(variance)
+        double.running_mean.copy_(own.running_mean)  # rounded, as the layers that follow will see them
+        double.running_var.copy_(own.running_var)
+        own.num_batches_tracked.fill_(1)
+        own.momentum = 0.0
+    copied: nn.Module = found
+    return copied
+
+
+def outputs_of(module: nn.Module, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Outputs (batch, K) on the CPU, batch by batch, on the module's own device and in its own type."""
+    sample = next(module.parameters())
+    with torch.no_grad():
+        for part in torch.split(rows, _BATCH):
+            yield module(part.to(device=sample.device, dtype=sample.dtype)).reshape(len(part), -1).cpu()
+
+
+def _in_order_of_use(module: nn.Module, names: Iterable[str], rows: torch.Tensor) -> list[str]:
+    """Names of the batch norms, in the order in which the forward comes to them."""
+    used: dict[str, None] = {}
+    hooks = []
+    for name in names:
+        layer = module.get_submodule(name)
+        if isinstance(layer, _BatchNorm):
+            if layer.running_mean is None:
+                raise ValueError(
+                    f"{type(layer).__name__} '{name}' has no stored statistics: train it with track_running_stats=True."
+                )
+            hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: used.setdefault(name)))
+    _run(module, rows[:_BATCH])
+    for hook in hooks:
+        hook.remove()
+    return list(used)
+
+
+def _statistics(module: nn.Module, name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance, by channel, of what a batch norm receives: batches merged (Chan et al. 1983)."""
+    count, mean, squares = 0, torch.zeros(1), torch.zeros(1)
+
+    def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal count, mean, squares
+        channels = inputs[0].transpose(0, 1).flatten(1)
+        new, centre = channels.shape[1], channels.mean(dim=1)
+        step = centre - mean
+        squares = squares + (channels - centre[:, None]).square().sum(dim=1) + step**2 * (count * new / (count + new))
+        mean, count = mean + step * (new / (count + new)), count + new
+
+    hook = module.get_submodule(name).register_forward_pre_hook(gather)
+    _run(module, rows)
+    hook.remove()
+    return mean, squares / count
+
+
+def _run(module: nn.Module, rows: torch.Tensor) -> None:
+    for _ in outputs_of(module, rows):
+        pass

@@ -1,0 +1,229 @@
+"""What a network was trained for elsewhere, in the terms of this package.
+
+Torch minimises ``factor * L(F) + 1/2 sum of decays times squares``, with ``L`` a sum over rows. The decays of batch
+norm (scale and offset) and of the last layer act through their product alone, since a neuron's two layers can be
+rescaled against each other: they are one weight decay (mathematics, sections 1a and 1e).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convexbn._typing import Float
+from convexbn.layers import Layers
+from convexbn.losses import LOSSES
+
+#: Torch's losses: the loss of this package, and the factor of torch's sum over rows and outputs.
+TORCH_LOSSES = {
+    "MSELoss": ("squared", 2.0),
+    "CrossEntropyLoss": ("cross_entropy", 1.0),
+    "BCEWithLogitsLoss": ("logistic", 1.0),
+}
+
+#: All names of a loss: those of this package are sums over rows, torch's are means as torch's own default.
+LOSS_NAMES = (*LOSSES, *TORCH_LOSSES)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLoss:
+    """``factor * L(F)``, with ``L`` a loss of this package bound to targets.
+
+    Attributes
+    ----------
+    name : str
+        A key of ``losses.LOSSES``.
+    targets : ndarray (n, K)
+        As that loss takes them.
+    factor : float
+        What multiplies the sum over rows.
+    """
+
+    name: str
+    targets: Float
+    factor: float
+
+    @classmethod
+    def of(
+        cls, name: str, y: Any, n_outputs: int, *, reduction: str = "mean", label_smoothing: float = 0.0
+    ) -> TrainedLoss:
+        """Loss by a name of this package or of torch, with targets as they are given to torch.
+
+        Parameters
+        ----------
+        name : str
+            ``"squared"`` (half the sum of squares), ``"cross_entropy"`` and ``"logistic"`` are sums over rows;
+            ``"MSELoss"``, ``"CrossEntropyLoss"`` and ``"BCEWithLogitsLoss"`` are torch's.
+        y : array-like (n,) or (n, K)
+            Numbers; for cross-entropy class indices or rows of probabilities; for the logistic loss -1 and +1; for
+            ``"BCEWithLogitsLoss"`` numbers in [0, 1].
+        n_outputs : int
+            ``K``.
+        reduction : {"mean", "sum"}
+            Of torch's losses.
+        label_smoothing : float
+            Of torch's cross-entropy.
+
+        Raises
+        ------
+        ValueError
+            For another loss, and targets that are not its own.
+
+        Examples
+        --------
+        >>> TrainedLoss.of("MSELoss", [1.0, 2.0, 4.0, 5.0], 1).factor
+        0.5
+        """
+        if name not in LOSS_NAMES:
+            raise ValueError(f"loss must be one of {', '.join(LOSS_NAMES)}; got {name!r}.")
+        own, factor = TORCH_LOSSES.get(name, (name, 1.0))
+        targets = _probabilities(y, n_outputs) if own == "cross_entropy" else _numbers(y, n_outputs)
+        if name == "BCEWithLogitsLoss":
+            _require(bool((np.abs(targets - 0.5) <= 0.5).all()), "BCEWithLogitsLoss takes targets in [0, 1]")
+            targets = 2 * targets - 1
+        elif own == "logistic":
+            _require(bool((np.abs(targets) == 1).all()), "the logistic loss takes targets -1 and +1")
+        elif own == "cross_entropy":
+            targets = (1 - label_smoothing) * targets + label_smoothing / n_outputs
+        if name in TORCH_LOSSES and reduction == "mean":
+            factor /= len(targets) if own == "cross_entropy" else targets.size
+        return cls(own, targets, factor)
+
+    def value(self, outputs: Float) -> float:
+        """``factor * L(F)``."""
+        return self.factor * LOSSES[self.name](self.targets, np.ones(len(outputs))).value(outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """``factor * (L(F) + hidden / 2 (scale^2 + offset^2) + output / 2 C^2 + bias / 2 b^2)``.
+
+    Attributes
+    ----------
+    loss : TrainedLoss
+    hidden_decay : float
+        Of batch norm's scale and offset, relative to the summed loss.
+    output_decay : float
+        Of the last layer's weight.
+    bias_decay : float
+        Of the last layer's bias, 0 for none.
+    """
+
+    loss: TrainedLoss
+    hidden_decay: float
+    output_decay: float
+    bias_decay: float = 0.0
+
+    @classmethod
+    def with_weight_decay(cls, loss: TrainedLoss, weight_decay: float) -> Objective:
+        """The objective of this package: beta on ``gamma = sqrt(n) scale``, ``shift = sqrt(n) offset`` and ``C``."""
+        if not 0 < weight_decay < np.inf:
+            raise ValueError(f"weight_decay must be a positive number, got {weight_decay}.")
+        return cls(loss, len(loss.targets) * weight_decay, weight_decay)
+
+    @classmethod
+    def with_optimizer_decay(
+        cls, loss: TrainedLoss, hidden: float, output: float | None = None, bias: float | None = None
+    ) -> Objective:
+        """The objective of an optimiser that adds its weight decay to the gradient: ``factor L + decay / 2 squares``.
+
+        Parameters
+        ----------
+        loss : TrainedLoss
+        hidden : float
+            The optimiser's ``weight_decay`` of batch norm.
+        output, bias : float, optional
+            Those of the last layer; by default the same.
+        """
+        output, bias = (hidden if decay is None else decay for decay in (output, bias))
+        if not (0 < hidden < np.inf and 0 < output < np.inf and 0 <= bias < np.inf):
+            raise ValueError(
+                f"the optimiser's weight decay is {hidden} for batch norm and {output} for the last layer: without "
+                "both the penalty of a network can be scaled away and there is no optimum; train with both, or give "
+                "the weight_decay that you mean."
+            )
+        return cls(loss, hidden / loss.factor, output / loss.factor, bias / loss.factor)
+
+    @property
+    def weight_decay(self) -> float:
+        """Beta of the program: ``sqrt(hidden_decay output_decay / n)``."""
+        return float(np.sqrt(self.hidden_decay * self.output_decay / len(self.loss.targets)))
+
+    def value(self, layers: Layers, outputs: Float) -> float:
+        """Objective of layers with these outputs on the training rows: penalties of the numbers as they stand."""
+        hidden = float(np.sum(layers.scale**2) + np.sum(layers.offset**2))
+        penalty = self.hidden_decay * hidden + self.output_decay * float(np.sum(layers.output**2))
+        penalty += self.bias_decay * float(layers.output_bias @ layers.output_bias)
+        return self.loss.value(outputs) + self.loss.factor * 0.5 * penalty
+
+
+def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.ndarray[Any, Any]:
+    """Targets of a loss from one column of a table: numbers, or class labels.
+
+    Parameters
+    ----------
+    name : str
+        As ``TrainedLoss.of``.
+    y : ndarray (n,)
+        Numbers for a squared loss of one output. Else labels: integers from 0 to K - 1 are the numbers of the outputs,
+        others are put in order.
+    n_outputs : int
+        ``K``.
+
+    Raises
+    ------
+    ValueError
+        When the number of labels is not that of the outputs.
+
+    Examples
+    --------
+    >>> targets_of_labels("CrossEntropyLoss", np.array(["b", "a", "c"]), 3)
+    array([1, 0, 2])
+    """
+    own = TORCH_LOSSES.get(name, (name, 1.0))[0]
+    if own == "squared" and n_outputs == 1 and y.dtype.kind in "iufb":
+        return y
+    classes = 2 if n_outputs == 1 else n_outputs
+    labels = y
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
+        known, labels = np.unique(y, return_inverse=True)
+        _require(len(known) == classes, f"the network has outputs for {classes} classes, and y has {len(known)} labels")
+    if own == "cross_entropy":
+        return labels
+    one_hot = labels[:, None] if n_outputs == 1 else np.eye(n_outputs)[labels]
+    return 2 * one_hot - 1 if name == "logistic" else one_hot
+
+
+def _numbers(y: Any, n_outputs: int) -> Float:
+    targets = np.asarray(y, dtype=np.float64)
+    targets = targets[:, None] if targets.ndim == 1 else targets
+    _require(
+        targets.ndim == 2 and targets.shape[1] == n_outputs,
+        f"the network has {n_outputs} outputs, and y has shape {np.shape(y)}",
+    )
+    _require(bool(np.isfinite(targets).all()), "y must be finite")
+    return targets
+
+
+def _probabilities(y: Any, n_classes: int) -> Float:
+    """One-hot rows of class indices (n,), or rows of probabilities (n, K)."""
+    labels = np.asarray(y)
+    if labels.ndim != 1:
+        rows = _numbers(y, n_classes)
+        _require(
+            bool(rows.min(initial=0.0) >= 0 and np.abs(rows.sum(axis=1) - 1).max(initial=0.0) < 1e-6),
+            "cross-entropy takes class indices or rows of probabilities, and y has rows that are none",
+        )
+        normalised: Float = rows / rows.sum(axis=1, keepdims=True)
+        return normalised
+    inside = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0 and labels.max(initial=0) < n_classes
+    _require(bool(inside), f"cross-entropy takes class indices from 0 to {n_classes - 1}, integers, and y holds others")
+    one_hot: Float = np.eye(n_classes)[labels]
+    return one_hot
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ValueError(f"{sentence}: give the targets that the loss was trained with.")

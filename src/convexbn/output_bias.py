@@ -1,0 +1,92 @@
+"""A loss with the best output bias: the program of a network whose last layer has one, in terms of the rest.
+
+    L_b(F) = min over b in R^K   L(F + 1 b') + decay / 2 ||b||^2
+
+It is convex in ``F``, so that all that is known of losses holds: its negative gradient is that of ``L`` at the best
+bias, and its dual value is ``D(V) - ||1'V||^2 / (2 decay)``; without decay the dual needs ``1'V = 0`` (mathematics,
+section 2f).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from convexbn._typing import Float
+from convexbn.losses import Loss
+from convexbn.solvers.curvature import half_hessian
+
+_EPS = float(np.finfo(np.float64).eps)
+
+#: Newton's method stops long before, or no bias is best: a class without rows drives its bias to infinity.
+_MOST_STEPS = 60
+
+
+@dataclass(frozen=True)
+class WithOutputBias(Loss):
+    """``min over b of L(F + 1 b') + decay / 2 ||b||^2``.
+
+    Parameters
+    ----------
+    inner : Loss
+        ``L``.
+    decay : float
+        Weight decay of the bias; 0 for none.
+
+    Examples
+    --------
+    >>> from convexbn.losses import SquaredLoss
+    >>> loss = WithOutputBias.of(SquaredLoss(np.array([[1.0], [3.0]]), np.ones(2)), decay=0.0)
+    >>> loss.best_bias(np.zeros((2, 1))), loss.value(np.zeros((2, 1)))
+    (array([2.]), 1.0)
+    """
+
+    inner: Loss = field(kw_only=True)
+    decay: float = field(kw_only=True)
+
+    @classmethod
+    def of(cls, inner: Loss, decay: float) -> WithOutputBias:
+        """The loss with a bias of this decay."""
+        return cls(inner.targets, inner.weights, inner=inner, decay=decay)
+
+    def value(self, outputs: Float) -> float:
+        """``L_b(F)``."""
+        bias = self.best_bias(outputs)
+        return self._value(outputs, bias)
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        """``-grad L(F + 1 b')`` at the best bias, whose sum over the rows is ``decay b`` to rounding."""
+        bias = self.best_bias(outputs)
+        dual = self.inner.negative_gradient(outputs + bias)
+        excess = dual.sum(axis=0) - self.decay * bias
+        gradient: Float = dual - np.outer(self.weights / self.weights.sum(), excess)
+        return gradient
+
+    def dual_value(self, dual: Float) -> float:
+        """``D(V) - ||1'V||^2 / (2 decay)``; ``-inf`` where a bias without decay could lower the loss for ever."""
+        total = dual.sum(axis=0)
+        if self.decay > 0:
+            return self.inner.dual_value(dual) - float(total @ total) / (2 * self.decay) * (1 + 8 * _EPS)
+        rounding = (32 + len(dual)) * _EPS * np.abs(dual).sum()
+        return self.inner.dual_value(dual) if np.abs(total).max() <= rounding else -np.inf
+
+    def best_bias(self, outputs: Float) -> Float:
+        """Minimiser ``b`` (K,), by Newton's method with halved steps."""
+        bias = np.zeros(outputs.shape[1])
+        value = self._value(outputs, bias)
+        for _ in range(_MOST_STEPS):
+            slope = self.inner.negative_gradient(outputs + bias).sum(axis=0) - self.decay * bias
+            half = half_hessian(self.inner, outputs + bias)
+            hessian = np.einsum("nkl,nml->km", half, half) + self.decay * np.eye(len(bias))
+            step = np.linalg.pinv(hessian, hermitian=True) @ slope  # the softmax does not see a common bias
+            # where the value no longer tells, the slope still does
+            while (following := self._value(outputs, bias + step)) > value + 4 * _EPS * abs(value):
+                step = 0.5 * step
+            bias, value = bias + step, following
+            if np.abs(step).max() <= 4 * _EPS * (1 + np.abs(bias).max()):
+                break
+        return bias
+
+    def _value(self, outputs: Float, bias: Float) -> float:
+        return self.inner.value(outputs + bias) + 0.5 * self.decay * float(bias @ bias)

@@ -1,0 +1,86 @@
+"""Probe rows: where a converted network is compared with the one that it came from, before it is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from convexbn._typing import Float, FloatMatrix
+from convexbn.layers import rounded, row_scale
+from convexbn.network import BatchNormNetwork
+
+#: Largest difference of outputs, relative to the largest output, by type.
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
+
+_N_PROBES = 64
+
+#: Smallest relative singular value of weights that probes undo; float32 cannot convert such networks anyway.
+_RCOND = 1e-6
+
+
+def probe_rows(weight: Float, mean: Float) -> Float:
+    """Random rows (64, d) about ``mean`` whose responses ``(x - mean)'weight`` are of size 1 together.
+
+    The least rows with Gaussian responses: they are large along the directions in which the weights are small, like
+    the data that whitened weights come from. Equal weights give equal rows.
+    """
+    scale = row_scale(weight)
+    inverse = np.linalg.pinv(weight / scale, rcond=_RCOND)
+    targets = np.random.default_rng(0).standard_normal((_N_PROBES, weight.shape[1]))
+    deviations = targets @ inverse
+    responses = deviations @ (weight / scale)
+    size = np.sqrt(np.mean(responses**2))
+    return mean + deviations / (size if size > 0 else 1.0) / scale[:, 0]
+
+
+def output_error(expected: Float, found: Float) -> float:
+    """Largest difference relative to the largest expected output; infinite where a number is not finite."""
+    if not np.isfinite(found).all():
+        return np.inf
+    error, scale = np.abs(found - expected).max(initial=0.0), np.abs(expected).max(initial=0.0)
+    return float(error / scale) if scale > 0 else (0.0 if error == 0 else np.inf)
+
+
+@np.errstate(all="ignore")
+def check_conversion(
+    network: BatchNormNetwork,
+    converted: Callable[[FloatMatrix], FloatMatrix],
+    dtype: DTypeLike,
+    rows: Float | None,
+    tol: float | None,
+) -> None:
+    """Compare a converted network with its origin on probe rows, and on ``rows`` (n, d) where given.
+
+    Parameters
+    ----------
+    network : BatchNormNetwork
+    converted : callable
+        Outputs of the converted network for rows of ``dtype``.
+    dtype : dtype
+        float32 or float64; the rows are rounded to it first, so that only the network is measured.
+    rows : ndarray (n, d) or None
+    tol : float or None
+        Allowed difference relative to the largest output; None: ``TOLERANCES``.
+
+    Raises
+    ------
+    ValueError
+        With the measured error and the remedy.
+    """
+    d = len(network.mean)
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != d):
+        raise ValueError(f"X must have shape (n, {d}), got {rows.shape}.")
+    name = np.dtype(dtype).name
+    allowed = TOLERANCES[name] if tol is None else tol
+    probes = [probe_rows(network.weight, network.mean)] + ([] if rows is None else [rows])
+    for kind, points in zip(("probe rows", "the rows of X"), probes, strict=False):
+        points = rounded(points, dtype)
+        error = output_error(network.predict(points), np.asarray(converted(points.astype(dtype)), dtype=np.float64))
+        if not error <= allowed:
+            wider = "" if name == "float64" else "convert to float64, "
+            raise ValueError(
+                f"in {name} the outputs on {kind} differ by {error:.1e} of their scale, more than {allowed:.1e}: "
+                f"{wider}train on centred features or with a lower rank, or allow more with tol."
+            )

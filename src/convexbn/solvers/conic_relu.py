@@ -1,0 +1,180 @@
+"""The ReLU program over all activation patterns, written out for CVXPY and solved by Clarabel: the reference.
+
+    min   1/2 ||F - Y||^2 + beta sum_i Omega_i(S_i),   F = sum_i D_i A S_i,   S_i in R^{q x K},   i over all cells
+
+One output: ``S_i = s_i - t_i`` with ``s_i, t_i`` in the cone of the cell, ``Omega_i = ||s_i|| + ||t_i||``. Several
+outputs: ``Omega_i`` is the cone's nuclear norm. A cone of the plane has two rays, the columns of ``R``, and there it
+is a semidefinite program: ``min 1/2 (<R'R, N> + tr Z)`` over psd ``[[N, T], [T', Z]]``, ``N >= 0``, ``S_i = R T``
+(mathematics, section 2a).
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse
+
+from convexbn._typing import Float
+from convexbn.arrangement import Cells, enumerate_patterns, facets
+from convexbn.losses import Loss, SquaredLoss
+from convexbn.solvers.neurons import Neurons
+
+#: Share of the objective below which a neuron's penalty is what an interior point leaves of a zero.
+_NEGLIGIBLE = 1e-8
+
+
+class ConicSolution(NamedTuple):
+    """Optimum of the conic solver.
+
+    Attributes
+    ----------
+    neurons : Neurons
+        The network, balanced.
+    dual : ndarray (n, K)
+        The dual point ``V``, ``max ||V'(A u)_+|| <= beta`` to the solver's accuracy.
+    value : float
+        The objective.
+    """
+
+    neurons: Neurons
+    dual: Float
+    value: float
+
+
+@dataclass(frozen=True)
+class ConicRelu:
+    """Clarabel on every pattern of the rows, for small problems.
+
+    Parameters
+    ----------
+    tol : float, default=1e-11
+        Relative gap of the conic solver, which ends with a larger one where it cannot get there.
+    max_bytes : int, default=2**30
+        Largest size of the patterns.
+    """
+
+    tol: float = 1e-11
+    max_bytes: int = 1 << 30
+
+    def solve(self, rows: Float, loss: Loss, weight_decay: float) -> ConicSolution:
+        """Optimal network and dual point.
+
+        Parameters
+        ----------
+        rows : ndarray (n, q)
+            Whitened rows.
+        loss : Loss
+            Squared, with targets (n, K); several outputs need ``q = 2``.
+        weight_decay : float
+
+        Returns
+        -------
+        ConicSolution
+
+        Raises
+        ------
+        ImportError
+            When CVXPY or Clarabel is not installed.
+        TypeError
+            For another loss, or for several outputs on other than two columns.
+        MemoryError
+            When there are too many patterns.
+        """
+        try:
+            cvxpy: Any = importlib.import_module("cvxpy")
+        except ImportError as error:
+            raise ImportError("the reference over all patterns needs CVXPY: pip install cvxpy clarabel.") from error
+        q, K = rows.shape[1], loss.targets.shape[1]
+        if not isinstance(loss, SquaredLoss):
+            raise TypeError("the conic reference solves the squared loss only.")
+        if K > 1 and q != 2:
+            raise TypeError(f"the conic reference solves several outputs on 2 whitened columns only, not on {q}.")
+        cells = enumerate_patterns(rows, max_bytes=self.max_bytes)
+        blocks = _Vectors(cvxpy, rows, cells) if K == 1 else _PlaneCones(cvxpy, rows, cells, K)
+        fitted = cvxpy.Variable(loss.targets.shape)
+        residual = cvxpy.multiply(np.sqrt(loss.weights)[:, None], fitted - loss.targets)
+        objective = 0.5 * cvxpy.sum_squares(residual) + weight_decay * blocks.penalty + loss.constant
+        problem = cvxpy.Problem(cvxpy.Minimize(objective), [fitted == blocks.outputs, *blocks.constraints])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Solution may be inaccurate")
+            problem.solve("CLARABEL", tol_gap_rel=self.tol, tol_gap_abs=self.tol, tol_feas=self.tol)
+        value = float(problem.value)
+        neurons = _balanced(blocks.neurons(), _NEGLIGIBLE * value / weight_decay)
+        return ConicSolution(neurons, problem.constraints[0].dual_value, value)
+
+
+class _Vectors:
+    """One output: ``s_i`` and ``t_i`` (P, q) of the cells."""
+
+    def __init__(self, cvxpy: Any, rows: Float, cells: Cells) -> None:
+        count, (n, q) = len(cells.patterns), rows.shape
+        self.s, self.t = cvxpy.Variable((count, q)), cvxpy.Variable((count, q))
+        s, t = (cvxpy.vec(variable, order="C") for variable in (self.s, self.t))
+        cell, row = np.nonzero(cells.patterns)
+        columns = _block_columns(cell, q)
+        gated = scipy.sparse.csc_array((rows[row].ravel(), (np.repeat(row, q), columns)), shape=(n, count * q))
+        self.outputs = cvxpy.reshape(gated @ (s - t), (n, 1), order="C")
+        self.penalty = cvxpy.sum(cvxpy.norm(self.s, axis=1)) + cvxpy.sum(cvxpy.norm(self.t, axis=1))
+        cell, row = np.nonzero(facets(cells.patterns))
+        inward = np.where(cells.patterns[cell, row], 1.0, -1.0)[:, None] * rows[row]
+        places = np.repeat(np.arange(len(row)), q), _block_columns(cell, q)
+        walls = scipy.sparse.csc_array((inward.ravel(), places), shape=(len(row), count * q))
+        self.constraints = [walls @ s >= 0, walls @ t >= 0]
+
+    def neurons(self) -> Neurons:
+        first = np.vstack([self.s.value, self.t.value])
+        signs = np.repeat([1.0, -1.0], len(first) // 2)
+        return Neurons(first.T, signs[:, None])
+
+
+class _PlaneCones:
+    """Several outputs on two columns: a psd matrix ``[[N, T], [T', Z]]`` for every cell."""
+
+    def __init__(self, cvxpy: Any, rows: Float, cells: Cells, K: int) -> None:
+        self.rays = _rays(rows, cells)
+        self.matrices = [cvxpy.Variable((2 + K, 2 + K), PSD=True) for _ in cells.patterns]
+        gated = [opened[:, None] * (rows @ R) for opened, R in zip(cells.patterns, self.rays, strict=True)]
+        self.outputs = sum(G @ M[:2, 2:] for G, M in zip(gated, self.matrices, strict=True))
+        traces = [
+            cvxpy.sum(cvxpy.multiply(R.T @ R, M[:2, :2])) + cvxpy.trace(M[2:, 2:])
+            for R, M in zip(self.rays, self.matrices, strict=True)
+        ]
+        self.penalty = 0.5 * sum(traces)
+        self.constraints = [M[0, 1] >= 0 for M in self.matrices]
+
+    def neurons(self) -> Neurons:
+        """Two neurons a cell from ``N = B B'``, ``B >= 0`` triangular, and the rows of ``B^{-1} T`` as outputs."""
+        first, output = [], []
+        for R, M in zip(self.rays, (matrix.value for matrix in self.matrices), strict=True):
+            p = int(M[1, 1] > M[0, 0])
+            slope = max(M[0, 1], 0.0) / M[p, p]
+            first += [R[:, p] + slope * R[:, 1 - p], R[:, 1 - p]]
+            output += [M[p, 2:], M[1 - p, 2:] - slope * M[p, 2:]]
+        return Neurons(np.array(first).T, np.array(output))
+
+
+def _block_columns(cell: np.ndarray, q: int) -> np.ndarray:
+    columns: np.ndarray = (cell[:, None] * q + np.arange(q)).ravel()
+    return columns
+
+
+def _rays(rows: Float, cells: Cells) -> Float:
+    """Unit extreme rays of the cells of a plane, in columns: (P, 2, 2)."""
+    normals = np.arctan2(rows[:, 1], rows[:, 0])
+    ends = np.sort(np.mod(np.concatenate([normals - 0.5 * np.pi, normals + 0.5 * np.pi]), 2 * np.pi))
+    middles = np.mod(np.arctan2(cells.directions[:, 1], cells.directions[:, 0]), 2 * np.pi)
+    after = np.searchsorted(ends, middles)
+    angles = np.stack([ends[after - 1], ends[after % len(ends)]], axis=1)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _balanced(neurons: Neurons, negligible: float) -> Neurons:
+    """Neurons of more than negligible mass, with equal norms on both sides."""
+    live = neurons.masses > negligible
+    first, output = neurons.first[:, live], neurons.output[live]
+    root = np.sqrt(np.linalg.norm(output, axis=1) / np.linalg.norm(first, axis=0))
+    return Neurons(first * root, output / root[:, None])

@@ -1,0 +1,226 @@
+"""Local model of the balanced ReLU program at a network: a convex quadratic plus the hinges of its kinks.
+
+    Phi(first, output) = L((A first)_+ output) + beta / 2 (||first||^2 + ||output||^2)
+
+With the sides of all rows kept, ``Phi`` is smooth, and its second derivative is ``J' L'' J`` plus one block a neuron,
+
+    [[beta I, X_j], [X_j', beta I]],    X_j = -A' D_j V,    V = -grad L.
+
+At a local minimum no singular value of ``X_j`` exceeds beta in the directions that the neuron may take, so that cutting
+them off there gives a convex model that is exact in the end. A row that changes sides where
+``g = (V c_j)_i < 0`` meets a convex kink, the hinge ``-g (a_i's_j)_+``; where ``g > 0`` the model only overestimates.
+Hinges enter when a step would cross them, and the step solves the box program dual to the model:
+
+    min over 0 <= theta <= w   1/2 ||L^{-1}(grad + E theta)||^2 - t'theta,      L L' the second derivative.
+
+A neuron that is to leave has a hinge too: its mass, linear in the step, stays nonnegative.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from convexbn._typing import Bool, Float, Index
+from convexbn.losses import Loss
+from convexbn.solvers.box_program import minimise_over_box
+from convexbn.solvers.curvature import half_hessian
+from convexbn.solvers.neurons import Neurons
+
+#: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.
+_RESTING = 1e-6
+
+#: Doubles of the Jacobian that are formed at a time.
+_BLOCK = 1 << 22
+
+#: Multiplier of a mass in units of ``weight_decay`` times the largest mass: above what any mass needs.
+_MASS_WEIGHT = 100.0
+
+
+class Step(NamedTuple):
+    """Change of the network, relative change of the masses, and the decrease that the model predicts."""
+
+    first: Float
+    output: Float
+    growth: Float
+    predicted: float
+
+
+class KinkModel:
+    """The model at one network.
+
+    Parameters
+    ----------
+    rows : ndarray (n, q)
+    loss : Loss
+    weight_decay : float
+    fixed : ndarray (n, K)
+        Outputs that are added to those of the neurons.
+    neurons : Neurons
+        Balanced.
+    damping : float
+        Multiple of ``weight_decay`` that is added to the second derivative.
+    """
+
+    def __init__(
+        self, rows: Float, loss: Loss, weight_decay: float, fixed: Float, neurons: Neurons, damping: float
+    ) -> None:
+        self.rows, self.beta, self.neurons = rows, weight_decay, neurons
+        self.response = rows @ neurons.first
+        self.opened = self.response > 0
+        hidden = np.maximum(self.response, 0)
+        outputs = fixed + hidden @ neurons.output
+        dual = loss.negative_gradient(outputs)
+        self.pull = dual @ neurons.output.T  # g, (n, m)
+        self.size = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(neurons.first, axis=0)
+        smooth_first = weight_decay * neurons.first - rows.T @ (self.opened * self.pull)
+        smooth_output = weight_decay * neurons.output - hidden.T @ dual
+        gradient = np.hstack([smooth_first.T, smooth_output])  # (m, q + K)
+        hessian = self._gauss_newton(half_hessian(loss, outputs), hidden)
+        self._add_blocks(hessian, dual, weight_decay * (1 + damping))
+        self.factor = scipy.linalg.cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
+        self.gradient = self._solve(gradient.ravel())
+
+    def minimise(self, deadline: float | None = None, max_sweeps: int = 15) -> Step | None:
+        """Minimiser of the model; None when it crosses more kinks than there are variables, or time is over."""
+        hinges = _Hinges.none(self.gradient.size)
+        new = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
+        leaving = np.zeros(len(self.neurons.output), dtype=bool)
+        for _ in range(max_sweeps):
+            late = deadline is not None and time.monotonic() >= deadline
+            if late or len(hinges.offset) + np.count_nonzero(new) > self.gradient.size:
+                return None
+            hinges = hinges.joined(self._kinks(new)).joined(self._masses(leaving))
+            hinges, z = hinges.solved(self.gradient, deadline)
+            change = scipy.linalg.solve_triangular(self.factor, z, lower=True, trans=1, check_finite=False)
+            new, leaving = self._missing(hinges, change.reshape(len(leaving), -1))
+            if not new.any() and not leaving.any():
+                break
+        return self._step(hinges, z, change.reshape(len(leaving), -1))
+
+    def _gauss_newton(self, half: Float, hidden: Float) -> Float:
+        """``J' L'' J`` (m (q + K) squared), by blocks of rows."""
+        n, K = half.shape[:2]
+        q, m = self.neurons.first.shape
+        total = np.zeros((m * (q + K), m * (q + K)))
+        weighted = np.einsum("ilk,jl->ikj", half, self.neurons.output)  # R_i' c_j
+        length = max(1, _BLOCK // (K * total.shape[0]))
+        for start in range(0, n, length):
+            part = slice(start, start + length)
+            gated = self.opened[part][:, None, :, None] * self.rows[part][:, None, None, :]
+            jacobian = np.empty((gated.shape[0], K, m, q + K))
+            np.multiply(weighted[part][:, :, :, None], gated, out=jacobian[..., :q])
+            jacobian[..., q:] = half[part].transpose(0, 2, 1)[:, :, None, :] * hidden[part][:, None, :, None]
+            flat = jacobian.reshape(-1, total.shape[0])
+            total += flat.T @ flat
+        return total
+
+    def _add_blocks(self, hessian: Float, dual: Float, diagonal: float) -> None:
+        """Add the diagonal and the blocks ``X_j``, free of resting rows and with their singular values cut."""
+        q, m = self.neurons.first.shape
+        K = dual.shape[1]
+        cross = np.stack([-self.rows.T @ (self.opened * dual[:, [k]]) for k in range(K)], axis=2)  # (q, m, K)
+        cross = cross.transpose(1, 0, 2)
+        resting = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
+        for j in np.flatnonzero(resting.any(axis=0)):
+            cross[j] -= _along(self.rows[resting[:, j]], cross[j])
+        left, values, right = np.linalg.svd(cross, full_matrices=False)
+        cut = (left * np.minimum(values, self.beta)[:, None, :]) @ right
+        blocks = hessian.reshape(m, q + K, m, q + K)
+        index = np.arange(m)
+        blocks[index, :q, index, q:] += cut
+        blocks[index, q:, index, :q] += cut.transpose(0, 2, 1)
+        hessian.flat[:: len(hessian) + 1] += diagonal
+
+    def _solve(self, right: Float) -> Float:
+        solution: Float = scipy.linalg.solve_triangular(self.factor, right, lower=True, check_finite=False)
+        return solution
+
+    def _kinks(self, chosen: Bool) -> _Hinges:
+        """Hinges ``-g (a_i's_j)_+`` of the chosen rows and neurons (n, m)."""
+        i, j = np.nonzero(chosen)
+        m, w = len(self.neurons.output), len(self.gradient) // len(self.neurons.output)
+        columns = np.zeros((m, w, len(i)))
+        columns[j, : self.rows.shape[1], np.arange(len(i))] = self.rows[i]
+        weight = -self.pull[i, j]
+        return _Hinges(
+            self._solve(columns.reshape(m * w, -1)), self.response[i, j], weight, self.opened[i, j],
+            np.where(self.opened[i, j], weight, 0.0), i * m + j,
+        )  # fmt: skip
+
+    def _masses(self, chosen: Bool) -> _Hinges:
+        """Hinges of the chosen neurons' masses, ``-1 - growth <= 0``."""
+        j = np.flatnonzero(chosen)
+        m, w = len(self.neurons.output), len(self.gradient) // len(self.neurons.output)
+        columns = np.zeros((m, w, len(j)))
+        columns[j, :, np.arange(len(j))] = -self._radial()[j]
+        masses = self.beta * self.neurons.masses
+        cap = np.full(len(j), _MASS_WEIGHT * masses.max())
+        closed = np.zeros(len(j), dtype=bool)
+        return _Hinges(self._solve(columns.reshape(m * w, -1)), np.full(len(j), -1.0), cap, closed, masses[j], -1 - j)
+
+    def _radial(self) -> Float:
+        """Derivative of ``log ||s_j|| ||c_j||`` (m, q + K)."""
+        first, output = self.neurons.first.T, self.neurons.output
+        radial: Float = np.hstack([first, output]) / self.neurons.masses[:, None]  # balanced: both norms squared
+        return radial
+
+    def _missing(self, hinges: _Hinges, change: Float) -> tuple[Bool, Bool]:
+        """Convex kinks and masses that a step crosses and that are not among the hinges."""
+        ahead = self.response + self.rows @ change[:, : self.rows.shape[1]].T
+        crossed = ((ahead > 0) != self.opened) & (self.pull < 0) & (np.abs(ahead) > 1e-9 * self.size)
+        leaving = np.sum(self._radial() * change, axis=1) < -1 - 1e-9
+        crossed.flat[hinges.label[hinges.label >= 0]] = False
+        leaving[-1 - hinges.label[hinges.label < 0]] = False
+        return crossed, leaving
+
+    def _step(self, hinges: _Hinges, z: Float, change: Float) -> Step:
+        predicted = -float(self.gradient @ z + 0.5 * z @ z) - hinges.increase(z)
+        q = self.rows.shape[1]
+        return Step(change[:, :q].T, change[:, q:], np.sum(self._radial() * change, axis=1), predicted)
+
+
+class _Hinges(NamedTuple):
+    """Terms ``weight (offset + column'z)_+`` of the model, in the variable ``z = L'd``."""
+
+    columns: Float  # (D, p)
+    offset: Float
+    weight: Float
+    opened: Bool  # whose slope is in the gradient already
+    theta: Float  # multipliers, 0 <= theta <= weight
+    label: Index  # of a kink: its flat index; of a mass: -1 - j
+
+    @classmethod
+    def none(cls, size: int) -> _Hinges:
+        empty = np.zeros(0)
+        return cls(np.zeros((size, 0)), empty, empty, empty.astype(bool), empty, empty.astype(np.intp))
+
+    def joined(self, other: _Hinges) -> _Hinges:
+        return _Hinges(*(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True)))
+
+    def solved(self, gradient: Float, deadline: float | None) -> tuple[_Hinges, Float]:
+        """The multipliers of the minimiser, and the minimiser ``z``."""
+        base = gradient - self.columns @ (self.weight * self.opened)
+        if not len(self.offset):
+            return self, -base
+        gram = self.columns.T @ self.columns
+        theta = minimise_over_box(gram, self.offset - self.columns.T @ base, self.weight, self.theta, deadline)
+        return self._replace(theta=theta), -(base + self.columns @ theta)
+
+    def increase(self, z: Float) -> float:
+        """What the hinges add to the linear part of the model."""
+        moved = self.columns.T @ z
+        added = np.maximum(self.offset + moved, 0) - np.maximum(self.offset, 0) - self.opened * moved
+        return float(self.weight @ added)
+
+
+def _along(face: Float, matrix: Float) -> Float:
+    """Component of the columns of ``matrix`` in the span of the rows of ``face``."""
+    lengths = np.linalg.norm(face, axis=1, keepdims=True)
+    _, values, right = np.linalg.svd(face / lengths, full_matrices=False)
+    basis = right[values > 1e-7 * values[0]]
+    component: Float = basis.T @ (basis @ matrix)
+    return component

@@ -1,0 +1,72 @@
+"""The ReLU program over the masses of given neurons: which of them are needed, and how much of each.
+
+    min over r >= 0   L(sum_j r_j (A u_j)_+ c_j') + beta sum_j r_j,    ||u_j|| = ||c_j|| = 1
+
+It is convex, has one variable a neuron, and its solution uses few of them, whatever the starting masses: what many
+neurons of a trained network say together, and whether new ones are of use.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from convexbn._typing import Float
+from convexbn.losses import Loss
+from convexbn.solvers.box_program import minimise_over_box
+from convexbn.solvers.curvature import half_hessian
+from convexbn.solvers.neurons import Neurons
+
+#: Masses are dropped below this multiple of the largest.
+_DROPPED = 1e-7
+
+#: Doubles of the derivative that are formed at a time.
+_BLOCK = 1 << 22
+
+
+def with_best_masses(
+    rows: Float, loss: Loss, weight_decay: float, neurons: Neurons, max_iter: int = 30, deadline: float | None = None
+) -> Neurons:
+    """The same directions and outputs with the masses of least objective, by Newton's method over ``r >= 0``."""
+    unit = neurons.with_masses(np.ones(len(neurons.output)))
+    masses = neurons.masses[neurons.masses > 0]
+    hidden = np.maximum(rows @ unit.first, 0)
+
+    def objective(r: Float) -> float:
+        return loss.value(hidden @ (r[:, None] * unit.output)) + weight_decay * float(r.sum())
+
+    value = objective(masses)
+    largest = np.full(len(masses), value / weight_decay)  # the losses are nonnegative
+    for _ in range(max_iter):
+        if not len(masses) or (deadline is not None and time.monotonic() >= deadline):
+            break
+        outputs = hidden @ (masses[:, None] * unit.output)
+        slope = weight_decay - np.sum(hidden * (loss.negative_gradient(outputs) @ unit.output.T), axis=0)
+        gram = _gram(half_hessian(loss, outputs), hidden, unit.output)
+        best = minimise_over_box(gram, gram @ masses - slope, largest, masses, deadline)
+        step, length = best - masses, 1.0
+        predicted = -float(slope @ step + 0.5 * step @ gram @ step)
+        while objective(masses + length * step) > value - 1e-4 * length * predicted and length > 1e-3:
+            length *= 0.5
+        if objective(masses + length * step) >= value:
+            break
+        masses = masses + length * step
+        value = objective(masses)
+        if predicted <= 1e-9 * value:
+            break
+    masses[masses < _DROPPED * masses.max(initial=0.0)] = 0
+    return unit.with_masses(masses)
+
+
+def _gram(half: Float, hidden: Float, output: Float) -> Float:
+    """Second derivative in the masses (m, m), by blocks of rows."""
+    n, K = half.shape[:2]
+    total = np.zeros((len(output), len(output)))
+    length = max(1, _BLOCK // (K * max(len(output), 1)))
+    for start in range(0, n, length):
+        part = slice(start, start + length)
+        weighted = np.einsum("ilk,jl->ikj", half[part], output) * hidden[part][:, None, :]
+        flat = weighted.reshape(-1, len(output))
+        total += flat.T @ flat
+    return total
