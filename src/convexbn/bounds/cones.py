@@ -31,7 +31,7 @@ from convexbn.bounds.result import EPS
 
 #: Values ``a_i'g_j`` below this are zero: a generator placed on a hyperplane lies on it.
 _SNAP = 1e-14
-_SWEEPS = 12
+_SWEEPS = 50
 #: Edges shorter than this part of the longest (in ``1 - cos``) are not split.
 _SHORT = 0.5
 #: Splits are not closer to a generator than this.

@@ -9,6 +9,7 @@ from convexbn.nn.gated import GatedModule
 from convexbn.nn.judging import certify
 from convexbn.nn.module import to_module
 from convexbn.nn.reading import from_module
+from convexbn.nn.reoptimisation import Reoptimisation, reoptimise
 from convexbn.nn.tail import Tail, read_tail
 
-__all__ = ["GatedModule", "Tail", "certify", "from_module", "read_tail", "to_module"]
+__all__ = ["GatedModule", "Reoptimisation", "Tail", "certify", "from_module", "read_tail", "reoptimise", "to_module"]
