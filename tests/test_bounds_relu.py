@@ -15,6 +15,7 @@ from convexbn.bounds.relaxation import bound_at
 
 UPPER = {
     "orthant": lambda V, A: bounds.orthant(V)[0],
+    "every_cell": lambda V, A: bounds.EveryCell(A).maxima(V).value,
     "branch_and_bound": lambda V, A: bounds.branch_and_bound(V, A, tolerance=0.05, max_nodes=2000).value,
     "relaxation": lambda V, A: bounds.relaxation(V, A, steps=30).value,
     "lifted": lambda V, A: bounds.lifted(V, A, iterations=30).value,
@@ -45,7 +46,12 @@ def dense_maximum(V, A, points=40_000):
 
 
 def methods(K):
-    return [name for name in UPPER if K == 1 or name != "relaxation"]
+    return [name for name in UPPER if K == 1 or name not in ("every_cell", "relaxation")]
+
+
+def possible(name, A):
+    """Whether the rank allows a method."""
+    return {"branch_and_bound": A.shape[1] <= bounds.MAX_RANK, "every_cell": bounds.few_cells(A)}.get(name, True)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
@@ -67,7 +73,7 @@ def test_never_below_many_local_searches(q, K):
         value, u = bounds.local_search(V, A, 2000, np.random.default_rng(seed))
         assert hidden_norms(u[None], V, A)[0] == pytest.approx(value, rel=1e-12)
         for name in methods(K):
-            if q <= 8 or name != "branch_and_bound":
+            if possible(name, A):
                 assert UPPER[name](V, A) >= value, name
 
 
@@ -94,6 +100,29 @@ def test_branch_and_bound_closes_to_its_tolerance(q, K):
         assert hidden_norms(found.maximiser[None], V, A)[0] == pytest.approx(found.lower, rel=1e-12)
 
 
+@pytest.mark.parametrize(("n", "q"), [(40, 2), (40, 3), (20, 4), (12, 6), (8, 8)])
+def test_every_cell_is_exact(n, q):
+    for seed in range(3):
+        V, A = instance(n, q, seed=seed)
+        value, u = bounds.local_search(V, A, 2000, np.random.default_rng(seed))
+        cells = bounds.EveryCell(A)
+        assert value <= cells.maxima(V).value <= value * (1 + 1e-7)
+        found = cells.maxima(V, target=0.9 * value)
+        assert value <= found.value <= value * (1 + 1e-7)
+        heights = hidden_norms(found.directions, V, A)
+        assert heights.max() == pytest.approx(value, rel=1e-5)
+        assert heights.min() > 0.9 * value
+        assert found.directions[heights.argmax()] @ u == pytest.approx(1, abs=1e-4)
+
+
+def test_every_cell_leaves_what_is_below_the_target():
+    V, A = instance(40, 3)
+    value = bounds.EveryCell(A).maxima(V).value
+    found = bounds.EveryCell(A).maxima(V, target=2 * value)
+    assert value <= found.value <= 2 * value * (1 + 1e-7)
+    assert not len(found.directions)
+
+
 def test_a_hidden_maximum_is_found():
     """One thin region holds the maximum: branch and bound finds it although it starts elsewhere."""
     _, A = instance(40, 3)
@@ -101,7 +130,9 @@ def test_a_hidden_maximum_is_found():
     active = A @ u > 0
     V = np.where(active, (A @ u), -20.0)[:, None]
     found = bounds.branch_and_bound(V, A, tolerance=1e-3, start=-u[None])
-    assert found.lower >= 0.999 * max(dense_maximum(V, A), hidden_norms(u[None], V, A)[0])
+    truth = max(dense_maximum(V, A), hidden_norms(u[None], V, A)[0])
+    assert found.lower >= 0.999 * truth
+    assert bounds.EveryCell(A).maxima(V).value >= truth
 
 
 @pytest.mark.parametrize("K", [1, 2])

@@ -94,7 +94,7 @@ def test_small_programs_are_certified_over_all_patterns(fraction, seed):
     solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(seed))
     proof = proof_of(rows, loss, beta, solution.neurons)
     assert proof.status is Status.CERTIFIED, proof.sentence
-    assert proof.bound == "branch and bound"
+    assert proof.bound == "every cell"
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.1, 0.02])

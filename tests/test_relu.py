@@ -64,7 +64,7 @@ def test_regression_is_certified_over_all_patterns(fraction):
     model = regressor(weight_decay=fraction * largest).fit(X, y)
     proof = model.certificate_
     assert proof.status is Status.CERTIFIED and proof.scope == "all patterns", proof.sentence
-    assert proof.bound == "branch and bound" and proof.estimated_gap == proof.relative_gap
+    assert proof.bound == "every cell" and proof.estimated_gap == proof.relative_gap
     assert own_objective(model, X, y) == pytest.approx(proof.objective, rel=1e-9)
     assert proof.weight_decay_objective == pytest.approx(proof.objective, rel=1e-9)
     assert model.gates_ is None and model.network_.gates is None and (model.transform(X) >= 0).all()

@@ -139,12 +139,18 @@ def facets(patterns: Bool) -> Bool:
     relative = patterns ^ patterns[0]
     _, first = np.unique(relative, axis=1, return_index=True)
     signs = relative[:, first]
-    known, walls = _keys(signs), np.zeros_like(patterns)
+    known, walls = row_keys(signs), np.zeros_like(patterns)
     for j, row in enumerate(first):
         across = signs.copy()
         across[:, j] ^= True
-        walls[:, row] = np.isin(_keys(across), known)
+        walls[:, row] = np.isin(row_keys(across), known)
     return walls
+
+
+def row_keys(signs: Bool) -> np.ndarray:
+    """One value a row of signs, (P, n) -> (P,): equal where the rows are."""
+    packed = np.packbits(signs, axis=1)
+    return np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
 
 
 def _check_budget(n: int, q: int, normals: Float, max_bytes: int) -> None:
@@ -261,13 +267,7 @@ def _one_a_cell(points: Float, normals: Float) -> Float:
         signs[part] = (response > 0) ^ (response[:, :1] > 0)
     order = np.argsort(-margins, kind="stable")
     order = order[margins[order] > _ON]
-    return points[order[np.sort(np.unique(_keys(signs[order]), return_index=True)[1])]]
-
-
-def _keys(signs: Bool) -> np.ndarray:
-    """One value a row of signs."""
-    packed = np.packbits(signs, axis=1)
-    return np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
+    return points[order[np.sort(np.unique(row_keys(signs[order]), return_index=True)[1])]]
 
 
 def _blocks(points: Float, width: int) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -102,11 +103,12 @@ class AllPatterns:
 
         None after the deadline on data of a size where the search takes more than about a second.
         """
-        return (
-            None
-            if self._late and self.rows.size > _QUICK_ENTRIES
-            else float(self._local_maxima(dual / self._root)[0][0])
-        )
+        V = dual / self._root
+        if self._cells is not None:
+            return float(self._cells.maxima(V, self.weight_decay).value)
+        if self._late and self.rows.size > _QUICK_ENTRIES:
+            return None
+        return float(self._local_maxima(V)[0][0])
 
     def _local_maxima(self, V: Float) -> tuple[Float, Float]:
         return bounds.local_maxima(V, self.rows, 300, np.random.default_rng(0), initial=self.directions)
@@ -116,13 +118,22 @@ class AllPatterns:
         root: Float = np.sqrt(self.loss.weights)[:, None]
         return root
 
+    @functools.cached_property
+    def _cells(self) -> bounds.EveryCell | None:
+        """All cells, where they can be enumerated."""
+        one_output = self.loss.targets.shape[1] == 1
+        return bounds.EveryCell(self.rows) if one_output and bounds.few_cells(self.rows) else None
+
     @property
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _cheap(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
-        """Orthant, branch and bound where the rank allows it, relaxation."""
+        """Orthant; every cell where there are few; else branch and bound where the rank allows it, relaxation."""
         yield bounds.Bound(*bounds.orthant(V), 1), "orthant"
+        if self._cells is not None:
+            yield self._cells.maxima(V, target), "every cell"
+            return
         if self._late:
             return
         if self.rows.shape[1] <= bounds.MAX_RANK:

@@ -5,6 +5,7 @@ number that is never below the maximum, rounding included; ``local_search`` give
 
 ===================== ============== ==================================================================
 ``orthant``           K outputs      ignores A; exact at rank n - 1
+``EveryCell``         one output     exact, where ``few_cells`` of the rows exist
 ``relaxation``        one output     ``O(n q^2 + q^3)`` a step
 ``lifted``            K outputs      tighter; ``O((n + q)^3)`` a step
 ``branch_and_bound``  K outputs      to any tolerance, ``q <= 8``; also returns a violator
@@ -15,6 +16,7 @@ number that is never below the maximum, rounding included; ``local_search`` give
 
 from convexbn.bounds.branch_and_bound import MAX_RANK, Enclosure, branch_and_bound
 from convexbn.bounds.dual_point import DualPoint, dual_point
+from convexbn.bounds.every_cell import EveryCell, few_cells
 from convexbn.bounds.lifted import lifted
 from convexbn.bounds.lifted_dual import lifted_dual_point
 from convexbn.bounds.local_search import local_maxima, local_search
@@ -27,9 +29,11 @@ __all__ = [
     "Bound",
     "DualPoint",
     "Enclosure",
+    "EveryCell",
     "Relaxed",
     "branch_and_bound",
     "dual_point",
+    "few_cells",
     "group_directions",
     "lifted",
     "lifted_dual_point",

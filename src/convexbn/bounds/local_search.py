@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Bool, Float
+from convexbn._typing import Float
 from convexbn.bounds.result import unit_scale
 
 _FIXED_POINT_STEPS = 4
@@ -22,6 +22,9 @@ _SAME_DIRECTION = 1 - 1e-4
 
 #: Steps without a rise after which a direction is left.
 _RESTS = 4
+
+#: How far around initial directions there are starts, as tangents of the angle.
+_SPREADS = (0.1, 0.4)
 
 #: Directions that are followed to the end and returned; on small data, of ``n q`` entries, more are followed.
 _FOLLOWED = 30
@@ -70,7 +73,7 @@ def local_maxima(
     V, A, starts, rng
         As in ``local_search``.
     initial : ndarray (m, q), optional
-        Directions to ascend from besides the random ones: the neurons of the moment.
+        Directions to ascend from, and from around them, besides the random ones: the neurons of the moment.
     rounds : int
         Largest number of convex-concave steps.
     """
@@ -85,6 +88,7 @@ def local_maxima(
     if initial is not None and len(initial):
         known = normalise(initial)
         followed.append(distinct(known, hidden_norms(known, V, A), keep))
+        followed += [scattered(known[:starts], starts // 2, spread, rng) for spread in _SPREADS]
     directions = ascend(np.vstack(followed), V, A, rounds)
     directions = distinct(directions, hidden_norms(directions, V, A), _FOLLOWED)
     return hidden_norms(directions, V, A) * scale, directions
@@ -102,6 +106,15 @@ def normalise(rows: Float) -> Float:
     first = np.zeros(rows.shape[-1])
     first[0] = 1.0
     return np.where(norms > 0, rows / np.where(norms > 0, norms, 1.0), first)
+
+
+def scattered(directions: Float, count: int, spread: float, rng: np.random.Generator) -> Float:
+    """At least ``count`` unit vectors, as many around each direction, at angles of tangent about ``spread``."""
+    m, q = directions.shape
+    if m == 0:
+        return directions
+    copies = np.repeat(normalise(directions), -(-count // m), axis=0)
+    return normalise(copies + spread / np.sqrt(q) * rng.standard_normal(copies.shape))
 
 
 def distinct(directions: Float, values: Float, keep: int) -> Float:
@@ -125,7 +138,8 @@ def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
         at = directions[rising]
         hidden = np.maximum(at @ A.T, 0)
         weights = normalise(hidden @ V) @ V.T
-        moved, subgradients = _concave_maximiser(hidden > 0, weights, subgradients, A)
+        linear = np.where((hidden > 0) & (weights > 0), weights, 0.0) @ A
+        moved, subgradients = concave_maximiser(linear, np.maximum(-weights, 0), subgradients, A)
         candidates = np.stack([moved, _onto_kinks(moved, weights, subgradients, A), at])
         heights = np.stack([*(hidden_norms(steps, V, A) for steps in candidates[:2]), values[rising]])
         best, places = heights.argmax(axis=0), np.arange(len(rising))
@@ -149,13 +163,28 @@ def _fixed_point(directions: Float, outputs: Float, V: Float, A: Float) -> Float
     return directions
 
 
-def _concave_maximiser(active: Bool, weights: Float, start: Float, A: Float, steps: int = 40) -> tuple[Float, Float]:
+def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float, steps: int = 40) -> tuple[Float, Float]:
     """Maximise ``p'u - sum w_i (a_i'u)_+`` over the sphere by accelerated projected gradients on its dual.
 
-    Returns the unit vectors ``p - A's`` and the dual variables ``0 <= s <= w``, one row a problem.
+    Parameters
+    ----------
+    linear : ndarray (m, q)
+        ``p``, one row a problem.
+    upper : ndarray (m, n) or (n,)
+        ``w >= 0``.
+    start : ndarray (m, n)
+        Dual variables to start from.
+    A : ndarray (n, q)
+        ``||A|| <= 1``.
+    steps : int
+
+    Returns
+    -------
+    u : ndarray (m, q)
+        Unit vectors along ``p - A's``.
+    s : ndarray (m, n)
+        Dual variables, ``0 <= s <= w``: ``||p - A's||`` is at least the maximum.
     """
-    linear = np.where(active & (weights > 0), weights, 0.0) @ A
-    upper = np.maximum(-weights, 0)
     point = previous = np.minimum(start, upper)
     for k in range(steps):
         following = np.clip(point + (linear - point @ A) @ A.T, 0, upper)

@@ -10,12 +10,15 @@ that is all there is to optimality. What pricing does not find is bounded by ``b
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
+from convexbn import bounds
 from convexbn._typing import Float
-from convexbn.bounds.local_search import normalise
+from convexbn.bounds.local_search import distinct, hidden_norms, normalise
 from convexbn.losses import Loss
 from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
 from convexbn.solvers.kink_newton import KinkNewton
@@ -50,6 +53,14 @@ class ReluSolution:
     neurons: Neurons
     stopped_by: str
     history: list[Progress] = field(default_factory=list)
+
+
+class _Priced(NamedTuple):
+    """Violators (m, q), best first, the estimated bound, and whether the search is over."""
+
+    violators: Float
+    bound: float
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -106,39 +117,51 @@ class NeuronPricing:
             neurons = problem.polished(problem.selected(neurons), gap)
             best = problem.cheaper(neurons, best)
             record = problem.objective(best)
-            found, bound = self._price(problem, neurons, record, rng)
-            history.append(Progress(len(history) + 1, record, bound, len(neurons.output)))
-            reason = budget.stop_reason(history[-1], tol=self.tol, max_iter=self.max_iter)
-            if reason is None and (not len(found) or _without_progress(history)):
+            for priced in self._price(problem, neurons, record, rng):
+                progress = Progress(len(history) + 1, record, priced.bound, len(neurons.output))
+                tol = self.tol if priced.last else -np.inf
+                reason = budget.stop_reason(progress, tol=tol, max_iter=self.max_iter)
+                if reason is not None:
+                    break
+            history.append(progress)
+            if reason is None and (not len(priced.violators) or _without_progress(history)):
                 reason = "stalled"
             if reason is not None:
                 return ReluSolution(problem.with_fewest(best), reason, history)
-            neurons = neurons.joined(problem.newcomers(neurons, found))
+            neurons = neurons.joined(problem.newcomers(neurons, priced.violators))
 
-    def _price(
-        self, problem: _Problem, neurons: Neurons, record: float, rng: np.random.Generator
-    ) -> tuple[Float, float]:
-        """Directions that would lower the objective, best first (m, q), and the estimated bound.
+    def _price(self, problem: _Problem, neurons: Neurons, record: float, rng: np.random.Generator) -> Iterator[_Priced]:
+        """Look for directions that would lower the objective.
 
-        Starts are followed batch by batch until enough of them leave a gap to the best objective so far. Where the
-        first batch finds none, branch and bound looks in low rank, and nothing else is left to do when it has
-        looked everywhere. A search that time cuts short estimates nothing: a valid bound takes its place.
+        Every cell is looked at where there are few. Else starts are followed batch by batch until enough of them
+        leave a gap to the best objective so far. Where the first batch finds none, branch and bound looks in low
+        rank, and nothing else is left to do when it has looked everywhere. A search that time cuts short estimates
+        nothing: a valid bound takes its place.
         """
         V = problem.dual(neurons)
         threshold = problem.weight_decay * (1 + 0.1 * self.tol)
+        if problem.cells is not None:
+            maxima = problem.cells.maxima(V, threshold)
+            values = hidden_norms(maxima.directions, V, problem.A)
+            yield _Priced(distinct(maxima.directions, values, _NEWCOMERS), problem.estimate(V, maxima.value), last=True)
+            return
         search = NeuronSearch(V, problem.A, problem.deadline)
-        search.from_neurons(neurons.first.T)
-        for batch in range(_BATCHES):
+        search.from_neurons(neurons.first.T, self.n_starts, rng)
+        for batch in range(1, _BATCHES + 1):
             search.from_random(self.n_starts, rng)
             found, bound = search.above(threshold, _NEWCOMERS), problem.estimate(V, search.largest)
             gap = record - bound > self.tol * record
-            if gap and len(found) * (batch + 1) > _ENOUGH * len(neurons.output):
-                break
-            if batch == 0 and not (gap and len(found)) and search.by_branch_and_bound(threshold, self.tol):
-                break
+            enough = gap and len(found) * batch > _ENOUGH * len(neurons.output)
             if search.late:
-                return found, problem.estimate(V, float(np.linalg.norm(V, 2)))
-        return search.above(threshold, _NEWCOMERS), problem.estimate(V, search.largest)
+                bound = problem.estimate(V, float(np.linalg.norm(V, 2)))
+            last = enough or search.late or batch == _BATCHES
+            yield _Priced(found, bound, last)
+            if last:
+                return
+            if batch == 1 and not (gap and len(found)) and search.by_branch_and_bound(threshold, self.tol):
+                found = search.above(threshold, _NEWCOMERS)
+                yield _Priced(found, problem.estimate(V, search.largest), last=True)
+                return
 
 
 @dataclass(frozen=True)
@@ -159,6 +182,12 @@ class _Problem:
     def A(self) -> Float:
         """Rows of orthonormal columns."""
         return self.root * self.rows
+
+    @functools.cached_property
+    def cells(self) -> bounds.EveryCell | None:
+        """All cells, where they can be enumerated."""
+        one_output = self.loss.targets.shape[1] == 1
+        return bounds.EveryCell(self.A) if one_output and bounds.few_cells(self.A) else None
 
     @property
     def nothing(self) -> Neurons:

@@ -1,7 +1,8 @@
 """Where is ``||V'(A u)_+||`` large? Local maxima from many starts, and branch and bound in low rank.
 
-The best random starts lead to the neurons that are there already, since at an optimum these are the largest local
-maxima; what is missing is found from the others. So all of them are followed.
+What a network lacks lies mostly near the neurons that it has, behind a kink or two: starts around them find it.
+The best random starts lead to the neurons themselves, since at an optimum these are the largest local maxima, and
+what is missing elsewhere is found from the others. So all of them are followed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import numpy as np
 
 from convexbn import bounds
 from convexbn._typing import Float
-from convexbn.bounds.local_search import ascend, distinct, hidden_norms, normalise
+from convexbn.bounds.local_search import ascend, distinct, hidden_norms, normalise, scattered
 
 #: Starts are followed up to this many entries of ``starts x n x q``, and at least 30; so many of them at a time.
 _FOLLOWED_ENTRIES = 1 << 23
 _CLIMBED_ENTRIES = 1 << 21
+
+#: How far from the neurons the starts around them are, as tangents of the angle: at first, and in later batches.
+_NEAR, _NEARER, _FARTHER = 0.3, 0.1, 1.0
 
 #: Steps of an ascent.
 _ROUNDS = 10
@@ -39,7 +43,7 @@ class NeuronSearch:
 
     def __init__(self, V: Float, A: Float, deadline: float | None) -> None:
         self.V, self.A, self.deadline = V, A, deadline
-        self.found = np.zeros((0, A.shape[1]))
+        self.neurons = self.found = np.zeros((0, A.shape[1]))
         self.values = np.zeros(0)
 
     @property
@@ -57,17 +61,21 @@ class NeuronSearch:
         """No time is left."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def from_neurons(self, directions: Float) -> None:
-        """Take the directions (m, q), and climb from them."""
-        self._add(normalise(directions))
-        self._climb(directions)
+    def from_neurons(self, directions: Float, starts: int, rng: np.random.Generator) -> None:
+        """Take the directions (m, q), and climb from them and from around them."""
+        self.neurons = normalise(directions)
+        self._add(self.neurons)
+        self._climb(self.neurons)
+        self._climb(scattered(self.neurons, self._affordable(starts), _NEAR, rng))
 
     def from_random(self, starts: int, rng: np.random.Generator) -> None:
-        """Climb from random directions, fewer where the data are large."""
-        followed = int(np.clip(_FOLLOWED_ENTRIES // self.A.size, min(30, starts), starts))
-        self._climb(rng.standard_normal((followed, self.A.shape[1])))
+        """Climb from further around the neurons and from random directions, fewer where the data are large."""
+        followed = self._affordable(starts)
+        for spread in _NEARER, _FARTHER:
+            self._climb(scattered(self.neurons, followed // 3, spread, rng))
+        self._climb(rng.standard_normal((followed // 3, self.A.shape[1])))
         if followed == starts and not self.late:
-            self._add(bounds.local_maxima(self.V, self.A, starts, rng, rounds=_ROUNDS)[1])
+            self._add(bounds.local_maxima(self.V, self.A, starts // 3, rng, rounds=_ROUNDS)[1])
 
     def by_branch_and_bound(self, threshold: float, tolerance: float) -> bool:
         """In low rank look everywhere; True when no cone is left that is open, but for those too thin to be split."""
@@ -79,6 +87,9 @@ class NeuronSearch:
         )  # fmt: skip
         self._add(enclosure.maximiser[None, :])
         return enclosure.stopped_by in ("tolerance", "rounding")
+
+    def _affordable(self, starts: int) -> int:
+        return int(np.clip(_FOLLOWED_ENTRIES // self.A.size, min(30, starts), starts))
 
     def _climb(self, directions: Float) -> None:
         scale = np.abs(self.V).max(initial=0.0) or 1.0

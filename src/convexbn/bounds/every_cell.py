@@ -1,0 +1,135 @@
+"""The exact maximum of ``|v'(A u)_+|`` over all cells, for one output and data that have few activation patterns.
+
+On a cell of the arrangement of the rows with ``v_i > 0`` the function is concave,
+``v'(A u)_+ = p'u - sum w_i (a_i'u)_+`` with ``p = A'D v_+``, ``w = v_-``; everywhere else it is larger, as
+``v_+'(A u)_+ >= v_+'D A u``. So, with every pattern ``D`` of these rows,
+
+    max over ||u|| <= 1 of v'(A u)_+ = max over D of min over 0 <= s <= w of ||A'(D v_+ - s)||,
+
+where any ``s`` bounds its pattern: most patterns are settled by one that is at hand, the rest by least
+squares, first all at once and to the end where that is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from convexbn._typing import Bool, Float
+from convexbn.arrangement import count_bound, enumerate_patterns, row_keys
+from convexbn.bounds.local_search import concave_maximiser, hidden_norms, normalise
+from convexbn.bounds.result import EPS, Bound, unit_scale
+
+#: Entries of the table of patterns: more are not worth the time.
+_ENTRIES = 1 << 22
+
+#: Relative distance of bound and value at which a minimum counts as found.
+_ACCURACY = 1e-9
+
+#: Width of the cells that the enumeration may miss.
+_THIN = 1e-12
+
+_BLOCK_ENTRIES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Maxima(Bound):
+    """A bound, and where the function is large.
+
+    Attributes
+    ----------
+    directions : ndarray (m, q)
+        A maximiser on each set of cells where the maximum may exceed the target.
+    """
+
+    directions: Float
+
+
+class EveryCell:
+    """The cells of a data matrix, enumerated once for any number of maximisations.
+
+    Parameters
+    ----------
+    A : ndarray (n, q)
+        ``||A|| <= 1``, and ``few_cells(A)``.
+    """
+
+    def __init__(self, A: Float) -> None:
+        self.A, self.patterns = A, enumerate_patterns(A, max_bytes=4 * _ENTRIES, tolerance=_THIN).patterns
+
+    def maxima(self, V: Float, target: float = 0.0) -> Maxima:
+        """Bound ``max over ||u|| <= 1 of |V'(A u)_+|``, sharply where it is above the target.
+
+        Parameters
+        ----------
+        V : ndarray (n, 1)
+        target : float
+            Cells with a bound of at most this are not looked at further.
+
+        Returns
+        -------
+        Maxima
+            With the number of patterns as ``work``.
+        """
+        n, q = self.A.shape
+        scale = unit_scale(V)
+        largest, found = 0.0, [np.zeros((0, q))]
+        for v in (V[:, 0] / scale, -V[:, 0] / scale):
+            if not (v > 0).any():
+                continue
+            for opened, bounds in self._groups(v):
+                unsettled = bounds > target / scale
+                largest = max(largest, float(bounds[~unsettled].max(initial=0.0)))
+                bound, directions = self._least_squares(v, opened[unsettled], target / scale)
+                largest = max(largest, bound)
+                found.append(directions)
+        # a direction in a cell that was missed is within its width of one that was not, hyperplane by hyperplane
+        rounding = ((n + q + 4) * np.sqrt(q) * EPS + 2 * n * _THIN) * float(np.linalg.norm(V / scale))
+        directions = np.vstack(found)
+        directions = directions[hidden_norms(directions, V, self.A) > target]
+        return Maxima((largest + rounding) * scale, rounding * scale, len(self.patterns), directions)
+
+    def _groups(self, v: Float) -> Iterator[tuple[Bool, Float]]:
+        """One cell for each pattern of the rows with ``v_i > 0``, that of the smallest gradient, and its length."""
+        gradients = np.concatenate([np.linalg.norm(part @ (v[:, None] * self.A), axis=1) for part in self._parts()])
+        _, group = np.unique(row_keys(self.patterns[:, v > 0]), return_inverse=True)
+        order = np.lexsort((gradients, group))
+        smallest = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
+        size = max(1, _BLOCK_ENTRIES // len(v))
+        for start in range(0, len(smallest), size):
+            cells = smallest[start : start + size]
+            yield self.patterns[cells], gradients[cells]
+
+    def _least_squares(self, v: Float, opened: Bool, target: float) -> tuple[float, Float]:
+        """Largest of the minima over ``s``, from above, and a maximiser for each."""
+        upper = np.maximum(-v, 0)
+        gradients = np.where(opened, np.maximum(v, 0), 0.0) @ self.A
+        slopes, subgradients = concave_maximiser(gradients, upper, np.where(opened, upper, 0.0), self.A)
+        bounds = np.linalg.norm(gradients - subgradients @ self.A, axis=1)
+        reached = np.maximum(hidden_norms(slopes, v[:, None], self.A) * (1 + _ACCURACY), target)
+        bending = upper > 0
+        for i in np.flatnonzero(bounds > reached):
+            found = lsq_linear(self.A[bending].T, gradients[i], (0, upper[bending]), method="bvls", tol=1e-15)
+            rest = gradients[i] - found.x @ self.A[bending]
+            bounds[i], slopes[i] = np.linalg.norm(rest), rest
+        return float(bounds.max(initial=0.0)), normalise(slopes)
+
+    def _parts(self) -> Iterator[Bool]:
+        size = max(1, _BLOCK_ENTRIES // self.patterns.shape[1])
+        for start in range(0, len(self.patterns), size):
+            yield self.patterns[start : start + size]
+
+
+def few_cells(A: Float) -> bool:
+    """Whether enumerating the cells of the rows of ``A`` (n, q) takes no more than a second.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> few_cells(np.ones((60, 3))), few_cells(np.ones((200, 6)))
+    (True, False)
+    """
+    return count_bound(*A.shape) * len(A) <= _ENTRIES
