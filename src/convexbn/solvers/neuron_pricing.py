@@ -42,6 +42,12 @@ _ENOUGH = 0.1
 #: Rounds without progress that are enough.
 _PATIENCE = 5
 
+#: Cubes of the number of variables that one polish may spend on Newton systems, and that count as a round of work.
+_POLISH_WORK, _ROUND_WORK = 2e10, 1e9
+
+#: Least and most Newton systems of a polish.
+_FEWEST_SYSTEMS, _MOST_SYSTEMS = 5, 100
+
 #: Variables of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix.
 _MOST_VARIABLES = 3000
 
@@ -72,7 +78,7 @@ class NeuronPricing:
     tol : float, default=1e-6
         Relative gap against the estimated bound at which to stop.
     max_iter : int, default=100
-        Largest number of rounds.
+        Largest number of rounds; with more than 1,000 variables a round counts as the cube of their thousands.
     width : int, default=200
         Neurons of the local phase.
     n_starts : int, default=100
@@ -112,6 +118,7 @@ class NeuronPricing:
         if initial is not None:
             neurons, best = initial.joined(neurons), problem.cheaper(initial, best)
         history: list[Progress] = []
+        rounds = 0.0
         while True:
             gap = history[-1].relative_gap if history else 1.0
             neurons = problem.polished(problem.selected(neurons), gap)
@@ -124,6 +131,9 @@ class NeuronPricing:
                 if reason is not None:
                     break
             history.append(progress)
+            rounds += max(1.0, problem.variables(neurons) ** 3 / _ROUND_WORK)
+            if reason is None and rounds >= self.max_iter:
+                reason = "max_iter"
             if reason is None and (not len(priced.violators) or _without_progress(history)):
                 reason = "stalled"
             if reason is not None:
@@ -226,8 +236,13 @@ class _Problem:
         return polish(
             self.rows, self.loss, self.weight_decay, neurons,
             damping=float(np.clip(gap, 1e-6, 0.1)), tol=float(np.clip(1e-3 * gap**2, 1e-14, 1e-9)),
+            max_iter=int(np.clip(_POLISH_WORK / max(self.variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, _MOST_SYSTEMS)),
             deadline=self.deadline,
         )  # fmt: skip
+
+    def variables(self, neurons: Neurons) -> int:
+        """Weights of the network."""
+        return int(neurons.first.size + neurons.output.size)
 
     def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
         """New neurons with their best outputs; the program over the masses decides on these."""
@@ -257,6 +272,7 @@ def polish(
     *,
     damping: float = 0.1,
     tol: float = 1e-14,
+    max_iter: int = _MOST_SYSTEMS,
     deadline: float | None = None,
 ) -> Neurons:
     """A stationary network by Newton's method, never worse than the one that is given.
@@ -271,5 +287,5 @@ def polish(
         for other in blocks[:k] + blocks[k + 1 :]:
             fixed += network_outputs(rows, other)
         newton = KinkNewton(rows, loss, weight_decay, fixed)
-        blocks[k] = newton.solve(block, damping=damping, tol=tol, deadline=deadline)
+        blocks[k] = newton.solve(block, damping=damping, tol=tol, max_iter=max_iter, deadline=deadline)
     return functools.reduce(Neurons.joined, blocks, neurons.chosen(slice(0)))
