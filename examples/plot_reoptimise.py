@@ -42,7 +42,7 @@ def main() -> None:
     optimiser = torch.optim.Adam([{"params": others}, {"params": decayed, "weight_decay": DECAY}], lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS)
 
-    history, epochs = [], range(0, EPOCHS, 10)
+    history, epochs = [], range(0, EPOCHS, 5)
     for epoch in range(EPOCHS):
         features = module[:-1](X)
         if epoch in epochs:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.output_bias import WithOutputBias
 from convexbn.solvers import box_program
 from convexbn.solvers.box_program import minimise_over_box
-from convexbn.solvers.curvature import half_hessian
+from convexbn.solvers.curvature import gauss_newton, half_hessian
 
 
 def residual(Q, b, upper, x):
@@ -60,3 +61,23 @@ def test_half_hessians_are_the_second_derivative(kind):
         step = 1e-5 * np.eye(outputs.shape[1])[k]
         slope = (loss.negative_gradient(outputs - step) - loss.negative_gradient(outputs + step)) / 2e-5
         np.testing.assert_allclose((half @ half.transpose(0, 2, 1))[:, k], slope, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+@pytest.mark.parametrize("kind", [SquaredLoss, CrossEntropyLoss])
+def test_the_best_output_bias_is_in_the_second_derivative(kind, decay):
+    """In the masses of fixed functions, against differences of the gradient."""
+    rng = np.random.default_rng(0)
+    loss = WithOutputBias.of(kind(np.eye(3)[rng.integers(0, 3, 30)], rng.uniform(0.5, 2, 30)), decay)
+    functions, masses = rng.standard_normal((30, 3, 4)), rng.standard_normal(4)
+
+    def gradient(masses):
+        return -np.einsum("nkj,nk->j", functions, loss.negative_gradient(functions @ masses))
+
+    def derivative(half, part):
+        return half.transpose(0, 2, 1) @ functions[part]
+
+    found = gauss_newton(loss, functions @ masses, derivative, 4)
+    for j, step in enumerate(1e-5 * np.eye(4)):
+        slope = (gradient(masses + step) - gradient(masses - step)) / 2e-5
+        np.testing.assert_allclose(found[j], slope, rtol=0, atol=1e-7)

@@ -346,7 +346,7 @@ def test_targets_and_names_are_checked(tmp_path, capsys):
     refused(capsys, "fit", data, "--out", tmp_path / "m", match="--target is required")
     refused(capsys, "fit", data, "--target", "z", "--out", tmp_path / "m", match="'z'")
     refused(capsys, "fit", "digits", "--target", "y", "--out", tmp_path / "m", match="--target is for files")
-    refused(capsys, "fit", "didgits", "--out", tmp_path / "m", match="neither a file nor one of digits, fashion-mnist")
+    refused(capsys, "fit", "didgits", "--out", tmp_path / "m", match="nor one of digits, fashion-mnist, cifar-10")
     refused(capsys, "fit", tmp_path, "--target", "y", "--out", tmp_path / "m", match="kind of file|regular")
     assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
 

@@ -130,7 +130,9 @@ def test_training_collapses_to_the_optimum():
     assert history[0].within_class > 0.1
     display = CollapseDisplay(history, epochs, optimum).plot()
     assert [axis.get_title()[:3] for axis in display.axes_] == ["NC1", "NC2", "NC3", "NC4"]
-    drawn = display.axes_[2].get_lines()[0]
+    dashed, drawn = display.axes_[2].get_lines()[:2]
     assert list(drawn.get_xdata()) == epochs and drawn.get_ydata()[-1] == history[-1].duality_centred
-    assert "optimum 0.577" in [text.get_text() for text in display.axes_[2].get_legend().get_texts()]
+    assert dashed.get_ydata()[0] == optimum.duality_centred
+    names = [text.get_text() for axis in display.axes_ for text in axis.get_legend().get_texts()]
+    assert "centred means (dashed: optimum 0.577)" in names and names.count("features (optimum 0)") == 2
     assert CollapseDisplay(history).epochs == list(range(1, len(history) + 1))

@@ -9,10 +9,11 @@ from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget
+from convexbn.solvers.subspace import Subspace
 from convexbn.verdict import Status
 from planted import planted
 
-SOLVERS = {"group_newton": GroupNewton, "proximal": Proximal, "conic": Conic}
+SOLVERS = {"group_newton": GroupNewton, "proximal": Proximal, "subspace": Subspace, "conic": Conic}
 SQUARED_ONLY = {"group_newton", "conic"}
 CASES = [
     (solver, loss, K)
@@ -54,7 +55,7 @@ def test_several_planted_gates(n_active, K):
 
 
 @pytest.mark.parametrize("exponent", [-150, -3, 3, 150])
-@pytest.mark.parametrize("solver", ["group_newton", "proximal"])
+@pytest.mark.parametrize("solver", ["group_newton", "proximal", "subspace"])
 def test_planted_optimum_at_every_scale_of_the_data(solver, exponent):
     reference = planted(seed=1)
     problem = planted(seed=1, scale=10.0**exponent)
@@ -96,7 +97,7 @@ def test_input_is_not_mutated_and_repeats_bit_for_bit(solver):
         assert np.array_equal(before, now)
 
 
-@pytest.mark.parametrize("solver", ["group_newton", "proximal"])
+@pytest.mark.parametrize("solver", ["group_newton", "proximal", "subspace"])
 def test_warm_start_reaches_the_cold_optimum_in_fewer_iterations(solver):
     program = planted(n=60, d=6, K=1, seed=2).program
     program = program.with_weight_decay(0.2 * program.max_weight_decay())
@@ -106,7 +107,7 @@ def test_warm_start_reaches_the_cold_optimum_in_fewer_iterations(solver):
     assert warm.n_iter < cold.n_iter
 
 
-@pytest.mark.parametrize("solver", ["group_newton", "proximal"])
+@pytest.mark.parametrize("solver", ["group_newton", "proximal", "subspace"])
 def test_budgets_end_the_solve_with_their_name(solver):
     program = planted(n=60, d=6, seed=2).program
     program = program.with_weight_decay(0.01 * program.max_weight_decay())
@@ -124,7 +125,7 @@ def test_other_losses_are_refused_before_work(solver):
         SOLVERS[solver]().solve(planted(loss="logistic").program)
 
 
-@pytest.mark.parametrize("solver", ["group_newton", "proximal"])
+@pytest.mark.parametrize("solver", ["group_newton", "proximal", "subspace"])
 def test_zero_is_returned_from_the_largest_weight_decay_on(solver):
     program = planted(seed=4).program
     solution = SOLVERS[solver]().solve(program.with_weight_decay(program.max_weight_decay()))

@@ -1,5 +1,7 @@
 import doctest
 import gzip
+import io
+import os
 import pickle
 import re
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from convexbn import datasets
-from convexbn.datasets import digits, fashion_mnist
+from convexbn.datasets import cifar10, digits, fashion_mnist
 
 FILES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -196,3 +198,94 @@ def test_no_pickle_is_executed(folder, tmp_path, compress):
     assert not canary.exists()
     pickle.loads(data)  # the canary does sing
     assert canary.exists()
+
+
+# --- CIFAR-10 ---
+
+
+def encoded(pixels, form="PNG"):
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, form)
+    return stream.getvalue()
+
+
+def parquet(path, images, labels, column="img"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": image, "path": None} for image in images]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({column: pa.array(rows, kind), "label": pa.array(labels, pa.int64())}), path)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with 30 and 10 images, which is what CIFAR-10 has for once, and the pixels of the first part."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(datasets, "_CIFAR_ROWS", (30, 10))
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    parquet(tmp_path / "train.parquet", [encoded(image) for image in pixels], np.arange(30) % 10)
+    parquet(tmp_path / "test.parquet", [encoded(image, "JPEG") for image in pixels[:10]], np.arange(10))
+    return tmp_path, pixels
+
+
+def test_cifar_images_are_decoded_row_by_row(small, monkeypatch):
+    folder, pixels = small
+    data = cifar10(folder)
+    assert data.name == "cifar-10" and data.X.dtype == data.X_test.dtype == np.uint8
+    assert np.array_equal(data.X, pixels.reshape(30, 3072)) and data.X_test.shape == (10, 3072)
+    assert data.y.dtype == np.int64 and np.array_equal(data.y, np.arange(30) % 10)
+    monkeypatch.setenv("CIFAR10_HOME", str(folder))
+    assert np.array_equal(cifar10().X_test, data.X_test)
+
+
+def test_cifar_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.delenv("CIFAR10_HOME", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"^CIFAR-10: no folder is given; .*--data-home"):
+        cifar10()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "train.parquet"))):
+        cifar10(tmp_path)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+
+
+def grey(size):
+    return encoded(np.zeros(size, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "column", "rule"),
+    [
+        (10 * [grey((32, 32))], np.arange(9), "img", "must hold 10 images, and it holds 9"),
+        (9 * [grey((32, 32))] + [grey((33, 32))], np.arange(10), "img", "32 x 32 pixels, and one has 32 x 33"),
+        (9 * [grey((32, 32))] + [b"GIF89a"], np.arange(10), "img", "sound PNG or JPEG"),
+        (9 * [grey((32, 32))] + [pickle.dumps("canary")], np.arange(10), "img", "sound PNG or JPEG"),
+        (9 * [grey((32, 32))] + [encoded(NOISE)[:500]], np.arange(10), "img", "sound PNG or JPEG"),
+        (10 * [grey((32, 32))], np.arange(1, 11), "img", "labels must be 0 to 9"),
+        (10 * [grey((32, 32))], np.arange(10), "picture", "img"),
+        (9 * [grey((32, 32))] + [None], np.arange(10), "img", ""),
+    ],
+)
+def test_cifar_files_that_are_not_what_they_should_be(small, images, labels, column, rule):
+    folder, _ = small
+    parquet(folder / "test.parquet", images[: len(labels)], labels, column)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(folder / 'test.parquet'))}: .*{rule}"):
+        cifar10(folder)
+
+
+def test_a_cifar_file_that_is_no_parquet(small):
+    folder, _ = small
+    (folder / "test.parquet").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(folder / 'test.parquet'))}: "):
+        cifar10(folder)
+
+
+@pytest.mark.skipif("CIFAR10_HOME" not in os.environ, reason="CIFAR-10 is not here")
+def test_the_real_cifar():
+    data = cifar10()
+    assert data.X.shape == (50_000, 3072) and data.X_test.shape == (10_000, 3072)
+    assert np.all(np.bincount(data.y) == 5000) and np.all(np.bincount(data.y_test) == 1000)

@@ -42,6 +42,7 @@ model.save("m.cbn")
 network = convexbn.load("m.cbn").network_
 if blocked == "torch":
     expect_instructions(lambda: importlib.import_module("convexbn.nn"))
+    expect_instructions(lambda: convexbn.nn)
     convexbn.onnx.export(network, "m.onnx")
 else:
     expect_instructions(lambda: convexbn.onnx.export(network, "m.onnx"))
@@ -68,3 +69,10 @@ print(*{{"torch", "onnx"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["collapse.collapse_metrics", "nn.certify", "onnx.export", "path.fit_path"])
+def test_modules_come_with_their_first_use(name):
+    script = f"import convexbn; print(callable(convexbn.{name}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

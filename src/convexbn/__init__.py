@@ -11,21 +11,30 @@ _HOMES = {
     "BatchNormNetwork": "convexbn.network",
     "Certificate": "convexbn.certificate",
     "ConvexBNClassifier": "convexbn.estimators",
+    "ConvexBNClassifierCV": "convexbn.selection",
     "ConvexBNRegressor": "convexbn.estimators",
+    "ConvexBNRegressorCV": "convexbn.selection",
     "FormatError": "convexbn.container",
     "Status": "convexbn.verdict",
+    "fit_path": "convexbn.path",
     "load": "convexbn.storage",
     "max_weight_decay": "convexbn.estimators",
 }
+
+#: Modules that come with their first use: ``convexbn.nn`` imports torch, ``import convexbn`` does not.
+_MODULES = ("collapse", "nn", "onnx", "path")
 
 __all__ = [
     "BatchNormNetwork",
     "Certificate",
     "ConvexBNClassifier",
+    "ConvexBNClassifierCV",
     "ConvexBNRegressor",
+    "ConvexBNRegressorCV",
     "FormatError",
     "Status",
     "__version__",
+    "fit_path",
     "load",
     "max_weight_decay",
 ]
@@ -35,12 +44,16 @@ if TYPE_CHECKING:
     from convexbn.container import FormatError
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
     from convexbn.network import BatchNormNetwork
+    from convexbn.path import fit_path
+    from convexbn.selection import ConvexBNClassifierCV, ConvexBNRegressorCV
     from convexbn.storage import load
     from convexbn.verdict import Status
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first use: scikit-learn is not imported before an estimator is asked for."""
+    if name in _MODULES:
+        return import_module(f"convexbn.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'convexbn' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

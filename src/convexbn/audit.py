@@ -22,11 +22,11 @@ from convexbn.layers import Layers
 from convexbn.network import BatchNormNetwork
 from convexbn.objective import Objective
 from convexbn.output_bias import WithOutputBias
-from convexbn.solvers.local_phase import local_phase, random_neurons
+from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import polish
 from convexbn.solvers.neurons import Neurons, merge, network_outputs
 from convexbn.solvers.solution import Budget
-from convexbn.training import TrainingSet
+from convexbn.training import Fit, TrainingSet
 from convexbn.verdict import Status, status_of
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -34,8 +34,8 @@ _EPS = float(np.finfo(np.float64).eps)
 #: Share of the time for training the network's own neurons on.
 _FURTHER_SHARE = 0.2
 
-#: Width and iterations of our own training where the output has a bias: there is no pricing for it.
-_WIDTH, _ITERATIONS = 100, 2000
+#: Iterations of training the network's own neurons on.
+_ITERATIONS = 2000
 
 
 class Cause(StrEnum):
@@ -216,19 +216,23 @@ class _Case:
             tol=self.tol, stopped_by="tolerance", own_rows=False, deadline=deadline,
         )  # fmt: skip
 
-    def trained_on(self, neurons: Neurons, deadline: float | None, max_iter: int = _ITERATIONS) -> Neurons:
-        """The same number of neurons or fewer, at a stationary point."""
-        rows, loss = self.data.whitening.rows, self.data.loss
-        found = local_phase(rows, loss, self.weight_decay, neurons, max_iter=max_iter, deadline=deadline)
-        return found if self.has_bias else polish(rows, loss, self.weight_decay, found, deadline=deadline)
+    def trained_on(self, deadline: float | None) -> Neurons:
+        """The network's own neurons or fewer, at a stationary point."""
+        rows, loss, beta = self.data.whitening.rows, self.data.loss, self.weight_decay
+        found = local_phase(rows, loss, beta, self.neurons, max_iter=_ITERATIONS, deadline=deadline)
+        return polish(rows, loss, beta, found, deadline=deadline)
+
+    def of_any_width(self, budget: Budget, random_state: int) -> Fit:
+        """Network of our own, by formula or pricing."""
+        return training.fit_relu(
+            self.data, self.weight_decay,
+            tol=self.tol, max_iter=None, budget=budget, random_state=np.random.RandomState(random_state),
+        )  # fmt: skip
 
     def objective_of(self, neurons: Neurons) -> float:
         """Loss and penalty on the whitened rows."""
         outputs = network_outputs(self.data.whitening.rows, neurons)
         return self.data.loss.value(outputs) + self.weight_decay * float(neurons.masses.sum())
-
-    def network_of(self, neurons: Neurons) -> BatchNormNetwork:
-        return BatchNormNetwork.from_neurons(self.data.whitening, neurons.first, neurons.output)
 
 
 @dataclass(frozen=True)
@@ -251,29 +255,15 @@ def _search(case: _Case, alone: Certificate, budget: Budget, random_state: int) 
     """Train the neurons on, train our own network, and bound the program by its dual point."""
     limit = budget.time_limit
     soon = None if limit is None else budget.started + _FURTHER_SHARE * limit
-    further = case.trained_on(case.neurons, soon)
+    further = case.trained_on(soon)
     in_time = soon is None or time.monotonic() < soon
     reached = min(case.objective_of(further), alone.objective)
     rest = Budget(None if limit is None else (1 - _FURTHER_SHARE) * limit)
-    network, ours = _our_own(case, further, rest, random_state)
-    known = [(reached, _width(further)), (ours.objective, _width(neurons_of(case.data, network)))]
+    ours = case.of_any_width(rest, random_state)
+    known = [(reached, _width(further)), (ours.certificate.objective, _width(neurons_of(case.data, ours.network)))]
     best, n_neurons = min([(alone.objective, case.n_neurons), *known])
-    lower, bound = max((proof.lower_bound, proof.bound) for proof in (alone, ours))
+    lower, bound = max((proof.lower_bound, proof.bound) for proof in (alone, ours.certificate))
     return _Found(reached, in_time, best, n_neurons, lower, bound)
-
-
-def _our_own(case: _Case, start: Neurons, budget: Budget, random_state: int) -> tuple[BatchNormNetwork, Certificate]:
-    """Network of any width by formula or pricing; with an output bias by descent from many neurons."""
-    if not case.has_bias:
-        fit = training.fit_relu(
-            case.data, case.weight_decay,
-            tol=case.tol, max_iter=None, budget=budget, random_state=np.random.RandomState(random_state),
-        )  # fmt: skip
-        return fit.network, fit.certificate
-    more = random_neurons(case.data.whitening.rows, case.data.loss, _WIDTH, np.random.default_rng(random_state))
-    half = None if budget.deadline is None else 0.5 * (budget.started + budget.deadline)
-    network = case.network_of(case.trained_on(start.joined(more), half))
-    return network, case.certified(network, budget.deadline)
 
 
 def _width(neurons: Neurons) -> int:
@@ -355,10 +345,14 @@ def _explanation(report: Audit, found: _Found) -> str:
 
 def _measured(report: Audit, bound: str) -> str:
     return (
-        f"{report.scope[0].upper()}{report.scope[1:]}: the objective {report.balanced_objective:.9g} (norms balanced; "
-        f"{report.objective:.9g} as it stands) is proved to be at most {report.relative_gap:.2g} (relative) above the "
-        f"least possible, which is at least {report.lower_bound:.9g} ({bound})."
+        f"{report.scope[0].upper()}{report.scope[1:]}: the objective is {report.balanced_objective:.9g} (norms "
+        f"balanced; {report.objective:.9g} as it stands), and the least possible is at least "
+        f"{report.lower_bound:.9g} ({bound}): no more than {_share(report.relative_gap)} of the objective can be won."
     )
+
+
+def _share(part: float) -> str:
+    return f"{part:.1%}" if part >= 1e-3 else f"{part:.1g}"
 
 
 def _reached(report: Audit, in_time: bool) -> str:
@@ -401,6 +395,11 @@ def _check(layers: Layers, X: Float, objective: Objective, tol: float, time_limi
         raise ValueError(f"X has {len(X)} rows and y has {n}: give a target a row.")
     if not np.isfinite(X).all():
         raise ValueError("X must be finite: leave out or fill the rows that are not.")
+    check_effort(tol, time_limit)
+
+
+def check_effort(tol: float, time_limit: float | None) -> None:
+    """Refuse a gap or a time that is none."""
     if not 0 <= tol < np.inf:
         raise ValueError(f"tol must be a number that is not negative, got {tol}.")
     if time_limit is not None and not time_limit >= 0:

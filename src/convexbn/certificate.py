@@ -16,11 +16,14 @@ from convexbn.evidence import AllPatterns, Evidence
 from convexbn.losses import Loss
 from convexbn.patterns import gate_patterns
 from convexbn.program import GatedProgram, block_norms
-from convexbn.verdict import Status, sentence_of, status_of, told_apart
+from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
 from convexbn.whitening import batch_normalize
 
 _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
+
+#: Activations of gated neurons held at once.
+_ENTRIES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def certify_gated(
     tolerance: float,
     stopped_by: str,
     truncated: bool = False,
+    spectral_filter: Float | None = None,
 ) -> Certificate:
     """Certify a gated network for its gates: ``L + weight_decay * sum_i ||S_i||_F`` against the dual.
 
@@ -108,6 +112,8 @@ def certify_gated(
         Why the solver stopped.
     truncated : bool
         Whether the whitened rows leave directions of the data out, which the sentence then says.
+    spectral_filter : ndarray (q - 1,), optional
+        ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} S_i||_F``, which the sentence then says.
 
     Returns
     -------
@@ -119,15 +125,23 @@ def certify_gated(
         When a neuron does not follow the gate that it names.
     """
     weights = program.loss.weights
-    normalized = batch_normalize(X, weight, weights)
-    opened = gate_patterns(X, mean, gates, gate_offsets)
-    _check_gates(opened, program.patterns[:, gate_index])
-    coordinates, outside = _whitened(program.rows, weights, normalized)
-    first_layer = np.vstack([gamma * coordinates, shift])  # columns s_j
-    outputs = (opened * (gamma * normalized + shift / np.sqrt(weights.sum()))) @ output
+    outputs = np.zeros_like(program.loss.targets)
     used, place = np.unique(gate_index, return_inverse=True)
     blocks = np.zeros((len(used), *program.block_shape))
-    np.add.at(blocks, place, first_layer.T[:, :, None] * output[:, None, :])
+    distinct, gate = np.unique(np.vstack([gates, gate_offsets]), axis=1, return_inverse=True)
+    patterns = gate_patterns(X, mean, distinct[:-1], distinct[-1])
+    outside = False
+    size = max(1, _ENTRIES // len(X))
+    for start in range(0, len(gate_index), size):
+        part = slice(start, start + size)
+        normalized = batch_normalize(X, weight[:, part], weights)
+        opened = patterns[:, gate[part]]
+        _check_gates(opened, program.patterns[:, gate_index[part]], start)
+        coordinates, leaves = _whitened(program.rows, weights, normalized, spectral_filter)
+        outside |= leaves
+        outputs += (opened * (gamma[part] * normalized + shift[part] / np.sqrt(weights.sum()))) @ output[part]
+        first_layer = np.vstack([gamma[part] * coordinates, shift[part]])  # columns s_j
+        np.add.at(blocks, place[part], first_layer.T[:, :, None] * output[part][:, None, :])
     return judge(
         program.loss,
         outputs,
@@ -138,7 +152,7 @@ def certify_gated(
         scope="these gates",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
-        directions=program.block_shape[0] - 1 if truncated else None,
+        restriction=restriction_to(program.block_shape[0] - 1 if truncated else None, spectral_filter is not None),
     )
 
 
@@ -173,6 +187,7 @@ def certify_relu(
     tolerance: float,
     stopped_by: str,
     truncated: bool = False,
+    spectral_filter: Float | None = None,
     deadline: float | None = None,
 ) -> Certificate:
     """Certify a ReLU network over all widths and patterns, by the cheapest bound that closes the gap.
@@ -194,27 +209,31 @@ def certify_relu(
         Why the solver stopped.
     truncated : bool
         Whether the whitened rows leave directions of the data out, which the sentence then says.
+    spectral_filter : ndarray (q - 1,), optional
+        ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s_j||``, which the sentence then says.
     deadline : float or None
         ``time.monotonic()`` after which no further bound is tried; None: each bound does its stated work.
     """
     normalized = batch_normalize(X, weight, loss.weights)
     hidden = np.maximum(gamma * normalized + shift / np.sqrt(loss.weights.sum()), 0)
     root = np.sqrt(loss.weights)[:, None]
-    coordinates, outside = _whitened(rows, loss.weights, normalized)
+    coordinates, outside = _whitened(rows, loss.weights, normalized, spectral_filter)
+    lengths = np.ones(len(gamma)) if spectral_filter is None else np.linalg.norm(coordinates, axis=0)
+    lengths[lengths == 0] = 1.0  # a direction on which the rows do not vary still has its scale
     directions = np.vstack([gamma * coordinates, shift]).T
     prover = AllPatterns(loss, root * rows, weight_decay, directions, tolerance, deadline)
     return judge(
         loss,
         hidden @ output,
         weight_decay,
-        penalty=float(np.hypot(gamma, shift) @ np.linalg.norm(output, axis=1)),
+        penalty=float(np.hypot(gamma * lengths, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
         evidence=prover.evidence,
         estimate=prover.estimate,
         scope="all patterns",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
-        directions=rows.shape[1] - 1 if truncated else None,
+        restriction=restriction_to(rows.shape[1] - 1 if truncated else None, spectral_filter is not None),
     )
 
 
@@ -230,13 +249,13 @@ def judge(
     tolerance: float,
     stopped_by: str,
     estimate: Callable[[Float], float | None] | None = None,
-    directions: int | None = None,
+    restriction: str = "",
 ) -> Certificate:
     """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
 
     ``evidence`` gives bounded dual points from the dual ``-grad L(F)``, cheap ones first; no more are asked for
     than it takes to close the gap. ``estimate`` gives a lower estimate of the dual norm, for the estimated gap.
-    ``directions`` is the number that a truncated program keeps.
+    ``restriction`` says how the program differs from the plain one.
     """
     value = loss.value(outputs)
     objective = value + weight_decay * penalty
@@ -263,7 +282,7 @@ def judge(
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
     status = status_of(relative, tolerance, trivial=trivial, stopped_by=stopped_by, estimated=estimated)
-    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, directions)
+    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, restriction)
     return Certificate(
         objective=objective,
         lower_bound=lower,
@@ -281,7 +300,7 @@ def judge(
 def downgraded(proof: Certificate, stopped_by: str) -> Certificate:
     """The certificate without its claim: NUMERICAL, for a reason of ``verdict.STOPPED_BY``."""
     sentence = sentence_of(
-        Status.NUMERICAL, proof.objective, proof.relative_gap, proof.tolerance, 0.0, proof.scope, stopped_by, None
+        Status.NUMERICAL, proof.objective, proof.relative_gap, proof.tolerance, 0.0, proof.scope, stopped_by
     )
     return replace(proof, status=Status.NUMERICAL, sentence=sentence, stopped_by=stopped_by)
 
@@ -303,21 +322,22 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     return best
 
 
-def _check_gates(opened: np.ndarray, named: np.ndarray) -> None:
+def _check_gates(opened: np.ndarray, named: np.ndarray, first: int) -> None:
     wrong = np.flatnonzero((opened != named).any(axis=0))
     if len(wrong):
         raise ValueError(
-            f"neuron {wrong[0]} does not follow the gate that it names: the network and the gates do not "
+            f"neuron {first + wrong[0]} does not follow the gate that it names: the network and the gates do not "
             "belong together, so there is nothing to certify."
         )
 
 
-def _whitened(rows: Float, weights: Float, normalized: Float) -> tuple[Float, bool]:
-    """Unit coordinates ``q_j / ||q_j||`` of normalised responses, and whether one leaves the whitened directions."""
-    coordinates = rows[:, :-1].T @ (weights[:, None] * normalized)
+def _whitened(rows: Float, weights: Float, normalized: Float, phi: Float | None) -> tuple[Float, bool]:
+    """Coordinates ``Phi^{-1} q_j / ||q_j||`` of normalised responses, and whether one leaves the directions kept."""
+    phi = np.ones(rows.shape[1] - 1) if phi is None else phi
+    coordinates = rows[:, :-1].T @ (weights[:, None] * normalized) / phi[:, None]
     norms = np.linalg.norm(coordinates, axis=0)
     outside = bool(np.any(normalized.any(axis=0) & (norms < 1 - 1e-6)))
-    return coordinates / np.where(norms > 0, norms, 1.0), outside
+    return coordinates / np.where(norms > 0, norms, 1.0) / phi[:, None], outside
 
 
 def _plain_penalty(gamma: Float, shift: Float, output: Float) -> float:

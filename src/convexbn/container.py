@@ -122,9 +122,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, JSON
         If the file cannot be read, or is a folder or a device.
     """
     with _naming(path):
-        size = _regular(path).st_size
-        _check_size(size)
+        _regular(path)
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size  # of this file: another may take its place at any time
+            _check_size(size)
             text, views = _decode(file.read(size))
         header = _parse(text.encode(errors="surrogatepass"), "header")
         return {name: view.astype(view.dtype.newbyteorder("=")) for name, view in views.items()}, header

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn import training
-from convexbn._typing import Float
+from convexbn._typing import Float, Index
 from convexbn.certificate import Certificate
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns
@@ -125,10 +125,18 @@ def to_relu(
 def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
     """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
     normalized = batch_normalize(data.X, network.weight, data.loss.weights)
-    coordinates = data.whitening.rows[:, :-1].T @ (data.loss.weights[:, None] * normalized)
-    lengths = np.linalg.norm(coordinates, axis=0)
+    coordinates = data.whitening.coordinates(normalized, data.loss.weights)[:-1]
+    lengths = np.linalg.norm(data.whitening.filter[:, None] * coordinates, axis=0)
     coordinates /= np.where(lengths > 0, lengths, 1)
     return Neurons(np.vstack([network.gamma * coordinates, network.shift]), network.output)
+
+
+def blocks_of(neurons: Neurons, gate_index: Index) -> tuple[Index, Float]:
+    """First neuron of every gate that a network uses (m,), and the block ``S_i`` of that gate (m, q, K)."""
+    _, first, place = np.unique(gate_index, return_index=True, return_inverse=True)
+    blocks = np.zeros((len(first), len(neurons.first), neurons.output.shape[1]))
+    np.add.at(blocks, place, neurons.first.T[:, :, None] * neurons.output[:, None, :])
+    return first, blocks
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,9 @@ class _Blocks:
         assert network.gates is not None
         assert network.gate_offsets is not None
         assert network.gate_index is not None
-        neurons = neurons_of(data, network)
-        _, first, place = np.unique(network.gate_index, return_index=True, return_inverse=True)
+        first, blocks = blocks_of(neurons_of(data, network), network.gate_index)
         gates, offsets = network.gates[:, first], network.gate_offsets[first]
         program = data.gated_program(gates, offsets, weight_decay)
-        blocks = np.zeros((len(first), *program.block_shape))
-        np.add.at(blocks, place, neurons.first.T[:, :, None] * neurons.output[:, None, :])
         return cls(program, _directions(data, gates, offsets), blocks)
 
     @property

@@ -1,4 +1,4 @@
-"""Public data sets: the digits that come with scikit-learn, and Fashion-MNIST from its four idx files.
+"""Public data sets: scikit-learn's digits, Fashion-MNIST from its four idx files, CIFAR-10 from two Parquet files.
 
 Nothing is downloaded, and no pickle is loaded.
 """
@@ -6,6 +6,7 @@ Nothing is downloaded, and no pickle is loaded.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import zlib
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Dataset", "digits", "fashion_mnist"]
+__all__ = ["Dataset", "cifar10", "digits", "fashion_mnist"]
 
 _DEBIAN_HOME = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_FILES = (
@@ -26,6 +27,12 @@ _FASHION_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 _UNSIGNED_BYTE = 0x08  # the idx format's code of its element type
+
+
+_CIFAR_ROWS = (50_000, 10_000)
+
+#: Environment variable with the folder of CIFAR-10.
+CIFAR10_HOME = "CIFAR10_HOME"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +108,82 @@ def fashion_mnist(data_home: str | os.PathLike[str] | None = None) -> Dataset:
         _images(X_test, 10_000),
         _labels(y_test, 10_000),
     )
+
+
+def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
+    """Return CIFAR-10: uint8 pixels of 50,000 training and 10,000 test images, 32 x 32 in red, green and blue.
+
+    The files are those of the Hugging Face hub: columns ``img`` (``bytes``: a PNG or JPEG image) and ``label``. Images
+    are flattened row by row, the three colours of a pixel side by side.
+
+    Parameters
+    ----------
+    data_home : str or path-like, optional
+        The folder of ``train.parquet`` and ``test.parquet``. None: the environment variable ``CIFAR10_HOME``.
+
+    Returns
+    -------
+    Dataset
+        Labels 0 to 9, all ten in both parts.
+
+    Raises
+    ------
+    ImportError
+        Without pyarrow and Pillow (extra ``data``).
+    FileNotFoundError
+        If a file is missing; the sentence says what to give.
+    ValueError
+        If a file is not exactly what it should be; the sentence names the file and the rule.
+    """
+    home = os.environ.get(CIFAR10_HOME) if data_home is None else data_home
+    paths = [Path(home or "", f"{part}.parquet") for part in ("train", "test")]
+    missing = [path for path in paths if not path.is_file()]
+    if home is None or missing:
+        what = "no folder is given" if home is None else f"there is no {missing[0]}"
+        raise FileNotFoundError(
+            f"CIFAR-10: {what}; give the folder of train.parquet and test.parquet as data_home (--data-home) or in the "
+            f"environment variable {CIFAR10_HOME}"
+        )
+    (X, y), (X_test, y_test) = (_coloured_images(path, n) for path, n in zip(paths, _CIFAR_ROWS, strict=True))
+    return Dataset("cifar-10", X, y, X_test, y_test)
+
+
+def _coloured_images(path: Path, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Decode n images of 32 x 32 pixels, one a row, and their labels, batch by batch."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading CIFAR-10 needs pyarrow and Pillow: pip install 'convexbn[data]'.") from error
+    X, y = np.empty((n, 3072), dtype=np.uint8), np.empty(n, dtype=np.int64)
+    done = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.metadata.num_rows != n:
+                raise ValueError(f"must hold {n:,} images, and it holds {file.metadata.num_rows:,}")
+            for batch in file.iter_batches(1000, columns=["img", "label"]):
+                for image in batch.column("img").to_pylist():
+                    X[done] = _pixels(image["bytes"], Image)
+                    done += 1
+                y[done - len(batch) : done] = batch.column("label").to_numpy(zero_copy_only=False)
+    except (pa.ArrowException, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error or 'no sound Parquet file with columns img and label'}") from error
+    if not np.array_equal(np.unique(y), np.arange(10)):
+        raise ValueError(f"{path}: the labels must be 0 to 9, each at least once")
+    return X, y
+
+
+def _pixels(image: bytes, pillow: Any) -> NDArray[np.uint8]:
+    """Decode one image, after a look at its size."""
+    try:
+        with pillow.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
+            if opened.size != (32, 32):
+                raise ValueError(f"images must have 32 x 32 pixels, and one has {opened.size[0]} x {opened.size[1]}")
+            pixels: NDArray[np.uint8] = np.asarray(opened.convert("RGB")).ravel()
+            return pixels
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"images must be sound PNG or JPEG ({error})") from error
 
 
 def _find(home: Path, name: str) -> Path:

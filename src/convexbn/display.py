@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from convexbn._typing import Float
 from convexbn.certificate import Certificate
 from convexbn.collapse import CollapseMetrics
 from convexbn.solvers.solution import Progress
+from convexbn.whitening import batch_normalize, whiten
 
 
 class CertificateDisplay:
@@ -64,13 +69,22 @@ class CertificateDisplay:
         return self
 
 
-#: Panels of a ``CollapseDisplay``: title, and the measures in it with their names, the first in the first colour.
+#: Panels of a ``CollapseDisplay``: title, scale and unit, and the measures in it with their names.
 _PANELS = [
-    ("NC1  variation within classes", {"within_class": "trace(S_W pinv(S_B)) / K"}),
-    ("NC2  distance to a simplex", {"norm_variation": "norms", "angle_deviation": "angles"}),
-    ("NC3  classifier and class means", {"duality_centred": "centred means", "duality_uncentred": "means"}),
-    ("NC4  nearest class mean disagrees", {"disagreement": "share of samples"}),
-]
+    ("NC1: variation within classes", "log", "trace(S_W pinv(S_B)) / K", {"within_class": "features"}),
+    ("NC2: distance to a simplex", "log", "deviation", {"norm_variation": "norms", "angle_deviation": "angles"}),
+    (
+        "NC3: classifier against class means", "log", "distance, 0 to 2",
+        {"duality_centred": "centred means", "duality_uncentred": "means as they are"},
+    ),
+    ("NC4: another class mean is nearer", "linear", "share of samples", {"disagreement": "features"}),
+]  # fmt: skip
+
+#: Two colours that all eyes tell apart (Okabe and Ito).
+_COLOURS = ("#0072b2", "#d55e00")
+
+#: Measures below this are 0 but for rounding, and have no place on a logarithmic scale.
+_ZERO = 1e-12
 
 
 class CollapseDisplay:
@@ -113,18 +127,190 @@ class CollapseDisplay:
         import matplotlib.pyplot as plt
 
         if axes is None:
-            _, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-        for axis, (title, measures) in zip(axes, _PANELS, strict=True):
-            for (measure, label), colour in zip(measures.items(), ("#2166ac", "#b2182b"), strict=False):
-                values = [getattr(metrics, measure) for metrics in self.history]
-                axis.plot(self.epochs, values, color=colour, label=label, zorder=3)
-                if self.optimum is not None:
-                    value = getattr(self.optimum, measure)
-                    axis.axhline(value, color=colour, ls="--", lw=1, label=f"optimum {round(value, 12):.3g}")
-            axis.set_title(title, fontsize=10)
-            axis.set(xlabel="epoch")
-            axis.set_ylim(bottom=-0.04 * axis.get_ylim()[1])
-            axis.legend(frameon=False, fontsize=8)
+            axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")[1].ravel()
+        for axis, (title, scale, unit, measures) in zip(axes, _PANELS, strict=True):
+            for (measure, label), colour in zip(measures.items(), _COLOURS, strict=False):
+                self._draw(axis, measure, label, colour)
+            axis.set(title=title, xlabel="epoch", ylabel=unit, yscale=scale)
+            axis.margins(y=0.25)  # room for the legend
+            if scale == "linear":
+                axis.set_ylim(-0.03, 1.05)
+            axis.legend(frameon=False, loc="upper right")
             axis.spines[["top", "right"]].set_visible(False)
         self.axes_, self.figure_ = axes, axes[0].figure
         return self
+
+    def _draw(self, axis: Any, measure: str, label: str, colour: str) -> None:
+        """One measure over the epochs, and its value at the optimum."""
+        if self.optimum is not None:
+            value = getattr(self.optimum, measure)
+            shown = value > _ZERO
+            label += f" (dashed: optimum {value:.3g})" if shown else " (optimum 0)"
+            if shown:
+                axis.axhline(value, color=colour, ls="--", lw=1.2)
+        axis.plot(self.epochs, [getattr(metrics, measure) for metrics in self.history], color=colour, label=label)
+
+
+class PathDisplay:
+    """Certified gap, neurons and validation score over the weight decays of a path, one line a rank.
+
+    Parameters
+    ----------
+    points : sequence of PathPoint
+        ``path.points``, or ``convexbn.path.load_path(file)``.
+
+    Attributes
+    ----------
+    figure_, axes_ : matplotlib objects
+        Set by ``plot``.
+
+    Examples
+    --------
+    >>> PathDisplay([]).points
+    []
+    """
+
+    def __init__(self, points: Sequence[Any]) -> None:
+        self.points = list(points)
+
+    def plot(self, axes: Any = None) -> PathDisplay:
+        """Draw the score, where there is one, the neurons and the gap, one above the other; returns self."""
+        import matplotlib.pyplot as plt
+
+        scored = any(point.score is not None for point in self.points)
+        if axes is None:
+            axes = plt.subplots(2 + scored, 1, figsize=(6, 2.2 * (2 + scored)), sharex=True, layout="constrained")[1]
+        for (label, points), style in zip(self._lines(), _line_styles(), strict=False):
+            decays = [point.weight_decay for point in points]
+            if scored:
+                axes[0].plot(decays, [point.score for point in points], label=label, **style)
+            axes[-2].plot(decays, [point.network.n_neurons for point in points], label=label, **style)
+            gaps = [gap if (gap := point.certificate.relative_gap) > 0 else np.nan for point in points]
+            axes[-1].plot(decays, gaps, label=label, **style)
+        if scored:
+            self._mark_best(axes[0])
+        self._name(axes, scored)
+        self.axes_, self.figure_ = axes, axes[0].figure
+        return self
+
+    def _lines(self) -> list[tuple[str, list[Any]]]:
+        """Points by rank, each over rising weight decay."""
+        lines: dict[str, list[Any]] = {}
+        for point in sorted(self.points, key=lambda point: point.weight_decay):
+            lines.setdefault("all directions" if point.rank is None else f"rank {point.rank}", []).append(point)
+        order = {label: min(map(self.points.index, points)) for label, points in lines.items()}
+        return sorted(lines.items(), key=lambda line: order[line[0]])
+
+    def _mark_best(self, axis: Any) -> None:
+        best = max((point for point in self.points if point.score is not None), key=lambda point: point.score)
+        axis.plot(
+            best.weight_decay,
+            best.score,
+            "o",
+            ms=12,
+            mfc="none",
+            mec="0.2",
+            clip_on=False,
+            label=f"best: {best.score:.4g}",
+        )
+
+    def _name(self, axes: Any, scored: bool) -> None:
+        axes[-1].axhline(self.points[0].certificate.tolerance, color="0.6", ls="--", label="tolerance")
+        axes[-1].set(xscale="log", yscale="log", xlabel="weight decay", ylabel="relative gap")
+        axes[-2].set(ylabel="neurons")
+        if scored:
+            axes[0].set(ylabel="validation score")
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False, fontsize=8, ncols=2)
+
+
+class SpectrumDisplay:
+    """What a fitted first layer uses of the data's spectrum: singular values above, energy a direction below.
+
+    The energy of direction ``i`` is ``sum_j ||c_j||^2 s_ij^2`` over the neurons, ``s_j`` being the first layer on
+    the whitened data, as a share of its sum (mathematics, section 5).
+
+    Parameters
+    ----------
+    singular_values : ndarray (r,)
+        Of the centred data, in the units of the data, largest first.
+    energies : ndarray (r,)
+        Share of the energy of every direction.
+    rank : int
+        Number of directions that the model keeps.
+    tau : float or None, default=None
+        Singular value where the spectral filter is ``sqrt(1/2)``, in the units of the data; None without a filter.
+
+    Attributes
+    ----------
+    figure_, axes_ : matplotlib objects
+        Set by ``plot``.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from convexbn import ConvexBNClassifier
+    >>> X, y = load_iris(return_X_y=True)
+    >>> display = SpectrumDisplay.from_estimator(ConvexBNClassifier(rank=2, random_state=0).fit(X, y), X)
+    >>> display.singular_values.shape, float(display.energies[2:].sum()) < 1e-20
+    ((4,), True)
+    """
+
+    def __init__(self, singular_values: Float, energies: Float, rank: int, tau: float | None = None) -> None:
+        self.singular_values, self.energies, self.rank, self.tau = singular_values, energies, rank, tau
+
+    @classmethod
+    def from_estimator(cls, model: Any, X: Any, sample_weight: Any = None) -> SpectrumDisplay:
+        """Display of a fitted estimator on its training rows."""
+        X = model._checked_rows(X)
+        weights = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        X, weights = X[weights > 0], weights[weights > 0]
+        network, whitening = model.network_, whiten(X, weights, rank=X.shape[1])
+        normalized = batch_normalize(X, network.weight, weights)
+        coordinates = network.gamma * (whitening.rows[:, :-1].T @ (weights[:, None] * normalized))
+        energies = coordinates**2 @ (network.output**2).sum(axis=1)
+        total = energies.sum()
+        found = whitening.singular_values[: whitening.rank]
+        tau = None if model.spectral_filter is None else model.spectral_filter * found[0]
+        return cls(found, energies / total if total > 0 else energies, model.rank_, tau)
+
+    def plot(self, axes: Any = None) -> SpectrumDisplay:
+        """Draw the spectrum with the cut, and the energies, on two axes; returns self."""
+        import matplotlib.pyplot as plt
+
+        if axes is None:
+            axes = plt.subplots(2, 1, figsize=(6, 4.8), sharex=True, layout="constrained")[1]
+        index = np.arange(1, len(self.singular_values) + 1)
+        spectrum, energy = _COLOURS
+        axes[0].plot(index, self.singular_values, color=spectrum)
+        axes[0].set(yscale="log", ylabel="singular value\n(units of the data)")
+        if self.tau is not None:
+            axes[0].axhline(self.tau, color="0.5", ls=":", label="filter: directions below are shrunk")
+        shown = self.energies > _ZERO
+        axes[1].vlines(index[shown], _ZERO, self.energies[shown], color=energy, lw=1)
+        axes[1].plot(index[shown], self.energies[shown], ".", color=energy, ms=4)
+        axes[1].set(
+            yscale="log", xscale="log", xlabel="singular direction", ylabel="share of the first\nlayer's energy"
+        )
+        if shown.any():
+            axes[1].set_ylim(0.5 * self.energies[shown].min(), 2 * self.energies[shown].max())
+        for axis in axes:
+            if self.rank < len(index):
+                axis.axvline(
+                    self.rank + 0.5, color="0.5", ls="--", label=f"cut: {self.rank} of {len(index)} directions"
+                )
+            axis.spines[["top", "right"]].set_visible(False)
+        if self.rank < len(index) or self.tau is not None:
+            axes[0].legend(frameon=False)
+        self.axes_, self.figure_ = axes, axes[0].figure
+        return self
+
+
+def _line_styles() -> Iterator[dict[str, Any]]:
+    """Styles of lines in order: from dark to light, which all eyes tell apart, and by marker."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"]
+    for i in itertools.count():
+        yield {"color": colours((i * 0.22) % 0.9), "marker": "osv^D"[i % 5], "ms": 4, "lw": 1.2}

@@ -45,8 +45,10 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         "activation": [StrOptions({"gated", "relu"})],
         "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
+        "width": [Interval(Integral, 1, None, closed="left"), None],
         "gates": [StrOptions({"data", "whitened"}), "array-like"],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
+        "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
         "solver": [StrOptions({"auto", *training.SOLVERS})],
         "tol": [Interval(Real, 0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left"), None],
@@ -63,7 +65,9 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         weight_decay: float | str = "auto",
         n_gates: int = 100,
         gates: str | FloatMatrix = "data",
+        width: int | None = None,
         rank: int | float | None = None,
+        spectral_filter: float | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
         max_iter: int | None = None,
@@ -76,7 +80,9 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self.weight_decay = weight_decay
         self.n_gates = n_gates
         self.gates = gates
+        self.width = width
         self.rank = rank
+        self.spectral_filter = spectral_filter
         self.solver = solver
         self.tol = tol
         self.max_iter = max_iter
@@ -101,7 +107,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
         """Judge the stored network on rows: those it was trained on, or others.
 
-        Only the question is taken from the model (gates, loss, weight decay, rank); statistics,
+        Only the question is taken from the model (gates, loss, weight decay, rank, spectral filter); statistics,
         objective and bound are recomputed from the rows given. ReLU networks are judged over all patterns,
         by bounds that are tried for ``time_limit`` seconds, or for their stated work without one.
         """
@@ -176,24 +182,49 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             self.__dict__ = before
             raise
 
-    def _fit(self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float) -> dict[str, Any]:
-        """Fitted attributes, to be assigned at once when everything has succeeded."""
-        budget = Budget(self.time_limit, self.callback)
-        data = self._training_set(X, Y, weights, input_eps)
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
+        """Train; every fitted attribute is assigned at once when everything has succeeded."""
+        with self._all_or_nothing():
+            budget = Budget(self.time_limit, self.callback)
+            data, labels = self._prepared(X, y, sample_weight)
+            self.__dict__ = self.__dict__ | self._solved(data, budget) | labels
+            _warn_unless_proved(self.certificate_)
+        return self
+
+    def _prepared(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
+        """Training set of the rows, checked; and the fitted attributes that tell of ``y``."""
+        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
+        Y, labels = self._encode_new(y)
+        with solving(len(X)):
+            return self._training_set(X, Y, weights, input_eps), labels
+
+    def _solved(self, data: TrainingSet, budget: Budget, start: Any = None) -> dict[str, Any]:
+        """Fitted attributes on a training set; from a ``Solution`` of the gated program or ``Neurons`` if given."""
         random_state = _own_random_state(self.random_state)
-        if self.activation == "relu":
-            weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
-            fit = training.fit_relu(
-                data, weight_decay, tol=self.tol, max_iter=self.max_iter, budget=budget, random_state=random_state
-            )
-            return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
-        gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
-        weight_decay = self._resolved(data.gated_program(gates, offsets).max_weight_decay)
-        fit = training.fit_gated(
-            data, gates, offsets, weight_decay,
-            solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget,
-        )  # fmt: skip
-        return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
+        with solving(len(data.X)):
+            if self.activation == "relu":
+                weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
+                fit = training.fit_relu(
+                    data, weight_decay,
+                    tol=self.tol, max_iter=self.max_iter, width=self.width, budget=budget, random_state=random_state,
+                    start=start,
+                )  # fmt: skip
+                return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
+            gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
+            weight_decay = self._resolved(data.gated_program(gates, offsets).max_weight_decay)
+            fit = training.fit_gated(
+                data, gates, offsets, weight_decay,
+                solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
+            )  # fmt: skip
+            return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
+
+    def _max_weight_decay(self, data: TrainingSet, *, proved: bool) -> float | tuple[float, float]:
+        """Of a gated network a number; of a ReLU network the value of a search and an upper bound, if to be proved."""
+        with solving(len(data.X)):
+            if self.activation == "relu":
+                return data.max_weight_decay_relu(proved=proved)
+            drawn = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
+            return data.gated_program(*drawn).max_weight_decay()
 
     def _resolved(self, largest: Callable[[], float]) -> float:
         """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
@@ -220,12 +251,16 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             raise ValueError(f"the squares of y {word}: scale y by a power of ten, and weight_decay with it.")
         return TrainingSet.prepare(
             X, Y, weights,
-            loss=self._loss_name(Y), rank=self.rank, input_eps=input_eps,
+            loss=self._loss_name(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
             merge_features=self.activation == "relu",
         )  # fmt: skip
 
     def _loss_name(self, Y: Float) -> str:
         return str(self.loss)
+
+    def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
+        """Targets to be learned, and the fitted attributes that tell of ``y``."""
+        raise NotImplementedError
 
     def _encode_known(self, y: Any) -> Float:
         raise NotImplementedError
@@ -271,11 +306,20 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     gates : {"data", "whitened"} or array (d, n_gates) or (d + 1, n_gates), default="data"
         Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the
         whitened data, or given (offsets in the last row).
+    width : int or None, default=None
+        Neurons that ReLU training starts with: None for 200, and 1000 where the whitened rows have more than a million
+        entries. There mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).
     rank : int, float in (0, 1] or None, default=None
         Keep all directions, the top ``rank``, or the fewest with this share of the variance, of the centred,
         unscaled data.
-    solver : {"auto", "group_newton", "proximal", "conic"}, default="auto"
-        ``"group_newton"``: squared loss, up to thousands of rows. ``"proximal"``: any loss and size.
+    spectral_filter : float or None, default=None
+        ``tau / s_1 > 0``: singular directions of the same data are shrunk by ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, a
+        smooth form of ``rank``; .1 is a good first value. The first layer's weight decay is then that of
+        ``sqrt(gamma^2 (1 + tau^2 ||w||^2 / n) + shift^2)`` for a neuron ``w`` of unit variance, and the certificate is
+        for this program.
+    solver : {"auto", "group_newton", "subspace", "proximal", "conic"}, default="auto"
+        ``"group_newton"``: squared loss, up to thousands of rows. ``"subspace"``: any loss, many rows; with a
+        ``time_limit`` a good network long before its certificate. ``"proximal"``: any loss, a simple method.
         ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own.
     tol : float, default=1e-6
         Relative duality gap that counts as optimal.
@@ -337,14 +381,7 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         sample_weight : array-like (n,), optional
             Equal to repeating rows.
         """
-        with self._all_or_nothing():
-            X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-            Y, classes = self._encode_new(y)
-            with solving(len(X)):
-                fitted = self._fit(X, Y, weights, input_eps)
-            self.__dict__ = self.__dict__ | fitted | {"classes_": classes}
-            _warn_unless_proved(self.certificate_)
-        return self
+        return self._fit(X, y, sample_weight)
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the network: (n,) for two classes, else (n, n_classes)."""
@@ -375,15 +412,14 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     def _loss_name(self, Y: Float) -> str:
         return "logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else str(self.loss)
 
-    def _encode_new(self, y: Any) -> tuple[Float, np.ndarray]:
-        """Targets and classes of labels to be learned."""
+    def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
             raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {classes[0]!r}.")
         if self.loss == "logistic" and len(classes) > 2:
             raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
-        return encode_classes(y, classes), classes
+        return encode_classes(y, classes), {"classes_": classes}
 
     def _encode_known(self, y: Any) -> Float:
         unknown = np.setdiff1d(y, self.classes_)
@@ -400,7 +436,9 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
 
     Parameters
     ----------
-    activation, weight_decay, n_gates, gates, rank, solver, tol, max_iter, time_limit, random_state, callback
+    activation, weight_decay, n_gates, gates, width, rank, spectral_filter, solver
+        As in :class:`ConvexBNClassifier`.
+    tol, max_iter, time_limit, random_state, callback
         As in :class:`ConvexBNClassifier`.
     loss : {"squared"}, default="squared"
         Half the sum of squared errors.
@@ -436,19 +474,16 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         sample_weight : array-like (n,), optional
             Equal to repeating rows.
         """
-        with self._all_or_nothing():
-            X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
-            with solving(len(X)):
-                fitted = self._fit(X, self._encode_known(y), weights, input_eps)
-            self.__dict__ = self.__dict__ | fitted | {"_single_output": np.ndim(y) == 1}
-            _warn_unless_proved(self.certificate_)
-        return self
+        return self._fit(X, y, sample_weight)
 
     def predict(self, X: Any) -> Float:
         """Outputs of the network: (n,) or (n, K) as the targets were."""
         fitted = self.__dict__
         outputs = self._outputs(X, fitted)
         return outputs[:, 0] if fitted["_single_output"] else outputs
+
+    def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
+        return self._encode_known(y), {"_single_output": np.ndim(y) == 1}
 
     def _encode_known(self, y: Any) -> Float:
         targets = np.asarray(y, dtype=np.float64)
@@ -469,6 +504,7 @@ def max_weight_decay(
     gates: str | FloatMatrix = "data",
     n_gates: int = 100,
     rank: int | float | None = None,
+    spectral_filter: float | None = None,
     sample_weight: Any = None,
     random_state: Any = None,
 ) -> float | tuple[float, float]:
@@ -481,7 +517,7 @@ def max_weight_decay(
     y : array-like (n,) or (n, K)
         Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats
         and matrices are targets.
-    activation, loss, gates, n_gates, rank, sample_weight, random_state
+    activation, loss, gates, n_gates, rank, spectral_filter, sample_weight, random_state
         As in the estimators.
 
     Returns
@@ -501,16 +537,13 @@ def max_weight_decay(
     """
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
     kind = ConvexBNClassifier if is_class else ConvexBNRegressor
-    model = kind(activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank, random_state=random_state)
+    model = kind(
+        activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank, spectral_filter=spectral_filter,
+        random_state=random_state,
+    )  # fmt: skip
     model._validate_params()
-    X, y, weights, input_eps = model._checked_data(X, y, sample_weight, reset=True)
-    Y = model._encode_new(y)[0] if is_class else model._encode_known(y)
-    data = model._training_set(X, Y, weights, input_eps)
-    with solving(len(X)):
-        if activation == "relu":
-            return data.max_weight_decay_relu()
-        drawn = data.draw_gates(gates, n_gates, _own_random_state(random_state))
-        return data.gated_program(*drawn).max_weight_decay()
+    data, _ = model._prepared(X, y, sample_weight)
+    return model._max_weight_decay(data, proved=True)
 
 
 def encode_classes(y: np.ndarray, classes: np.ndarray) -> Float:
@@ -529,4 +562,4 @@ def _own_random_state(random_state: Any) -> np.random.RandomState:
 
 def _warn_unless_proved(proof: Certificate) -> None:
     if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-        warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=3)
+        warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=4)

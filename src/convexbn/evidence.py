@@ -30,6 +30,9 @@ _ENCLOSED = 1e-5
 #: Entries ``n q`` up to which a local search takes a second.
 _QUICK_ENTRIES = 1 << 16
 
+#: Entries from which on it takes few starts and no steps beyond the fixed point, which is still some seconds.
+_MANY_ENTRIES = 1 << 20
+
 
 class Evidence(NamedTuple):
     """A dual point with a valid upper bound of its dual norm, rounding included, and where that comes from."""
@@ -48,7 +51,7 @@ class AllPatterns:
     ----------
     loss : Loss
     rows : ndarray (n, q)
-        ``sqrt(w) A``, orthonormal columns.
+        ``sqrt(w) A``, orthonormal columns (under a spectral filter orthogonal, of at most unit norm).
     weight_decay : float
     directions : ndarray (m, q)
         First layers of the network: where large values are likely.
@@ -111,7 +114,10 @@ class AllPatterns:
         return float(self._local_maxima(V)[0][0])
 
     def _local_maxima(self, V: Float) -> tuple[Float, Float]:
-        return bounds.local_maxima(V, self.rows, 300, np.random.default_rng(0), initial=self.directions)
+        many = self.rows.size > _MANY_ENTRIES
+        starts, rounds = (30, 0) if many else (300, 30)
+        rng = np.random.default_rng(0)
+        return bounds.local_maxima(V, self.rows, starts, rng, initial=self.directions, rounds=rounds)
 
     @property
     def _root(self) -> Float:

@@ -7,12 +7,12 @@ Fenchel-Young equality ``L(F) = D(V) - <V, F>`` holds there (mathematics, sectio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._typing import Float, Index
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -52,6 +52,14 @@ class Loss:
     def dual_value(self, dual: Float) -> float:
         """``D(V)``, rounded downwards; ``-inf`` outside the domain."""
         raise NotImplementedError
+
+    def of_rows(self, part: Index | slice) -> Loss:
+        """The terms of some rows."""
+        return replace(self, targets=self.targets[part], weights=self.weights[part], constant=0.0)
+
+    def at_best_bias(self, outputs: Float) -> tuple[Loss, Float, float | None]:
+        """Loss without output bias, outputs with the best one, and the decay of the bias: None where there is none."""
+        return self, outputs, None
 
     def merged(self, groups: np.ndarray, n_groups: int) -> Loss:
         """The same loss as a function of one output row per group of rows (for rows with equal features)."""

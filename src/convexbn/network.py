@@ -83,18 +83,21 @@ class BatchNormNetwork:
 
     @classmethod
     def from_neurons(cls, whitening: Whitening, first: Float, output: Float) -> BatchNormNetwork:
-        """ReLU network of first-layer columns ``s_j`` (r + 1, m) on the whitened data and output rows (m, K).
+        """ReLU network of first-layer columns (r + 1, m) on the whitened data and output rows (m, K).
 
-        Norms are balanced: each neuron is rescaled so that ``||s_j|| = ||output_j||``, which leaves the
-        function and makes the weight decay ``sum_j ||s_j|| ||output_j||`` (mathematics, section 1a).
+        Columns on filtered rows ``A Phi`` are ``Phi^{-1} s_j``. Norms are balanced: each neuron is rescaled so that
+        ``||s_j|| = ||output_j||``, which leaves the function and makes the weight decay
+        ``sum_j ||s_j|| ||output_j||`` (mathematics, section 1a).
         """
-        inner, outer = np.linalg.norm(first, axis=0), np.linalg.norm(output, axis=1)
+        phi = np.append(whitening.filter, 1.0)[:, None]
+        plain = phi * first
+        inner, outer = np.linalg.norm(plain, axis=0), np.linalg.norm(output, axis=1)
         live = (inner > 0) & (outer > 0)
         scale = np.sqrt(outer[live] / inner[live])
-        balanced = first[:, live] * scale
+        balanced = plain[:, live] * scale
         gamma = np.linalg.norm(balanced[:-1], axis=0)
         # a neuron of the constant column alone still needs some direction on which the data vary
-        direction = np.where(gamma > 0, balanced[:-1], np.eye(len(balanced) - 1, 1))
+        direction = np.where(gamma > 0, first[:-1, live] * scale, np.eye(len(balanced) - 1, 1) / phi[0])
         direction /= np.where(gamma > 0, gamma, 1)
         return cls(
             weight=whitening.projection @ direction * np.sqrt(whitening.total_weight),

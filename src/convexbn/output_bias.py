@@ -10,12 +10,13 @@ section 2f).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import numpy as np
 
 from convexbn._typing import Float
 from convexbn.losses import Loss
-from convexbn.solvers.curvature import half_hessian
+from convexbn.solvers.curvature import half_hessian, in_the_bias
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -44,11 +45,13 @@ class WithOutputBias(Loss):
 
     inner: Loss = field(kw_only=True)
     decay: float = field(kw_only=True)
+    #: The last best bias, where the search for the next begins; overwritten.
+    recent: Float = field(kw_only=True, repr=False)
 
     @classmethod
     def of(cls, inner: Loss, decay: float) -> WithOutputBias:
         """The loss with a bias of this decay."""
-        return cls(inner.targets, inner.weights, inner=inner, decay=decay)
+        return cls(inner.targets, inner.weights, inner=inner, decay=decay, recent=np.zeros(inner.targets.shape[1]))
 
     def value(self, outputs: Float) -> float:
         """``L_b(F)``."""
@@ -71,14 +74,18 @@ class WithOutputBias(Loss):
         rounding = (32 + len(dual)) * _EPS * np.abs(dual).sum()
         return self.inner.dual_value(dual) if np.abs(total).max() <= rounding else -np.inf
 
+    def at_best_bias(self, outputs: Float) -> tuple[Loss, Float, float | None]:
+        """``L``, outputs with the best bias, and its decay."""
+        return self.inner, outputs + self.best_bias(outputs), self.decay
+
     def best_bias(self, outputs: Float) -> Float:
         """Minimiser ``b`` (K,), by Newton's method with halved steps."""
-        bias = np.zeros(outputs.shape[1])
-        value = self._value(outputs, bias)
+        value, bias = min(
+            ((self._value(outputs, start), start) for start in (0 * self.recent, self.recent.copy())), key=itemgetter(0)
+        )
         for _ in range(_MOST_STEPS):
             slope = self.inner.negative_gradient(outputs + bias).sum(axis=0) - self.decay * bias
-            half = half_hessian(self.inner, outputs + bias)
-            hessian = np.einsum("nkl,nml->km", half, half) + self.decay * np.eye(len(bias))
+            hessian = in_the_bias(half_hessian(self.inner, outputs + bias), self.decay)
             step = np.linalg.pinv(hessian, hermitian=True) @ slope  # the softmax does not see a common bias
             # where the value no longer tells, the slope still does
             while (following := self._value(outputs, bias + step)) > value + 4 * _EPS * abs(value):
@@ -86,6 +93,7 @@ class WithOutputBias(Loss):
             bias, value = bias + step, following
             if np.abs(step).max() <= 4 * _EPS * (1 + np.abs(bias).max()):
                 break
+        self.recent[:] = np.nan_to_num(bias)
         return bias
 
     def _value(self, outputs: Float, bias: Float) -> float:

@@ -50,6 +50,10 @@ def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> 
     A response within rounding of zero is summed again in an order that does not depend on the batch, so that
     a row on a hyperplane is treated alike in training, prediction and certification.
     """
+    if len(X) > len(offsets):  # as many neurons as outputs may share a gate
+        first, place = _distinct_gates(gates, offsets)
+        if len(first) < len(place):
+            return np.take(gate_patterns(X, mean, gates[:, first], offsets[first]), place, axis=1)
     lengths = np.linalg.norm(gates / _column_peaks(gates), axis=0) * _column_peaks(gates)
     opened = np.empty((len(X), gates.shape[1]), dtype=bool)
     size = max(64, _BLOCK_ENTRIES // max(gates.shape))
@@ -61,6 +65,14 @@ def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> 
         _settle_ties(response, centred, gates, thresholds, lengths)
         np.greater_equal(response, 0, out=opened[part])
     return opened
+
+
+def _distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
+    """First of every distinct gate, and for every gate its place among them."""
+    places: dict[bytes, int] = {}
+    columns = np.vstack([gates, offsets]).T
+    place = np.array([places.setdefault(column.tobytes(), len(places)) for column in columns], dtype=np.intp)
+    return np.unique(place, return_index=True)[1], place
 
 
 def _settle_ties(response: Float, centred: Float, gates: Float, thresholds: Float, lengths: Float) -> None:

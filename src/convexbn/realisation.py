@@ -25,8 +25,7 @@ def nearest_directions(X: FloatMatrix, whitening: Whitening, weights: Float, gat
     peaks = np.maximum(np.abs(gates).max(axis=0), np.abs(offsets))
     scale = np.where(peaks > 0, peaks, 1.0)
     responses = centred @ (gates / scale) + np.ldexp(offsets / scale, -exponent)
-    directions: Float = whitening.rows.T @ (weights[:, None] * responses)
-    return directions
+    return whitening.coordinates(responses, weights)
 
 
 def realised(rows: Float, opened: Bool, directions: Float) -> Bool:

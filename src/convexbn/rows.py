@@ -16,11 +16,11 @@ from convexbn._typing import Float, FloatMatrix, Index
 _BLOCK = 4096
 
 
-def equal_rows(keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, Index]:
+def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, Index]:
     """Order that brings equal rows together, and where each run of equal rows starts in it.
 
-    The order depends on the values of the rows (and of ``ties`` within a run) alone. Rows are sorted by a 64-bit
-    hash and compared exactly.
+    The order depends on the values of the rows of all ``keys`` (and of ``ties`` within a run) alone, not on types. Rows
+    are sorted by a 64-bit hash and compared exactly.
 
     Examples
     --------
@@ -28,20 +28,25 @@ def equal_rows(keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, Ind
     >>> len(starts), sorted(len(run) for run in np.split(order, starts[1:]))
     (2, [1, 2])
     """
-    hashes = _row_hashes(keys)
+    hashes = _row_hashes(*keys)
     order = np.argsort(hashes, kind="stable") if ties is None else np.lexsort((ties, hashes))
-    ordered = keys[order]
-    changed = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order, np.concatenate([[0], np.flatnonzero(changed) + 1])
+    changed = np.ones(len(order), dtype=bool)
+    for start in range(1, len(order), _BLOCK):
+        here, before = order[start : start + _BLOCK], order[start - 1 : start + _BLOCK - 1][: len(order) - start]
+        changed[start : start + _BLOCK] = np.any([(key[here] != key[before]).any(axis=1) for key in keys], axis=0)
+    return order, np.flatnonzero(changed)
 
 
 def canonical_rows(X: FloatMatrix, Y: Float, sample_weight: Float) -> tuple[FloatMatrix, Float, Float]:
-    """Rows of positive weight in canonical order, identical ``(x, y)`` rows merged into weighted ones."""
+    """Rows of positive weight in canonical order, identical ``(x, y)`` rows merged into weighted ones.
+
+    ``X`` may be of any real type, and stays of it.
+    """
     kept = sample_weight > 0
     if not kept.all():
         X, Y, sample_weight = X[kept], Y[kept], sample_weight[kept]
-    X, Y = X + 0.0, Y + 0.0  # -0.0 and 0.0 are one value
-    order, starts = equal_rows(np.hstack([X, Y]), sample_weight)
+    X, Y = _with_one_zero(X), _with_one_zero(Y)
+    order, starts = equal_rows(X, Y, ties=sample_weight)
     first = order[starts]
     return X[first], Y[first], np.add.reduceat(sample_weight[order], starts)
 
@@ -55,20 +60,27 @@ def distinct_rows(X: FloatMatrix) -> tuple[FloatMatrix, Index]:
 
 
 def fingerprint(X: FloatMatrix, Y: Float, sample_weight: Float) -> str:
-    """SHA-256 of canonical rows: equal for equal data in whatever order or repetition."""
+    """SHA-256 of canonical rows: equal for equal data in whatever order, repetition or type."""
     digest = hashlib.sha256(repr((X.shape, Y.shape)).encode())
     for array in (X, Y, sample_weight):
-        digest.update(np.ascontiguousarray(array, dtype="<f8").data)
+        for start in range(0, len(array), _BLOCK):
+            digest.update(np.ascontiguousarray(array[start : start + _BLOCK], dtype="<f8").data)
     return digest.hexdigest()
 
 
-def _row_hashes(keys: FloatMatrix) -> np.ndarray:
-    """One 64-bit hash a row, exact integer arithmetic: independent of order, blocks and threads."""
-    bits = np.ascontiguousarray(keys, dtype=np.float64).view(np.uint64)
-    odd = np.random.default_rng(0).integers(1 << 63, size=bits.shape[1], dtype=np.uint64) * 2 + 1
-    hashes = np.empty(len(bits), dtype=np.uint64)
-    for start in range(0, len(bits), _BLOCK):
-        block = bits[start : start + _BLOCK]
+def _with_one_zero(array: FloatMatrix) -> FloatMatrix:
+    """-0.0 and 0.0 are one value."""
+    return array + array.dtype.type(0) if array.dtype.kind == "f" else array
+
+
+def _row_hashes(*keys: FloatMatrix) -> np.ndarray:
+    """One 64-bit hash a row of all keys, exact integer arithmetic: independent of order, blocks, threads and types."""
+    width, n = sum(key.shape[1] for key in keys), len(keys[0])
+    odd = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) * 2 + 1
+    hashes = np.empty(n, dtype=np.uint64)
+    for start in range(0, n, _BLOCK):
+        stacked = np.hstack([np.asarray(key[start : start + _BLOCK], dtype=np.float64) for key in keys])
+        block = np.ascontiguousarray(stacked).view(np.uint64)
         mixed = (block ^ (block >> np.uint64(32))) * odd
         mixed ^= mixed >> np.uint64(29)
         hashes[start : start + _BLOCK] = mixed.sum(axis=1, dtype=np.uint64)

@@ -13,7 +13,7 @@ from convexbn import datasets
 from convexbn.tables import read_table
 
 #: Share held out by default when a data set has no test part of its own.
-DEFAULT_TEST_SIZE = {"digits": 0.2, "fashion-mnist": 0.0}
+DEFAULT_TEST_SIZE = {"digits": 0.2, "fashion-mnist": 0.0, "cifar-10": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +83,11 @@ def read_source(
     features: Sequence[str] | None = None,
     need_target: bool = False,
 ) -> Source:
-    """Read ``digits``, ``fashion-mnist`` or a file of the user's."""
+    """Read ``digits``, ``fashion-mnist``, ``cifar-10`` or a file of the user's."""
     if data in DEFAULT_TEST_SIZE:
         if target is not None and features is None and not need_target:
             raise ValueError(f"--target is for files; {data} brings its own labels.")
-        bundled = datasets.digits() if data == "digits" else datasets.fashion_mnist(data_home)
+        bundled = _bundled(data, data_home)
         return Source(data, bundled.X, bundled.y, bundled.X_test, bundled.y_test)
     if need_target and target is None:
         raise ValueError("--target is required for a file: name the column to compare with.")
@@ -96,6 +96,12 @@ def read_source(
     table = read_table(data, target, features)
     name = os.path.basename(data)
     return Source(name, table.features, table.target, feature_names=table.feature_names, target=target)
+
+
+def _bundled(name: str, data_home: str | None) -> datasets.Dataset:
+    if name == "digits":
+        return datasets.digits()
+    return datasets.cifar10(data_home) if name == "cifar-10" else datasets.fashion_mnist(data_home)
 
 
 def estimator_for(task: str) -> Any:

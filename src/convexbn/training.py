@@ -21,9 +21,12 @@ from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.neuron_pricing import NeuronPricing
+from convexbn.solvers.many_rows import ManyRows
+from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons
 from convexbn.solvers.proximal import Proximal
-from convexbn.solvers.solution import Budget, Progress, Solver
+from convexbn.solvers.solution import Budget, Progress, Solution, Solver
+from convexbn.solvers.stochastic_phase import StochasticPhase
+from convexbn.solvers.subspace import Subspace
 from convexbn.whitening import Whitening, whiten
 
 #: Fraction of the largest useful weight decay that ``weight_decay="auto"`` takes.
@@ -31,6 +34,9 @@ AUTO_FRACTION = 0.02
 
 #: Rows up to which ``solver="auto"`` factorises n x n matrices.
 NEWTON_ROWS = 6000
+
+#: Entries ``n q`` of the whitened rows up to which ReLU networks are priced.
+PRICING_ENTRIES = 1 << 20
 
 #: Share of a time limit that the ReLU solver may take before the proof begins.
 SOLVER_SHARE = 0.5
@@ -41,6 +47,7 @@ PRICING_TOL = 0.1
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "group_newton": GroupNewton,
     "proximal": Proximal,
+    "subspace": Subspace,
     "conic": Conic,
 }
 
@@ -77,6 +84,7 @@ class TrainingSet:
         rank: int | float | None,
         input_eps: float,
         merge_features: bool,
+        spectral_filter: float | None = None,
     ) -> TrainingSet:
         """Canonical order, merging and whitening.
 
@@ -89,8 +97,17 @@ class TrainingSet:
         if merge_features:
             X, place = distinct_rows(X)
             bound = bound.merged(place, len(X))
-        whitening = whiten(X, bound.weights, rank=rank, input_eps=input_eps)
+        whitening = whiten(X, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
         return cls(X, bound, whitening, mark)
+
+    @property
+    def has_orthogonal_rows(self) -> bool:
+        """Whether the whitened rows are square and unfiltered, which the formulas need."""
+        return self.whitening.rank == len(self.X) - 1 and not self.whitening.filtered
+
+    def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> TrainingSet:
+        """The same rows on fewer directions, or filtered: one SVD serves them all, see ``Whitening.leading``."""
+        return replace(self, whitening=self.whitening.leading(rank, spectral_filter))
 
     def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
         """The gated program on these rows."""
@@ -117,7 +134,7 @@ class TrainingSet:
         Equal at rank n - 1 where the targets have a formula; elsewhere infinity stands for a bound that is not asked
         for.
         """
-        if self.whitening.rank == len(self.X) - 1:
+        if self.has_orthogonal_rows:
             try:
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
             except closed_form.NoFormulaError:
@@ -148,12 +165,13 @@ def fit_gated(
     tol: float,
     max_iter: int | None,
     budget: Budget,
+    start: Solution | None = None,
 ) -> Fit:
     """Solve the gated program, read the network off its blocks, and have it judged on the raw rows."""
     program = data.gated_program(gates, gate_offsets, weight_decay)
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
-    solution = method.solve(program, budget=budget).finite()
+    solution = method.solve(program, start, budget).finite()
     network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
     proof = certify(
         data, network, weight_decay, gates, gate_offsets, tol=tol, stopped_by=solution.stopped_by, own_rows=True
@@ -169,6 +187,8 @@ def fit_relu(
     max_iter: int | None,
     budget: Budget,
     random_state: np.random.RandomState,
+    width: int | None = None,
+    start: Neurons | None = None,
 ) -> Fit:
     """Train over all patterns, by formula where there is one and by pricing elsewhere, and have the network judged.
 
@@ -176,11 +196,10 @@ def fit_relu(
     """
     network, history, stopped_by = _relu_by_formula(data, weight_decay), [], "formula"
     if network is None:
-        settings: dict[str, Any] = {} if max_iter is None else {"max_iter": max_iter}
         rng = np.random.default_rng(random_state.randint(2**31))
         share = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
-        solution = NeuronPricing(tol=PRICING_TOL * tol, **settings).solve(
-            data.whitening.rows, data.loss, weight_decay, rng, replace(budget, time_limit=share)
+        solution = _relu_solver(data, tol, max_iter, width).solve(
+            data.whitening.rows, data.loss, weight_decay, rng, replace(budget, time_limit=share), start
         )
         network = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
         history, stopped_by = solution.history, solution.stopped_by
@@ -192,9 +211,17 @@ def fit_relu(
     return Fit(network, proof, history, len(history))
 
 
+def _relu_solver(data: TrainingSet, tol: float, max_iter: int | None, width: int | None) -> NeuronPricing | ManyRows:
+    """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
+    given: dict[str, Any] = {} if width is None else {"width": width}
+    if data.whitening.rows.size > PRICING_ENTRIES:
+        return ManyRows(**given) if max_iter is None else ManyRows(**given, descent=StochasticPhase(epochs=max_iter))
+    return NeuronPricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
+
+
 def _relu_by_formula(data: TrainingSet, weight_decay: float) -> BatchNormNetwork | None:
     """The globally optimal network at rank n - 1 for targets that have a formula, else None."""
-    if data.whitening.rank != len(data.X) - 1:
+    if not data.has_orthogonal_rows:
         return None
     try:
         first, output = closed_form.solve_full_rank(data.whitening.rows, data.loss, weight_decay)
@@ -220,16 +247,18 @@ def certify(
     On the rows that it was trained on (``own_rows``) its stored statistics must give the same network. ReLU networks
     are judged over all patterns, by bounds that are tried until ``deadline``.
     """
+    phi = data.whitening.filter if data.whitening.filtered else None
+    question: dict[str, Any] = {"truncated": data.whitening.truncated, "spectral_filter": phi}
     if gates is None or gate_offsets is None:
         proof = certificate.certify_relu(
             data.whitening.rows, data.loss, data.X, weight_decay,
             **network.neurons(), tolerance=tol, stopped_by=stopped_by,
-            truncated=data.whitening.truncated, deadline=deadline,
+            **question, deadline=deadline,
         )  # fmt: skip
     else:
         proof = certificate.certify_gated(
             data.gated_program(gates, gate_offsets, weight_decay), data.X, data.whitening.mean,
-            **network.neurons(), tolerance=tol, stopped_by=stopped_by, truncated=data.whitening.truncated,
+            **network.neurons(), tolerance=tol, stopped_by=stopped_by, **question,
         )  # fmt: skip
     if own_rows and not _statistics_agree(data, network, weight_decay, proof):
         return certificate.downgraded(proof, "statistics")
@@ -246,11 +275,12 @@ def _statistics_agree(data: TrainingSet, network: BatchNormNetwork, weight_decay
 
 
 def choose_solver(solver: str, loss: Loss) -> str:
-    """Resolve ``"auto"``: Newton on the group scales for the squared loss up to ``NEWTON_ROWS`` rows."""
+    """Resolve ``"auto"``: up to ``NEWTON_ROWS`` rows Newton on the group scales for the squared loss."""
     if solver != "auto":
         return solver
-    newton = isinstance(loss, SquaredLoss) and len(loss.targets) <= NEWTON_ROWS
-    return "group_newton" if newton else "proximal"
+    if len(loss.targets) > NEWTON_ROWS:
+        return "subspace"
+    return "group_newton" if isinstance(loss, SquaredLoss) else "proximal"
 
 
 def split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:

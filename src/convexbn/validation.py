@@ -14,7 +14,7 @@ from convexbn._typing import Float, FloatMatrix
 def checked_data(
     estimator: Any, X: Any, y: Any, sample_weight: Any, *, numeric_targets: bool, reset: bool
 ) -> tuple[FloatMatrix, Any, Float, float]:
-    """Rows in float64, targets, weights, and the machine epsilon of the rows as they came.
+    """Rows (float64, or a smaller type as they came), targets, weights, and the machine epsilon of the given rows.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def checked_data(
         multi_output=numeric_targets, y_numeric=numeric_targets,
     )  # fmt: skip
     input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else float(np.finfo(float).eps)
-    X = np.asarray(X, dtype=np.float64)
+    X = _at_most_float64(X)
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if not np.any(weights > 0):
         raise ValueError("All sample weights are zero: give at least two rows a positive weight.")
@@ -43,11 +43,15 @@ def checked_data(
     return X, y, weights, input_eps
 
 
-def checked_rows(estimator: Any, X: Any) -> Float:
-    """Rows to predict, in float64."""
+def checked_rows(estimator: Any, X: Any) -> FloatMatrix:
+    """Rows to predict, of float64 or a smaller type as they came."""
     _refuse_containers("X", X)
-    rows: Float = np.asarray(_validated(estimator, X, reset=False), dtype=np.float64)
-    return rows
+    return _at_most_float64(_validated(estimator, X, reset=False))
+
+
+def _at_most_float64(X: FloatMatrix) -> FloatMatrix:
+    """Small types stay as they are, and are converted where a block of rows is used: images take an eighth."""
+    return X if X.dtype.itemsize < 8 else np.asarray(X, dtype=np.float64)
 
 
 def check_finite(name: str, array: Any) -> None:

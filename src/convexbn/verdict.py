@@ -57,6 +57,12 @@ def told_apart(status: Status, relative: float, estimated: float | None, bound: 
     return told
 
 
+def restriction_to(directions: int | None, filtered: bool) -> str:
+    """How a program differs from the plain one on all directions of the data, in words."""
+    words = f" on the leading {directions} directions of the data (rank)" if directions is not None else ""
+    return words + " with this spectral filter (weight decay of the filtered program)" * filtered
+
+
 def sentence_of(
     status: Status,
     objective: float,
@@ -65,15 +71,13 @@ def sentence_of(
     floor: float,
     scope: str,
     stopped_by: str,
-    directions: int | None,
+    restriction: str = "",
 ) -> str:
     """Status, cause and remedy in words."""
     among = {
         "these gates": "all networks with these gates (penalty: one Frobenius norm per gate)",
         "all patterns": "all batch-normalised ReLU networks of any width",
-    }[scope]
-    if directions is not None:
-        among += f" on the leading {directions} directions of the data (rank)"
+    }[scope] + restriction
     reason = STOPPED_BY[stopped_by]
     if status is Status.TRIVIAL:
         return (

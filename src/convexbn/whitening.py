@@ -3,21 +3,34 @@
 With ``C X = U S V'`` the centred data, batch normalisation followed by its affine map is
 ``gamma U q / ||q|| + shift / sqrt(n) = A s`` with ``A = [U, 1 / sqrt(n)]``, ``s = (gamma q / ||q||; shift)``: the
 batch-normalised network is a plain network on the whitened data ``A`` (mathematics, section 0).
+
+A spectral filter ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, 1 on the constant column, replaces A by ``A Phi``. The weight
+decay of a plain network on its rows is ``||Phi^{-1} s||`` of the network on A, which is
+``sqrt(gamma^2 (1 + tau^2 ||w||^2 / n) + shift^2)`` for a neuron ``w`` of unit variance: small singular directions cost
+more (mathematics, section 5).
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import numpy as np
 import scipy.linalg
 
 from convexbn._typing import Float, FloatMatrix
+from convexbn.gram_basis import RESOLVED, basis_of, rank_of_standardised, spectrum
+from convexbn.moments import blocks, moments
 
 #: Rows a block in the tall QR: one block costs well under a second, so that Ctrl-C is answered.
 BLOCK_ROWS = 4096
+
+#: Binary exponents of columns up to which their squares are far from overflow and underflow.
+_ORDINARY = 300
+
+#: Directions that the spectral filter shrinks below this are left out, as a truncation.
+FAINTEST = 2.0**-26
 
 
 @dataclass(frozen=True)
@@ -27,12 +40,12 @@ class Whitening:
     Attributes
     ----------
     rows : ndarray (n, r + 1)
-        Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row;
-        ``diag(sqrt(w)) rows`` has orthonormal columns.
+        Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row; the columns of
+        ``diag(sqrt(w)) rows`` are orthogonal, of the norms ``filter`` and 1.
     mean : ndarray (d,)
         Weighted column means, in the units of the data.
     projection : ndarray (d, r)
-        ``V S^{-1}``: from centred data to the whitened space.
+        ``V S^{-1} Phi``: from centred data to the whitened space.
     directions : ndarray (d, r)
         ``V``: right singular vectors (of the standardised columns for ``rank=None``).
     singular_values : ndarray
@@ -46,6 +59,11 @@ class Whitening:
         Columns that do not vary; they carry no information and are left out.
     rank_cut : float
         Relative cut that decided the numerical rank.
+    filter : ndarray (r,)
+        ``phi``, in (0, 1]; ones without a spectral filter.
+    departure : float or None
+        Measured distance of ``diag(sqrt(w)) A`` from orthonormal columns, ``||A'A - I||_F``, where the Gram matrix was
+        used; None: a QR, orthonormal to rounding.
     """
 
     rows: Float
@@ -57,6 +75,8 @@ class Whitening:
     numerical_rank: int
     constant: np.ndarray
     rank_cut: float
+    filter: Float
+    departure: float | None = None
 
     @property
     def rank(self) -> int:
@@ -68,20 +88,54 @@ class Whitening:
         """Whether directions that the data have were left out."""
         return self.rank < self.numerical_rank
 
+    def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> Whitening:
+        """What ``whiten`` gives for a smaller ``rank``, or with a filter, without another SVD.
+
+        None keeps all directions and the filter that are there. The directions must be in order, as they are unless
+        ``whiten`` was called with ``rank=None`` and no filter; a filter cannot follow another one.
+        """
+        phi = _kept_filter(self.singular_values, self.rank, rank, spectral_filter)
+        k = len(phi)
+        return replace(
+            self,
+            rows=np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]]),
+            projection=self.projection[:, :k] * phi,
+            directions=self.directions[:, :k].copy(),
+            filter=self.filter[:k] * phi,
+        )
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a spectral filter shrinks directions."""
+        return bool((self.filter < 1).any())
+
     def transform(self, X: FloatMatrix) -> Float:
         """Rows of ``A`` for new points, from the stored statistics alone: (n, d) -> (n, r + 1)."""
-        centred, exponent = centre(X, self.mean)
-        last = np.full((len(centred), 1), 1 / np.sqrt(self.total_weight))
-        return np.hstack([np.ldexp(centred @ self.projection, exponent), last])
+        rows = np.full((len(X), self.rank + 1), 1 / np.sqrt(self.total_weight))
+        for part, block in blocks(X):
+            centred, exponent = centre(block, self.mean)
+            rows[part, :-1] = np.ldexp(centred @ self.projection, exponent)
+        return rows
+
+    def coordinates(self, responses: Float, sample_weight: Float) -> Float:
+        """Least-squares ``u`` of ``rows u = responses``: (n, m) -> (r + 1, m)."""
+        products: Float = self.rows.T @ (sample_weight[:, None] * responses)
+        products[:-1] /= (self.filter**2)[:, None]
+        return products
 
 
 def centre(X: FloatMatrix, mean: Float) -> tuple[Float, int]:
-    """Return ``(X - mean) / 2^e`` and the exponent ``e``, which is 0 unless the difference could overflow."""
-    largest = max(np.abs(X).max(initial=0.0), np.abs(mean).max(initial=0.0))
-    exponent = 16 if largest > 2.0**1007 else 0
+    """Return ``(X - mean) / 2^e`` in float64 and the exponent ``e``, 0 unless the difference could overflow."""
+    X, exponent = np.asarray(X, dtype=np.float64), _headroom(X, mean)
     if exponent:
         return np.ldexp(X, -exponent) - np.ldexp(mean, -exponent), exponent
     return X - mean, exponent
+
+
+def _headroom(X: FloatMatrix, mean: Float) -> int:
+    """Exponent to take off before a difference that could overflow, else 0."""
+    edges = X.min(initial=0), X.max(initial=0), mean.min(initial=0), mean.max(initial=0)
+    return 16 if max(abs(float(edge)) for edge in edges) > 2.0**1007 else 0
 
 
 @np.errstate(all="ignore")
@@ -90,9 +144,13 @@ def whiten(
     sample_weight: Float | None = None,
     *,
     rank: int | float | None = None,
+    spectral_filter: float | None = None,
     input_eps: float = float(np.finfo(np.float64).eps),
 ) -> Whitening:
-    """Whiten training data by a QR of ``[1, X]`` and an SVD of its triangle, in float64.
+    """Whiten training data in float64: a QR of ``[1, X]`` and an SVD of its triangle.
+
+    Many rows are read in blocks, whatever their type, and whitened by their Gram matrix, as long as it resolves the
+    directions that are asked for.
 
     Standardised columns decide which columns are constant and what the numerical rank is, so that units
     do not matter; ``rank`` refers to the centred data in the user's units, the spectrum that gradient
@@ -107,6 +165,9 @@ def whiten(
     rank : int, float in (0, 1] or None, default=None
         Keep the top ``rank`` directions (at most those that exist), the fewest that hold this share of
         the variance, or all.
+    spectral_filter : float or None, default=None
+        ``tau / s_1 > 0`` of the filter ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, on the singular values that ``rank``
+        refers to. Directions with ``phi_i < 2^-26`` are left out.
     input_eps : float
         Machine epsilon of the type that the data came in: what the rank may rest on.
 
@@ -127,8 +188,19 @@ def whiten(
     >>> bool(np.allclose(A.T @ A, np.eye(4)))
     True
     """
-    n = len(X)
-    weights = np.ones(n) if sample_weight is None else sample_weight
+    weights = np.ones(len(X)) if sample_weight is None else sample_weight
+    width = X.shape[1] + 1
+    if len(X) > 2 * max(BLOCK_ROWS, width):
+        found = _by_gram(X, weights, rank, spectral_filter, input_eps)
+        if found is not None:
+            return found
+    return _by_qr(np.asarray(X, dtype=np.float64), weights, rank, spectral_filter, input_eps)
+
+
+def _by_qr(
+    X: FloatMatrix, weights: Float, rank: int | float | None, spectral_filter: float | None, input_eps: float
+) -> Whitening:
+    """All directions that float64 resolves."""
     total = float(weights.sum())
     scaled, exponents = _unit_columns(X)
     mean = weights @ scaled / total
@@ -137,46 +209,125 @@ def whiten(
     centred -= residual_mean
     mean += residual_mean
     norms = np.sqrt(np.einsum("ij,ij,i->j", centred, centred, weights))
-    deviation = norms / np.sqrt(total)
-    constant = (deviation <= 8 * input_eps * np.abs(mean)) | (np.ptp(scaled, axis=0) == 0)
-    if constant.all():
-        raise ValueError(
-            "all features are constant, so batch normalisation has nothing to normalise: "
-            "give at least one feature that varies over the rows of positive weight."
-        )
-    _warn_of_nearly_constant(np.flatnonzero(constant & (np.ptp(scaled, axis=0) > 0)))
-    kept = np.flatnonzero(~constant)
-    offsets = np.abs(mean[kept]) / deviation[kept]
-    _warn_of_offsets(kept, offsets, input_eps)
+    columns = _Columns.of(mean, norms, np.ptp(scaled, axis=0) > 0, exponents, total, input_eps)
+    kept = columns.kept
     root = np.sqrt(weights)[:, None]
     Q, R = _constant_and_triangle(root, root * centred[:, kept])
-    cut = min(len(kept) * input_eps * (1 + offsets.max()), 1 / 16)
 
     left, values, right = scipy.linalg.svd(R / norms[kept], full_matrices=False)
-    r = _numerical_rank(values, cut)
+    r = _numerical_rank(values, columns.rank_cut)
     basis, directions = left[:, :r], right[:r].T
     back = np.ldexp(directions / values[:r] / norms[kept][:, None], -exponents[kept][:, None])
-    if rank is not None:
+    phi = np.ones(r)
+    if rank is not None or spectral_filter is not None:
         # the same triangle in the user's units, up to one power of two: its top singular directions, as a
         # rotation of the standardised ones, so that mixed units cost no digits
         scaled = np.ldexp(R, exponents[kept] - exponents[kept].max())
         left, values, right = scipy.linalg.svd(scaled, full_matrices=False)
+        phi = _kept_filter(values, r, rank, spectral_filter)
+        k = len(phi)
         values = np.ldexp(values, exponents[kept].max())
-        k = min(r, _kept_directions(values / values[0], rank))
         rotation = _orthonormal(basis.T @ left[:, :k])
         basis, back, directions = basis @ rotation, back @ rotation, right[:k].T
-    _refuse_denormal(back, kept)
-    return Whitening(
-        rows=np.hstack([Q[:, 1:] @ basis / root, np.full((n, 1), 1 / np.sqrt(total))]),
-        mean=np.ldexp(mean, exponents),
-        projection=_padded(back, kept, X.shape[1]),
-        directions=_padded(directions, kept, X.shape[1]),
-        singular_values=values,
-        total_weight=total,
-        numerical_rank=r,
-        constant=constant,
-        rank_cut=float(cut),
-    )
+    rows = np.empty((len(X), len(phi) + 1))
+    rows[:, :-1] = Q[:, 1:] @ basis / root
+    return columns.whitening(rows, back, directions, values, phi, r)
+
+
+def _by_gram(
+    X: FloatMatrix, weights: Float, rank: int | float | None, spectral_filter: float | None, input_eps: float
+) -> Whitening | None:
+    """The same in blocks of rows; None where the Gram matrix does not resolve all directions that are kept."""
+    found = moments(X, weights)
+    norms = np.sqrt(np.maximum(found.gram.diagonal(), 0))
+    columns = _Columns.of(found.mean, norms, found.varies, found.exponents, float(weights.sum()), input_eps)
+    kept, exponents = columns.kept, found.exponents[columns.kept]
+    gram, norms = found.gram[np.ix_(kept, kept)], norms[kept]
+    if np.abs(exponents).max() > _ORDINARY:
+        return None
+    r = rank_of_standardised(gram, norms)
+    if rank is None and spectral_filter is None:
+        if r is None:
+            return None
+        values, directions = spectrum(gram / norms / norms[:, None])
+        back, phi = directions / values / norms[:, None], np.ones(r)
+        back = np.ldexp(back, -exponents[:, None])
+    else:
+        values, directions = spectrum(np.ldexp(gram, exponents + exponents[:, None]))
+        resolved = int(np.count_nonzero(values**2 > RESOLVED * values[0] ** 2))
+        phi = _kept_filter(values, len(values), rank, spectral_filter)
+        if len(phi) + (r is None) > resolved:  # also: is there anything beyond?
+            return None
+        r, directions = r or resolved, directions[:, : len(phi)]
+        back = directions / values[: len(phi)]
+    basis = basis_of(X, weights, np.ldexp(found.mean, found.exponents), _padded(back, kept, X.shape[1]))
+    if basis is None:
+        return None
+    return columns.whitening(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is known of the columns before any direction: statistics, in units of ``2^exponents``, and which vary."""
+
+    mean: Float
+    exponents: np.ndarray
+    total: float
+    constant: np.ndarray
+    rank_cut: float
+
+    @classmethod
+    def of(
+        cls, mean: Float, norms: Float, varies: np.ndarray, exponents: np.ndarray, total: float, input_eps: float
+    ) -> _Columns:
+        """Tell the constant columns, and warn of those that nearly are."""
+        deviation = norms / np.sqrt(total)
+        constant = (deviation <= 8 * input_eps * np.abs(mean)) | ~varies
+        if constant.all():
+            raise ValueError(
+                "all features are constant, so batch normalisation has nothing to normalise: "
+                "give at least one feature that varies over the rows of positive weight."
+            )
+        _warn_of_nearly_constant(np.flatnonzero(constant & varies))
+        kept = np.flatnonzero(~constant)
+        offsets = np.abs(mean[kept]) / deviation[kept]
+        _warn_of_offsets(kept, offsets, input_eps)
+        cut = min(len(kept) * input_eps * (1 + offsets.max()), 1 / 16)
+        return cls(mean, exponents, total, constant, float(cut))
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Columns that vary."""
+        return np.flatnonzero(~self.constant)
+
+    def whitening(
+        self,
+        rows: Float,
+        back: Float,
+        directions: Float,
+        values: Float,
+        phi: Float,
+        numerical_rank: int,
+        departure: float | None = None,
+    ) -> Whitening:
+        """The whitening of orthonormal columns ``(X - mean) back``, all but the last of ``rows``, and a filter."""
+        rows[:, :-1] *= phi
+        rows[:, -1] = 1 / np.sqrt(self.total)
+        _refuse_denormal(back, self.kept)
+        d = len(self.mean)
+        return Whitening(
+            rows=rows,
+            mean=np.ldexp(self.mean, self.exponents),
+            projection=_padded(back * phi, self.kept, d),
+            directions=_padded(directions, self.kept, d),
+            singular_values=values,
+            total_weight=self.total,
+            numerical_rank=numerical_rank,
+            constant=self.constant,
+            rank_cut=self.rank_cut,
+            filter=phi,
+            departure=departure,
+        )
 
 
 @np.errstate(all="ignore")
@@ -187,8 +338,13 @@ def batch_normalize(X: FloatMatrix, weight: Float, sample_weight: Float) -> Floa
     weighted norm. A direction on which the data do not vary gives a zero column.
     """
     total = sample_weight.sum()
-    relative, exponent = centre(X, X[0])  # to a row: no offset, no overflow
-    response = relative @ np.ldexp(weight, exponent)
+    first = np.asarray(X[0], dtype=np.float64)  # relative to a row: no offset, no overflow
+    exponent = _headroom(X, first)
+    first, scaled = np.ldexp(first, -exponent), np.ldexp(weight, exponent)
+    response = np.empty((len(X), weight.shape[1]))
+    for part, rows in blocks(X):
+        relative = (np.ldexp(rows, -exponent) if exponent else rows) - first
+        np.matmul(relative, scaled, out=response[part])
     response -= sample_weight @ response / total
     response -= sample_weight @ response / total
     peaks = np.abs(response).max(axis=0)
@@ -258,9 +414,17 @@ def _numerical_rank(values: Float, cut: float) -> int:
             f"a singular value of the standardised data lies within a factor 10 of the rank cut {cut:.1e}: "
             "columns are nearly collinear, and the numerical rank may change with rounding.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return int(np.count_nonzero(relative > cut))
+
+
+def _kept_filter(values: Float, r: int, rank: int | float | None, spectral_filter: float | None) -> Float:
+    """``phi`` of the directions that are kept, of ``r`` that there are."""
+    relative = values[:r] / values[0]
+    phi = np.ones(r) if spectral_filter is None else relative / np.hypot(relative, spectral_filter)
+    k = r if rank is None else min(r, _kept_directions(values / values[0], rank))
+    return phi[: min(k, int(np.count_nonzero(phi >= FAINTEST)))]
 
 
 def _kept_directions(values: Float, rank: int | float) -> int:
@@ -298,7 +462,7 @@ def _warn_of_nearly_constant(columns: np.ndarray) -> None:
         warnings.warn(
             f"feature {columns[0]} varies by no more than rounding around its mean and is treated as constant.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
@@ -309,5 +473,5 @@ def _warn_of_offsets(kept: np.ndarray, offsets: Float, input_eps: float) -> None
             f"feature {kept[worst]} has |mean| / deviation = {offsets[worst]:.1e}: most digits of its "
             "variation are lost in the input; subtract the offset before storing the data.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=6,
         )

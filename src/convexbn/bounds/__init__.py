@@ -1,6 +1,7 @@
 """Upper bounds of ``max over ||u|| <= 1 of ||V'(A u)_+||``: what a certificate over all patterns rests on.
 
-``A`` (n, q) has orthonormal columns (weighted data: rows times ``sqrt(w)``, ``V / sqrt(w)``). Every bound is a
+``A`` (n, q) has orthonormal columns, or orthogonal ones of at most unit norm (a spectral filter); weighted data: rows
+times ``sqrt(w)``, ``V / sqrt(w)``. Every bound is a
 number that is never below the maximum, rounding included; ``local_search`` gives a lower estimate.
 
 ===================== ============== ==================================================================

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._typing import Float
-from convexbn.bounds.lifting import Blocks, LiftedSet
+from convexbn.bounds.lifting import Blocks, LiftedSet, completed
 from convexbn.bounds.result import EPS, Bound, unit_scale
 
 #: A bound is evaluated every so many iterations.
@@ -33,7 +33,7 @@ def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None 
     ----------
     V : ndarray (n, K)
     A : ndarray (n, q)
-        Orthonormal columns.
+        Orthonormal columns, or orthogonal ones of at most unit norm.
     iterations : int
         Alternating steps (for each sign when ``K = 1``).
     deadline : float, optional
@@ -46,6 +46,8 @@ def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None 
     Bound
         With the number of eigendecompositions as ``work``. Memory: about ten matrices of order ``2 n``.
     """
+    A = completed(A)
+    V = np.vstack([V, np.zeros((len(A) - len(V), V.shape[1]))])
     scale = unit_scale(V)
     norm = float(np.linalg.norm(V / scale)) or 1.0
     unit = scale * norm

@@ -21,7 +21,7 @@ import scipy.linalg
 from convexbn._typing import Float
 from convexbn.bounds.dual_point import DualPoint, dual_value, rescaled
 from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION
-from convexbn.bounds.lifting import Blocks, LiftedSet
+from convexbn.bounds.lifting import Blocks, LiftedSet, completed
 from convexbn.bounds.result import Bound, unit_scale
 
 
@@ -37,7 +37,7 @@ def lifted_dual_point(
     V : ndarray (n, 1)
         The residual of a good network: sets the scale of the penalty.
     A : ndarray (n, q)
-        Orthonormal columns.
+        Orthonormal columns, or orthogonal ones of at most unit norm.
     weight_decay : float
         beta.
     iterations : int
@@ -69,6 +69,8 @@ class _Search:
 
     def __init__(self, y: Float, v: Float, A: Float, beta: float) -> None:
         self.y, self.beta, self.v, self.work = y, beta, v, 0
+        A = completed(A)
+        self.without_loss = len(A) - len(y)
         self.relaxed = LiftedSet(A, homogenised=True)
         size = float(np.linalg.norm(v)) or 1.0
         trace = float(v @ (y - v)) / beta  # the penalty of the network of residual v, over beta
@@ -84,9 +86,10 @@ class _Search:
             factor = _positive_part(matrix, self.beta / self.penalty)
             shifted.append(self.relaxed.lift(factor).times(RELAXATION).plus(Z, 1 - RELAXATION).plus(multiplier))
         self.lifted = [self.relaxed.nearest(Y) for Y in shifted]
-        outputs = _meet_in_the_loss(self.y, shifted[0].xx[0, 1:], shifted[1].xx[0, 1:], self.penalty)
+        part = slice(1, 1 + len(self.y))
+        outputs = _meet_in_the_loss(self.y, shifted[0].xx[0, part], shifted[1].xx[0, part], self.penalty)
         for Z, entries in zip(self.lifted, outputs, strict=True):
-            Z.xx[0, 1:] = Z.xx[1:, 0] = entries
+            Z.xx[0, part] = Z.xx[part, 0] = entries
         self.v = self.y - 2 * outputs[0] + 2 * outputs[1]
         self.multipliers = [Y.plus(Z, -1.0) for Y, Z in zip(shifted, self.lifted, strict=True)]
         self.work += 2
@@ -94,8 +97,9 @@ class _Search:
     def candidate(self) -> DualPoint:
         """The dual point of the moment, scaled to the bounds that its multipliers prove."""
         sides = []
+        padded = np.append(self.v, np.zeros(self.without_loss))
         for sign, multiplier in zip((1.0, -1.0), self.multipliers, strict=True):
-            objective = self.relaxed.weights(sign * self.v)
+            objective = self.relaxed.weights(sign * padded)
             N = multiplier.times(-self.penalty).plus(objective, -1.0)
             sides.append(self.relaxed.bound(objective, N))
         self.work += 2

@@ -22,6 +22,9 @@ import numpy as np
 from convexbn._typing import Float
 from convexbn.bounds.result import EPS
 
+#: What a column's norm may lack in quadrature and is not completed; a shorter column is valid, only less tight.
+_COMPLETE = 1e-6
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -47,6 +50,15 @@ class Blocks:
     def norm(self) -> float:
         """Frobenius norm."""
         return float(np.sqrt((self.xx**2).sum() + (self.zz**2).sum() + 2 * (self.xz**2).sum()))
+
+
+def completed(A: Float) -> Float:
+    """Rows below orthogonal columns of at most unit norm, so that all have unit norm: no rows where all have it.
+
+    Rows of weight 0 change neither ``V'(A u)_+`` nor its maximum over the ball.
+    """
+    missing = np.sqrt(np.maximum(1 - np.einsum("ij,ij->j", A, A), 0))
+    return np.vstack([A, np.diag(missing)[missing > _COMPLETE]])
 
 
 class LiftedSet:

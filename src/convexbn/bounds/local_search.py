@@ -30,6 +30,9 @@ _SPREADS = (0.1, 0.4)
 _FOLLOWED = 30
 _FOLLOWED_ENTRIES = 1 << 18
 
+#: Entries of the hidden layer that are formed at a time.
+_HIDDEN_ENTRIES = 1 << 23
+
 
 def local_search(V: Float, A: Float, starts: int, rng: np.random.Generator) -> tuple[float, Float]:
     """Best local maximum of ``||V'(A u)_+||`` over the unit sphere found from random starts.
@@ -96,8 +99,9 @@ def local_maxima(
 
 def hidden_norms(directions: Float, V: Float, A: Float) -> Float:
     """``||V'(A u)_+||`` of every row ``u``."""
-    norms: Float = np.linalg.norm(np.maximum(directions @ A.T, 0) @ V, axis=1)
-    return norms
+    size = max(1, _HIDDEN_ENTRIES // len(A))
+    parts = (directions[start : start + size] for start in range(0, max(len(directions), 1), size))
+    return np.concatenate([np.linalg.norm(np.maximum(part @ A.T, 0) @ V, axis=1) for part in parts])
 
 
 def normalise(rows: Float) -> Float:

@@ -47,7 +47,10 @@ class Archive:
             raise FormatError(f"its table of entries is damaged ({error}): copy it again") from None
         stored = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size for e in entries)
         if not stored or sum(e.file_size for e in entries) > os.path.getsize(path):
-            raise FormatError("its entries are compressed or lie over one another: save the model again with torch")
+            raise FormatError(
+                "its entries are compressed or lie over one another (TorchScript's are): save the state dict, by "
+                "torch.save(model.state_dict(), ...)"
+            )
         self.names = {e.filename.partition("/")[2]: e.filename for e in entries}
         if len(self.names) < len(entries) or len({e.filename.partition("/")[0] for e in entries}) != 1:
             raise FormatError("its entries are not in one folder, each once: save the model again with torch")

@@ -19,6 +19,7 @@ from torch import nn
 
 from convexbn import training
 from convexbn._typing import Float
+from convexbn.audit import check_effort
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
 from convexbn.environment import solving
@@ -148,6 +149,9 @@ def reoptimise(
     >>> result.certificate.status.value, result.after.n_neurons, result.after.train_accuracy
     ('CERTIFIED', 2, 1.0)
     """
+    check_effort(tol, time_limit)
+    if (X_val is None) != (y_val is None):
+        raise ValueError("give X_val and y_val together: validation rows are there for their accuracy.")
     budget, given, rows = Budget(time_limit), read_tail(module), as_tensor(X)
     task = Task.of(rows, y, given.layers.output.shape[1], loss, weight_decay)
     if X_val is not None and task.labels is not None:
@@ -190,7 +194,7 @@ def _solved(
 ) -> tuple[BatchNormNetwork, str]:
     """The network by formula where there is one, from the given one elsewhere; why it stopped."""
     rows, n = data.whitening.rows, len(data.X)
-    if data.whitening.rank == n - 1:
+    if data.has_orthogonal_rows:
         try:
             layers = closed_form.solve_full_rank(rows, data.loss, weight_decay)
             return BatchNormNetwork.from_neurons(data.whitening, *layers), "formula"

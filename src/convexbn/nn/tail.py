@@ -190,7 +190,24 @@ def kind_of(module: nn.Module) -> str:
 
 
 def as_tensor(X: Any) -> torch.Tensor:
-    """Rows in float64 on the CPU: a copy, as layers may work in place."""
+    """Rows in float64 on the CPU: a copy, as layers may work in place.
+
+    Raises
+    ------
+    TypeError
+        For what is not numbers.
+    ValueError
+        For no rows, and for numbers that are not finite.
+    """
     if isinstance(X, torch.Tensor):
-        return X.detach().to(device="cpu", dtype=torch.float64, copy=True)
-    return torch.from_numpy(np.array(X, dtype=np.float64))
+        rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)
+    else:
+        try:
+            rows = torch.from_numpy(np.array(X, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"X must be an array or tensor of numbers: {error}.") from error
+    if rows.ndim == 0 or not len(rows):
+        raise ValueError(f"X must have rows, as the module takes them; got shape {tuple(rows.shape)}.")
+    if not torch.isfinite(rows).all():
+        raise ValueError("X must be finite: leave out or fill the rows that are not.")
+    return rows

@@ -42,7 +42,9 @@ def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float
     >>> output.round(4)
     array([[0.2142, 0.    ]])
     """
-    formula = {SquaredLoss: _squared, LogisticLoss: _logistic, CrossEntropyLoss: _cross_entropy}[type(loss)]
+    formulas = {SquaredLoss: _squared, LogisticLoss: _logistic, CrossEntropyLoss: _cross_entropy}
+    if (formula := formulas.get(type(loss))) is None:
+        raise NoFormulaError(f"there is no formula for {type(loss).__name__}.")
     hidden, output = formula(loss, weight_decay)
     if weight_decay >= max_weight_decay(loss):
         output = np.zeros_like(output)

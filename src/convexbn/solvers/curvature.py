@@ -1,11 +1,57 @@
-"""Second derivatives of the losses, one K x K matrix a row, as products ``R_i R_i'``."""
+"""Second derivatives: of the losses, one K x K matrix ``R_i R_i'`` a row, and in the variables behind the outputs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from convexbn._typing import Float
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, Loss, SquaredLoss
+
+#: Doubles of the derivative that are formed at a time.
+_BLOCK = 1 << 22
+
+#: Eigenvalues of the second derivative in an output bias below this, relative, are 0: the softmax does not see a
+#: common bias.
+_FLAT = 1e-12
+
+
+def gauss_newton(loss: Loss, outputs: Float, derivative: Callable[[Float, slice], Float], size: int) -> Float:
+    """``J' L'' J`` (size, size) for outputs with derivative ``J``, by blocks of rows.
+
+    An output bias that the loss minimises over is ``K`` more variables, which are eliminated (Schur complement).
+
+    Parameters
+    ----------
+    loss : Loss
+    outputs : ndarray (n, K)
+    derivative : callable
+        ``R_i' J_i`` of a part of the rows, of which it gets ``R`` and their slice: (rows, K, size).
+    size : int
+        Variables.
+    """
+    plain, outputs, decay = loss.at_best_bias(outputs)
+    half = half_hessian(plain, outputs)
+    n, K = outputs.shape
+    total, coupling = np.zeros((size, size)), np.zeros((size, K))
+    length = max(1, _BLOCK // (K * max(size, 1)))
+    for start in range(0, n, length):
+        part = slice(start, start + length)
+        flat = derivative(half[part], part).reshape(-1, size)
+        total += flat.T @ flat
+        if decay is not None:
+            coupling += flat.T @ half[part].transpose(0, 2, 1).reshape(-1, K)
+    if decay is not None:
+        total -= coupling @ np.linalg.pinv(in_the_bias(half, decay), rcond=_FLAT, hermitian=True) @ coupling.T
+    return total
+
+
+def in_the_bias(half: Float, decay: float) -> Float:
+    """Second derivative in a bias ``b`` of all rows, with its decay: (K, K)."""
+    side = half.transpose(1, 0, 2).reshape(half.shape[1], -1)
+    second: Float = side @ side.T + decay * np.eye(len(side))
+    return second
 
 
 def half_hessian(loss: Loss, outputs: Float) -> Float:
@@ -26,7 +72,7 @@ def _squared(loss: Loss, outputs: Float) -> Float:
 def _logistic(loss: Loss, outputs: Float) -> Float:
     residual = loss.negative_gradient(outputs) / loss.weights[:, None]
     p = np.clip(0.5 * (1 + loss.targets) - residual, 0, 1)
-    half: Float = np.sqrt(p * (1 - p))[:, :, None]
+    half: Float = np.sqrt(p * (1 - p))[:, :, None] * np.eye(p.shape[1])
     return half
 
 

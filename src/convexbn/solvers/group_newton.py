@@ -82,7 +82,7 @@ class GroupNewton:
             reason = budget.stop_reason(history[-1], tol=0.8 * self.tol, max_iter=self.max_iter)
             following = None
             if reason is None:
-                relative = max(history[-1].relative_gap, self.tol)
+                relative = max(history[-1].relative_gap ** 2, self.tol)  # what a Newton step may reach
                 following = self._newton_step(state, point, gradients, norms, accuracy=relative)
             if reason is not None or following is None:
                 return state.solution(point, gradients, reason or "stalled", history)

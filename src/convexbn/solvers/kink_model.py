@@ -18,6 +18,7 @@ A neuron that is to leave has a hinge too: its mass, linear in the step, stays n
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import NamedTuple
 
@@ -27,14 +28,11 @@ import scipy.linalg
 from convexbn._typing import Bool, Float, Index
 from convexbn.losses import Loss
 from convexbn.solvers.box_program import minimise_over_box
-from convexbn.solvers.curvature import half_hessian
+from convexbn.solvers.curvature import gauss_newton
 from convexbn.solvers.neurons import Neurons
 
 #: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.
 _RESTING = 1e-6
-
-#: Doubles of the Jacobian that are formed at a time.
-_BLOCK = 1 << 22
 
 #: Multiplier of a mass in units of ``weight_decay`` times the largest mass: above what any mass needs.
 _MASS_WEIGHT = 100.0
@@ -79,7 +77,7 @@ class KinkModel:
         smooth_first = weight_decay * neurons.first - rows.T @ (self.opened * self.pull)
         smooth_output = weight_decay * neurons.output - hidden.T @ dual
         gradient = np.hstack([smooth_first.T, smooth_output])  # (m, q + K)
-        hessian = self._gauss_newton(half_hessian(loss, outputs), hidden)
+        hessian = gauss_newton(loss, outputs, functools.partial(self._derivative, hidden), gradient.size)
         self._add_blocks(hessian, dual, weight_decay * (1 + damping))
         self.factor = scipy.linalg.cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
         self.gradient = self._solve(gradient.ravel())
@@ -101,22 +99,15 @@ class KinkModel:
                 break
         return self._step(hinges, z, change.reshape(len(leaving), -1))
 
-    def _gauss_newton(self, half: Float, hidden: Float) -> Float:
-        """``J' L'' J`` (m (q + K) squared), by blocks of rows."""
-        n, K = half.shape[:2]
-        q, m = self.neurons.first.shape
-        total = np.zeros((m * (q + K), m * (q + K)))
+    def _derivative(self, hidden: Float, half: Float, part: slice) -> Float:
+        """Derivative of the outputs of a part of the rows in all weights, times ``R_i'``: (rows, K, m, q + K)."""
+        q = len(self.neurons.first)
         weighted = np.einsum("ilk,jl->ikj", half, self.neurons.output)  # R_i' c_j
-        length = max(1, _BLOCK // (K * total.shape[0]))
-        for start in range(0, n, length):
-            part = slice(start, start + length)
-            gated = self.opened[part][:, None, :, None] * self.rows[part][:, None, None, :]
-            jacobian = np.empty((gated.shape[0], K, m, q + K))
-            np.multiply(weighted[part][:, :, :, None], gated, out=jacobian[..., :q])
-            jacobian[..., q:] = half[part].transpose(0, 2, 1)[:, :, None, :] * hidden[part][:, None, :, None]
-            flat = jacobian.reshape(-1, total.shape[0])
-            total += flat.T @ flat
-        return total
+        gated = self.opened[part][:, None, :, None] * self.rows[part][:, None, None, :]
+        jacobian = np.empty((*weighted.shape, q + half.shape[1]))
+        np.multiply(weighted[:, :, :, None], gated, out=jacobian[..., :q])
+        jacobian[..., q:] = half.transpose(0, 2, 1)[:, :, None, :] * hidden[part][:, None, :, None]
+        return jacobian
 
     def _add_blocks(self, hessian: Float, dual: Float, diagonal: float) -> None:
         """Add the diagonal and the blocks ``X_j``, free of resting rows and with their singular values cut."""

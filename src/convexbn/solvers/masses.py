@@ -15,14 +15,11 @@ import numpy as np
 from convexbn._typing import Float
 from convexbn.losses import Loss
 from convexbn.solvers.box_program import minimise_over_box
-from convexbn.solvers.curvature import half_hessian
+from convexbn.solvers.curvature import gauss_newton
 from convexbn.solvers.neurons import Neurons
 
 #: Masses are dropped below this multiple of the largest.
 _DROPPED = 1e-7
-
-#: Doubles of the derivative that are formed at a time.
-_BLOCK = 1 << 22
 
 
 def with_best_masses(
@@ -36,6 +33,10 @@ def with_best_masses(
     def objective(r: Float) -> float:
         return loss.value(hidden @ (r[:, None] * unit.output)) + weight_decay * float(r.sum())
 
+    def derivative(half: Float, part: slice) -> Float:
+        change: Float = np.einsum("ilk,jl->ikj", half, unit.output) * hidden[part][:, None, :]
+        return change
+
     value = objective(masses)
     largest = np.full(len(masses), value / weight_decay)  # the losses are nonnegative
     for _ in range(max_iter):
@@ -43,7 +44,7 @@ def with_best_masses(
             break
         outputs = hidden @ (masses[:, None] * unit.output)
         slope = weight_decay - np.sum(hidden * (loss.negative_gradient(outputs) @ unit.output.T), axis=0)
-        gram = _gram(half_hessian(loss, outputs), hidden, unit.output)
+        gram = gauss_newton(loss, outputs, derivative, len(masses))
         best = minimise_over_box(gram, gram @ masses - slope, largest, masses, deadline)
         step, length = best - masses, 1.0
         predicted = -float(slope @ step + 0.5 * step @ gram @ step)
@@ -57,16 +58,3 @@ def with_best_masses(
             break
     masses[masses < _DROPPED * masses.max(initial=0.0)] = 0
     return unit.with_masses(masses)
-
-
-def _gram(half: Float, hidden: Float, output: Float) -> Float:
-    """Second derivative in the masses (m, m), by blocks of rows."""
-    n, K = half.shape[:2]
-    total = np.zeros((len(output), len(output)))
-    length = max(1, _BLOCK // (K * max(len(output), 1)))
-    for start in range(0, n, length):
-        part = slice(start, start + length)
-        weighted = np.einsum("ilk,jl->ikj", half[part], output) * hidden[part][:, None, :]
-        flat = weighted.reshape(-1, len(output))
-        total += flat.T @ flat
-    return total

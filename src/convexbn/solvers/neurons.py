@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, Index
+from convexbn._typing import Bool, Float, FloatMatrix, Index
 
 #: Directions closer than this (cosine) with equal outputs are one neuron.
 _SAME = 1 - 1e-4
 
 #: Mass relative to the largest below which a neuron is dropped.
 _NEGLIGIBLE = 1e-5
+
+#: Entries of the hidden layer that are formed at a time.
+_BLOCK_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,17 @@ class Neurons:
         return self.with_masses(self.masses)
 
 
-def network_outputs(rows: Float, neurons: Neurons) -> Float:
-    """``F = (A first)_+ output``."""
-    outputs: Float = np.maximum(rows @ neurons.first, 0) @ neurons.output
-    return outputs
+def network_outputs(rows: FloatMatrix, neurons: Neurons) -> Float:
+    """``F = (A first)_+ output``, in blocks of rows."""
+    parts = row_blocks(len(rows), neurons.first.shape[1])
+    return np.concatenate([np.maximum(rows[part] @ neurons.first, 0) @ neurons.output for part in parts])
+
+
+def row_blocks(n: int, width: int) -> Iterator[slice]:
+    """Slices of the rows, such that a hidden layer of this width is of bounded size."""
+    size = max(256, _BLOCK_ENTRIES // max(width, 1))
+    for start in range(0, n, size):
+        yield slice(start, start + size)
 
 
 def merge(neurons: Neurons) -> Neurons:

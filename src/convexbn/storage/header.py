@@ -73,7 +73,7 @@ def of_model(model: Any) -> dict[str, JSON]:
     header = {
         "version": __version__,
         "estimator": type(model).__name__,
-        "parameters": _parameters(model),
+        "parameters": parameters(model),
         "n_effective": float(model.network_.n_effective),
         "weight_decay": float(model.weight_decay_),
         "rank": int(model.rank_),
@@ -115,14 +115,15 @@ def certificate(block: Mapping[str, Any]) -> Certificate:
     return Certificate(**values)
 
 
-def _parameters(model: Any) -> dict[str, Any]:
+def parameters(model: Any) -> dict[str, Any]:
     """Parameters that JSON can hold; given gates are a tensor."""
-    parameters = {name: value for name, value in model.get_params().items() if name != "callback"}
+    kept = {name: value for name, value in model.get_params().items() if name != "callback"}
     if not isinstance(model.gates, str):
-        del parameters["gates"]
+        del kept["gates"]
     if not isinstance(model.random_state, (int, np.integer)):
-        parameters["random_state"] = None
-    return parameters
+        kept["random_state"] = None
+    plain: dict[str, Any] = _plain(kept)
+    return plain
 
 
 def _certificate_to_json(proof: Certificate) -> dict[str, Any]:

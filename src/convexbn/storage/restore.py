@@ -91,7 +91,7 @@ def _agreements(model: Any, fitted: Mapping[str, Any]) -> Iterator[tuple[str, ob
     yield "rank", fitted["rank_"] <= d
     yield "n_iter", fitted["n_iter_"] == (history[-1].iteration if history else 0)
     yield "output", _is_balanced(network)
-    for holds in _claims(fitted["certificate_"], model.activation, network, fitted["weight_decay_"]):
+    for holds in _claims(fitted["certificate_"], model, network, fitted["weight_decay_"]):
         yield "certificate", holds
 
 
@@ -107,13 +107,15 @@ def _plain_penalty(network: BatchNormNetwork) -> float:
     return 0.5 * sum(float(np.sum(part**2)) for part in (network.gamma, network.shift, network.output))
 
 
-def _claims(proof: Certificate, activation: str, network: BatchNormNetwork, weight_decay: float) -> Iterator[bool]:
+def _claims(proof: Certificate, model: Any, network: BatchNormNetwork, weight_decay: float) -> Iterator[bool]:
     """Whether a certificate contradicts neither itself nor the weights."""
     numbers = (proof.objective, proof.lower_bound, proof.weight_decay_objective)
     largest = proof.weight_decay_objective * (1 + _ROUNDING) + float(np.finfo(np.float64).tiny)
-    yield proof.scope == headers.SCOPES[activation]
+    yield proof.scope == headers.SCOPES[model.activation]
     yield proof.status is Status.NUMERICAL or all(map(math.isfinite, numbers))
-    yield proof.status is Status.NUMERICAL or proof.lower_bound <= proof.objective <= largest
+    yield proof.status is Status.NUMERICAL or proof.lower_bound <= proof.objective
+    # under a spectral filter the penalty is larger than that of the plain weights
+    yield proof.status is Status.NUMERICAL or model.spectral_filter is not None or proof.objective <= largest
     yield proof.status not in _PROVED or 0 <= proof.relative_gap <= proof.tolerance
     yield proof.status is not Status.TRIVIAL or network.n_neurons == 0
     yield not weight_decay * _plain_penalty(network) > largest  # the loss is not negative; NaN claims nothing

@@ -1,0 +1,89 @@
+"""Orthonormal basis of the centred columns of many rows by their Gram matrix, checked and corrected.
+
+An eigendecomposition of the Gram matrix resolves singular values down to the square root of the machine epsilon,
+relative to the largest, at ``n d^2`` flops in matrix products. Where that is enough the basis ``(X - mean) V S^{-1}``
+is computed from the data, its departure from orthonormality measured and removed (as in Cholesky-QR2, Yamamoto et al.
+2015); elsewhere there is no answer, and a QR of the data has to be taken.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from convexbn._typing import Float, FloatMatrix
+from convexbn.moments import blocks
+
+#: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
+RESOLVED = 1e-10
+
+#: Departure from orthonormality (Frobenius norm of ``A'A - I``) that is left alone, and that one correction removes.
+_ORTHONORMAL, _CORRECTABLE = 1e-11, 1e-3
+
+
+class Basis(NamedTuple):
+    """Columns that are orthonormal with the weights and orthogonal to the constant, and what they were made by.
+
+    Attributes
+    ----------
+    rows : ndarray (n, k + 1)
+        ``(X - mean) projection``, and room for one column more.
+    projection : ndarray (d, k)
+    departure : float
+        Frobenius norm of ``columns' diag(w) columns - I``, measured.
+    """
+
+    rows: Float
+    projection: Float
+    departure: float
+
+
+def rank_of_standardised(gram: Float, norms: Float) -> int | None:
+    """Number of columns where the Gram matrix shows that they are independent; None where it cannot tell."""
+    size = len(norms)
+    correlation = gram / norms / norms[:, None]
+    diagonal = np.einsum("ii->i", correlation)
+    diagonal -= RESOLVED * size  # the trace, at least the largest eigenvalue
+    try:
+        scipy.linalg.cholesky(correlation, overwrite_a=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        return None
+    return size
+
+
+def spectrum(gram: Float) -> tuple[Float, Float]:
+    """Singular values of the centred data, largest first, and right singular vectors in columns."""
+    values, vectors = scipy.linalg.eigh(gram, driver="evd", check_finite=False)
+    return np.sqrt(np.maximum(values[::-1], 0)), vectors[:, ::-1]
+
+
+def basis_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Basis | None:
+    """The basis from a projection that makes it nearly orthonormal; None when it is too far from that."""
+    rows = np.empty((len(X), projection.shape[1] + 1))
+    columns, total = rows[:, :-1], weights.sum()
+    for part, block in blocks(X):
+        columns[part] = (block - mean) @ projection
+    for _ in range(3):
+        columns -= weights @ columns / total
+        gram = _weighted_gram(columns, weights)
+        departure = float(np.linalg.norm(gram - np.eye(len(gram))))
+        if departure <= _ORTHONORMAL:
+            return Basis(rows, projection, departure)
+        if not departure <= _CORRECTABLE:
+            return None
+        values, vectors = scipy.linalg.eigh(gram)
+        correction = (vectors / np.sqrt(values)) @ vectors.T  # the nearest, so that singular directions stay
+        for _, block in blocks(columns):
+            block[:] = block @ correction
+        projection = projection @ correction
+    return None
+
+
+def _weighted_gram(columns: Float, weights: Float) -> Float:
+    gram = np.zeros((columns.shape[1],) * 2)
+    for part, block in blocks(columns):
+        scaled = np.sqrt(weights[part])[:, None] * block
+        gram += scaled.T @ scaled
+    return gram

@@ -1,0 +1,56 @@
+"""The grid of a path: its values checked before any work, its defaults, and estimators that are not fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.utils import check_random_state
+
+from convexbn.training import TrainingSet
+
+#: Points of the default grid of weight decays, and its smallest relative to its largest.
+_N_WEIGHT_DECAYS, _SMALLEST = 20, 0.01
+
+
+def unfitted(estimator: Any, **changes: Any) -> Any:
+    """The estimator with other parameters and the same callback, which ``clone`` would copy."""
+    return type(estimator)(**{**estimator.get_params(deep=False), **changes})
+
+
+def with_seed(estimator: Any) -> Any:
+    """An unfitted one whose draws repeat: an integer ``random_state`` stays, else one is drawn from it."""
+    model = unfitted(estimator)
+    if model.random_state is None:
+        model.random_state = int(np.random.default_rng().integers(2**31))
+    elif not isinstance(model.random_state, (int, np.integer)):
+        model.random_state = int(check_random_state(estimator.random_state).randint(2**31 - 1))
+    return model
+
+
+def checked_values(model: Any, parameter: str, values: Sequence[Any] | None) -> list[Any]:
+    """Values that the estimator takes for a parameter; its own where none are given."""
+    kept = [getattr(model, parameter)] if values is None else list(values)
+    if not kept:
+        raise ValueError(f"{parameter}s is empty: give at least one, or None for the estimator's own.")
+    for value in kept:
+        unfitted(model, **{parameter: value})._validate_params()
+    return [value.item() if isinstance(value, np.generic) else value for value in kept]
+
+
+def checked_weight_decays(weight_decays: Sequence[float]) -> list[float]:
+    """Positive finite weight decays, at least one."""
+    kept = np.asarray(weight_decays, dtype=np.float64)
+    if kept.ndim != 1 or not len(kept) or not np.all((kept > 0) & np.isfinite(kept)):
+        raise ValueError(f"weight_decays must be a sequence of positive finite numbers; got {weight_decays!r}.")
+    values: list[float] = kept.tolist()
+    return values
+
+
+def default_weight_decays(model: Any, data: TrainingSet) -> list[float]:
+    """Geometric grid from the largest useful weight decay downwards."""
+    largest = model._max_weight_decay(data, proved=False)
+    value = largest[0] if isinstance(largest, tuple) else largest
+    grid: list[float] = ((value if value > 0 else 1.0) * np.geomspace(1, _SMALLEST, _N_WEIGHT_DECAYS)).tolist()
+    return grid

@@ -1,0 +1,238 @@
+"""``fit_path``: a regularisation path of an estimator, as an iterator over certified points."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convexbn.certificate import Certificate
+from convexbn.network import BatchNormNetwork
+from convexbn.path.checkpoint import Checkpoint, question_of
+from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
+from convexbn.path.rows import PathData
+from convexbn.path.start import start_of
+from convexbn.solvers.solution import Budget
+from convexbn.storage import paths
+
+
+@dataclass(frozen=True, eq=False)
+class PathPoint:
+    """One point of a path.
+
+    Attributes
+    ----------
+    model : ConvexBNClassifier or ConvexBNRegressor
+        Fitted at ``weight_decay`` and ``rank``, which are among its parameters.
+    score : float or None
+        ``model.score`` on the validation rows, where there are some.
+    """
+
+    model: Any
+    score: float | None
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay of the point."""
+        return float(self.model.weight_decay)
+
+    @property
+    def rank(self) -> int | float | None:
+        """Rank of the point as it was asked for; ``model.rank_`` is the number of directions."""
+        rank: int | float | None = self.model.rank
+        return rank
+
+    @property
+    def network(self) -> BatchNormNetwork:
+        """The network as ordinary weights."""
+        network: BatchNormNetwork = self.model.network_
+        return network
+
+    @property
+    def certificate(self) -> Certificate:
+        """Its objective, lower bound, gap and status."""
+        certificate: Certificate = self.model.certificate_
+        return certificate
+
+
+def fit_path(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    *,
+    weight_decays: Sequence[float] | None = None,
+    ranks: Sequence[int | float | None] | None = None,
+    sample_weight: Any = None,
+    validation: tuple[Any, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> RegularisationPath:
+    """Regularisation path of an estimator over weight decay and rank.
+
+    The data are whitened once; of a smaller rank the directions are the first ones. Points are solved as they are
+    asked for, each from the one before it: for the first rank over the weight decays as they are given, for the second
+    backwards, and so on, so that neighbours follow one another. Each equals a ``fit`` with its weight decay and rank
+    within the gap that its certificate states (ReLU networks off the formula: each is a solution of its own).
+
+    Parameters
+    ----------
+    estimator : ConvexBNClassifier or ConvexBNRegressor
+        Not changed. Its ``weight_decay`` is not used; its ``time_limit`` is for each point.
+    X, y : array-like
+        Training rows.
+    weight_decays : sequence of float, optional
+        From large to small is fastest. By default 20 in geometric steps from the largest useful one of the largest rank
+        (``max_weight_decay``; of ReLU networks its first value) to 0.01 of it.
+    ranks : sequence of int, float or None, optional
+        Values of the parameter ``rank``; the estimator's own by default.
+    sample_weight : array-like (n,), optional
+        Of the training rows.
+    validation : (array-like, array-like), optional
+        Rows to score each point on.
+    checkpoint : path-like, optional
+        File that is replaced in one step after each point. Where it exists already the path goes on from there and
+        ends with the same points, bit for bit with equal BLAS threads. ``random_state`` must be an integer.
+
+    Returns
+    -------
+    RegularisationPath
+        Iterator over ``PathPoint``; its ``points`` are those that are finished, whatever happens. A point that is not
+        certified says so in its ``certificate``; there is no warning.
+
+    Raises
+    ------
+    ValueError
+        For parameters and data that the estimator refuses, and for a checkpoint of other data or settings.
+    OSError
+        Where the checkpoint cannot be written; at the start, before any work.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from convexbn import ConvexBNClassifier, fit_path
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = ConvexBNClassifier(n_gates=20, random_state=0)
+    >>> path = fit_path(model, X[::2], y[::2], ranks=[2, 4], validation=(X[1::2], y[1::2]))
+    >>> statuses = {point.certificate.status.value for point in path}
+    >>> sorted(statuses), len(path.points), path.best.score > 0.9
+    (['CERTIFIED', 'TRIVIAL'], 40, True)
+    """
+    model = with_seed(estimator)
+    model._validate_params()
+    if checkpoint is not None and not isinstance(estimator.random_state, (int, np.integer)):
+        raise ValueError("a path with a checkpoint needs an integer random_state: the same draws when it is resumed.")
+    grid_of_ranks = checked_values(model, "rank", ranks)
+    data = PathData.of(model, grid_of_ranks, X, y, sample_weight)
+    if validation is not None:
+        data.model._checked_data(*validation, None, reset=False)
+    given = None if weight_decays is None else checked_weight_decays(weight_decays)
+    file = None
+    if checkpoint is not None:
+        rows = {"X": X, "y": y, "sample_weight": sample_weight, "validation rows": validation}
+        rows["feature names"] = data.labels.get("feature_names_in_")
+        file = Checkpoint(checkpoint, question_of(model, given, grid_of_ranks, rows))
+    decays = given or (file and file.weight_decays) or default_weight_decays(model, data.largest)
+    score = None if validation is None else (lambda fitted: float(fitted.score(*validation)))
+    return RegularisationPath(model, data, decays, grid_of_ranks, score=score, checkpoint=file)
+
+
+def load_path(file: str | os.PathLike[str]) -> list[PathPoint]:
+    """Finished points of a checkpoint that ``fit_path`` wrote, in their order.
+
+    Parameters
+    ----------
+    file : path-like
+        The checkpoint.
+
+    Returns
+    -------
+    list of PathPoint
+
+    Raises
+    ------
+    FormatError
+        When the file is damaged or no checkpoint of a path.
+    """
+    return [PathPoint(model, score) for model, score in paths.read(file).points]
+
+
+class RegularisationPath(Iterator[PathPoint]):
+    """Points of a path, solved as they are asked for; made by ``fit_path``.
+
+    Attributes
+    ----------
+    points : list of PathPoint
+        What is finished, also after an exception, Ctrl-C among them; ``next`` goes on from there.
+    grid : list of (float, rank)
+        Weight decay and rank of every point, in their order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: PathData,
+        weight_decays: Sequence[float],
+        ranks: Sequence[int | float | None],
+        *,
+        score: Callable[[Any], float] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.grid = [
+            (float(weight_decay), rank)
+            for turn, rank in enumerate(ranks)
+            for weight_decay in (weight_decays if turn % 2 == 0 else weight_decays[::-1])
+        ]
+        self._model, self._data = model, data
+        self._weight_decays, self._score, self._checkpoint = weight_decays, score, checkpoint
+        self._given, self._written = 0, -1
+        self.points = [PathPoint(*point) for point in checkpoint.points] if checkpoint is not None else []
+        self._keep()
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def __next__(self) -> PathPoint:
+        if self._given == len(self.grid):
+            raise StopIteration
+        if self._given == len(self.points):
+            self.points.append(self._solve(*self.grid[self._given]))
+        self._keep()
+        self._given += 1
+        return self.points[self._given - 1]
+
+    def _keep(self) -> None:
+        """Write the finished points, unless they are written."""
+        if self._checkpoint is not None and self._written < len(self.points):
+            self._checkpoint.write([(point.model, point.score) for point in self.points], self._weight_decays)
+            self._written = len(self.points)
+
+    @property
+    def best(self) -> PathPoint:
+        """The first of the finished points with the highest score.
+
+        Raises
+        ------
+        ValueError
+            Without validation rows, and before the first point.
+        """
+        scores = np.array([point.score for point in self.points], dtype=np.float64)  # None becomes nan
+        if np.isnan(scores).all():
+            raise ValueError("no point has a score: give validation rows, and ask for at least one point.")
+        return self.points[int(np.nanargmax(scores))]
+
+    def in_grid_order(self) -> list[PathPoint]:
+        """The finished points rank by rank, each over the weight decays in the order that they were given."""
+        n = len(self._weight_decays)
+        lines = [self.points[start : start + n] for start in range(0, len(self.points), n)]
+        return [point for turn, line in enumerate(lines) for point in (line if turn % 2 == 0 else line[::-1])]
+
+    def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
+        """One point from the one before it."""
+        model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
+        data = self._data.at(model)
+        start = start_of(data, model, [point.model for point in self.points[-2:]])
+        fitted = model._solved(data, Budget(model.time_limit, model.callback), start)
+        model.__dict__ |= fitted | self._data.labels
+        return PathPoint(model, None if self._score is None else self._score(model))

@@ -1,0 +1,51 @@
+"""Warm starts of a path: points that were fitted before, on the whitened rows of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from convexbn._typing import Float
+from convexbn.conversion import blocks_of
+from convexbn.path.rows import draws_whitened
+from convexbn.solvers.neurons import Neurons
+from convexbn.solvers.solution import Solution
+from convexbn.training import TrainingSet
+
+
+def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> Solution | Neurons | None:
+    """A solution near that of ``model``, from one or two fitted before it; None without any."""
+    if not former or (draws_whitened(model) and model.rank != former[-1].rank):
+        return None  # whitened gates of another rank are others
+    if model.activation == "relu":
+        return _neurons(data, former[-1])
+    blocks = _blocks(data, former[-1])
+    if len(former) == 2 and former[0].rank == former[1].rank == model.rank:
+        before, last, now = former[0].weight_decay, former[1].weight_decay, model.weight_decay
+        if (last - before) * (now - last) > 0:  # solutions are nearly linear in the weight decay, piece by piece
+            blocks += (now - last) / (last - before) * (blocks - _blocks(data, former[0]))
+    index = np.flatnonzero(blocks.any(axis=(1, 2)))
+    return Solution(index, blocks[index], "start")
+
+
+def _blocks(data: TrainingSet, fitted: Any) -> Float:
+    """Blocks of all gates on the whitened rows of ``data`` (P, q, K)."""
+    network, neurons = fitted.network_, _neurons(data, fitted)
+    first, blocks = blocks_of(neurons, network.gate_index)
+    everywhere = np.zeros((len(fitted.gate_offsets_), *blocks.shape[1:]))
+    everywhere[network.gate_index[first]] = blocks
+    return everywhere
+
+
+def _neurons(data: TrainingSet, fitted: Any) -> Neurons:
+    """Both layers of a fitted network on the whitened rows of ``data``, whatever its rank.
+
+    By the weights alone: a start need not be accurate, and products with all rows cost as much as some iterations.
+    """
+    network, whitening = fitted.network_, data.whitening
+    lengths = np.linalg.norm(whitening.projection, axis=0)
+    coordinates = np.linalg.lstsq(whitening.projection / lengths, network.weight)[0] / lengths[:, None]
+    first = network.gamma * coordinates / np.sqrt(whitening.total_weight)
+    return Neurons(np.vstack([first, network.shift]), network.output)

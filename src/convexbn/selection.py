@@ -1,0 +1,334 @@
+"""Cross-validated weight decay, rank, filter and number of gates: one whitening a fold, paths on it, a refit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import scipy.stats
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    RegressorMixin,
+    TransformerMixin,
+)
+from sklearn.metrics import check_scoring, get_scorer_names
+from sklearn.model_selection import check_cv
+from sklearn.utils import _safe_indexing, indexable
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from convexbn._typing import Float, FloatMatrix
+from convexbn.certificate import Certificate
+from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
+from convexbn.path import RegularisationPath
+from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
+from convexbn.path.rows import PathData
+
+#: Fitted attributes of the best estimator that the selection shows as its own.
+_SHOWN = ["weight_decay_", "rank_", "certificate_", "network_", "n_iter_"]
+_SHOWN += ["classes_", "n_features_in_", "feature_names_in_"]
+
+
+class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """What both do: candidates, folds, scores, and the best candidate fitted on all rows."""
+
+    _estimator: ClassVar[Any]
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "weight_decays": ["array-like", None],
+        "ranks": ["array-like", None],
+        "spectral_filters": ["array-like", None],
+        "n_gates": [Interval(Integral, 1, None, closed="left"), "array-like"],
+        "cv": ["cv_object"],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "n_jobs": [Integral, None],
+    }
+
+    def __init__(
+        self,
+        *,
+        weight_decays: Sequence[float] | None = None,
+        ranks: Sequence[int | float | None] | None = None,
+        spectral_filters: Sequence[float | None] | None = None,
+        n_gates: int | Sequence[int] = 100,
+        activation: str = "gated",
+        loss: str = "squared",
+        gates: str | FloatMatrix = "data",
+        width: int | None = None,
+        solver: str = "auto",
+        tol: float = 1e-6,
+        max_iter: int | None = None,
+        time_limit: float | None = None,
+        random_state: Any = None,
+        cv: Any = None,
+        scoring: str | Callable[..., float] | None = None,
+        n_jobs: int | None = None,
+    ) -> None:
+        self.weight_decays = weight_decays
+        self.ranks = ranks
+        self.spectral_filters = spectral_filters
+        self.n_gates = n_gates
+        self.activation = activation
+        self.loss = loss
+        self.gates = gates
+        self.width = width
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.time_limit = time_limit
+        self.random_state = random_state
+        self.cv = cv
+        self.scoring = scoring
+        self.n_jobs = n_jobs
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Score every candidate on every fold, and train the best on all rows.
+
+        Parameters
+        ----------
+        X : array-like (n, d)
+            Features.
+        y : array-like
+            Labels or targets, as the estimator takes them.
+        sample_weight : array-like (n,), optional
+            Weights of the rows, in training and in the scores.
+        """
+        self._validate_params()
+        model = with_seed(self._plain())
+        n_gates = np.atleast_1d(self.n_gates).tolist()
+        if not n_gates:
+            raise ValueError("n_gates is empty: give a number, or several to choose from.")
+        for count in n_gates:
+            model.set_params(n_gates=count)._validate_params()
+        model.n_gates = max(n_gates)
+        grid = {
+            "n_gates": n_gates,
+            "spectral_filter": checked_values(model, "spectral_filter", self.spectral_filters),
+            "rank": checked_values(model, "rank", self.ranks),
+        }
+        grid["weight_decay"] = self._checked(model, grid, X, y, sample_weight)
+        candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        scores, gaps = self._scores(model, grid, X, y, sample_weight)
+        results = _results(candidates, scores, gaps)
+        best = int(np.argmin(results["rank_test_score"]))
+        fitted = model.set_params(**candidates[best]).fit(X, y, sample_weight)
+        shown = {name: value for name, value in vars(fitted).items() if name in _SHOWN}
+        self.__dict__ |= shown | {
+            "cv_results_": results,
+            "best_index_": best,
+            "best_params_": candidates[best],
+            "best_score_": float(results["mean_test_score"][best]),
+            "best_estimator_": fitted,
+            "n_gates_": candidates[best]["n_gates"],
+            "n_splits_": scores.shape[1],
+        }
+        return self
+
+    def _plain(self) -> Any:
+        """The estimator with the settings that are not selected."""
+        own = self.get_params(deep=False)
+        return self._estimator(**{name: own[name] for name in self._estimator().get_params() if name in own})
+
+    def _checked(self, model: Any, grid: dict[str, Any], X: Any, y: Any, sample_weight: Any) -> list[float]:
+        """Weight decays to compare, after a check of the data; by default those of a path on all rows."""
+        if self.weight_decays is not None:
+            model._checked_data(X, y, sample_weight, reset=True)
+            return checked_weight_decays(self.weight_decays)
+        data = PathData.of(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
+        return default_weight_decays(data.model, data.largest)
+
+    def _scores(
+        self, model: Any, grid: dict[str, list[Any]], X: Any, y: Any, sample_weight: Any
+    ) -> tuple[Float, Float]:
+        """Scores and certified relative gaps of every candidate on every fold: (n_candidates, n_splits) each."""
+        from joblib import Parallel, delayed
+
+        X, y, sample_weight = indexable(X, y, sample_weight)
+        folds = check_cv(self.cv, y, classifier=isinstance(self, ClassifierMixin)).split(X, y)
+        scorer = check_scoring(model, self.scoring)
+        found = Parallel(n_jobs=self.n_jobs)(
+            delayed(_fold)(model, grid, X, y, sample_weight, train, test, scorer) for train, test in folds
+        )
+        scores, gaps = np.array(found).transpose(2, 1, 0)
+        return scores, gaps
+
+    def transform(self, X: Any) -> Float:
+        """Hidden activations of the best estimator, one a neuron."""
+        return self._best.transform(X)  # type: ignore[no-any-return]
+
+    def predict(self, X: Any) -> Any:
+        """Predictions of the best estimator."""
+        return self._best.predict(X)
+
+    def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
+        """Judge the best estimator's network on rows: those it was trained on, or others."""
+        return self._best.certify(X, y, sample_weight)  # type: ignore[no-any-return]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the best estimator to a safetensors file; ``convexbn.load`` gives that estimator back."""
+        self._best.save(path)
+
+    @property
+    def _best(self) -> Any:
+        check_is_fitted(self)
+        return self.best_estimator_
+
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.network_.n_neurons)
+
+
+class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
+    """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
+
+    Each training fold is whitened once, by itself, and warm-started paths go over all candidates; the scores
+    equal those of separate fits within what the certified gaps leave open. The best candidate is fitted on all rows.
+
+    Parameters
+    ----------
+    weight_decays : array-like or None, default=None
+        Candidates. None: 20 in geometric steps from the largest useful weight decay on all rows to 0.01 of it.
+    ranks : array-like or None, default=None
+        Candidates of ``rank``, such as ``[25, 50, 100, None]``. None: all directions.
+    spectral_filters : array-like or None, default=None
+        Candidates of ``spectral_filter``, such as ``[None, 0.03, 0.1, 0.3]``. None: no filter.
+    n_gates : int or array-like of int, default=100
+        Number of gates, or candidates.
+    activation, loss, gates, width, solver, tol, max_iter, time_limit, random_state
+        As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
+    cv : int, splitter, iterable of (train, test) or None, default=None
+        As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
+    scoring : str, callable or None, default=None
+        As in scikit-learn; None is the estimator's ``score``.
+    n_jobs : int or None, default=None
+        Folds that are worked on at once, by joblib.
+
+    Attributes
+    ----------
+    cv_results_ : dict of arrays
+        As ``GridSearchCV`` names them: ``params``, ``param_*``, ``split*_test_score``, ``mean_test_score``,
+        ``std_test_score``, ``rank_test_score``; and ``max_relative_gap``, the largest certified gap over the folds.
+    best_estimator_ : ConvexBNClassifier
+        Fitted on all rows; methods of this class are its own.
+    best_params_, best_score_, best_index_
+        The first candidate of the best mean score.
+    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, classes_
+        Of ``best_estimator_``.
+    n_splits_ : int
+        Number of folds.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = ConvexBNClassifierCV(weight_decays=[10, 1, 0.1], ranks=[2, 4], n_gates=20, random_state=0).fit(X, y)
+    >>> model.best_score_ > 0.95, model.certificate_.status.value
+    (True, 'CERTIFIED')
+    """
+
+    _estimator = ConvexBNClassifier
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **{k: v for k, v in ConvexBNClassifier._parameter_constraints.items() if k not in ("callback", "n_gates")},
+        **_SelectionCV._parameter_constraints,
+    }
+
+    def decision_function(self, X: Any) -> Float:
+        """Raw outputs of the best estimator: (n,) for two classes, else (n, n_classes)."""
+        return self._best.decision_function(X)  # type: ignore[no-any-return]
+
+    def predict_proba(self, X: Any) -> Float:
+        """Class probabilities of the best estimator (n, n_classes)."""
+        return self._best.predict_proba(X)  # type: ignore[no-any-return]
+
+
+class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
+    """``ConvexBNRegressor`` with weight decay, rank, filter and number of gates chosen by cross-validation.
+
+    Parameters
+    ----------
+    weight_decays, ranks, spectral_filters, n_gates, activation, loss, gates, width, solver
+        As in :class:`ConvexBNClassifierCV`.
+    tol, max_iter, time_limit, random_state
+        As in :class:`ConvexBNClassifierCV`.
+    cv, scoring, n_jobs
+        As in :class:`ConvexBNClassifierCV`.
+
+    Attributes
+    ----------
+    cv_results_, best_estimator_, best_params_, best_score_, best_index_, n_splits_
+        As in :class:`ConvexBNClassifierCV`.
+    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_
+        Of ``best_estimator_``.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> model = ConvexBNRegressorCV(weight_decays=[500, 200], n_gates=[10, 20], random_state=0).fit(X, y - y.mean())
+    >>> model.cv_results_["mean_test_score"].shape, model.best_score_ > 0.4
+    ((4,), True)
+    """
+
+    _estimator = ConvexBNRegressor
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **{k: v for k, v in ConvexBNRegressor._parameter_constraints.items() if k not in ("callback", "n_gates")},
+        **_SelectionCV._parameter_constraints,
+    }
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def _fold(
+    model: Any,
+    grid: dict[str, list[Any]],
+    X: Any,
+    y: Any,
+    sample_weight: Any,
+    train: Any,
+    test: Any,
+    scorer: Callable[..., float],
+) -> list[tuple[float | None, float]]:
+    """Score on the test rows and certified gap on the training rows of every candidate."""
+    parts = [[None if a is None else _safe_indexing(a, rows) for a in (X, y, sample_weight)] for rows in (train, test)]
+    (X_train, y_train, weights), (X_test, y_test, test_weights) = parts
+    weighted = {} if test_weights is None else {"sample_weight": test_weights}
+    data = PathData.of(model, grid["rank"], X_train, y_train, weights, grid["spectral_filter"])
+    found = []
+    for n_gates, spectral_filter in itertools.product(grid["n_gates"], grid["spectral_filter"]):
+        path = RegularisationPath(
+            unfitted(model, n_gates=n_gates, spectral_filter=spectral_filter),
+            data, grid["weight_decay"], grid["rank"],
+            score=lambda fitted: float(scorer(fitted, X_test, y_test, **weighted)),
+        )  # fmt: skip
+        for _ in path:
+            pass
+        found += [(point.score, point.certificate.relative_gap) for point in path.in_grid_order()]
+    return found
+
+
+def _results(candidates: list[dict[str, Any]], scores: Float, gaps: Float) -> dict[str, Any]:
+    """Scores in the manner of ``GridSearchCV``; a score that is no number ranks last."""
+    mean = scores.mean(axis=1)
+    return {
+        **{f"param_{name}": _column([candidate[name] for candidate in candidates]) for name in candidates[0]},
+        "params": candidates,
+        **{f"split{i}_test_score": column for i, column in enumerate(scores.T)},
+        "mean_test_score": mean,
+        "std_test_score": scores.std(axis=1),
+        "rank_test_score": scipy.stats.rankdata(-np.nan_to_num(mean, nan=-np.inf), method="min").astype(int),
+        "max_relative_gap": gaps.max(axis=1),
+    }
+
+
+def _column(values: list[Any]) -> np.ma.MaskedArray:
+    """Values of one parameter as a masked array; of objects where None or several types are among them."""
+    kinds = {type(value) for value in values}
+    return np.ma.MaskedArray(np.array(values, dtype=kinds.pop() if len(kinds) == 1 else object))

@@ -1,0 +1,298 @@
+"""Descent in subspaces for the gated program: any smooth loss, any number of rows and outputs.
+
+The Hessian of the loss is nearly the same for all ``K`` outputs, so every preconditioned gradient gives ``K``
+directions, and every output may take its own combination of them. An iteration minimises the objective itself over
+``S + U C``: the columns of ``U`` (P q, m) are those of the preconditioned gradient and of the last steps, ``C`` is
+(m, K). For the squared loss and fixed weights of the penalty this is the conjugate gradient method for blocks of
+right-hand sides (O'Leary 1980). Outputs are linear in the blocks, so an iteration costs one product for the outputs
+of the gradient and one for the next gradient, ``4 n q P K`` flops, in float32.
+
+The dual point is the residual, scaled until it is feasible, and lags behind: where the objective is right to 1e-5
+some ``||A' D_i V||`` are still 1e-3 above the weight decay. They are derivatives of the loss with respect to the
+lengths of the blocks. So before a point is certified all lengths are chosen anew, by a bounded quadratic model with
+a Hessian from some rows, which also sets to zero what should be zero. Certificates are taken in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+
+from convexbn._typing import Float, FloatMatrix
+from convexbn.program import GatedProgram, block_norms
+from convexbn.solvers.group_newton import bounded_quadratic
+from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
+from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
+
+#: Columns of last steps that are kept, in blocks of K, at least one block.
+_COLUMNS = 10
+
+#: Evaluations of a search in a subspace.
+_EVALUATIONS = 8
+
+#: Norm relative to the mean below which the penalty of a block is majorised as if it were of this norm.
+_SMALL = 1e-9
+
+#: A certificate is taken when the gap seems to be this much above the tolerance, since new lengths will lower it.
+_EARLY = 5.0
+
+#: New lengths are also chosen when the gap has not halved in so many iterations.
+_PATIENCE = 5
+
+#: Relative change of an objective by rounding in float64.
+_ROUNDING = 1e-14
+
+#: Relative gap from which on float32 is not enough, and what it may change in the objective.
+_DOUBLE, _SINGLE = 1e-5, 1e-7
+
+#: Eigenvalues of the Hessian of a subspace below this, relative, belong to columns that depend on others.
+_DEPENDENT = 1e-7
+
+#: The Hessian is factorised again when penalty weights have moved by this factor in the mean, or after some iterations.
+_MOVED, _STALE = 1.1, 8
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Descent in subspaces with a sampled Hessian: any loss, any number of rows.
+
+    Parameters
+    ----------
+    tol : float, default=1e-6
+        Relative duality gap to reach.
+    max_iter : int, default=500
+        Largest number of iterations.
+
+    Notes
+    -----
+    Lower bounds in the history are valid and certified in float64; they change when a point is certified.
+    """
+
+    tol: float = 1e-6
+    max_iter: int = 500
+
+    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
+        """Solve the program, warm-started from the blocks of ``start``."""
+        budget = budget or Budget()
+        zero = zero_solution(program, budget)
+        if zero is not None:
+            return zero
+        descent = _Descent(program, start)
+        history: list[Progress] = []
+        stalled = False
+        while True:
+            if stalled or descent.due(self.tol):
+                before = descent.certified
+                stalled = descent.certify() > 0.9 * before and stalled
+            history.append(descent.report(len(history) + 1))
+            reason = budget.stop_reason(history[-1], tol=0.9 * self.tol, max_iter=self.max_iter)
+            if reason is not None or (stalled and descent.double):
+                return descent.solution(reason or "stalled", history)
+            if stalled or descent.certified <= _DOUBLE:
+                descent.use_double()
+            stalled = not descent.step()
+
+
+class _Descent:
+    """A point with its outputs, dual and correlations, the last steps, and the best bound so far."""
+
+    def __init__(self, program: GatedProgram, start: Solution | None) -> None:
+        self.program, self.loss, self.beta = program, program.loss, program.weight_decay
+        self.kernels = program if sample_size(program) == len(program.rows) else program.in_single_precision()
+        self.rng = np.random.default_rng(0)
+        blocks = np.zeros((program.n_gates, *program.block_shape))
+        if start is not None:
+            blocks[start.gate_index] = start.blocks
+        self.bound = self.loss.dual_value(np.zeros_like(self.loss.targets))
+        self.certified = self.halved = np.inf
+        self.waiting, self.age = 0, _STALE
+        self.penalty = np.ones(program.n_gates)
+        self._move_to(blocks, _outputs(self.kernels, blocks))
+        self._forget()
+
+    @property
+    def double(self) -> bool:
+        """Whether products are made in float64."""
+        return self.kernels is self.program
+
+    def use_double(self) -> None:
+        """Make products and factors in float64 from now on."""
+        if not self.double:
+            self.kernels, self.age = self.program, _STALE
+
+    def _move_to(self, blocks: Float, outputs: Float, kernels: GatedProgram | None = None) -> None:
+        self.blocks, self.outputs = blocks, outputs
+        self.norms = block_norms(blocks)
+        self.objective = self.loss.value(self.outputs) + self.beta * float(self.norms.sum())
+        self.dual = self.loss.negative_gradient(self.outputs)
+        self.correlations = _in_range((kernels or self.kernels).correlations, self.dual)
+
+    @property
+    def gap(self) -> float:
+        """Relative gap to the bound that was certified last."""
+        return (self.objective - self.bound) / self.objective
+
+    def report(self, iteration: int) -> Progress:
+        """Objective, best bound and number of blocks."""
+        return Progress(iteration, self.objective, self.bound, int(np.count_nonzero(self.norms)))
+
+    def solution(self, reason: str, history: list[Progress]) -> Solution:
+        """The nonzero blocks."""
+        index = np.flatnonzero(self.norms)
+        return Solution(index, self.blocks[index], reason, history)
+
+    def estimated_gap(self) -> float:
+        """Relative gap to the dual value of the scaled residual, as far as the products are right."""
+        return (self.objective - self._dual_value(0.0)) / self.objective
+
+    def due(self, tol: float) -> bool:
+        """Whether a certificate may end the solve, or new lengths may help a gap that does not fall."""
+        wanted = max(tol, self.certified / 3) if np.isfinite(self.certified) else _EARLY * tol
+        estimate = self.estimated_gap()
+        self.waiting += 1
+        if estimate < 0.5 * self.halved:
+            self.halved, self.waiting = estimate, 0
+        return self.waiting >= _PATIENCE or self.gap <= tol or estimate <= wanted
+
+    def certify(self) -> float:
+        """Choose the lengths of all blocks anew, and take objective and bound there in float64; the relative gap."""
+        before, unchanged = self.objective, self.blocks
+        self._judge(self._best_factors()[:, None, None] * unchanged)
+        if self.objective > before * (1 + (_ROUNDING if self.double else _SINGLE)):
+            self._judge(unchanged)
+        elif np.count_nonzero(self.norms) < np.count_nonzero(unchanged.any(axis=(1, 2))):
+            self._forget()  # the last steps would move blocks that are now zero
+        self.bound = self._dual_value(self.program.correlation_rounding(self.dual))
+        self.certified = self.halved = self.gap
+        self.waiting = 0
+        return self.certified
+
+    def _judge(self, blocks: Float) -> None:
+        self._move_to(blocks, _outputs(self.program, blocks), self.program)
+
+    def _forget(self) -> None:
+        self.age = _STALE
+        self.steps = np.zeros((self.blocks[..., 0].size, 0))  # columns of U, the newest first
+        self.step_outputs = np.zeros((len(self.program.rows), 0))
+
+    def _dual_value(self, rounding: float) -> float:
+        largest = float(block_norms(self.correlations).max()) + rounding
+        return self.loss.dual_value(min(1.0, self.beta / largest) * self.dual)
+
+    def _best_factors(self) -> Float:
+        """Factors ``z >= 0`` of the blocks by a quadratic model with the sample's Hessian: (P,)."""
+        live = np.flatnonzero(self.norms)
+        factors = np.zeros(len(self.norms))
+        if not len(live):
+            return factors
+        blocks = self.blocks[live]
+        slope = self.beta * self.norms[live] - np.einsum("mqk,mqk->m", blocks, self.correlations[live])
+        hessian = factor_hessian(self.kernels, live, blocks, self.outputs, self.rng)
+        factors[live] = bounded_quadratic(hessian, slope, np.ones(len(live)))
+        return factors
+
+    def step(self) -> bool:
+        """Minimise over the preconditioned gradient and the last steps; whether the objective decreased."""
+        before = self.objective
+        self._admit()
+        direction = self._preconditioned()
+        shape, K = direction.shape, direction.shape[2]
+        columns = np.hstack([direction.reshape(-1, K), self.steps])
+        outputs = np.hstack([_outputs(self.kernels, direction), self.step_outputs])
+        combination = self._search(columns, outputs)
+        moved, seen = columns @ combination, outputs @ combination
+        self._move_to(self.blocks + moved.reshape(shape), self.outputs + seen)
+        kept = max(1, _COLUMNS // K) * K
+        self.steps = np.hstack([moved, self.steps])[:, :kept]
+        self.step_outputs = np.hstack([seen, self.step_outputs])[:, :kept]
+        if self.objective < before or (moved.any() and self.objective <= before * (1 + _ROUNDING)):
+            return True
+        self._forget()
+        return False
+
+    def _admit(self) -> None:
+        """Let blocks leave zero by a proximal gradient step of best length, if theirs is the worst violation."""
+        at_zero, pull = self.norms == 0, block_norms(self.correlations)
+        if pull[at_zero].max(initial=0.0) <= max(self.beta, pull[~at_zero].max(initial=0.0)):
+            return
+        entering = np.where(at_zero, 1 - self.beta / np.maximum(pull, self.beta), 0)[:, None, None] * self.correlations
+        seen = _outputs(self.kernels, entering)
+        price = self.beta * float(block_norms(entering).sum())  # linear along the step
+        length = scipy.optimize.minimize_scalar(lambda t: self.loss.value(self.outputs + t * seen) + t * price).x
+        self._move_to(self.blocks + length * entering, self.outputs + length * seen)
+
+    def _preconditioned(self) -> Float:
+        """Negative gradient times the inverse of the sampled Hessian; blocks at zero stay there."""
+        live = self.norms > 0
+        self._renew_hessian()
+        pull = (self.beta / np.where(live, self.norms, 1.0))[:, None, None] * self.blocks
+        downhill = np.where(live[:, None, None], self.correlations - pull, 0.0)
+        direction = _in_range(self.hessian.solve, downhill)
+        direction[~live] = 0
+        return direction
+
+    def _renew_hessian(self) -> None:
+        """Factorise the Hessian at this point, unless it was done lately at nearly the same weights of the penalty."""
+        live = self.norms > 0
+        mean = float(self.norms[live].mean())
+        penalty = self.beta / np.where(live, np.maximum(self.norms, _SMALL * mean), mean)
+        self.age += 1
+        if self.age > _STALE or np.mean(np.abs(np.log(penalty / self.penalty))) > np.log(_MOVED):
+            self.hessian = SketchedHessian.at(self.kernels, penalty, self.outputs, self.rng)
+            self.penalty, self.age = penalty, 0
+
+    def _search(self, columns: Float, outputs: Float) -> Float:
+        """Combination ``C`` (m, K) of the columns that minimises the objective, by a few evaluations of L-BFGS."""
+        metric = self._metric(columns, outputs)
+        blocks, K = self.blocks.reshape(len(columns), -1), self.outputs.shape[1]
+
+        def value_and_slope(combination: Float) -> tuple[float, Float]:
+            here = (blocks + columns @ combination).reshape(self.blocks.shape)
+            seen = self.outputs + outputs @ combination
+            norms = block_norms(here)
+            value = self.loss.value(seen) + self.beta * float(norms.sum())
+            here /= np.where(norms > 0, norms, 1.0)[:, None, None]
+            dual = self.loss.negative_gradient(seen)
+            slope = self.beta * columns.T @ here.reshape(len(columns), -1) - outputs.T @ dual
+            return value, slope
+
+        at_zero, slope = value_and_slope(np.zeros((columns.shape[1], K)))
+        unit = float(np.linalg.norm(metric.T @ slope)) or 1.0  # in these units a Newton step is 1
+
+        def scaled(x: Float) -> tuple[float, Float]:
+            value, slope = value_and_slope(unit * metric @ x.reshape(-1, K))
+            return (value - at_zero) / unit**2, (metric.T @ slope).ravel() / unit
+
+        found = scipy.optimize.minimize(
+            scaled, np.zeros(metric.shape[1] * K), jac=True, method="L-BFGS-B", options={"maxfun": _EVALUATIONS}
+        )
+        combination: Float = unit * metric @ found.x.reshape(-1, K)
+        return combination
+
+    def _metric(self, columns: Float, outputs: Float) -> Float:
+        """``T`` with ``T' H T = I`` for the Hessian of every output in its combination; dependent columns left out."""
+        curvature = row_curvature(self.loss, self.outputs)
+        penalty = np.repeat(self.penalty, self.blocks.shape[1])
+        hessian = (outputs.T * curvature) @ outputs + (columns.T * penalty) @ columns
+        scale = 1 / np.sqrt(np.maximum(hessian.diagonal(), np.finfo(float).tiny))
+        values, vectors = scipy.linalg.eigh(scale[:, None] * hessian * scale)
+        kept = values > _DEPENDENT * values[-1]
+        metric: Float = scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
+        return metric
+
+
+def _outputs(program: GatedProgram, blocks: Float) -> Float:
+    """Outputs of all blocks (P, q, K), of which only those that are not zero are multiplied."""
+    index = np.flatnonzero(blocks.any(axis=(1, 2)))
+    return _in_range(lambda live: program.outputs(index, live), blocks[index])
+
+
+def _in_range(linear: Callable[[Float], FloatMatrix], array: Float) -> Float:
+    """A linear function in whatever precision at an array scaled by a power of two to entries below 1; in float64."""
+    exponent = np.frexp(np.abs(array).max(initial=0.0))[1]
+    image: Float = np.ldexp(linear(np.ldexp(array, -exponent)).astype(np.float64, copy=False), exponent)
+    return image

@@ -1,0 +1,140 @@
+"""Checkpoint of a regularisation path: its question, grid and finished points in one file, replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convexbn import container
+from convexbn.container import JSON, FormatError
+from convexbn.storage import header as headers
+from convexbn.storage import rules, tensors
+from convexbn.storage.restore import restore
+from convexbn.storage.rules import require
+
+_POINT = rules.record(header=rules.mapping, tensors=rules.mapping, score=rules.none_or(rules.real))
+_PLACE = rules.list_of(int, least=1)
+_FIELDS: dict[str, rules.Rule] = {
+    "question": rules.mapping,
+    "weight_decays": rules.list_of(float, least=1),
+    "points": rules.list_of(dict, least=0),
+}
+
+#: Parts of a question that are hashes, which say nothing to a reader.
+_HASHES = ("X", "y", "sample_weight", "validation rows", "feature names", "gates")
+
+
+@dataclass(frozen=True)
+class StoredPath:
+    """A path as its file holds it.
+
+    Attributes
+    ----------
+    question : dict
+        What the path depends on, part by part, in JSON's types.
+    weight_decays : list of float
+        The grid, which may have been computed from the data.
+    points : list of (model, score)
+        The finished points.
+    """
+
+    question: dict[str, Any]
+    weight_decays: list[float]
+    points: list[tuple[Any, float | None]]
+
+
+def write(path: str | os.PathLike[str], stored: StoredPath) -> None:
+    """Write a checkpoint; in its place there is at every instant the former one or the new one, complete.
+
+    The tensors of one name follow one another, flat, in one tensor of the file; a point has the place of each and
+    its shape. Those that several points have in common, such as gates, are stored once.
+    """
+    parts: dict[str, _Parts] = {}
+    points: list[JSON] = []
+    for model, score in stored.points:
+        arrays = tensors.of_model(model).items()
+        places: JSON = {name: parts.setdefault(name, _Parts()).place_of(array) for name, array in arrays}
+        shown = score if score is None or np.isfinite(score) else str(score)
+        points.append({"header": headers.of_model(model), "tensors": places, "score": shown})
+    decays: list[JSON] = [*stored.weight_decays]
+    header: dict[str, JSON] = {"question": stored.question, "weight_decays": decays, "points": points}
+    container.write(path, {name: part.joined() for name, part in parts.items()}, header)
+
+
+def read(path: str | os.PathLike[str]) -> StoredPath:
+    """Read what `write` wrote; nothing in the file is executed.
+
+    Raises
+    ------
+    FormatError
+        When the file is damaged, no checkpoint of a path, or its fields do not belong together.
+    """
+    arrays, header = container.read(path)
+    try:
+        return _restored(arrays, header)
+    except FormatError as error:
+        raise FormatError(
+            f"{os.fspath(path)!r} is not read: {error}; use a checkpoint of a path, unchanged, or another file name."
+        ) from None
+
+
+def check_question(path: str | os.PathLike[str], stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on with a path whose data or settings were others, naming the first part that differs."""
+    for name in {**stored, **asked}:
+        before, now = stored.get(name), asked.get(name)
+        if repr(before) != repr(now):
+            change = "" if name in _HASHES else f" (it was {before!r} and is {now!r})"
+            raise ValueError(
+                f"{os.fspath(path)!r} is the checkpoint of another path: {name} differs{change}. "
+                "Ask for the same again to go on, or name another file."
+            )
+
+
+class _Parts:
+    """Arrays of one name that become one flat tensor, equal ones once."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+        self.places: dict[bytes, int] = {}
+        self.size = 0
+
+    def place_of(self, array: np.ndarray) -> list[JSON]:
+        """Where the array begins, and its shape."""
+        key = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+        if key not in self.places:
+            self.places[key] = self.size
+            self.arrays.append(array.ravel())
+            self.size += array.size
+        return [self.places[key], *array.shape]
+
+    def joined(self) -> np.ndarray:
+        """All of them, one after another."""
+        return np.concatenate(self.arrays)
+
+
+def _part(array: np.ndarray, place: Any) -> np.ndarray:
+    """An array out of a flat tensor."""
+    require(_PLACE(place) and min(place) >= 0 and array.ndim == 1, "points")
+    start, *shape = place
+    require(start + math.prod(shape) <= len(array), "points")
+    return array[start : start + math.prod(shape)].reshape(shape)
+
+
+def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> StoredPath:
+    require(rules.same_names(header, _FIELDS), "header")
+    for name, rule in _FIELDS.items():
+        require(rule(header[name]), name)
+    points = []
+    for point in header["points"]:
+        require(_POINT(point), "points")
+        require(set(point["tensors"]) <= set(arrays), "points")
+        own = {name: _part(arrays[name], place) for name, place in point["tensors"].items()}
+        model = restore(own, point["header"])
+        points.append((model, None if point["score"] is None else float(point["score"])))
+    return StoredPath(header["question"], header["weight_decays"], points)

@@ -1,0 +1,119 @@
+"""ReLU networks on many rows: mini-batch descent, warm starts, budgets, and what the certificate says of them."""
+
+import time
+
+import numpy as np
+import pytest
+
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, training
+from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.solvers.many_rows import ManyRows
+from convexbn.solvers.neuron_pricing import NeuronPricing
+from convexbn.solvers.neurons import network_outputs
+from convexbn.solvers.solution import Budget
+from convexbn.solvers.stochastic_phase import StochasticPhase, random_start, shape
+from convexbn.whitening import whiten
+
+
+def instance(n=2000, d=6, K=1, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = whiten(rng.standard_normal((n, d))).rows
+    targets = np.maximum(np.sqrt(n) * rows @ rng.standard_normal((d + 1, 4)), 0) @ rng.standard_normal((4, K))
+    return rows, targets / targets.std() + 0.3 * rng.standard_normal((n, K))
+
+
+def losses():
+    rows, targets = instance(n=600, d=4, K=3)
+    ones = np.ones(len(rows))
+    yield rows, SquaredLoss(targets, ones)
+    yield rows, LogisticLoss(np.where(targets[:, :1] > 0, 1.0, -1.0), ones)
+    yield rows, CrossEntropyLoss(np.eye(3)[targets.argmax(axis=1)], ones)
+
+
+def objective(rows, loss, beta, neurons):
+    return loss.value(network_outputs(rows, neurons)) + beta * neurons.masses.sum()
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_it_ends_near_the_optimum_that_pricing_finds(kind):
+    rows, loss = list(losses())[kind]
+    beta = 0.05 * np.linalg.norm(loss.negative_gradient(np.zeros_like(loss.targets)))
+    best = NeuronPricing(tol=1e-3, max_iter=2, n_starts=20).solve(rows, loss, beta, np.random.default_rng(0)).neurons
+    found = ManyRows(width=100, polish=100).solve(rows, loss, beta, np.random.default_rng(0))
+    value, least = objective(rows, loss, beta, found.neurons), objective(rows, loss, beta, best)
+    assert least * (1 - 1e-6) <= value <= 1.02 * least
+    assert found.history[-1].objective == pytest.approx(value, rel=1e-5)
+    assert found.stopped_by == "max_iter"
+    assert len(found.history) == 21
+
+
+def test_weights_are_repetition_in_the_mean_of_the_steps():
+    """The gradient of a batch does not tell a weight from repeated rows."""
+    rows, targets = instance(n=40)
+    twice, once = np.vstack([rows, rows]) / np.sqrt(2), np.full(40, 2.0)
+    settings = StochasticPhase(epochs=3, batch_size=40)
+    weighted = settings.run(
+        rows / np.sqrt(2), SquaredLoss(targets, once), 0.1, random_start(7, 5, 1, 80, np.random.default_rng(0)),
+        np.random.default_rng(1),
+    )  # fmt: skip
+    repeated = StochasticPhase(epochs=3, batch_size=80).run(
+        twice, SquaredLoss(np.vstack([targets, targets]), np.ones(80)), 0.1,
+        random_start(7, 5, 1, 80, np.random.default_rng(0)), np.random.default_rng(1),
+    )  # fmt: skip
+    for (one, seen), (other, also) in zip(weighted, repeated, strict=True):
+        assert np.allclose(one.first, other.first, rtol=1e-4, atol=1e-4 * np.abs(one.first).max())
+        assert seen == pytest.approx(also, rel=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = np.array([shape(done) for done in np.linspace(0, 1, 101)])
+    assert rates.argmax() == 25
+    assert rates.max() == 1
+    assert (np.diff(rates[:26]) > 0).all()
+    assert (np.diff(rates[25:]) < 0).all()
+    assert rates[-1] < 1e-12
+
+
+def test_a_deadline_ends_it_with_a_network():
+    rows, targets = instance()
+    started = time.monotonic()
+    solver = ManyRows(width=50, descent=StochasticPhase(epochs=10**6))
+    found = solver.solve(rows, SquaredLoss(targets, np.ones(len(rows))), 1.0, np.random.default_rng(0), Budget(0.5))
+    assert time.monotonic() - started < 5
+    assert found.stopped_by == "time_limit"
+    assert len(found.neurons.output)
+
+
+def test_a_callback_ends_it_after_an_epoch():
+    rows, targets = instance()
+    loss = SquaredLoss(targets, np.ones(len(rows)))
+    found = ManyRows(width=20).solve(rows, loss, 1.0, np.random.default_rng(0), Budget(callback=lambda report: True))
+    assert found.stopped_by == "callback"
+    assert len(found.history) == 1
+
+
+def test_a_warm_start_takes_fewer_epochs_and_is_no_worse():
+    rows, targets = instance()
+    loss, beta = SquaredLoss(targets, np.ones(len(rows))), 2.0
+    cold = ManyRows(width=100).solve(rows, loss, beta, np.random.default_rng(0))
+    warm = ManyRows(width=100).solve(rows, loss, beta, np.random.default_rng(1), initial=cold.neurons)
+    assert len(warm.history) == 5
+    assert objective(rows, loss, beta, warm.neurons) <= 1.01 * objective(rows, loss, beta, cold.neurons)
+
+
+def test_estimators_take_it_on_many_rows(monkeypatch):
+    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((700, 10))
+    y = np.maximum(X @ rng.standard_normal(10), 0)
+    with pytest.warns(match="GAP_OPEN"):
+        model = ConvexBNRegressor(activation="relu", weight_decay=0.5, width=30, random_state=0).fit(X, y)
+    assert model.n_iter_ == 21
+    assert model.network_.n_neurons <= 30
+    assert model.score(X, y) > 0.9
+    assert model.certificate_.status is Status.GAP_OPEN
+    assert 0 < model.certificate_.estimated_gap <= model.certificate_.relative_gap < 1
+    labels = (y > np.median(y)).astype(int)
+    with pytest.warns(match="GAP_OPEN"):
+        few = ConvexBNClassifier(activation="relu", loss="logistic", max_iter=2, random_state=0).fit(X, labels)
+    assert few.n_iter_ == 3

@@ -1,0 +1,246 @@
+"""Cross-validation: the scores of a plain loop over fits, without leakage, in scikit-learn's manners."""
+
+import warnings
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV, KFold, PredefinedSplit, ShuffleSplit, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+
+from convexbn import (
+    ConvexBNClassifier,
+    ConvexBNClassifierCV,
+    ConvexBNRegressor,
+    ConvexBNRegressorCV,
+    load,
+    max_weight_decay,
+    selection,
+    training,
+)
+from convexbn.path import RegularisationPath
+
+RNG = np.random.default_rng(8)
+X = RNG.standard_normal((90, 6)) @ RNG.standard_normal((6, 6)) + 3
+Y = np.tanh(X[:, 0]) + 0.1 * X[:, 1] ** 2 - 1 + 0.2 * RNG.standard_normal(90)
+LABELS = np.array(["low", "mid", "top"])[np.searchsorted(np.quantile(Y, [0.3, 0.6]), Y)]
+GRID = {"n_gates": [10, 20], "rank": [2, 0.9, None], "weight_decay": [5.0, 0.5]}
+
+
+def loop(estimator, X, y, folds, grid=GRID, score=lambda model, X, y: model.score(X, y)):
+    """Scores of separate fits, (n_candidates, n_splits), in the order of ``itertools.product``."""
+    scores = []
+    for n_gates in grid["n_gates"]:
+        for rank in grid["rank"]:
+            for weight_decay in grid["weight_decay"]:
+                model = clone(estimator).set_params(n_gates=n_gates, rank=rank, weight_decay=weight_decay)
+                scores.append([score(model.fit(X[train], y[train]), X[test], y[test]) for train, test in folds])
+    return np.array(scores)
+
+
+def settings(**changes):
+    named = {"n_gates": GRID["n_gates"], "ranks": GRID["rank"], "weight_decays": GRID["weight_decay"]}
+    return {**named, "random_state": 0, **changes}
+
+
+def splits(model):
+    return np.column_stack([model.cv_results_[f"split{i}_test_score"] for i in range(model.n_splits_)])
+
+
+# -- equal to a plain loop over fits --
+
+
+@pytest.mark.parametrize("gates", ["data", "whitened"])
+def test_scores_of_a_classifier_equal_a_plain_loop(gates):
+    model = ConvexBNClassifierCV(**settings(gates=gates, cv=3)).fit(X, LABELS)
+    folds = list(StratifiedKFold(3).split(X, LABELS))
+    expected = loop(ConvexBNClassifier(gates=gates, random_state=0), X, LABELS, folds)
+    assert np.array_equal(splits(model), expected)
+    best = int(np.argmax(expected.mean(axis=1)))
+    assert model.best_index_ == best and model.best_score_ == expected.mean(axis=1)[best]
+
+
+def test_scores_of_a_regressor_equal_a_plain_loop_within_the_gaps():
+    folds = list(KFold(4, shuffle=True, random_state=0).split(X))
+    targets = np.column_stack([Y, X[:, 1]])
+    with joblib.parallel_config("threading"):
+        model = ConvexBNRegressorCV(**settings(tol=1e-8, cv=folds, n_jobs=2)).fit(X, targets)
+    expected = loop(ConvexBNRegressor(tol=1e-8, random_state=0), X, targets, folds)
+    assert np.allclose(splits(model), expected, rtol=0, atol=1e-3)
+    assert np.all(model.cv_results_["max_relative_gap"] <= 1e-8)
+
+
+@pytest.mark.parametrize("gates", ["data", "whitened"])
+def test_filters_are_candidates_too(gates):
+    filters, folds = [None, 0.1, 1.0], list(StratifiedKFold(2).split(X, LABELS))
+    grid = {"ranks": [3, None], "weight_decays": [2.0], "n_gates": 15, "spectral_filters": filters, "gates": gates}
+    model = ConvexBNClassifierCV(**settings(cv=folds, **grid)).fit(X, LABELS)
+    assert model.cv_results_["param_spectral_filter"].tolist() == [None, None, 0.1, 0.1, 1.0, 1.0]
+    part = {"n_gates": [15], "rank": [3, None], "weight_decay": [2.0]}
+    plain = [ConvexBNClassifier(gates=gates, spectral_filter=tau, random_state=0) for tau in filters]
+    expected = np.vstack([loop(estimator, X, LABELS, folds, part) for estimator in plain])
+    assert np.array_equal(splits(model), expected) and len(np.unique(expected.mean(axis=1))) > 2
+
+
+def test_scores_of_relu_networks_by_formula_equal_a_plain_loop():
+    wide, labels = RNG.standard_normal((24, 30)), np.arange(24) % 3
+    folds, grid = list(StratifiedKFold(3).split(wide, labels)), {**GRID, "n_gates": [5], "rank": [None]}
+    model = ConvexBNClassifierCV(
+        activation="relu", weight_decays=grid["weight_decay"], n_gates=5, cv=folds, random_state=0
+    ).fit(wide, labels)
+    estimator = ConvexBNClassifier(activation="relu", random_state=0)
+    assert np.array_equal(splits(model), loop(estimator, wide, labels, folds, grid))
+
+
+def test_the_refit_is_a_fit_on_all_rows():
+    model = ConvexBNClassifierCV(**settings(cv=3)).fit(X, LABELS)
+    alone = ConvexBNClassifier(random_state=0, **model.best_params_).fit(X, LABELS)
+    assert np.array_equal(model.network_.weight, alone.network_.weight) and model.certificate_ == alone.certificate_
+    for name in ("predict", "predict_proba", "decision_function", "transform"):
+        assert np.array_equal(getattr(model, name)(X), getattr(alone, name)(X)), name
+    assert (model.weight_decay_, model.rank_) == (alone.weight_decay_, alone.rank_)
+    assert model.n_gates_ == model.best_params_["n_gates"] and model.classes_.tolist() == ["low", "mid", "top"]
+    assert model.certify(X, LABELS).status == "CERTIFIED" and model.score(X, LABELS) == alone.score(X, LABELS)
+
+
+def test_a_test_fold_does_not_reach_its_training():
+    """Rows of one fold are moved far away: scores of that fold change, and of no fit without them."""
+    split = PredefinedSplit([0] * 30 + [-1] * 60)
+    far = np.where(np.arange(90)[:, None] < 30, 1e6, 1) * X
+    one, other = (
+        ConvexBNRegressorCV(**settings(cv=split, scoring=lambda model, X, y: model.network_.output.sum())).fit(rows, Y)
+        for rows in (X, far)
+    )
+    assert np.array_equal(splits(one), splits(other)) and one.n_splits_ == 1
+
+
+def test_one_whitening_a_fold(monkeypatch):
+    calls, whiten = [], training.whiten
+    monkeypatch.setattr(training, "whiten", lambda *args, **options: calls.append(1) or whiten(*args, **options))
+    model = ConvexBNClassifierCV(**settings(cv=3)).fit(X, LABELS)
+    assert len(calls) == 3 + 1 and len(model.cv_results_["params"]) == 12  # the last for the fit on all rows
+
+
+# -- choices --
+
+
+def test_the_default_grid_is_that_of_a_path_on_all_rows():
+    model = ConvexBNRegressorCV(n_gates=10, ranks=[2, 4], random_state=0, cv=2).fit(X, Y)
+    decays = model.cv_results_["param_weight_decay"].reshape(2, 20)
+    largest = max_weight_decay(X, Y, n_gates=10, rank=4, random_state=0)
+    assert decays[0].tolist() == pytest.approx(largest * np.geomspace(1, 0.01, 20)) and np.array_equal(*decays)
+
+
+def test_results_are_named_and_ranked_as_grid_search_does():
+    grid = {"weight_decay": [5.0, 0.5, 50.0], "rank": [2, None]}
+    search = GridSearchCV(ConvexBNRegressor(n_gates=10, random_state=0), grid, cv=3).fit(X, Y)
+    model = ConvexBNRegressorCV(
+        n_gates=10, weight_decays=grid["weight_decay"], ranks=grid["rank"], cv=3, random_state=0
+    ).fit(X, Y)
+    ours, theirs = model.cv_results_, search.cv_results_
+    assert {name for name in theirs if "time" not in name} <= set(ours)
+    place = {(params["weight_decay"], params["rank"]): i for i, params in enumerate(theirs["params"])}
+    order = [place[params["weight_decay"], params["rank"]] for params in ours["params"]]
+    for name in ("mean_test_score", "std_test_score", "split0_test_score"):
+        assert ours[name] == pytest.approx(theirs[name][order], abs=1e-4), name
+    assert ours["rank_test_score"].tolist() == theirs["rank_test_score"][order].tolist()
+    assert {k: model.best_params_[k] for k in grid} == search.best_params_
+    assert len(pd.DataFrame(ours)) == 6
+
+
+def test_scoring_and_weights_reach_the_folds():
+    weights = RNG.integers(1, 4, 90).astype(float)
+    model = ConvexBNRegressorCV(**settings(cv=3, scoring="neg_mean_absolute_error")).fit(X, Y, weights)
+    folds, expected = list(KFold(3).split(X)), []
+    for params in model.cv_results_["params"]:
+        fits = [ConvexBNRegressor(random_state=0, **params).fit(X[a], Y[a], weights[a]) for a, _ in folds]
+        errors = [np.abs(fit.predict(X[b]) - Y[b]) for fit, (_, b) in zip(fits, folds, strict=True)]
+        expected.append([-np.average(e, weights=weights[b]) for e, (_, b) in zip(errors, folds, strict=True)])
+    assert splits(model) == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_a_held_out_set_takes_one_fit_a_candidate():
+    model = ConvexBNClassifierCV(**settings(cv=ShuffleSplit(1, test_size=0.3, random_state=0))).fit(X, LABELS)
+    assert model.n_splits_ == 1 and not model.cv_results_["std_test_score"].any()
+
+
+def test_a_score_that_is_no_number_is_never_the_best():
+    def scoring(model, X, y):
+        return np.nan if model.rank == 2 else model.score(X, y)
+
+    model = ConvexBNRegressorCV(**settings(cv=2, scoring=scoring)).fit(X, Y)
+    assert np.isfinite(model.best_score_) and model.best_params_["rank"] != 2
+
+
+def test_the_draws_are_the_same_in_all_folds_and_the_estimator_stays_as_it_is():
+    source = np.random.RandomState(5)
+    for random_state in (None, source):
+        model = ConvexBNRegressorCV(**settings(random_state=random_state, cv=2, n_gates=10))
+        before = model.get_params()
+        model.fit(X, Y)
+        assert isinstance(model.best_estimator_.random_state, int) and model.get_params() == before
+
+
+# -- manners --
+
+
+def test_pipelines_frames_and_files(tmp_path):
+    frame = pd.DataFrame(X, columns=list("abcdef"))
+    model = make_pipeline(MinMaxScaler(), ConvexBNClassifierCV(**settings(cv=2))).set_output(transform="pandas")
+    labels = pd.Series(LABELS)
+    assert model.fit(frame, labels).score(frame, labels) > 0.6
+    last = model[-1]
+    assert last.feature_names_in_.tolist() == list("abcdef") and last.n_features_in_ == 6
+    last.save(tmp_path / "model")
+    scaled = model[0].transform(frame)
+    assert np.array_equal(load(tmp_path / "model").predict(scaled), last.predict(scaled))
+
+
+def test_a_failed_fit_leaves_the_former_one(monkeypatch):
+    model = ConvexBNRegressorCV(**settings(cv=2))
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    model.fit(X, Y)
+    before = dict(vars(model))
+    monkeypatch.setattr(RegularisationPath, "_solve", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.fit(X, Y)
+    assert vars(model) == before
+
+
+def test_a_best_candidate_that_is_not_certified_warns_once():
+    model = ConvexBNRegressorCV(**settings(cv=2, max_iter=1, weight_decays=[0.1], n_gates=20))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X, Y)
+    assert [w.category for w in caught] == [ConvergenceWarning]
+    assert model.cv_results_["max_relative_gap"].max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"weight_decays": [0.0]}, "weight_decays must be a sequence of positive finite numbers"),
+        ({"ranks": [0]}, "The 'rank' parameter"),
+        ({"n_gates": [5, 0]}, "The 'n_gates' parameter"),
+        ({"n_gates": []}, "n_gates is empty"),
+        ({"cv": 1}, "n_splits"),
+        ({"scoring": "nonsense"}, "The 'scoring' parameter"),
+        ({"tol": -1}, "The 'tol' parameter"),
+    ],
+)
+def test_refusals(changes, match):
+    with pytest.raises(ValueError, match=match):
+        ConvexBNRegressorCV(**settings(**changes)).fit(X, Y)
+
+
+def test_defaults_are_those_of_the_estimators():
+    for ours, plain in ((ConvexBNClassifierCV(), ConvexBNClassifier()), (ConvexBNRegressorCV(), ConvexBNRegressor())):
+        theirs = plain.get_params()
+        assert {k: v for k, v in ours.get_params().items() if k in theirs}.items() <= theirs.items()
+        assert set(theirs) - set(ours.get_params()) == {"weight_decay", "rank", "spectral_filter", "callback"}
+        assert selection._SelectionCV._parameter_constraints.keys() <= ours._parameter_constraints.keys()
