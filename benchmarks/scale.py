@@ -42,8 +42,8 @@ def gated_now(seed, folder):
 
 
 def relu(seed, folder):
-    """Fashion-MNIST, a ReLU network on 200 filtered directions; decay, rank and filter by validation."""
-    return relu_fit(fashion_mnist_in(folder), seed, decay=1e-3, rank=200, spectral_filter=0.05, width=1000)
+    """Fashion-MNIST, a ReLU network on 200 filtered directions; decay, rank, filter and epochs by validation."""
+    return relu_fit(fashion_mnist_in(folder), seed, decay=1e-3, rank=200, spectral_filter=0.05, width=1000, max_iter=40)
 
 
 def relu_cifar(seed, folder):

@@ -1,4 +1,4 @@
-"""Checkpoints of paths: reliability.md 4.5, items 53 to 57."""
+"""Checkpoints of paths: resuming, refusals, killed processes, two writers, full disks."""
 
 import os
 import random

@@ -8,12 +8,15 @@ they wait), and win little on an idle one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+Result = TypeVar("Result")
 
 #: Rows up to which one BLAS thread is used.
 SINGLE_THREAD_ROWS = 3000
@@ -27,6 +30,25 @@ def solving(n_rows: int) -> Iterator[None]:
     threads = _one_thread() if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
     with np.errstate(all="ignore"), threads:
         yield
+
+
+class Workers:
+    """Threads that share the rows of a batch."""
+
+    def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
+        self._pool, self._count = pool, count
+
+    def shared(self, work: Callable[[np.ndarray], Result], rows: np.ndarray) -> list[Result]:
+        """Results of ``work`` on consecutive shares of the rows, in their order."""
+        return list(self._pool.map(work, np.array_split(rows, self._count)))
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """As many threads of our own as BLAS had, which has one meanwhile: ours sleep while they wait."""
+    count = max((library["num_threads"] for library in _controller().select(user_api="blas").info()), default=1)
+    with _one_thread(), ThreadPoolExecutor(count) as pool:
+        yield Workers(pool, count)
 
 
 @contextmanager

@@ -31,13 +31,13 @@ class ManyRows:
     ----------
     width : int, default=1000
         Neurons.
-    polish : int, default=10
+    polish : int, default=5
         Iterations of L-BFGS on all rows, in float32.
     descent : StochasticPhase
     """
 
     width: int = 1000
-    polish: int = 10
+    polish: int = 5
     descent: StochasticPhase = field(default_factory=StochasticPhase)
 
     def solve(

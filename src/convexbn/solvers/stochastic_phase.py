@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._typing import Float, FloatMatrix, Index
+from convexbn.environment import Workers, workers
 from convexbn.losses import Loss
 from convexbn.solvers.neurons import Neurons
 
@@ -62,16 +63,17 @@ class StochasticPhase:
         scaled = (root * rows).astype(np.float32)
         layers = _Layers(start, root, decay=weight_decay / root, momentum=self.momentum)
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
-        for _ in range(self.epochs):
-            order, seen = rng.permutation(n), 0.0
-            for first in range(0, n, self.batch_size):
-                part = order[first : first + self.batch_size]
-                seen += layers.step(scaled[part], loss.of_rows(part), self.learning_rate * shape(clock.tick()))
+        with workers() as threads:
+            for _ in range(self.epochs):
+                order, seen = rng.permutation(n), 0.0
+                for first in range(0, n, self.batch_size):
+                    part, rate = order[first : first + self.batch_size], self.learning_rate * shape(clock.tick())
+                    seen += layers.step(scaled, loss, part, rate, threads)
+                    if clock.done >= 1:
+                        break
+                yield layers.neurons, seen + loss.constant
                 if clock.done >= 1:
-                    break
-            yield layers.neurons, seen + loss.constant
-            if clock.done >= 1:
-                return
+                    return
 
 
 def shape(done: float) -> float:
@@ -113,22 +115,28 @@ class _Layers:
         self.root = root
         self.decay, self.momentum = np.float32(decay), np.float32(momentum)
 
-    def step(self, rows: np.ndarray, batch: Loss, rate: float) -> float:
+    def step(self, scaled: FloatMatrix, loss: Loss, part: Index, rate: float, threads: Workers) -> float:
         """One step of gradient descent with momentum and weight decay; returns the loss before it."""
+        total = loss.weights[part].sum()
+        found = threads.shared(lambda share: self.ascent(scaled[share], loss.of_rows(share), total), part)
+        for k, (weight, velocity) in enumerate(zip(self.weights, self.velocities, strict=True)):
+            velocity *= self.momentum
+            velocity -= self.decay * weight
+            for _, ascents in found:
+                velocity += ascents[k]
+            weight += np.float32(rate) * velocity
+        return sum(value for value, _ in found)
+
+    def ascent(self, rows: FloatMatrix, batch: Loss, total: float) -> tuple[float, tuple[FloatMatrix, FloatMatrix]]:
+        """Loss of some rows, and its negative gradients over the total weight of the batch."""
         first, output = self.weights
         hidden = rows @ first
         np.maximum(hidden, 0, out=hidden)
         outputs = (hidden @ output).astype(np.float64)
-        dual = (batch.negative_gradient(outputs) / batch.weights.sum()).astype(np.float32)
+        dual = (batch.negative_gradient(outputs) / total).astype(np.float32)
         back = dual @ output.T
         back *= hidden > 0
-        ascents = rows.T @ back, hidden.T @ dual
-        for weight, velocity, ascent in zip(self.weights, self.velocities, ascents, strict=True):
-            velocity *= self.momentum
-            ascent -= self.decay * weight
-            velocity += ascent
-            weight += np.float32(rate) * velocity
-        return batch.value(outputs)
+        return batch.value(outputs), (rows.T @ back, hidden.T @ dual)
 
     @property
     def neurons(self) -> Neurons:
