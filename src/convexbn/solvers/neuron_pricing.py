@@ -43,7 +43,7 @@ _ENOUGH = 0.1
 _PATIENCE = 5
 
 #: Cubes of the number of variables that one polish may spend on Newton systems, and that count as a round of work.
-_POLISH_WORK, _ROUND_WORK = 2e10, 1e9
+_POLISH_WORK, _ROUND_WORK = 2e10, 4e8
 
 #: Least and most Newton systems of a polish.
 _FEWEST_SYSTEMS, _MOST_SYSTEMS = 5, 100
@@ -78,7 +78,7 @@ class NeuronPricing:
     tol : float, default=1e-6
         Relative gap against the estimated bound at which to stop.
     max_iter : int, default=100
-        Largest number of rounds; with more than 1,000 variables a round counts as the cube of their thousands.
+        Largest number of rounds; with more than 737 variables a round counts as many, in proportion to their cube.
     width : int, default=200
         Neurons of the local phase.
     n_starts : int, default=100
