@@ -38,6 +38,7 @@ LAYERS = [
     ["path"],
     ["selection"],
     ["sources"],
+    ["studies"],
     ["cli"],
     ["__main__"],
 ]

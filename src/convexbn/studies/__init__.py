@@ -1,0 +1,26 @@
+"""The experiments of the papers, one file each: what ``convexbn reproduce`` runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+
+__all__ = ["NAMES", "Cell", "Finding", "Picture", "Row", "Study", "study"]
+
+#: Studies by name, in the order of the list, and the module that holds each as ``STUDY``.
+NAMES: dict[str, str] = {}
+
+
+def study(name: str) -> Study:
+    """Study of a name.
+
+    Raises
+    ------
+    ValueError
+        When there is none; the sentence lists the names.
+    """
+    if name not in NAMES:
+        raise ValueError(f"there is no study {name!r}; there are {', '.join(NAMES)}.")
+    found: Study = import_module(NAMES[name]).STUDY
+    return found
