@@ -115,8 +115,9 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         with solving(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps)
+            program = None if self.gates_ is None else data.gated_program(self.gates_, self.gate_offsets_)
             return training.certify(
-                data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_,
+                data, self.network_, self.weight_decay_, program,
                 tol=self.tol, stopped_by="tolerance", own_rows=data.fingerprint == self.fingerprint_,
                 deadline=Budget(self.time_limit).deadline,
             )  # fmt: skip
@@ -210,10 +211,10 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
                     start=start,
                 )  # fmt: skip
                 return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
-            gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
-            weight_decay = self._resolved(data.gated_program(gates, offsets).max_weight_decay)
+            gates, offsets, program = data.draw_gates(self.gates, self.n_gates, random_state)
+            weight_decay = self._resolved(program.max_weight_decay)
             fit = training.fit_gated(
-                data, gates, offsets, weight_decay,
+                data, program.with_weight_decay(weight_decay), gates, offsets,
                 solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
             )  # fmt: skip
             return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
@@ -223,8 +224,8 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(data.X)):
             if self.activation == "relu":
                 return data.max_weight_decay_relu(proved=proved)
-            drawn = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
-            return data.gated_program(*drawn).max_weight_decay()
+            program = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))[2]
+            return program.max_weight_decay()
 
     def _resolved(self, largest: Callable[[], float]) -> float:
         """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
