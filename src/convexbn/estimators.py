@@ -46,7 +46,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "width": [Interval(Integral, 1, None, closed="left"), None],
-        "gates": [StrOptions({"data", "whitened"}), "array-like"],
+        "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
         "solver": [StrOptions({"auto", *training.SOLVERS})],
@@ -304,9 +304,10 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         ``beta = lam * sqrt(n)``. ``"auto"`` is 0.02 of :func:`max_weight_decay`.
     n_gates : int, default=100
         Number of gates that are drawn; equal training patterns are kept once.
-    gates : {"data", "whitened"} or array (d, n_gates) or (d + 1, n_gates), default="data"
+    gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="data"
         Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the
-        whitened data, or given (offsets in the last row).
+        whitened data, the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last
+        row).
     width : int or None, default=None
         Neurons that ReLU training starts with: None for 200, and 1000 where the whitened rows have more than a million
         entries. There mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).

@@ -37,10 +37,18 @@ def sample_gates(
     if kind == "data":
         gates = random_state.standard_normal((len(whitening.mean), n_gates))
         return gates, np.zeros(n_gates)
-    draws = random_state.standard_normal((len(whitening.mean) + 1, n_gates))
-    # h = V'z does not depend on the signs and rotations of singular vectors, unlike a draw of h itself
-    directions = whitening.directions.T @ draws[:-1]
-    return whitening.projection @ directions, draws[-1] / np.sqrt(whitening.total_weight)
+    return gates_along(whitening, sample_directions(n_gates, whitening, random_state))
+
+
+def sample_directions(n: int, whitening: Whitening, random_state: np.random.RandomState) -> Float:
+    """Isotropic directions on the whitened rows, whatever the signs and rotations of singular vectors: (q, n)."""
+    draws = random_state.standard_normal((len(whitening.mean) + 1, n))
+    return np.vstack([whitening.directions.T @ draws[:-1], draws[-1:]])
+
+
+def gates_along(whitening: Whitening, directions: Float) -> tuple[Float, Float]:
+    """Gates that open where ``A h >= 0``, for directions ``h`` (q, P) on the whitened rows: (d, P), (P,)."""
+    return whitening.projection @ directions[:-1], directions[-1] / np.sqrt(whitening.total_weight)
 
 
 @np.errstate(all="ignore")

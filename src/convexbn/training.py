@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +17,7 @@ from convexbn.certificate import Certificate
 from convexbn.evidence import AllPatterns
 from convexbn.losses import LOSSES, Loss, SquaredLoss
 from convexbn.network import BatchNormNetwork
-from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.patterns import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
@@ -25,7 +27,7 @@ from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget, Progress, Solution, Solver
-from convexbn.solvers.stochastic_phase import StochasticPhase
+from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
 from convexbn.solvers.subspace import Subspace
 from convexbn.whitening import Whitening, whiten
 
@@ -37,6 +39,9 @@ NEWTON_ROWS = 6000
 
 #: Entries ``n q`` of the whitened rows up to which ReLU networks are priced.
 PRICING_ENTRIES = 1 << 20
+
+#: The descent whose neurons are trained gates, and rows that it sees at least, each as often as it takes.
+GATES_DESCENT, GATES_ROWS = StochasticPhase(epochs=8, learning_rate=0.2), 250_000
 
 #: Share of a time limit that the ReLU solver may take before the proof begins.
 SOLVER_SHARE = 0.5
@@ -121,7 +126,8 @@ class TrainingSet:
         n, d = self.X.shape
         if isinstance(gates, str):
             check_memory(n, d, n_gates)
-            directions, offsets = sample_gates(gates, n_gates, self.whitening, random_state)
+            drawn = self._trained_gates if gates == "trained" else functools.partial(sample_gates, gates)
+            directions, offsets = drawn(n_gates, self.whitening, random_state)
         else:
             directions, offsets = split_gates(np.asarray(gates, dtype=np.float64), d)
             check_memory(n, d, len(offsets))
@@ -129,6 +135,20 @@ class TrainingSet:
         kept = first_of_each_pattern(patterns)
         program = GatedProgram(self.whitening.rows, np.ascontiguousarray(patterns[:, kept]), self.loss, 1.0)
         return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
+
+    def _trained_gates(
+        self, n_gates: int, whitening: Whitening, random_state: np.random.RandomState
+    ) -> tuple[Float, Float]:
+        """First layers of so many ReLU neurons after a short mini-batch descent: (d, P), (P,)."""
+        directions = sample_directions(n_gates, whitening, random_state)
+        untrained = self.gated_program(*gates_along(whitening, directions))
+        rng, n = np.random.default_rng(random_state.randint(2**31)), len(self.X)
+        descent = replace(GATES_DESCENT, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // n))).run(
+            whitening.rows, self.loss, AUTO_FRACTION * untrained.max_weight_decay(),
+            random_start(directions, self.loss, rng), rng,
+        )  # fmt: skip
+        neurons, _ = deque(descent, maxlen=1).pop()
+        return gates_along(whitening, neurons.first)
 
     def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
         """Smallest weight decay at which the zero ReLU network is optimal: local-search value and valid upper bound.
