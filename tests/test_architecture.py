@@ -34,7 +34,7 @@ LAYERS = [
     ["audit"],
     ["validation"],
     ["estimators"],
-    ["storage", "display", "progress", "nn", "onnx"],
+    ["storage", "display", "progress", "page", "nn", "onnx"],
     ["path"],
     ["selection"],
     ["sources"],
