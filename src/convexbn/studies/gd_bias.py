@@ -80,7 +80,7 @@ def findings(rows: list[Row]) -> list[Finding]:
             bool(abs(slopes.mean() - 2) <= 0.2),
         ),
         Finding(
-            f"The first layer's energy lies in the {best[0]['top']} leading directions, and on whitened data it does not.",
+            f"The first layer's energy lies in the {best[0]['top']} leading directions, on whitened data not.",
             f"Share of the energy there: {shares}.",
             bool(share["start and speed"] > 0.5 > share["neither"]),
         ),
