@@ -106,7 +106,7 @@ def _judged(given: Any, X: Float, Y: Float, weight_decay: float) -> Iterator[Row
         for seed, network in enumerate(networks):
             if network is not None:
                 proof = training.certify(
-                    data, network, weight_decay, None, None, tol=1e-6, stopped_by="tolerance", own_rows=False
+                    data, network, weight_decay, None, tol=1e-6, stopped_by="tolerance", own_rows=False
                 )
                 yield settings | {
                     "seed": seed, "step": step, "objective": proof.objective, "lower_bound": proof.lower_bound,
