@@ -138,8 +138,8 @@ class _Layers:
 
     def step(self, rows: FloatMatrix, batch: Loss, rate: float) -> float:
         """One step of gradient descent with momentum and weight decay; returns the loss before it."""
-        shares = self.threads.each(lambda part: part.forward(rows), self.parts)
-        outputs: Float = self.unit * np.sum(shares, axis=0, dtype=np.float64)
+        shares = np.array(self.threads.each(lambda part: part.forward(rows), self.parts))
+        outputs: Float = self.unit * shares.sum(axis=0, dtype=np.float64)
         dual = (batch.negative_gradient(outputs) / (self.unit * batch.weights.sum())).astype(np.float32)
         self.threads.each(lambda part: part.backward(rows, dual, np.float32(rate)), self.parts)
         return batch.value(outputs)
