@@ -22,7 +22,7 @@ _RATES = {"adam": (0.001, 0.01, 0.1), "sgd": (0.01, 0.1, 0.5)}
 
 def cells(quick: bool) -> list[Cell]:
     """The formula on each data set, then each optimiser and learning rate, all seeds at once."""
-    sets: list[tuple[str, int, int]] = [("digits", 50, 4000)]
+    sets: list[tuple[str, int, int]] = [("digits", 50, 3000)]
     if not quick:
         sets = [("fashion-mnist", 300, 3000), ("cifar-10", 300, 1500)]
     return [

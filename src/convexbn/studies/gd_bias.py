@@ -32,7 +32,7 @@ _WAYS = {
 def cells(quick: bool) -> list[Cell]:
     """The identity and the slope, then each way with each learning rate."""
     shared: Cell = {"data": "fashion-mnist", "n": 600, "epochs": 100}
-    rates, seeds = [0.003, 0.01, 0.03, 0.1, 0.3], [0, 1, 2]
+    rates, seeds = [0.01, 0.03, 0.1, 0.3], [0, 1]
     if quick:
         shared, rates, seeds = {"data": "digits", "n": 300, "epochs": 20}, [0.01, 0.1], [0]
     identity: list[Cell] = [{"part": "identity", "seed": seed} for seed in range(3)]
@@ -223,7 +223,7 @@ STUDY = Study(
         "of its convex program. Here the update identity is checked to rounding, and its two parts are taken apart: "
         "networks are trained on coordinates of the data in which the start, the speed, both or neither depend on the"
         " singular values. 600 Fashion-MNIST images, one hidden layer of 200 neurons, one-hot squared loss, batches "
-        "of 100, momentum 0.9, no weight decay; the learning rate of each way is chosen among the same five on 2,000 "
+        "of 100, momentum 0.9, no weight decay; the learning rate of each way is chosen among the same four on 2,000 "
         "validation images."
     ),
     needs=("torch",),

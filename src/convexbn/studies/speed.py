@@ -74,8 +74,8 @@ def cells(quick: bool) -> list[Cell]:
         found.append({"program": name, "method": "ours"})
         found += [{"program": name, "method": "Clarabel"}] * (name in clarabel)
         found += [{"program": name, "method": "pyscnn"}] * (gated and bool(os.environ.get(PYSCNN)))
-        steps = 300 if gated else 2000
-        found.append({"program": name, "method": "Adam", "rate": 0.03 if gated else 0.1, "steps": steps, "seeds": 3})
+        rate, steps = (0.2, 600) if gated else (0.1, 2000)
+        found.append({"program": name, "method": "Adam", "rate": rate, "steps": steps, "seeds": 2})
     return found
 
 
