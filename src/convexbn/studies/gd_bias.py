@@ -63,8 +63,8 @@ def findings(rows: list[Row]) -> list[Finding]:
     return [
         Finding(
             "Both effects matter and compound: without either, gradient descent generalises far worse.",
-            f"Test accuracy, learning rate by validation, mean of {len(distinct(best, 'seed'))} draws: {told}. On "
-            f"whitened data the same network class loses {loss:.1f} points.",
+            f"Test accuracy, learning rate by validation, draws of the data: {len(distinct(best, 'seed'))}. {told}. "
+            f"On whitened data the same network class loses {loss:.1f} points.",
             bool(test["start and speed"] > max(single) and min(single) > test["neither"]),
         ),
         Finding(
@@ -193,7 +193,7 @@ def _accuracies(rows: list[Row]) -> Picture:
     for i, (way, (_, colour)) in enumerate(_WAYS.items()):
         values = 100 * column(chosen(best, way=way), "test")
         axes.bar(i, values.mean(), color=colour, width=0.6)
-        axes.plot(i + np.linspace(-0.15, 0.15, len(values)), values, "o", color="0.2", ms=4)
+        axes.plot(i + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2), values, "o", color="0.2", ms=4)
         axes.text(i, values.max() + 1.5, f"{values.mean():.1f}", ha="center")
     axes.set_xticks(range(4), [name.replace(" (", "\n(") for name, _ in _WAYS.values()], fontsize=9)
     axes.set_ylim(0, 100)
