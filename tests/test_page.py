@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, cli, fit_path
 from convexbn.page import MAX_PICTURE_BYTES, facts, page, paragraph, picture, styled, table, text
 from convexbn.report import Subject, report
+from convexbn.studies import Finding, Picture, Study
+from convexbn.studies.page import study_page
+from convexbn.studies.runner import Run
 
 HOSTILE = ["<script>alert(1)</script>", "\" onmouseover='x'", "a&b\x00\ud800", "é" * 5000, "$x^{2$ </svg>", "]]>"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -186,25 +189,47 @@ def test_the_command_refuses_before_any_work(files, tmp_path, capsys):
     assert not (tmp_path / "b.html").exists()
 
 
+def study_document(tmp_path):
+    """The page of a study of hostile words, many lines and three pictures."""
+    verdicts = [True, False, None] * 2
+    findings = [Finding(f"{name} is claimed.", name, holds) for name, holds in zip(HOSTILE, verdicts, strict=True)]
+    rows = [{"name": HOSTILE[i % 6], "value": i / 7, "empty": None, "long": "word " * 30} for i in range(400)]
+    known = Study(
+        "made-up", HOSTILE[0], HOSTILE[1], HOSTILE[3], (), (1, 1), lambda quick: [{"a": 1}], lambda cell: rows,
+        lambda rows: findings, lambda rows: [Picture(f"{i} {HOSTILE[i]}", figure()) for i in range(3)],
+    )  # fmt: skip
+    run = Run(known, True, tmp_path)
+    run.go_on()
+    return study_page(run)
+
+
+def test_the_page_of_a_study_is_harmless_and_bounded(tmp_path):
+    document = study_document(tmp_path)
+    check_alone(document)
+    assert len(document) < 600_000 and b"200 rows more are in made-up-quick.csv" in document
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_page_without_a_complaint(tmp_path, width):
-    """No console message, and nothing wider than the window but what scrolls by itself."""
+@pytest.mark.parametrize("kind", ["report", "study"])
+def test_a_browser_shows_the_page_without_a_complaint(tmp_path, kind, width):
+    """No console message, no picture that is not seen, and nothing wider than the window but what scrolls by itself."""
     script = (
         "<script>addEventListener('load', () => { const root = document.documentElement; const broken = "
         "[...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().height < 50).length; "
         "document.title = `${root.scrollWidth <= innerWidth} ${broken}`; });</script>"
     )
-    document = report(subject(feature_names=HOSTILE))
+    document = report(subject(feature_names=HOSTILE)) if kind == "report" else study_document(tmp_path)
     allowed = document.decode().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    (tmp_path / "page.html").write_text(allowed.replace("</body>", script + "</body>"))
+    opened = allowed.replace("<details>", "<details open>").replace("</body>", script + "</body>")
+    (tmp_path / "page.html").write_text(opened)
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
         f"--window-size={width},900", "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom",
     ]  # fmt: skip
     done = subprocess.run(
-        [CHROMIUM, *options, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *options, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=250
     )
     assert "CONSOLE" not in done.stderr
     assert re.search(r"<title>(.*?)</title>", done.stdout)[1] == "true 0"

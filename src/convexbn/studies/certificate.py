@@ -25,7 +25,7 @@ _LABELS = {True: "with decay", False: "without decay"}
 def cells(quick: bool) -> list[Cell]:
     """The optimum of each problem, then each training by width, all seeds at once."""
     problems = ("planted",) if quick else ("images", "planted")
-    data, n, steps = ("digits", 50, 1500) if quick else ("fashion-mnist", 100, 4000)
+    data, n, steps = ("digits", 50, 1500) if quick else ("fashion-mnist", 100, 3000)
     widths = (2, 50) if quick else (2, 5, 10, 50)
     shared: Cell = {"data": data, "n": n, "seeds": 2}
     optima: list[Cell] = [{"problem": problem, **shared, "method": "convex"} for problem in problems]

@@ -27,9 +27,9 @@ _RATES: dict[bool, dict[str, tuple[float, ...]]] = {
 
 def cells(quick: bool) -> list[Cell]:
     """The formula on each data set, then each optimiser and learning rate, all seeds at once."""
-    sets: list[tuple[str, int, int]] = [("digits", 50, 2500)]
+    sets: list[tuple[str, int, int]] = [("digits", 50, 1500)]
     if not quick:
-        sets = [("fashion-mnist", 300, 3000), ("cifar-10", 300, 1500)]
+        sets = [("fashion-mnist", 300, 2500), ("cifar-10", 300, 1000)]
     return [
         {"data": name, "n": n, "method": method, "rate": rate, "steps": steps}
         for name, n, steps in sets

@@ -36,7 +36,7 @@ _LOSS_NAMES = {"squared": "squared loss", "cross_entropy": "cross-entropy"}
 
 def cells(quick: bool) -> list[Cell]:
     """One training a loss, with equal classes and, in full, with unequal ones."""
-    data, n, epochs = ("digits", 100, 400) if quick else ("fashion-mnist", 200, 1000)
+    data, n, epochs = ("digits", 100, 400) if quick else ("fashion-mnist", 200, 800)
     return [
         {"data": data, "n": n, "epochs": epochs, "loss": loss, "classes": classes, "seed": 0}
         for loss in _LOSS_NAMES
