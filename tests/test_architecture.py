@@ -20,6 +20,7 @@ LAYERS = [
     ["moments"],
     ["gram_basis"],
     ["whitening", "losses"],
+    ["responses"],
     ["patterns", "rows", "arrangement", "realisation"],
     ["program"],
     ["bounds"],
