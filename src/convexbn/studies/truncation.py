@@ -101,7 +101,7 @@ def _sgd(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]:
     scale = np.sqrt(len(X)) * metric / np.linalg.norm(metric)
     parts = [_coordinates(whitening, part, labels, scale) for part, labels in rows]
     epochs = _EPOCHS.get(given["n"], _EPOCHS_OF_ALL)
-    for rate, (decay, passes) in _tries(given, (0.1, 0.03, 0.01, 0.3), ((1e-3, epochs[1]), (0.0, epochs[0]))):
+    for rate, (decay, passes) in _tries(given, (0.03, 0.1, 0.01, 0.05), ((1e-3, epochs[1]), (0.0, epochs[0]))):
         training = MiniBatch(200, rate, passes, weight_decay=decay, seed=given["seed"])
         outcome = training.train(*parts, metric=metric)
         setting = f"rate {rate:g}, decay {decay:g}, {passes} epochs"
@@ -127,20 +127,21 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
     from convexbn import ConvexBNClassifier, fit_path
 
     (X, y), validation, test = rows
-    decays = np.sqrt(len(X)) * np.array([0.03, 0.1, 0.01, 0.003, 0.3, 0.001, 1.0, 0.0003])
-    settings: dict[str, list[tuple[Any, Any]]] = {
-        "convex": _tries(given, tuple(decays), (None,)),
-        "truncated": _tries(given, (50, 100, 25, 200), tuple(decays[:2])),
-        "filtered": _tries(given, (0.1, 0.3, 0.03, 1.0), tuple(decays[:2])),
-    }
     gated = len(X) <= _GATED_ROWS
+    decays = (0.03, 0.1, 0.01, 0.003, 0.3, 0.001, 3e-4, 1e-4) if gated else (0.003, 0.01, 0.03, 0.001)
+    settings = {
+        "convex": _tries(given, decays, (None,)),
+        "truncated": _tries(given, (50, 100, 25, 200) if gated else (200, 100), decays[:2]),
+        "filtered": _tries(given, (0.1, 0.3, 0.03, 1.0) if gated else (0.05, 0.1), decays[:2]),
+    }
     shared: dict[str, Any] = {"random_state": given["seed"], "tol": 1e-3}
     shared |= {"n_gates": 60} if gated else {"activation": "relu", "width": 300, "time_limit": 200}
     for one, other in settings[given["method"]]:
-        decay, rank = (one, None) if given["method"] == "convex" else (other, one)
-        tau = rank if given["method"] == "filtered" else None
+        decay = np.sqrt(len(X)) * (one if given["method"] == "convex" else other)
+        rank = one if given["method"] == "truncated" else None
+        tau = one if given["method"] == "filtered" else None
         model = ConvexBNClassifier(spectral_filter=tau, **shared)
-        path = fit_path(model, X, y, weight_decays=[float(decay)], ranks=[None if tau else rank], validation=validation)
+        path = fit_path(model, X, y, weight_decays=[float(decay)], ranks=[rank], validation=validation)
         (point,) = list(path)
         yield _Try(
             _told(decay, rank, tau, point), float(point.score or 0), point.model.score(*test), _energies(point, X)
