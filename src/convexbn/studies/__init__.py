@@ -12,6 +12,8 @@ __all__ = ["NAMES", "Cell", "Finding", "Picture", "Row", "Study", "study"]
 NAMES: dict[str, str] = {
     "equivalence": "convexbn.studies.equivalence",
     "closed-form": "convexbn.studies.closed_form",
+    "differentiable-layer": "convexbn.studies.differentiable_layer",
+    "sgd-vs-ridge": "convexbn.studies.sgd_vs_ridge",
 }
 
 
