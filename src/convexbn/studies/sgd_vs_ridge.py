@@ -32,8 +32,8 @@ def cells(quick: bool) -> list[Cell]:
     """The separation for each number of rows; on Gaussian rows SGD, exactly, and ridge, drawn."""
     one_hot = (64, 256, 1024) if quick else (32, 64, 128, 256, 512, 1024, 2048, 4096)
     largest, most, runs = (400, 1600, 8) if quick else (1600, 6000, 20)
-    sgd = {"design": "gaussian", "method": "sgd", "largest": largest}
-    ridge = {"design": "gaussian", "method": "ridge", "largest": most, "runs": runs}
+    sgd: Cell = {"design": "gaussian", "method": "sgd", "largest": largest}
+    ridge: Cell = {"design": "gaussian", "method": "ridge", "largest": most, "runs": runs}
     parts: list[Cell] = [{"design": "one_hot", "n": n} for n in one_hot]
     for decay in (1, 2):
         for truth in (0, 10) if quick else _TRUTHS:
