@@ -151,7 +151,8 @@ class ActiveGroups:
         """Cholesky factor of ``C``."""
         rows, (n, K, _) = self.program.rows, self._half.shape
         kernel = (rows @ rows.T) * ((self._opened * self.lengths) @ self._opened.T)
-        C = np.einsum("nm,njk,mjl->nkml", kernel, self._half, self._half, optimize=True).reshape(n * K, n * K)
+        flat = self._half.transpose(0, 2, 1).reshape(n * K, K)
+        C = ((flat @ flat.T).reshape(n, K, n, K) * kernel[:, None, :, None]).reshape(n * K, n * K)
         C[np.diag_indices(n * K)] += self.program.weight_decay
         factor: tuple[Float, bool] = scipy.linalg.cho_factor(C, lower=True, check_finite=False, overwrite_a=True)
         return factor
@@ -168,7 +169,8 @@ class ActiveGroups:
     @cached_property
     def _spectrum(self) -> tuple[Float, Float, Float]:
         """Scales, eigenvalues and eigenvectors of ``<p_i, C^{-1} p_j>``, scaled to a unit diagonal."""
-        gram = np.einsum("ink,jnk->ij", self._images, self._solved_images, optimize=True)
+        shape = len(self.gate_index), self.outputs.size
+        gram = self._images.reshape(shape) @ self._solved_images.reshape(shape).T
         scales = 1 / np.sqrt(np.diagonal(gram))
         return scales, *np.linalg.eigh(gram * scales * scales[:, None])
 
@@ -193,12 +195,12 @@ class ActiveGroups:
 
     def _root(self, change: Float) -> Float:
         """``R`` of changes of the outputs (..., n, K)."""
-        product: Float = np.einsum("njk,...nkc->...njc", self._half, self._mixed(change)).reshape(change.shape)
+        product: Float = (self._half @ self._mixed(change)).reshape(change.shape)
         return product
 
     def _root_transposed(self, change: Float) -> Float:
         """``R'`` of them."""
-        product: Float = np.einsum("njk,...njc->...nkc", self._half, self._mixed(change)).reshape(change.shape)
+        product: Float = (self._half.transpose(0, 2, 1) @ self._mixed(change)).reshape(change.shape)
         return product
 
     def _mixed(self, change: Float) -> Float:
