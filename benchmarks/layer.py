@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from cvxpylayers.torch import CvxpyLayer
 
+import convexbn
 from convexbn.losses import SquaredLoss
 from convexbn.nn import ConvexLayer
 from convexbn.patterns import first_of_each_pattern
@@ -196,12 +197,13 @@ def line_of(row):
 
 def circumstances(seed):
     """Return what the figures depend on: command, seed, versions, processor."""
-    names = ("convexbn", "numpy", "scipy", "torch", "cvxpy", "cvxpylayers", "diffcp", "clarabel")
+    names = ("numpy", "scipy", "torch", "cvxpy", "cvxpylayers", "diffcp", "clarabel")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {
         "command": f"python benchmarks/layer.py --seed {seed}",
         "seed": seed,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "versions": {"python": platform.python_version(), "convexbn": convexbn.__version__}
+        | {name: version(name) for name in names},
         "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"),
         "threads": 1,
     }

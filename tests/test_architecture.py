@@ -38,6 +38,7 @@ LAYERS = [
     ["path"],
     ["selection"],
     ["sources"],
+    ["report"],
     ["studies"],
     ["cli"],
     ["__main__"],

@@ -187,7 +187,7 @@ def _svg(figure: Figure, title: str) -> str:
     for size in ("width", "height"):
         root.attrib.pop(size, None)
     root.set("role", "img")
-    root.set("aria-label", title)
+    root.set("aria-label", _CONTROL.sub("", title)[:_MAX_TEXT])
     return ElementTree.tostring(root, encoding="unicode")
 
 

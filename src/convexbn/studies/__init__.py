@@ -12,6 +12,11 @@ __all__ = ["NAMES", "Cell", "Finding", "Picture", "Row", "Study", "study"]
 NAMES: dict[str, str] = {
     "equivalence": "convexbn.studies.equivalence",
     "closed-form": "convexbn.studies.closed_form",
+    "neural-collapse": "convexbn.studies.neural_collapse",
+    "gd-bias": "convexbn.studies.gd_bias",
+    "certificate": "convexbn.studies.certificate",
+    "truncation": "convexbn.studies.truncation",
+    "speed": "convexbn.studies.speed",
     "differentiable-layer": "convexbn.studies.differentiable_layer",
     "sgd-vs-ridge": "convexbn.studies.sgd_vs_ridge",
 }

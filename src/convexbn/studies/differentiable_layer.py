@@ -277,7 +277,7 @@ def _one_step(rows: list[Row]) -> Finding:
     return Finding(
         "One step of a tenth on the logarithm of the weight decay, by the sign of its derivative, lowers the "
         "validation loss.",
-        f"It changes by {drawing.listed([f'{100 * change:+.2f} %' for change in changes])}.",
+        f"It changes by {', '.join(f'{100 * change:+.2f} %' for change in changes)}.",
         bool((changes < 0).all()),
     )
 
@@ -289,8 +289,8 @@ def _poisoned(rows: list[Row], what: str) -> Finding:
     return Finding(
         f"One gradient step on the training {what}, of {100 * _POISON:.0f} % of their norm, raises the test loss more "
         "than random steps do.",
-        f"By {drawing.listed([f'{value:.2f} %' for value in rise])}; the worst of {_DRAWS} random steps as long by "
-        f"{drawing.listed([f'{value:+.2f} %' for value in random])}.",
+        f"By {', '.join(f'{value:.2f} %' for value in rise)}; the worst of {_DRAWS} random steps as long by "
+        f"{', '.join(f'{value:+.2f} %' for value in random)}.",
         bool((rise > 0).all() and (rise > random).all()),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -48,14 +48,3 @@ def distinct(rows: Iterable[Row], key: str) -> list[Any]:
 def column(rows: Iterable[Row], key: str) -> np.ndarray:
     """Numbers of a column."""
     return np.array([np.nan if row[key] is None else row[key] for row in rows], dtype=np.float64)
-
-
-def spread(count: int, width: float = 0.2) -> np.ndarray:
-    """Small offsets that keep ``count`` points of one place apart, as factors on a logarithmic axis."""
-    return np.exp(np.linspace(-width, width, count)) if count > 1 else np.ones(count)
-
-
-def listed(values: Sequence[Any]) -> str:
-    """Values in words: ``1, 2 and 3``."""
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -14,21 +14,21 @@ from convexbn.studies.drawing import BLUE, ORANGE, chosen, column, distinct
 from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 
 #: Relative excess that counts as touching.
-TOUCHING = 1e-4
+TOUCHING = 1e-3
 
 #: Share of the largest useful weight decay.
 _FRACTIONS = {"planted": 0.02, "images": 0.05}
 
 _CLASSES = (0, 1, 8)
-_TRAININGS = {False: (("adam", 0.1), ("adam", 0.02), ("sgd", 0.2), ("sgd", 0.05)), True: (("adam", 0.1), ("sgd", 0.2))}
+_TRAININGS = {False: (("adam", 0.1), ("adam", 0.02), ("sgd", 0.2)), True: (("adam", 0.1), ("sgd", 0.2))}
 
 
 def cells(quick: bool) -> list[Cell]:
     """The certified optimum of each problem, then networks by width and optimiser, all seeds of one a cell."""
     images = "digits" if quick else "fashion-mnist"
-    widths = (2, 10, 50) if quick else (1, 2, 3, 4, 5, 7, 10, 20, 50)
+    widths = (2, 30) if quick else (1, 2, 3, 5, 10, 50)
     problems: list[Cell] = [{"problem": "planted"}, {"problem": "images", "data": images}]
-    steps, seeds = (1500, 5) if quick else (3000, 10)
+    steps, seeds = (800, 4) if quick else (2000, 6)
     return [{**problem, "method": "convex"} for problem in problems] + [
         {**problem, "method": optimiser, "rate": rate, "width": width, "steps": steps, "seeds": seeds}
         for problem in problems
@@ -90,8 +90,8 @@ def _targets(Y: Float) -> Float:
 def _optimum(cell: Cell, X: Float, Y: Float, weight_decay: float) -> Row:
     from convexbn import ConvexBNRegressor
 
-    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, random_state=0).fit(X, _targets(Y))
-    proof = model.certificate_
+    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, tol=1e-5, random_state=0)
+    proof = model.fit(X, _targets(Y)).certificate_
     source = "planted network" if cell["problem"] == "planted" else f"{cell['data']}, three classes"
     return {
         "problem": cell["problem"], "method": "convex", "objective": proof.objective, "lower_bound": proof.lower_bound,
@@ -170,7 +170,7 @@ def _picture(rows: list[Row], problem: str) -> Picture:
 STUDY = Study(
     name="equivalence",
     title="Training the non-convex network ends at the convex optimum or above it",
-    source="Ergen et al., Demystifying Batch Normalization in ReLU Networks, ICLR 2022, arXiv 2103.01499: two-layer networks",
+    source="Ergen et al., Demystifying Batch Normalization in ReLU Networks, ICLR 2022, arXiv 2103.01499",
     departures=(
         "The paper compares objective curves of SGD with the optimum of its convex program. Here every run is judged "
         "in float64 from the raw rows, the optimum is certified over all activation patterns, and the problems are "

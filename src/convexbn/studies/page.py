@@ -37,7 +37,10 @@ def _parts(run: Run) -> Iterator[Html]:
     if not run.complete:
         yield paragraph(f"This is a part of the study: {len(run.finished)} of {len(run.cells)} cells are finished.")
     if run.quick:
-        yield paragraph("This is the quick form of the study: smaller, and weaker as evidence.")
+        yield paragraph(
+            "This is the quick form of the study, weaker as evidence: smaller, and on scikit-learn's digits where the "
+            "full form has larger images."
+        )
     findings = run.findings
     with styled():
         pictures = [picture(drawn.title, drawn.figure) for drawn in study.pictures(run.rows)]

@@ -119,7 +119,7 @@ def _separated(rows: list[Row]) -> Finding:
     better = column(rows, "risk") < column(rows, "ridge_risk")
     return Finding(
         "There are instances on which tuned ridge needs about N^2 / log^2 N rows for what tuned SGD does with N.",
-        f"One-hot rows, exact: for N = {drawing.listed([int(k) for k in n])} ridge needs {ratios} times as many. The "
+        f"One-hot rows, exact: for N = {', '.join(f'{k:.0f}' for k in n)} ridge needs {ratios} times as many. The "
         f"exponent of N goes from {slopes[0]:.2f} to {slopes[-1]:.2f}, that of N^2 / log^2 N between the last two is "
         f"{_exponent(n[-2:]):.2f}. With equal rows SGD is better at {int(better.sum())} of {len(rows)} sizes.",
         bool((np.diff(needed / n) > 0).all() and abs(slopes[-1] - _exponent(n[-2:])) < 0.1 and better.all()),
@@ -135,19 +135,20 @@ def _exponent(n: Float) -> float:
 def _leading(rows: list[Row]) -> Finding:
     figures, ratios = _told(rows, 10)
     claim = "With w* = i^-10, in the leading directions, ridge needs more rows than SGD."
-    return Finding(claim, figures, bool(ratios.min() > 1))
+    return Finding(claim, figures, bool(ratios.min() > 1) if len(ratios) else None)
 
 
 def _everywhere(rows: list[Row]) -> Finding:
     figures, ratios = _told(rows, 0)
     claim = "With w* = 1, in all directions, SGD needs more rows, by a nearly constant factor."
-    return Finding(claim, figures, bool(ratios.max() < 1))
+    return Finding(claim, figures, bool(ratios.max() < 1) if len(ratios) else None)
 
 
 def _never_far(rows: list[Row]) -> Finding:
     gaussian = chosen(rows, design="gaussian")
     cases = [(decay, truth) for decay in distinct(gaussian, "decay") for truth in distinct(gaussian, "truth")]
-    worst = min(float(np.nanmin(_ratios(rows, *case)[1])) for case in cases)
+    ratios = np.concatenate([_ratios(rows, *case)[1].ravel() for case in cases])
+    worst = ratios[np.isfinite(ratios)].min(initial=1.0)
     return Finding(
         "On every instance SGD needs at most logarithmically more rows than ridge, a condition number aside.",
         f"At worst it needs {1 / worst:.1f} times as many on these instances (all sizes and seeds); constants and "
@@ -173,6 +174,8 @@ def _ratios(rows: list[Row], decay: int, truth: int) -> tuple[Float, Float]:
 
 def _described(n: Float, ratios: Float) -> str:
     """Ratios at the first size from 200 on and at the last that ridge reaches, over the seeds."""
+    if not (np.isfinite(ratios).all(axis=1) & (n >= _FROM)).any():
+        return "beyond the sizes of ridge"
     reached = [k for k in range(len(n)) if n[k] >= _FROM and np.isfinite(ratios[k]).all()]
     return " to ".join(
         f"{ratios[k].min():.2f}-{ratios[k].max():.2f} (N = {n[k]:.0f})" for k in (reached[0], reached[-1])
