@@ -7,9 +7,21 @@ except ImportError as error:
 
 from convexbn.nn.gated import GatedModule
 from convexbn.nn.judging import certify
+from convexbn.nn.layer import ConvexLayer, gated_outputs
 from convexbn.nn.module import to_module
 from convexbn.nn.reading import from_module
 from convexbn.nn.reoptimisation import Reoptimisation, reoptimise
 from convexbn.nn.tail import Tail, read_tail
 
-__all__ = ["GatedModule", "Reoptimisation", "Tail", "certify", "from_module", "read_tail", "reoptimise", "to_module"]
+__all__ = [
+    "ConvexLayer",
+    "GatedModule",
+    "Reoptimisation",
+    "Tail",
+    "certify",
+    "from_module",
+    "gated_outputs",
+    "read_tail",
+    "reoptimise",
+    "to_module",
+]

@@ -17,6 +17,8 @@ NAMES: dict[str, str] = {
     "certificate": "convexbn.studies.certificate",
     "truncation": "convexbn.studies.truncation",
     "speed": "convexbn.studies.speed",
+    "differentiable-layer": "convexbn.studies.differentiable_layer",
+    "sgd-vs-ridge": "convexbn.studies.sgd_vs_ridge",
 }
 
 
