@@ -5,6 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("convexbn.nn needs PyTorch: pip install 'convexbn[torch]'.") from error
 
+from convexbn.nn import diagnostics
 from convexbn.nn.cross_iteration import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
@@ -29,6 +30,7 @@ __all__ = [
     "WeightRescaling",
     "certify",
     "convert_cross_iteration_batch_norm",
+    "diagnostics",
     "from_module",
     "normalised_layers",
     "read_tail",
