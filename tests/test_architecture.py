@@ -34,7 +34,7 @@ LAYERS = [
     ["audit"],
     ["validation"],
     ["estimators"],
-    ["storage", "display", "progress", "nn", "onnx"],
+    ["storage", "display", "progress", "page", "nn", "onnx"],
     ["path"],
     ["selection"],
     ["sources"],
@@ -132,8 +132,9 @@ def test_optional_packages_are_imported_inside_functions_alone():
         heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
         allowed = {"torch"} if group(name) == "nn" else set()  # its classes are modules of torch
         assert not heads & {*OPTIONAL, "rich", "joblib", "pandas", "polars"} - allowed, name
-    for name in ("__init__", "cli", "__main__"):
-        path = PACKAGE / f"{name}.py"
+    for name, path in modules():
+        if group(name) not in ("__init__", "cli", "__main__"):
+            continue
         heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
         assert not heads & {"sklearn", "scipy", "numpy", "safetensors"}, name
 

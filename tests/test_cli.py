@@ -14,6 +14,7 @@ import pytest
 
 import convexbn
 from convexbn import cli, container
+from convexbn.cli import fitting
 from convexbn.datasets import fashion_mnist
 
 KEYS = ["objective", "lower_bound", "relative_gap", "status", "scope", "train_score", "test_score", "n_iter"]
@@ -262,7 +263,7 @@ def test_an_unknown_gap_is_not_printed_as_zero():
     result = dict.fromkeys(KEYS) | {"status": "NUMERICAL", "scope": "these gates", "n_iter": 3, "seconds": 0.1}
     result |= {"n_neurons": 0, "rank": 2}
     for objective in (1.5, None):
-        text = cli._summary(result | {"objective": objective, "train_score": objective}, "No valid bound.", "m")
+        text = fitting._summary(result | {"objective": objective, "train_score": objective}, "No valid bound.", "m")
         assert "relative gap 0" not in text and text.startswith("NUMERICAL")
 
 

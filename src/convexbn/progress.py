@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from convexbn.solvers.solution import Progress
+from convexbn.solvers import solution
 
 #: Seconds between plain lines.
 _INTERVAL = 2.0
 
 
 @contextmanager
-def reporter(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
+def reporter(stream: TextIO) -> Iterator[Callable[[solution.Progress], None]]:
     """Give a callback for the solver that draws its progress on ``stream``."""
     if stream.isatty():
         from rich.console import Console
@@ -27,6 +27,21 @@ def reporter(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
         yield _Lines(stream).report
 
 
+@contextmanager
+def counter(stream: TextIO) -> Iterator[Callable[[int, int, str], None]]:
+    """Give a callback ``(finished, total, what is being done)`` that draws how far a run of parts is."""
+    if stream.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(file=stream)) as bar:
+            task = bar.add_task("")
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+    else:
+        yield lambda done, total, what: print(f"{done}/{total} finished   {what}".rstrip(), file=stream, flush=True)
+
+
 class _Lines:
     """Prints the first iteration and then at most one line every two seconds."""
 
@@ -34,7 +49,7 @@ class _Lines:
         self.stream = stream
         self.due = 0.0
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: solution.Progress) -> None:
         """Print a line when one is due; a reader that went away ends the lines, not the work."""
         if time.monotonic() < self.due:
             return
@@ -45,7 +60,7 @@ class _Lines:
             self.due = math.inf
 
 
-def _line(progress: Progress) -> str:
+def _line(progress: solution.Progress) -> str:
     return (
         f"iteration {progress.iteration}   objective {progress.objective:.6g}   "
         f"gap {progress.relative_gap:.1e}   working set {progress.working_set}"

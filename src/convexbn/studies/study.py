@@ -81,6 +81,8 @@ class Study:
         ``findings(rows)``: what the finished lines decide, the most important first.
     pictures : callable
         ``pictures(rows)``: the finished lines drawn; matplotlib is imported inside.
+    needs_in_full : tuple of str, default=()
+        What the full form needs besides.
     """
 
     name: str
@@ -93,3 +95,4 @@ class Study:
     run: Callable[[Cell], list[Row]]
     findings: Callable[[list[Row]], list[Finding]]
     pictures: Callable[[list[Row]], list[Picture]]
+    needs_in_full: tuple[str, ...] = ()

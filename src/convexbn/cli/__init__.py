@@ -1,0 +1,62 @@
+"""The command line: ``convexbn fit | predict | certify | path | reproduce | report``, one file a command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TextIO
+
+from convexbn import __version__
+from convexbn.cli import fitting, judging, pathwise, predicting, reproducing
+from convexbn.cli.common import INTERRUPTED, TERMINATED, Terminated, say
+
+__all__ = ["main"]
+
+_COMMANDS = (fitting, predicting, judging, pathwise, reproducing)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()  # closed by `>&-`
+    options = _parser().parse_args(arguments)
+    in_main = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, _terminate) if in_main else None
+    try:
+        code: int = options.command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return say("interrupted: nothing was written.", INTERRUPTED)
+    except Terminated:
+        return say("terminated: nothing was written.", TERMINATED)
+    except BrokenPipeError:  # `convexbn ... | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+        return say(f"error: {error}", 1)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, former)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convexbn", description="Batch-normalised ReLU networks trained to a certified global optimum."
+    )
+    parser.add_argument("--version", action="version", version=f"convexbn {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="fit | predict | certify | path | reproduce")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def _nowhere() -> TextIO:
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")

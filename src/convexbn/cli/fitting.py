@@ -1,0 +1,95 @@
+"""``convexbn fit``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from convexbn.cli.common import check_writable, number, quiet
+from convexbn.cli.options import auto_or_float, data_parser, network_parser, rank
+
+
+def add_parser(commands: Any) -> None:
+    """Options of ``fit``."""
+    train = commands.add_parser(
+        "fit", parents=[data_parser(), network_parser()], help="train a network to a certified optimum and save it"
+    )
+    train.set_defaults(command=fit)
+    train.add_argument("--out", metavar="FILE", required=True, help="model to write, .safetensors")
+    train.add_argument("--weight-decay", type=auto_or_float, default="auto", metavar="BETA", help="or auto")
+    train.add_argument("--rank", type=rank, metavar="K", help="directions to keep, or a share such as 0.95")
+    train.add_argument("--test-size", type=float, metavar="SHARE", help="share of the rows to hold out")
+    train.add_argument("--json", action="store_true", help="print one JSON object last")
+
+
+def fit(options: argparse.Namespace) -> int:
+    """``convexbn fit``: train, judge, save."""
+    from convexbn.progress import reporter
+    from convexbn.sources import estimator_for, read_source
+
+    check_writable(options.out)
+    source = read_source(options.data, options.target, data_home=options.data_home)
+    split = source.split(options.test_size, options.seed, task=options.task)
+    started = time.perf_counter()
+    with reporter(sys.stderr) as report:
+        model = estimator_for(split.task)(
+            activation=options.activation,
+            loss=options.loss,
+            weight_decay=options.weight_decay,
+            n_gates=options.n_gates,
+            width=options.width,
+            gates=options.gates,
+            rank=options.rank,
+            spectral_filter=options.spectral_filter,
+            tol=options.tol,
+            max_iter=options.max_iter,
+            time_limit=options.time_limit,
+            random_state=options.seed,
+            callback=report,
+        )
+        with quiet():
+            model.fit(split.X_train, split.y_train)
+    seconds = time.perf_counter() - started
+    model.source_ = split.description
+    model.save(options.out)
+    result = _result(model, split, seconds)
+    print(json.dumps(result) if options.json else _summary(result, model.certificate_.sentence, options.out))
+    return 0
+
+
+def _result(model: Any, split: Any, seconds: float) -> dict[str, Any]:
+    proof, network = model.certificate_, model.network_
+    has_test = split.X_test is not None
+    return {
+        "objective": number(proof.objective),
+        "lower_bound": number(proof.lower_bound),
+        "relative_gap": number(proof.relative_gap),
+        "status": proof.status.value,
+        "scope": proof.scope,
+        "train_score": number(model.score(split.X_train, split.y_train)),
+        "test_score": number(model.score(split.X_test, split.y_test)) if has_test else None,
+        "n_iter": model.n_iter_,
+        "seconds": round(seconds, 4),
+        "n_neurons": network.n_neurons,
+        "n_gates_active": None if network.gate_index is None else len(set(network.gate_index.tolist())),
+        "rank": model.rank_,
+    }
+
+
+def _summary(result: dict[str, Any], sentence: str, out: str) -> str:
+    test = "none held out" if result["test_score"] is None else _shown(result["test_score"], ".4f")
+    return (
+        f"{result['status']} ({result['scope']}): {sentence}\n"
+        f"objective {_shown(result['objective'], '.9g')}   lower bound {_shown(result['lower_bound'], '.9g')}   "
+        f"relative gap {_shown(result['relative_gap'], '.2g')}\n"
+        f"train score {_shown(result['train_score'], '.4f')}   test score {test}   {result['n_iter']} iterations in "
+        f"{result['seconds']:.2f} s   {result['n_neurons']} neurons   rank {result['rank']}\n"
+        f"saved to {out}"
+    )
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)

@@ -1,0 +1,62 @@
+"""Arguments that several commands take, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def data_parser() -> argparse.ArgumentParser:
+    """Where rows come from."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "data", metavar="DATA", help="digits, fashion-mnist, cifar-10, or a .csv, .parquet or .npz file"
+    )
+    parser.add_argument("--data-home", metavar="DIR", help="folder of the files of fashion-mnist or cifar-10")
+    return parser
+
+
+def network_parser() -> argparse.ArgumentParser:
+    """Options of training."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--target", metavar="NAME", help="target column (files only)")
+    parser.add_argument("--activation", choices=["gated", "relu"], default="gated")
+    parser.add_argument("--loss", choices=["squared", "logistic", "cross_entropy"], default="squared")
+    parser.add_argument("--n-gates", type=int, default=100, metavar="P")
+    parser.add_argument("--width", type=int, metavar="M", help="neurons that relu training starts with")
+    parser.add_argument("--gates", choices=["data", "whitened"], default="data")
+    parser.add_argument(
+        "--spectral-filter", type=float, metavar="TAU", help="shrink directions below TAU of the largest singular value"
+    )
+    parser.add_argument("--tol", type=float, default=1e-6, help="relative gap that counts as optimal")
+    parser.add_argument("--max-iter", type=int, metavar="N")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS")
+    parser.add_argument("--task", choices=["auto", "classification", "regression"], default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the gates")
+    return parser
+
+
+def file_parser() -> argparse.ArgumentParser:
+    """A file with a network."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("file", metavar="FILE", help="model written by fit, or for certify by torch")
+    return parser
+
+
+def auto_or_float(text: str) -> str | float:
+    """A number, or ``auto``."""
+    return text if text == "auto" else float(text)
+
+
+def rank(text: str) -> int | float:
+    """A number of directions, or a share."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def ranks(text: str) -> list[int | float | None]:
+    """Numbers of directions, shares, or ``all``, between commas."""
+    return [None if part == "all" else rank(part) for part in text.split(",")]
+
+
+def floats(text: str) -> list[float]:
+    """Numbers between commas."""
+    return [float(part) for part in text.split(",")]

@@ -1,0 +1,131 @@
+"""``convexbn path``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from convexbn.cli.common import Terminated, check_writable, ending, number, say
+from convexbn.cli.options import data_parser, floats, network_parser, ranks
+
+#: Pictures that can be drawn.
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def add_parser(commands: Any) -> None:
+    """Options of ``path``."""
+    many = commands.add_parser(
+        "path",
+        parents=[data_parser(), network_parser()],
+        help="train over many weight decays and ranks, each point certified",
+    )
+    many.set_defaults(command=path)
+    many.add_argument("--weight-decays", type=floats, metavar="B,...", help="by default 20 from the largest useful on")
+    many.add_argument("--ranks", type=ranks, metavar="K,...", help="directions or shares to keep, or all")
+    many.add_argument(
+        "--validation-size", type=float, default=0.2, metavar="SHARE", help="of the training rows, to score on; 0: none"
+    )
+    many.add_argument("--checkpoint", metavar="FILE", help="keep finished points here, and go on from them")
+    many.add_argument("--out", metavar="FILE", help="model of the highest score to write, .safetensors")
+    many.add_argument("--plot", metavar="FILE", help="draw gap, neurons and score: .png, .svg or .pdf")
+    many.add_argument("--plot-spectrum", metavar="FILE", help="draw what the best point uses of the spectrum")
+    many.add_argument("--json", action="store_true", help="print one JSON object a point")
+
+
+def path(options: argparse.Namespace) -> int:
+    """``convexbn path``: one line a point, each certified; finished points outlive an interruption."""
+    from convexbn.path import fit_path
+    from convexbn.sources import estimator_for, read_source
+
+    _check_path_options(options)
+    source = read_source(options.data, options.target, data_home=options.data_home)
+    split = source.split(options.validation_size, options.seed, task=options.task)
+    model = estimator_for(split.task)(
+        activation=options.activation,
+        loss=options.loss,
+        n_gates=options.n_gates,
+        width=options.width,
+        gates=options.gates,
+        spectral_filter=options.spectral_filter,
+        tol=options.tol,
+        max_iter=options.max_iter,
+        time_limit=options.time_limit,
+        random_state=options.seed,
+    )
+    points = fit_path(
+        model, split.X_train, split.y_train,
+        weight_decays=options.weight_decays, ranks=options.ranks, checkpoint=options.checkpoint,
+        validation=(split.X_test, split.y_test) if options.validation_size else None,
+    )  # fmt: skip
+    printed = 0
+    try:
+        for printed, point in enumerate(points, start=1):
+            print(_point(point, f"{printed}/{len(points)}", as_json=options.json), flush=True)
+    except (KeyboardInterrupt, Terminated) as signalled:
+        return say(*_broken_off(signalled, printed, len(points), options.checkpoint))
+    chosen = points.best if options.validation_size else points.points[-1]
+    if options.out is not None:
+        chosen.model.source_ = split.description
+        chosen.model.save(options.out)
+    _draw_path(points.points, chosen.model, split.X_train, options)
+    if options.validation_size and not options.json:
+        saved = "" if options.out is None else f", saved to {options.out}"
+        print(f"best: {_point(chosen, 'the first of the highest score', as_json=False)}{saved}")
+    return 0
+
+
+def _check_path_options(options: argparse.Namespace) -> None:
+    """Refuse, before any work, what would fail after it."""
+    for name in ("checkpoint", "out", "plot", "plot_spectrum"):
+        if getattr(options, name) is not None:
+            check_writable(getattr(options, name), f"--{name.replace('_', '-')}")
+    if options.out is not None and not options.validation_size:
+        raise ValueError("--out writes the best point, which takes rows to choose it by: give --validation-size.")
+    for file in filter(None, (options.plot, options.plot_spectrum)):
+        if Path(file).suffix not in _PICTURES:
+            raise ValueError(f"{file!r} is no name of a picture: let it end in {', '.join(_PICTURES)}.")
+        import matplotlib
+
+        matplotlib.use("agg")
+
+
+def _point(point: Any, place: str, *, as_json: bool) -> str:
+    """A line on one point of a path."""
+    proof, model = point.certificate, point.model
+    if as_json:
+        numbers = {"weight_decay": point.weight_decay, "rank": model.rank_, "n_neurons": point.network.n_neurons}
+        values = {name: number(getattr(proof, name)) for name in ("objective", "lower_bound", "relative_gap")}
+        score = None if point.score is None else number(point.score)
+        return json.dumps(numbers | values | {"status": proof.status.value, "score": score})
+    scored = "" if point.score is None else f"   score {point.score:.4f}"
+    return (
+        f"{place}   weight decay {point.weight_decay:.4g}   rank {model.rank_}   {proof.status.value}   "
+        f"gap {proof.relative_gap:.1e}   {point.network.n_neurons} neurons{scored}"
+    )
+
+
+def _draw_path(points: list[Any], model: Any, X: Any, options: argparse.Namespace) -> None:
+    """Pictures of the path, and of what one model uses of the spectrum."""
+    from convexbn.container import write_atomically
+    from convexbn.display import PathDisplay, SpectrumDisplay
+
+    for file, display in (
+        (options.plot, lambda: PathDisplay(points)),
+        (options.plot_spectrum, lambda: SpectrumDisplay.from_estimator(model, X)),
+    ):
+        if file is not None:
+            picture = io.BytesIO()
+            display().plot().figure_.savefig(picture, format=Path(file).suffix[1:], dpi=150)
+            write_atomically(file, picture.getvalue())
+
+
+def _broken_off(signalled: BaseException, finished: int, total: int, checkpoint: str | None) -> tuple[str, int]:
+    """What is kept of a path, how to go on, and the exit code."""
+    kept = "; with --checkpoint FILE they would have been kept"
+    if checkpoint is not None:
+        kept = f" and in {checkpoint}: the same command goes on from there"
+    word, code = ending(signalled)
+    return f"{word}: {finished} of {total} points are finished{kept}.", code

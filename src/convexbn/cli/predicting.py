@@ -1,0 +1,45 @@
+"""``convexbn predict``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from convexbn.cli.common import check_writable, feature_names
+from convexbn.cli.options import data_parser, file_parser
+
+
+def add_parser(commands: Any) -> None:
+    """Options of ``predict``."""
+    use = commands.add_parser("predict", help="predict with a saved network", parents=[file_parser(), data_parser()])
+    use.set_defaults(command=predict)
+    use.add_argument("--out", metavar="CSV", help="write here instead of to standard output")
+
+
+def predict(options: argparse.Namespace) -> int:
+    """``convexbn predict``: one line a row of the data."""
+    from convexbn.container import write_atomically
+    from convexbn.sources import read_source
+    from convexbn.storage import load
+
+    if options.out is not None:
+        check_writable(options.out)
+    model = load(options.file)
+    source = read_source(options.data, None, data_home=options.data_home, features=feature_names(model))
+    rows = source.X if source.X_test is None else source.X_test
+    lines = ["prediction", *(_cell(value) for value in model.predict(rows))]
+    text = "".join(f"{line}\n" for line in lines)
+    if options.out is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(options.out, text.encode())
+    return 0
+
+
+def _cell(value: Any) -> str:
+    """One CSV cell a prediction; several outputs are separated by commas."""
+    if getattr(value, "ndim", 0):
+        return ",".join(repr(float(v)) for v in value)
+    text = str(value.item() if hasattr(value, "item") else value)
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n\r') else text

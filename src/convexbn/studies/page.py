@@ -1,0 +1,61 @@
+"""The page of a study: the claim, what decides it, how the run differs from the paper, pictures, table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from convexbn.page import Html, facts, folded, page, paragraph, picture, styled, table, text
+from convexbn.studies.runner import Run
+from convexbn.studies.study import Finding
+
+_WORDS = {True: ("holds", "holds here"), False: ("fails", "does not hold here"), None: ("", "not decided here")}
+
+
+def study_page(run: Run) -> bytes:
+    """HTML of what is finished of a run.
+
+    Raises
+    ------
+    ValueError
+        When nothing is.
+    """
+    if not run.finished:
+        raise ValueError(f"nothing of {run.study.name} is finished, so there is nothing to draw.")
+    told = run.circumstances()
+    footer = [facts({name: _told(value) for name, value in told.items()})]
+    return page(run.study.title, _parts(run), footer)
+
+
+def verdict(finding: Finding) -> str:
+    """A finding as a line of plain text."""
+    return f"{_WORDS[finding.holds][1].upper()}: {finding.claim} {finding.figure}"
+
+
+def _parts(run: Run) -> Iterator[Html]:
+    study = run.study
+    yield paragraph(study.source, "quiet")
+    if not run.complete:
+        yield paragraph(f"This is a part of the study: {len(run.finished)} of {len(run.cells)} cells are finished.")
+    if run.quick:
+        yield paragraph("This is the quick form of the study: smaller, and weaker as evidence.")
+    findings = run.findings
+    yield from map(_claim, findings)
+    with styled():
+        pictures = study.pictures(run.rows)
+    yield from (picture(drawn.title, drawn.figure) for drawn in pictures[:1])
+    yield Html(f"<h2>How this run differs from the paper</h2>{paragraph(study.departures)}")
+    yield from (picture(drawn.title, drawn.figure) for drawn in pictures[1:])
+    yield Html("<h2>Table</h2>")
+    yield folded(f"{len(run.rows)} lines", [table(run.rows, f"are in {run.path('csv').name}")])
+
+
+def _claim(finding: Finding) -> Html:
+    css, word = _WORDS[finding.holds]
+    return Html(
+        f'<section class="claim {css}"><span class="word">{text(word)}</span>'
+        f"{paragraph(finding.claim)}{paragraph(finding.figure)}</section>"
+    )
+
+
+def _told(value: object) -> str:
+    return ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else str(value)
