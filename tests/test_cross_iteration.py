@@ -117,6 +117,10 @@ def test_without_steps_it_is_batch_norm_over_the_union_of_the_batches(name, seco
         outputs = norm(layer(x))
         union = layer(torch.cat(list(data[max(0, t - 2) : t + 1].flip(0))))
         assert torch.allclose(outputs, copy.deepcopy(twin)(union)[: len(x)], rtol=1e-12, atol=1e-12)
+        variance, mean = torch.var_mean(union, axes(x), correction=0)
+        assert torch.allclose(norm.mean, mean, rtol=1e-12) and torch.allclose(norm.variance, variance, rtol=1e-12)
+    norm.eval()(layer(x))
+    assert norm.mean is norm.variance is None
 
 
 @pytest.mark.parametrize("second_moment", ORDERS)

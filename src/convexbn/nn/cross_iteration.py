@@ -51,6 +51,8 @@ class _CrossIterationBatchNorm(_BatchNorm):
         self.batches = self.stored = 0
         self._layer = (layer,)  # in a tuple: its parameters belong to the module that holds it
         self._register_history(weight.detach())
+        self.mean: torch.Tensor | None = None
+        self.variance: torch.Tensor | None = None
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
         if second_moment == "exact":
@@ -68,7 +70,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
             self.batches += 1
             windowed = self.window > 1 and self.batches > self.burn_in
         if not windowed:
-            self._input = self._output = None
+            self._input = self._output = self.mean = self.variance = None
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         return self._normalised_over_window(input)
@@ -102,6 +104,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         means, variances = torch.cat([own[None], means]), torch.cat([variance[None], variances])
         centre = means.mean(dim=0)
         spread = (variances + (means - centre).square()).mean(dim=0)
+        self.mean, self.variance = (centre + bias).detach(), spread.detach()
         gain = (spread + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
         offset = (0 if self.bias is None else self.bias) - (centre + bias) * gain
         shape = (1, -1, *[1] * (input.ndim - 2))
@@ -267,6 +270,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     ----------
     batches, stored : int
         Batches seen in train mode, and batches stored since the window opened; in the state dict with the history.
+    mean, variance : Tensor (C,) or None
+        What the last forward normalised with, over the window; None where it was plain batch norm.
 
     Raises
     ------

@@ -9,7 +9,9 @@ from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 __all__ = ["NAMES", "Cell", "Finding", "Picture", "Row", "Study", "study"]
 
 #: Studies by name, in the order of the list, and the module that holds each as ``STUDY``.
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "understanding-bn": "convexbn.studies.understanding_bn",
+}
 
 
 def study(name: str) -> Study:
