@@ -11,6 +11,8 @@ __all__ = ["NAMES", "Cell", "Finding", "Picture", "Row", "Study", "study"]
 #: Studies by name, in the order of the list, and the module that holds each as ``STUDY``.
 NAMES: dict[str, str] = {
     "understanding-bn": "convexbn.studies.understanding_bn",
+    "cross-iteration-bn": "convexbn.studies.cross_iteration_bn",
+    "weight-rescaling": "convexbn.studies.weight_rescaling",
 }
 
 

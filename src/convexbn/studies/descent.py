@@ -14,7 +14,7 @@ _LARGE = 16
 
 
 def images(name: str, counts: tuple[int, ...], seed: int) -> list[tuple[Any, Any]]:
-    """Disjoint random parts of a data set as tensors: images (n, 1, side, side), standardised by the first part, labels.
+    """Disjoint random parts of a data set: images (n, 1, side, side), standardised by the first part, and labels.
 
     Parameters
     ----------

@@ -173,7 +173,7 @@ STUDY = Study(
     source="Bjorck, Gomes, Selman, Weinberger, Understanding Batch Normalization, NeurIPS 2018 (arXiv 1806.02375)",
     departures=(
         "A perceptron of 20 hidden layers of width 100 on 10,000 Fashion-MNIST images of 14 x 14 pixels, 4 epochs of "
-        "SGD (momentum .9, weight decay 5e-4, batches of 128), in place of ResNet-110 on CIFAR-10 trained to a plateau. "
+        "SGD (momentum .9, weight decay 5e-4, batches of 128), not ResNet-110 on CIFAR-10 trained to a plateau. "
         "Depth is studied on a residual perceptron of 27 blocks, as a plain He-initialised one does not grow. Three "
         "seeds. The quick form: digits, width 64, 10 epochs of batches of 32, one seed."
     ),

@@ -106,8 +106,8 @@ def _tails(rows: list[Row]) -> Finding:
     plain, normalised = _middle(rows, "kurtosis")
     return Finding(
         "Gradients of middle layers are heavy-tailed without batch norm and are not with it.",
-        f"Their kurtosis at initialisation is {_range(plain)} without and {_range(normalised)} with batch norm; that of "
-        "a normal distribution is 3.",
+        f"Their kurtosis at initialisation is {_range(plain)} without and {_range(normalised)} with batch norm; normal "
+        "is 3.",
         min(plain) > 2 * max(normalised) and max(normalised) < 6,
     )
 
