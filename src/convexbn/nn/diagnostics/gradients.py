@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 
 from convexbn.nn.diagnostics.running import WEIGHTED, Loss, copied, weight_gradients
@@ -43,8 +42,12 @@ def gradient_kurtosis(module: nn.Module, X: Any, y: Any, loss: Loss, *, training
     """
     with copied(module, training) as run:
         gradients = weight_gradients(run, X, y, loss)
-    entries = {name: gradient.double().flatten().cpu().numpy() for name, gradient in gradients.items()}
-    return {name: float(stats.kurtosis(values, fisher=False)) for name, values in entries.items()}
+    return {name: _kurtosis(gradient.double()) for name, gradient in gradients.items()}
+
+
+def _kurtosis(entries: torch.Tensor) -> float:
+    squares = (entries - entries.mean()).square()
+    return float(squares.square().mean() / squares.mean().square())
 
 
 @dataclass(frozen=True)
