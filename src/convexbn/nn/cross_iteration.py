@@ -99,8 +99,8 @@ class _CrossIterationBatchNorm(_BatchNorm):
         own = mean - bias  # the bias shifts what the batch norm takes away: no part of the history
         with torch.no_grad():
             means, variances = self._compensated()
-            self._update_running(mean, variance * (count / (count - 1)))
             self._store(input, own, variance, count)
+            self._update_running(mean, variance * (count / (count - 1)))
         means, variances = torch.cat([own[None], means]), torch.cat([variance[None], variances])
         centre = means.mean(dim=0)
         spread = (variances + (means - centre).square()).mean(dim=0)
@@ -140,8 +140,9 @@ class _CrossIterationBatchNorm(_BatchNorm):
             self.past_gradient[slot] = 2 * torch.einsum("gcp,gpq->gcq", self.past_weight[slot], covariance)
         else:
             centred = outputs.detach() - outputs.detach().mean([0, *range(2, outputs.ndim)], keepdim=True)
-            self.past_patch_mean[slot] = self._derivative(outputs, torch.full_like(centred, 1 / count))[:, 0]
-            self.past_gradient[slot] = self._derivative(outputs, centred * (2 / count))
+            root = count**0.5  # divided by in two parts, as half precision holds neither sums nor their shares
+            self.past_patch_mean[slot] = self._derivative(outputs, torch.full_like(centred, 1 / root))[:, 0] / root
+            self.past_gradient[slot] = self._derivative(outputs, centred / root) * (2 / root)
         self.stored += 1
 
     def _derivative(self, outputs: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
