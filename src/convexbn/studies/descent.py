@@ -70,7 +70,7 @@ def descend(
             loss = torch.nn.functional.cross_entropy(module(X[part]), y[part])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            total += float(loss)
+            total += float(loss.detach())
             if not torch.isfinite(loss):
                 return float("inf")
         mean = total / len(batches)
