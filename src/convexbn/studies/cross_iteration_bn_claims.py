@@ -121,19 +121,33 @@ def pictures(rows: list[Row]) -> list[Picture]:
 def _draw_errors(rows: list[Row]) -> Picture:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 7))
+    figure = Figure(figsize=(7.5, 6.5))
     axes = figure.subplots(2, 1, sharex=True)
     places = list(dict.fromkeys(place[1:] for place in _errors(rows, "mean_error", "naive")))
     for axis, key, name in zip(axes, ("mean_error", "variance_error"), ("mean", "variance"), strict=True):
         for k, statistic in enumerate(_STATISTICS):
-            found = _errors(rows, key, statistic)
-            means = [np.mean([error for at, error in found.items() if at[1:] == place]) for place in places]
-            axis.plot(range(len(places)), means, "o-" if k else "x:", color=f"C{k}", ms=5, label=_NAMES[statistic])
+            errors = _mean_errors(rows, key, statistic, places)
+            axis.plot(errors, "x:" if k == 0 else "o-", color=f"C{k}", ms=7 - k, label=_NAMES[statistic])
         axis.set(yscale="log", ylabel=f"squared error of the {name}")
-    axes[0].legend(ncols=2)
-    axes[1].set_xticks(range(len(places)), [f"layer {layer}\n{phase}\n{rate:g}" for rate, phase, layer in places])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    marks = [f"layer {layer}\n{phase}\n{rate:g}" if layer == 2 else f"{layer}" for rate, phase, layer in places]
+    axes[1].set_xticks(_positions(places), marks)
     axes[1].set_xlabel("layer, phase of the training, learning rate")
     return Picture("Means of later layers gain by the correction; the rest is the number of images", figure)
+
+
+def _positions(places: list[tuple[Any, ...]]) -> list[int]:
+    """Where they are on the axis, with a gap before each first layer."""
+    gaps = np.cumsum([k > 0 and layer == 1 for k, (_, _, layer) in enumerate(places)])
+    return [k + int(gap) for k, gap in enumerate(gaps)]
+
+
+def _mean_errors(rows: list[Row], key: str, statistic: str, places: list[tuple[Any, ...]]) -> list[float]:
+    """Means over the seeds, nan in the gaps."""
+    found, drawn = _errors(rows, key, statistic), [float("nan")] * (_positions(places)[-1] + 1)
+    for position, place in zip(_positions(places), places, strict=True):
+        drawn[position] = float(np.mean([error for at, error in found.items() if at[1:] == place]))
+    return drawn
 
 
 def _draw_accuracy(rows: list[Row]) -> Picture:

@@ -172,10 +172,10 @@ STUDY = Study(
     title="Batch norm allows learning rates that are 30 times larger",
     source="Bjorck, Gomes, Selman, Weinberger, Understanding Batch Normalization, NeurIPS 2018 (arXiv 1806.02375)",
     departures=(
-        "A perceptron of 20 hidden layers of width 100 on 5,000 Fashion-MNIST images of 14 x 14 pixels, 4 epochs of SGD "
-        "(momentum .9, weight decay 5e-4, batches of 64), not ResNet-110 on CIFAR-10 trained to a plateau. Depth is "
-        "studied on a residual perceptron of 27 blocks, as a plain He-initialised one does not grow. Three seeds. The "
-        "quick form: digits, width 64, 10 epochs of batches of 32, one seed."
+        "A perceptron of 20 hidden layers of width 100 on 5,000 Fashion-MNIST images of 14 x 14 pixels, 4 epochs of "
+        "SGD (momentum .9, weight decay 5e-4, batches of 64), not ResNet-110 on CIFAR-10 trained to a plateau. "
+        "Depth is studied on a residual perceptron of 27 blocks, as a plain He-initialised one does not grow. Three "
+        "seeds. The quick form: digits, width 64, 10 epochs of batches of 32, one seed."
     ),
     needs=("torch",),
     minutes=(1, 3),

@@ -170,7 +170,9 @@ def _draw_accuracy(rows: list[Row]) -> Picture:
     axes.set_xticks(range(len(_DECAYS)), [f"{decay:g}" for decay in _DECAYS])
     axes.set(xlabel="weight decay of SGD, on all parameters", ylabel="test accuracy")
     axes.legend()
-    return Picture("Rescaled filters: the accuracy hardly depends on the weight decay (points: seeds)", figure)
+    return Picture(
+        "Rescaled filters, without weight decay, against weight decay: accuracies (small points: seeds)", figure
+    )
 
 
 def _draw_rates(rows: list[Row]) -> Picture:
@@ -185,7 +187,7 @@ def _draw_rates(rows: list[Row]) -> Picture:
             rates = [_mean_rate(lines, epoch) for epoch in epochs]
             label = f"weight decay {decay:g}" if scheme == "none" else "rescaled filters"
             axes.plot(epochs, rates, style, ms=4, color=f"C{k}" if scheme == "none" else "C6", label=label)
-    axes.set(yscale="log", xlabel="epoch", ylabel="effective rate: rate / norm^2, mean over filters")
+    axes.set(yscale="log", xlabel="epoch", ylabel="effective rate: rate / norm^2")
     axes.legend()
     return Picture(
         "The effective learning rate falls without weight decay, rises with it, and stays if rescaled", figure
