@@ -18,10 +18,13 @@ PARTS = {
             "At initialisation a deep network", "The noise of a step", "Squared singular values",
         ],
     ),
-    "cross-iteration-bn": (lambda cell: True, ["The correction makes means", "Corrected statistics over a window"]),
+    "cross-iteration-bn": (
+        lambda cell: cell.get("network") != "convolutions",
+        ["The correction makes means", "Corrected statistics over a window", "At small batches"],
+    ),
     "weight-rescaling": (
-        lambda cell: cell["weight_decay"] in (0.0, 5e-3),
-        ["Rescaling each filter", "Under weight decay the effective rate", "Rescaling layers to norm 1"],
+        lambda cell: cell["weight_decay"] in (0.0, 2e-2),
+        ["Rescaling each filter", "Without weight decay the effective rate"],
     ),
 }  # fmt: skip
 
