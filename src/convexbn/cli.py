@@ -25,10 +25,11 @@ _TERMINATION = "terminated", TERMINATED
 #: Pictures that can be drawn.
 _PICTURES = (".png", ".svg", ".pdf")
 
-_LOSSES = ["squared", "logistic", "cross_entropy", "MSELoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
+_LOSSES = ["squared", "huber", "squared_hinge", "logistic", "cross_entropy"]
+_TORCH_LOSSES = ["MSELoss", "HuberLoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
 
 #: Options of ``certify`` for what the file of a model holds itself.
-_QUESTION = ("loss", "weight_decay", "optimizer_decay", "eps", "tol")
+_QUESTION = ("loss", "huber_delta", "weight_decay", "optimizer_decay", "eps", "tol")
 
 
 class _Terminated(BaseException):
@@ -72,6 +73,7 @@ def fit(options: argparse.Namespace) -> int:
         model = estimator_for(split.task)(
             activation=options.activation,
             loss=options.loss,
+            **_huber_delta(options, split.task),
             weight_decay=options.weight_decay,
             n_gates=options.n_gates,
             width=options.width,
@@ -94,6 +96,15 @@ def fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _huber_delta(options: argparse.Namespace, task: str) -> dict[str, float]:
+    """Delta of the Huber loss, where it is given: a parameter of regressors."""
+    if options.huber_delta is None:
+        return {}
+    if options.loss != "huber" or task != "regression":
+        raise ValueError("--huber-delta is for --loss huber, which is for regression.")
+    return {"huber_delta": options.huber_delta}
+
+
 def path(options: argparse.Namespace) -> int:
     """``convexbn path``: one line a point, each certified; finished points outlive an interruption."""
     from convexbn.path import fit_path
@@ -105,6 +116,7 @@ def path(options: argparse.Namespace) -> int:
     model = estimator_for(split.task)(
         activation=options.activation,
         loss=options.loss,
+        **_huber_delta(options, split.task),
         n_gates=options.n_gates,
         width=options.width,
         gates=options.gates,
@@ -280,7 +292,9 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     source = read_source(options.data, options.target, data_home=options.data_home, need_target=True)
     assert source.y is not None
     n_outputs = layers.output.shape[1]
-    loss = TrainedLoss.of(options.loss, targets_of_labels(options.loss, source.y, n_outputs), n_outputs)
+    targets = targets_of_labels(options.loss, source.y, n_outputs)
+    huber_delta = 1.0 if options.huber_delta is None else options.huber_delta
+    loss = TrainedLoss.of(options.loss, targets, n_outputs, huber_delta=huber_delta)
     if options.weight_decay is not None:
         objective = Objective.with_weight_decay(loss, options.weight_decay)
     else:
@@ -345,7 +359,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--json", action="store_true", help="print one JSON object last")
     trained = judge.add_argument_group("for networks that torch trained (.pt2, state dicts in .pt or .safetensors)")
-    trained.add_argument("--loss", choices=_LOSSES, help="summed over rows, or torch's own with its mean")
+    names = [*_LOSSES, *_TORCH_LOSSES]
+    trained.add_argument("--loss", choices=names, help="summed over rows, or torch's own with its mean")
+    trained.add_argument("--huber-delta", type=float, metavar="DELTA", help="of huber and HuberLoss, by default 1")
     trained.add_argument("--weight-decay", type=float, metavar="BETA", help="against the sum of the losses")
     trained.add_argument("--optimizer-decay", type=float, metavar="LAM", help="weight_decay of SGD or Adam")
     trained.add_argument("--eps", type=float, help="of the batch norm of a state dict, by default 1e-5")
@@ -373,7 +389,8 @@ def _network_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--target", metavar="NAME", help="target column (files only)")
     parser.add_argument("--activation", choices=["gated", "relu"], default="gated")
-    parser.add_argument("--loss", choices=["squared", "logistic", "cross_entropy"], default="squared")
+    parser.add_argument("--loss", choices=_LOSSES, default="squared")
+    parser.add_argument("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
     parser.add_argument("--n-gates", type=int, default=100, metavar="P")
     parser.add_argument("--width", type=int, metavar="M", help="neurons that relu training starts with")
     parser.add_argument("--gates", choices=["data", "whitened"], default="data")

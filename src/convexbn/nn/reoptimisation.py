@@ -24,6 +24,7 @@ from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
 from convexbn.environment import solving
 from convexbn.layers import Layers, convertible
+from convexbn.losses import LOSSES
 from convexbn.network import BatchNormNetwork
 from convexbn.nn.standing import Standing, Task
 from convexbn.nn.statistics import with_full_batch_statistics
@@ -100,7 +101,7 @@ def reoptimise(
     y : ndarray or Tensor (n,) or (n, K)
         Integers are classes 0 to K - 1, the numbers of the outputs (with one output 0 or -1, and 1); floats are
         targets as the loss takes them, for which there is no accuracy.
-    loss : {"squared", "logistic", "cross_entropy"}
+    loss : {"squared", "squared_hinge", "logistic", "cross_entropy"}
         Summed over the rows; ``"squared"`` is half the squared error, ``"logistic"`` is for one output.
     weight_decay : float
         Strength against the *sum* of the losses. A torch optimiser's ``weight_decay`` lam on the last batch norm and
@@ -164,7 +165,7 @@ def reoptimise(
     with solving(len(rows)):
         data = TrainingSet.prepare(
             features, task.loss.targets, task.loss.weights,
-            loss=loss, rank=None, input_eps=float(np.finfo(numbers).eps), merge_features=True,
+            loss=LOSSES[loss], rank=None, input_eps=float(np.finfo(numbers).eps), merge_features=True,
         )  # fmt: skip
         network, stopped_by = _solved(
             data, start.network(features), weight_decay,
