@@ -52,6 +52,9 @@ def data(counts=BALANCED, dtype=torch.float64, d=D, seed=0):
 
 
 def torch_loss(outputs, y, loss):
+    if loss == "squared_hinge":
+        signs = 2 * torch.eye(outputs.shape[1], dtype=outputs.dtype)[y] - 1
+        return 0.5 * (1 - signs * outputs).clamp(min=0).square().sum()
     if loss == "squared":
         return 0.5 * (outputs - torch.eye(outputs.shape[1], dtype=outputs.dtype)[y]).square().sum()
     return nn.functional.cross_entropy(outputs, y, reduction="sum")
@@ -97,6 +100,15 @@ def test_four_layers_reach_the_closed_form(loss, counts, bias):
         collapse_metrics(hidden_of(result.module, X), y.numpy(), last.weight.detach().numpy().T), loss, counts
     )
     assert last.bias is None if not bias else not last.bias.any()
+
+
+def test_the_squared_hinge_reaches_its_closed_form():
+    """Rays of +-1 targets of norm ``2 sqrt(8)``: ``beta ||Y_k|| - beta^2 / 2`` each."""
+    module, (X, y) = deep(), data()
+    result = reoptimise(module, X, y, loss="squared_hinge", weight_decay=BETA)
+    optimum = K * (BETA * np.sqrt(N / K * K) - BETA**2 / 2)
+    assert torch_objective(result.module, X, y, "squared_hinge", BETA) == pytest.approx(optimum, rel=1e-9)
+    assert result.certificate.status is Status.CERTIFIED and result.after.train_accuracy == 1
 
 
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
