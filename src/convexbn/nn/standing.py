@@ -96,6 +96,11 @@ class Task:
         """The same task with validation rows and their classes."""
         return replace(self, validation=(rows, as_labels(y, self.loss.targets.shape[1], len(rows), "y_val")))
 
+    def validates(self, module: nn.Module) -> float:
+        """Validation accuracy of a module."""
+        assert self.validation is not None
+        return _accuracy(module, *self.validation)
+
     def standing(self, module: nn.Module, layers: Layers, features: Float) -> Standing:
         """Of a module whose last layers are ``layers`` on features (n, p)."""
         network, value = layers.network(features), self.loss.value(layers.predict(features))
