@@ -238,7 +238,8 @@ def main():
         return
     print(
         "| rate | seed | weight decay | step, statistics | objective: trained → rescaled → re-optimised "
-        "| train accuracy: trained → statistics → re-optimised | validation | test | training, CPU s | re-optimising, CPU s |"
+        "| train accuracy: trained → statistics → re-optimised | validation | test "
+        "| training, CPU s | re-optimising, CPU s |"
     )
     print("|" + "---|" * 10)
     rows = []
