@@ -186,8 +186,9 @@ def reoptimise(
             data, trained, weight_decay, tol=tol, max_iter=max_iter, budget=budget, random_state=random_state
         )
         segment = Segment.between(data, weight_decay, trained, start.layers.output_bias, found)
-        chosen = segment.at(1.0) if task.validation is None else _chosen(segment, start, given, task)
-        layers = _layers_of(chosen, data, given)
+        step, layers = 1.0, _layers_of(segment.at(1.0), data, given)
+        if task.validation is not None:
+            step, layers = _chosen(segment, start, given, task)
         proof = None
         if certify and not layers.output_bias.any():
             proof = training.certify(
@@ -197,7 +198,7 @@ def reoptimise(
     new = _with_layers(start.module, given, layers)
     before = task.standing(given.module, start.layers, start.features)
     after = task.standing(new, layers, start.features)
-    return Reoptimisation(new, before, after, proof, chosen.step, start.statistics)
+    return Reoptimisation(new, before, after, proof, step, start.statistics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,20 +220,19 @@ def _beginning(given: Tail, task: Task) -> _Beginning:
     module = with_full_batch_statistics(given.module, given.before, task.rows)
     features = read_tail(module).features(task.rows)
     exact = _Beginning(module, features, given.layers.with_statistics_of(features), "all rows")
-    if task.validation is None or task.validates(_with_layers(module, given, exact.layers)) >= task.validates(
-        given.module
-    ):
+    if task.validation is None or task.validates(exact.with_layers(given)) >= task.validates(given.module):
         return exact
     return _Beginning(without_momentum(given.module), given.features(task.rows), given.layers, "stored")
 
 
-def _chosen(segment: Segment, start: _Beginning, given: Tail, task: Task) -> Point:
-    """The point of least objective whose module, as it will be, is no less accurate than the given one."""
-    least = max(task.validates(given.module), task.validates(_with_layers(start.module, given, start.layers)))
+def _chosen(segment: Segment, start: _Beginning, given: Tail, task: Task) -> tuple[float, Layers]:
+    """Step and layers of least objective with which the module, as it will be, is no less accurate than it began."""
+    least = task.validates(start.with_layers(given))
     for point in segment.points():
-        if task.validates(_with_layers(start.module, given, _layers_of(point, segment.data, given))) >= least:
-            break
-    return point
+        layers = _layers_of(point, segment.data, given)
+        if task.validates(_with_layers(start.module, given, layers)) >= least:
+            return point.step, layers
+    return 0.0, start.layers
 
 
 def _layers_of(point: Point, data: TrainingSet, given: Tail) -> Layers:

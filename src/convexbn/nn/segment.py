@@ -66,8 +66,9 @@ class Segment:
 
         # no loss is negative, so that beyond this the penalty alone costs more
         largest = objective(1.0) / price if price > 0 else 1.0
-        scale = float(scipy.optimize.minimize_scalar(objective, bounds=(0.0, largest), method="bounded").x)
-        scale = min((1.0, scale), key=objective)
+        options = {"xatol": 1e-8 * largest}
+        found = scipy.optimize.minimize_scalar(objective, bounds=(0.0, largest), method="bounded", options=options)
+        scale = min((1.0, float(found.x)), key=objective)
         shrunk = trained.with_masses(scale * trained.masses)
         return cls(data, weight_decay, shrunk, scale * output_bias, optimum.balanced())
 
