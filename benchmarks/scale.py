@@ -59,6 +59,11 @@ def gated_cifar(seed, folder):
     )  # fmt: skip
 
 
+def gated_squared_hinge(seed, folder):
+    """The same with the squared hinge, one class against the others, certified to 1e-3."""
+    return gated_fit(seed, folder, loss="squared_hinge", tol=1e-3)
+
+
 def relu(seed, folder):
     """Fashion-MNIST, a ReLU network on 200 filtered directions; decay, rank, filter and epochs by validation."""
     return relu_fit(fashion_mnist_in(folder), seed, decay=1e-3, rank=200, spectral_filter=0.05, width=1000, max_iter=40)
@@ -128,7 +133,8 @@ def path(seed, folder):
 
 TASKS = {
     "gated": gated, "gated-now": gated_now, "gated-whitened": gated_whitened, "gated-data": gated_data,
-    "gated-cross-entropy": gated_cross_entropy, "gated-cifar": gated_cifar, "relu": relu, "relu-cifar": relu_cifar,
+    "gated-cross-entropy": gated_cross_entropy, "gated-squared-hinge": gated_squared_hinge, "gated-cifar": gated_cifar,
+    "relu": relu, "relu-cifar": relu_cifar,
     "relu-cifar-whole": relu_cifar_whole, "sgd-cifar": sgd_cifar, "few-600": few_600,
     "few-2000": few_2000, "path": path,
 }  # fmt: skip

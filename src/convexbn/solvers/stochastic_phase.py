@@ -42,8 +42,8 @@ class StochasticPhase:
         Passes over the rows.
     batch_size : int, default=250
     learning_rate : float, default=0.2
-        Largest learning rate of the mean loss. Where the gradient of the loss is not bounded it is lowered to what is
-        stable for the hidden layer at the start.
+        Largest learning rate of the mean loss. Where the loss is nearly quadratic it is lowered to what is stable for
+        the hidden layer at the start.
     momentum : float, default=0.9
     """
 
@@ -68,7 +68,7 @@ class StochasticPhase:
         n, root = len(rows), float(np.sqrt(loss.weights.sum()))
         scaled = (root * rows).astype(np.float32)
         largest = self.learning_rate
-        if not loss.bounded_gradient:
+        if loss.nearly_quadratic:
             seen = scaled[rng.permutation(n)[:_SAMPLE]] @ (start.first / root / np.sqrt(loss.output_scale))
             largest = min(largest, _STABLE * (1 + self.momentum) / (loss.curvature * _largest_square(seen)))
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
