@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.patterns import distinct_gates, gate_patterns
 from convexbn.whitening import Whitening, centre
 
@@ -58,34 +57,35 @@ class BatchNormNetwork:
 
     def hidden(self, X: FloatMatrix) -> Float:
         """Hidden activations, one a neuron: (n, d) -> (n, m). Each row depends on itself alone."""
-        centred, exponent = centre(X, self.mean)
-        response = np.ldexp(centred @ self.weight, exponent)
-        response = (self.gamma * response + self.shift) / np.sqrt(self.n_effective)
-        opened = response > 0 if self.gates is None else self._opened(X)
-        activations: Float = np.where(opened, response, 0.0)
-        return activations
-
-    def _opened(self, X: FloatMatrix) -> Bool:
-        """Gates of the neurons, of which several may share one: (n, m)."""
-        gates, offsets, place = self._distinct_gates
-        opened: Bool = np.take(gate_patterns(X, self.mean, gates, offsets), place, axis=1)
-        return opened
-
-    @functools.cached_property
-    def _distinct_gates(self) -> tuple[Float, Float, Index]:
-        assert self.gates is not None
-        assert self.gate_offsets is not None
-        first, place = distinct_gates(self.gates, self.gate_offsets)
-        return self.gates[:, first], self.gate_offsets[first], place
+        return self._hidden(X, self._distinct_gates())
 
     def predict(self, X: FloatMatrix) -> Float:
         """Outputs ``F(X)``: (n, d) -> (n, K), in chunks of bounded memory."""
-        outputs = np.zeros((len(X), self.output.shape[1]))
+        outputs, distinct = np.zeros((len(X), self.output.shape[1])), self._distinct_gates()
         size = max(1, _CHUNK_ENTRIES // max(self.n_neurons, X.shape[1], 1))
         for start in range(0, len(X), size):
             part = slice(start, start + size)
-            outputs[part] = self.hidden(X[part]) @ self.output
+            outputs[part] = self._hidden(X[part], distinct) @ self.output
         return outputs
+
+    def _hidden(self, X: FloatMatrix, distinct: tuple[Float, Float, Index] | None) -> Float:
+        centred, exponent = centre(X, self.mean)
+        response = np.ldexp(centred @ self.weight, exponent)
+        response = (self.gamma * response + self.shift) / np.sqrt(self.n_effective)
+        if distinct is None:
+            opened = response > 0
+        else:
+            gates, offsets, place = distinct
+            opened = np.take(gate_patterns(X, self.mean, gates, offsets), place, axis=1)
+        activations: Float = np.where(opened, response, 0.0)
+        return activations
+
+    def _distinct_gates(self) -> tuple[Float, Float, Index] | None:
+        """Gates and offsets, of which several neurons may share one, and the place of every neuron among them."""
+        if self.gates is None or self.gate_offsets is None:
+            return None
+        first, place = distinct_gates(self.gates, self.gate_offsets)
+        return self.gates[:, first], self.gate_offsets[first], place
 
     def neurons(self) -> dict[str, Any]:
         """The arrays that belong to neurons, by name: what a certificate takes."""

@@ -24,6 +24,9 @@ from convexbn.bounds.result import EPS, Bound, unit_scale
 MAX_RANK = 8
 _BATCH = 256
 
+#: Bases whose orthants are tried while only cones too thin to split are open.
+_ATTEMPTS = 4
+
 
 @dataclass(frozen=True)
 class Enclosure(Bound):
@@ -90,18 +93,24 @@ def branch_and_bound(
     if q <= 2:
         value, rounding, maximiser, work = plane(V, A)
         return Enclosure(value * scale, rounding * scale, work, (value - rounding) * scale, maximiser, "tolerance")
-    search = _Search(V, A, tolerance, target / scale, np.eye(q)[:1] if start is None or len(start) == 0 else start)
-    reason = search.run(max_nodes, deadline)
-    rounding = 4 * EPS * search.upper * (n + q)
-    return Enclosure(
-        (search.upper + rounding) * scale, rounding * scale, search.nodes, search.lower * scale, search.best, reason
-    )
+    start = np.eye(q)[:1] if start is None or len(start) == 0 else start
+    upper, work, rng = np.inf, 0, np.random.default_rng(0)
+    for attempt in range(_ATTEMPTS):
+        # other orthants have other thin cones, and any of their bounds is valid
+        middle = None if attempt == 0 else normalise(rng.standard_normal((1, q)))[0]
+        search = _Search(V, A, tolerance, target / scale, start, middle)
+        reason = search.run(max_nodes - work, deadline)
+        upper, work, start = min(upper, search.upper), work + search.nodes, search.best[None]
+        if reason != "rounding":
+            break
+    rounding = 4 * EPS * upper * (n + q)
+    return Enclosure((upper + rounding) * scale, rounding * scale, work, search.lower * scale, search.best, reason)
 
 
 class _Search:
     """The open cones, their bounds, and the best value found so far."""
 
-    def __init__(self, V: Float, A: Float, tolerance: float, target: float, start: Float) -> None:
+    def __init__(self, V: Float, A: Float, tolerance: float, target: float, start: Float, middle: Float | None) -> None:
         # one output: the two signs are two problems; several outputs: one problem of norms
         self.problems = [V, -V] if V.shape[1] == 1 else [V]
         self.V, self.A, self.tolerance, self.target = V, A, tolerance, target
@@ -110,7 +119,7 @@ class _Search:
         self.improve(normalise(start))
         self.frontier = Frontier(A.shape[1])
         for problem in range(len(self.problems)):
-            self.bound(rotated_orthants(self.best), problem, np.inf)
+            self.bound(rotated_orthants(self.best if middle is None else middle), problem, np.inf)
 
     @property
     def upper(self) -> float:
