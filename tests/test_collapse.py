@@ -136,3 +136,8 @@ def test_training_collapses_to_the_optimum():
     names = [text.get_text() for axis in display.axes_ for text in axis.get_legend().get_texts()]
     assert "centred means (dashed: optimum 0.577)" in names and names.count("features (optimum 0)") == 2
     assert CollapseDisplay(history).epochs == list(range(1, len(history) + 1))
+
+
+def test_losses_of_other_targets_are_refused():
+    with pytest.raises(ValueError, match="one-hot"):
+        optimal_collapse([8] * 4, 0.5, loss="squared_hinge")

@@ -119,6 +119,11 @@ def optimal_collapse(counts: Sequence[int], weight_decay: float, *, loss: str) -
     loss : {"squared", "cross_entropy"}
         With one-hot targets; no output bias.
 
+    Raises
+    ------
+    ValueError
+        For another loss.
+
     Examples
     --------
     Four equal classes of 8: the squared loss aligns the classifier with the means, cross-entropy with the centred ones.
@@ -127,6 +132,8 @@ def optimal_collapse(counts: Sequence[int], weight_decay: float, *, loss: str) -
     >>> round(squared.duality_centred, 4), round(entropy.duality_uncentred, 4)
     (0.5176, 0.5176)
     """
+    if loss not in ("squared", "cross_entropy"):
+        raise ValueError(f"loss must be 'squared' or 'cross_entropy', whose targets are one-hot; got {loss!r}.")
     weights, K = np.asarray(counts, dtype=np.float64), len(counts)
     # rows of a class have equal hidden activations at the optimum, so one row of its weight stands for all of them
     rows = np.diag(1 / np.sqrt(weights))

@@ -102,10 +102,11 @@ def reoptimise(
 
     A lower training objective need not generalise better. With validation rows and classes the new module is the one
     of least objective, on the segment from the trained layers at their best scale to those above, whose validation
-    accuracy is not below that of the module that was given: the objective is convex along it, and falls. Between its
-    ends the segment holds both networks side by side, and a share of the output bias. Earlier batch norms then keep
-    their stored statistics if the module with those of all rows is less accurate. The validation rows choose, so that
-    their accuracy is no estimate any more: take other rows for that.
+    accuracy is not below that of the module that was given, nor of it with the statistics of all rows; if the latter is
+    less accurate, the earlier batch norms keep their stored ones. The objective is convex along the segment, whose
+    networks hold both ends side by side and a share of the output bias; at its beginning it is never above that of the
+    trained layers. The validation rows choose, so that their accuracy is no estimate any more: take other rows for
+    that.
 
     Parameters
     ----------
