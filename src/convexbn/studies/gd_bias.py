@@ -62,14 +62,14 @@ def _worth(best: list[Row]) -> list[Finding]:
     return [
         Finding(
             "Without either effect gradient descent generalises far worse: the bias is in the geometry.",
-            f"Test accuracy in per cent, learning rate by validation, mean of {len(distinct(best, 'seed'))} draws of the "
-            f"data: {told}. On whitened data the same network class loses {both - neither:.1f} points.",
+            f"Test accuracy in per cent, learning rate by validation, draws of the data: "
+            f"{len(distinct(best, 'seed'))}. {told}. On whitened data the same network class loses {both - neither:.1f} points.",
             bool(both > neither),
         ),
         Finding(
             "Either effect alone helps, and is worth less than both.",
-            f"Start alone is {single[0] - neither:+.1f} points from neither and {single[0] - both:+.1f} from both; speed "
-            f"alone {single[1] - neither:+.1f} and {single[1] - both:+.1f}.",
+            f"Start alone is {single[0] - neither:+.1f} points from neither and {single[0] - both:+.1f} from both; "
+            f"speed alone {single[1] - neither:+.1f} and {single[1] - both:+.1f}.",
             bool(both > max(single) and min(single) > neither),
         ),
     ]
