@@ -220,7 +220,7 @@ def _accuracies(rows: list[Row]) -> Picture:
 
 def _rates(rows: list[Row]) -> Picture:
     picture, axes = drawing.chart(
-        "Validation accuracy over the learning rate: none makes up for the geometry",
+        "Validation accuracy over the learning rate: no rate makes up for whitening",
         "learning rate",
         "validation accuracy (%)",
         xscale="log",
