@@ -18,6 +18,9 @@ _FRACTION = 0.05
 _CLASSES = 10
 _WIDTH, _SEEDS = 50, 2
 
+#: Excess above which a run is not drawn: it diverges.
+_HIGHEST = 100.0
+
 #: Learning rates of the quick and the full form.
 _RATES: dict[bool, dict[str, tuple[float, ...]]] = {
     True: {"adam": (0.01, 0.1), "sgd": (0.1, 0.5)},
@@ -144,6 +147,7 @@ def _picture(name: str, rows: list[Row]) -> Picture:
                 excess = column(run, "objective") / formula["objective"] - 1
                 label = f"{method}, rate {rate:g}" if seed == 0 else None
                 axes.plot(column(run, "seconds"), excess, style, color=colour, lw=1.2, alpha=0.8, label=label)
+    axes.set_ylim(top=min(axes.get_ylim()[1], _HIGHEST))
     axes.axvline(formula["seconds"], color="0.3", lw=1, label=f"formula: {formula['seconds']:.2f} s, excess 0")
     drawing.legend(axes)
     return picture
