@@ -147,7 +147,8 @@ def _picture(name: str, rows: list[Row]) -> Picture:
                 excess = column(run, "objective") / formula["objective"] - 1
                 label = f"{method}, rate {rate:g}" if seed == 0 else None
                 axes.plot(column(run, "seconds"), excess, style, color=colour, lw=1.2, alpha=0.8, label=label)
-    axes.set_ylim(top=min(axes.get_ylim()[1], _HIGHEST))
+    lowest = np.nanmin(column([row for row in rows if row["method"] != "formula"], "objective"))
+    axes.set_ylim(0.5 * (lowest / formula["objective"] - 1), _HIGHEST)
     axes.axvline(formula["seconds"], color="0.3", lw=1, label=f"formula: {formula['seconds']:.2f} s, excess 0")
     drawing.legend(axes)
     return picture
