@@ -165,7 +165,7 @@ STUDY = Study(
         "schedule, float32 training and a float64 judge. The formula's seconds include whitening and its certificate."
     ),
     needs=("torch",),
-    minutes=(0.5, 10),
+    minutes=(0.4, 2.5),
     cells=cells,
     run=run,
     findings=findings,

@@ -247,7 +247,7 @@ STUDY = Study(
         "validation images."
     ),
     needs=("torch",),
-    minutes=(0.7, 6),
+    minutes=(0.2, 2),
     cells=cells,
     run=run,
     findings=findings,

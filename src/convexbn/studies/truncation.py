@@ -296,7 +296,7 @@ STUDY = Study(
         "means of two draws on 600 rows, one draw beyond."
     ),
     needs=("torch",),
-    minutes=(1, 60),
+    minutes=(0.3, 40),
     cells=cells,
     run=run,
     findings=findings,
