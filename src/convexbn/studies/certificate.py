@@ -232,7 +232,7 @@ STUDY = Study(
         "full batches, cosine schedule; networks without decay are judged for the same objective."
     ),
     needs=("torch",),
-    minutes=(0.5, 5),
+    minutes=(0.5, 4),
     cells=cells,
     run=run,
     findings=findings,

@@ -179,7 +179,7 @@ STUDY = Study(
         "the objective is the balanced one, which is never above that of the weights as they are."
     ),
     needs=("torch",),
-    minutes=(0.5, 8),
+    minutes=(0.5, 2),
     cells=cells,
     run=run,
     findings=findings,

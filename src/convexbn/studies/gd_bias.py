@@ -219,7 +219,7 @@ def _accuracies(rows: list[Row]) -> Picture:
 
 def _rates(rows: list[Row]) -> Picture:
     picture, axes = drawing.chart(
-        "Validation accuracy over the learning rate: none makes up for the geometry",
+        "Validation accuracy over the learning rate: no rate makes up for whitening",
         "learning rate",
         "validation accuracy (%)",
         xscale="log",
@@ -247,7 +247,7 @@ STUDY = Study(
         "validation images."
     ),
     needs=("torch",),
-    minutes=(0.7, 6),
+    minutes=(0.2, 2),
     cells=cells,
     run=run,
     findings=findings,

@@ -260,7 +260,7 @@ STUDY = Study(
         "comparison is with the formula's own values."
     ),
     needs=("torch",),
-    minutes=(0.5, 5),
+    minutes=(0.8, 3),
     cells=cells,
     run=run,
     findings=findings,

@@ -301,7 +301,7 @@ STUDY = Study(
         " are relative to our certified lower bound, or where that is not close to the lowest objective of all."
     ),
     needs=("torch", "clarabel", "cvxpy"),
-    minutes=(0.5, 4),
+    minutes=(0.5, 3),
     cells=cells,
     run=run,
     findings=findings,
