@@ -20,6 +20,7 @@ LAYERS = [
     ["moments", "excess_risk"],
     ["gram_basis"],
     ["whitening", "losses"],
+    ["responses"],
     ["patterns", "rows", "arrangement", "realisation"],
     ["program"],
     ["bounds"],

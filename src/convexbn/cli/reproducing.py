@@ -36,8 +36,9 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.list or options.name is None:
         return _list(options)
     chosen = study(options.name)
-    check_needs(chosen, options.quick)
     run = Run(chosen, options.quick, _folder(options.out))
+    if not (options.draw or run.complete):
+        check_needs(chosen, options.quick)
     try:
         with counter(sys.stderr) as report:
             if not options.draw:

@@ -180,7 +180,7 @@ def _findings_of(rows: list[Row]) -> list[Finding]:
     again: Any = chosen(rows, what="re-optimised")[0]
     lowest = float(np.min(column(chosen(rows, what="Adam"), "objective")))
     off = {name: last[key] - optimum[key] for name, (_, key, _) in _MEASURES.items()}
-    told = ", ".join(f"{name} {last[key]:.3g} ({optimum[key]:.3g})" for name, (_, key, _) in _MEASURES.items())
+    told = ", ".join(f"{name} {last[key]:.2g} ({_shown(optimum[key])})" for name, (_, key, _) in _MEASURES.items())
     return [
         Finding(
             f"The features of the trained network have the measures of the formula ({_name(rows)}).",
@@ -200,6 +200,11 @@ def _findings_of(rows: list[Row]) -> list[Finding]:
             bool(abs(again["objective"] / optimum["objective"] - 1) <= 1e-6),
         ),
     ]
+
+
+def _shown(value: float) -> str:
+    """A measure of the formula, without what rounding leaves of 0."""
+    return f"{value:.2g}" if value > 1e-12 else "0"
 
 
 def _lines(rows: list[Row]) -> list[tuple[list[Row], str, str, str]]:

@@ -1,0 +1,26 @@
+"""What batch norm does to a network: moments, gradients, noise and landscape of any torch module.
+
+Measures of Bjorck, Gomes, Selman, Weinberger, "Understanding Batch Normalization", NeurIPS 2018. None of them changes
+the module, its buffers or gradients, its mode, or the global random state.
+"""
+
+from convexbn.nn.diagnostics.gradients import SignAgreement, gradient_kurtosis, sign_agreement
+from convexbn.nn.diagnostics.landscape import gradient_step, relative_losses
+from convexbn.nn.diagnostics.moments import ChannelMoments, channel_moments
+from convexbn.nn.diagnostics.noise import GradientNoise, gradient_noise, sampled_noise
+from convexbn.nn.diagnostics.product_spectrum import FussCatalan, product_spectrum
+
+__all__ = [
+    "ChannelMoments",
+    "FussCatalan",
+    "GradientNoise",
+    "SignAgreement",
+    "channel_moments",
+    "gradient_kurtosis",
+    "gradient_noise",
+    "gradient_step",
+    "product_spectrum",
+    "relative_losses",
+    "sampled_noise",
+    "sign_agreement",
+]

@@ -1,0 +1,76 @@
+"""Channel moments: mean and standard deviation of what each layer computes, by channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from convexbn._typing import Float
+from convexbn.nn.diagnostics.running import copied
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMoments:
+    """Moments of the outputs of a layer, over the batch and the positions in it.
+
+    Attributes
+    ----------
+    layer : str
+        Its name in the module.
+    kind : str
+        Name of its class.
+    mean, std : ndarray (C,)
+        By channel, the second axis of the outputs; the biased standard deviation.
+    """
+
+    layer: str
+    kind: str
+    mean: Float
+    std: Float
+
+
+def channel_moments(module: nn.Module, X: Any, *, training: bool = True) -> list[ChannelMoments]:
+    """Mean and standard deviation by channel of the outputs of each layer, in the order of the forward.
+
+    At initialisation both grow exponentially with the depth of a residual network without batch norm, and stay as they
+    are with it (Bjorck, Gomes, Selman, Weinberger 2018).
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        It is not changed: a copy is run.
+    X : Tensor (n, ...)
+        A batch, as the module takes it.
+    training : bool, default=True
+        Train mode, with the statistics of the batch, or eval mode.
+
+    Returns
+    -------
+    list of ChannelMoments
+        One for each call of a layer without layers inside; those without a tensor (n, C, ...) are left out.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> module, X = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(50, 3)
+    >>> [bool(abs(found.std.mean() - 1) < 1e-3) for found in channel_moments(module, X)]
+    [False, True]
+    """
+    found: list[ChannelMoments] = []
+
+    def gather(name: str, layer: nn.Module, outputs: Any) -> None:
+        if isinstance(outputs, torch.Tensor) and outputs.ndim > 1:
+            channels = outputs.detach().double().transpose(0, 1).flatten(1)
+            variance, mean = torch.var_mean(channels, dim=1, correction=0)
+            found.append(ChannelMoments(name, type(layer).__name__, mean.cpu().numpy(), variance.sqrt().cpu().numpy()))
+
+    with copied(module, training) as run, torch.no_grad():
+        for name, layer in run.named_modules():
+            if not layer._modules:
+                layer.register_forward_hook(lambda m, _, outputs, name=name: gather(name, m, outputs))
+        run(X)
+    return found

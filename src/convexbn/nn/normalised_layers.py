@@ -1,0 +1,180 @@
+"""Layers whose outputs go into a batch norm and nowhere else: their weights are scale-invariant.
+
+The forward is followed, not the order of definition: by ``torch.fx`` without data, or on an example through the
+autograd graph, for modules whose forward ``torch.fx`` cannot follow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: Layers with one filter for each output channel, first in the shape of their weight.
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class NormalisedLayer:
+    """A Linear or convolution and the batch norm behind it, by their names in the module."""
+
+    layer: str
+    batch_norm: str
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What a forward does: pairs, one for each time, and how often each layer, batch norm and weight is used."""
+
+    pairs: list[NormalisedLayer]
+    calls: Counter[str]
+    uses: Counter[int]
+
+
+def normalised_layers(module: nn.Module, example: Any = None) -> list[NormalisedLayer]:
+    """Linear and convolution layers that are followed directly by a batch norm, in the order of the forward.
+
+    Left out are layers with something between (an activation, an addition), those whose outputs are used a second time,
+    layers and batch norms that are called several times, and weights that are shared: all that is not certainly
+    invariant to its scale, such as the last layer. The module is neither run (a copy is) nor changed.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In any mode, on any device.
+    example : Tensor or tuple of Tensor, optional
+        Inputs of the module, two rows or more: then its forward is run on them. Needed where the forward branches on
+        its data, or does other things that ``torch.fx`` cannot trace.
+
+    Returns
+    -------
+    list of NormalisedLayer
+
+    Raises
+    ------
+    TypeError
+        When the forward cannot be traced without an example.
+    ValueError
+        When it does not run on the example.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> module = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    >>> normalised_layers(module)
+    [NormalisedLayer(layer='0', batch_norm='1')]
+    """
+    copied = copy.deepcopy(module).train()
+    trace = _symbolic_trace(copied) if example is None else _run_trace(copied, example)
+    names = dict(copied.named_modules())
+    return [
+        pair
+        for pair in trace.pairs
+        if trace.calls[pair.layer] == trace.calls[pair.batch_norm] == 1
+        and trace.uses[id(names[pair.layer].weight)] == 1
+    ]
+
+
+class _Tracer(fx.Tracer):
+    """Layers and batch norms of any class stay whole, those of this package too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*LAYERS, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _symbolic_trace(module: nn.Module) -> _Trace:
+    try:
+        graph = _Tracer().trace(module)
+    except Exception as error:  # whatever a forward can raise
+        reason = str(error).partition("\n")[0]
+        raise TypeError(
+            f"the forward of the {type(module).__name__} cannot be traced without data ({reason}): give an example, a "
+            "batch of its inputs."
+        ) from error
+    names = dict(module.named_modules())
+    called = [(node, names[str(node.target)]) for node in graph.nodes if node.op == "call_module"]
+    pairs = [
+        NormalisedLayer(str(node.target), str(following.target))
+        for node, layer in called
+        if isinstance(layer, LAYERS) and len(node.users) == 1
+        for following in node.users
+        if following.op == "call_module" and isinstance(names[str(following.target)], _BatchNorm)
+    ]
+    calls = Counter(str(node.target) for node, _ in called)
+    uses = Counter(id(parameter) for _, layer in called for parameter in layer.parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    uses.update(id(parameters[name]) for name in read if name in parameters)
+    return _Trace(pairs, calls, uses)
+
+
+def _run_trace(module: nn.Module, example: Any) -> _Trace:
+    module.requires_grad_()
+    made: dict[Node, str] = {}
+    normalised: list[tuple[str, Any, Any]] = []
+    calls: Counter[str] = Counter()
+
+    def watch(name: str, layer: nn.Module, inputs: Any, outputs: torch.Tensor) -> None:
+        calls[name] += 1
+        if isinstance(layer, _BatchNorm):
+            normalised.append((name, inputs[0].grad_fn, outputs.grad_fn))
+        elif outputs.grad_fn is not None:
+            made[outputs.grad_fn] = name
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, (*LAYERS, _BatchNorm)):
+            layer.register_forward_hook(lambda m, inputs, outputs, name=name: watch(name, m, inputs, outputs))
+    users = _users(_grad_functions(_outputs(module, example)))
+    pairs = [
+        NormalisedLayer(made[source], name)
+        for name, source, result in normalised
+        if source in made and users[source] == [result]
+    ]
+    uses = Counter({id(node.variable): len(by) for node, by in users.items() if hasattr(node, "variable")})
+    return _Trace(pairs, calls, uses)
+
+
+def _outputs(module: nn.Module, example: Any) -> Any:
+    """Outputs of a forward in train mode, with their graph; the global random state is left as it was."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng():
+            return module(*inputs)
+    except Exception as error:  # whatever a forward can raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the {type(module).__name__} does not run on the example ({reason}): give a batch as it takes it."
+        ) from error
+
+
+def _grad_functions(outputs: Any) -> Iterator[Node]:
+    """Roots of the graph, of a tensor or of a structure of tensors."""
+    if isinstance(outputs, torch.Tensor) and outputs.grad_fn is not None:
+        yield outputs.grad_fn
+    elif isinstance(outputs, dict):
+        yield from _grad_functions(list(outputs.values()))
+    elif isinstance(outputs, list | tuple):
+        for part in outputs:
+            yield from _grad_functions(part)
+
+
+def _users(roots: Iterable[Node]) -> dict[Node, list[Node]]:
+    """Nodes of the graph, and those that use what each computes."""
+    users: dict[Node, list[Node]] = {root: [] for root in roots}
+    todo = list(users)
+    while todo:
+        node = todo.pop()
+        for source, _ in node.next_functions:
+            if source is not None:
+                if source not in users:
+                    users[source] = []
+                    todo.append(source)
+                users[source].append(node)
+    return users

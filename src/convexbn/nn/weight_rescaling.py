@@ -1,0 +1,158 @@
+"""Weight rescaling: the norms of scale-invariant weights are set back after each step of an optimiser.
+
+A weight in front of a batch norm does not change the function when it is scaled, so its gradient is orthogonal to it
+and its norm can only grow under gradient steps; the effective learning rate is that of the optimiser over the squared
+norm. Weight decay acts on such weights by that rate alone. Rescaling fixes it instead (Liu, Cui, Wan, Mao, Chan,
+arXiv 2102.03497).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from convexbn.nn.normalised_layers import NormalisedLayer, normalised_layers
+
+_UNITS = ("filter", "layer")
+
+
+class WeightRescaling:
+    """Rescales the weights in front of batch norms of a module, at once and after every ``every`` steps.
+
+    It is a hook of the optimiser, of any kind: nothing else of a training loop changes. Running statistics of the batch
+    norms are rescaled with the weights, so that the function of eval mode is kept as well (both up to ``eps``).
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Its scale-invariant weights are found by ``normalised_layers``; those that the optimiser does not hold are left
+        alone.
+    optimizer : torch.optim.Optimizer
+        Weight decay on these weights loses its meaning and may be 0 there. Momentum buffers, and Adam's averages, are
+        left as they are: the next step adds them to weights whose length has changed by a factor close to 1.
+    granularity : {"filter", "layer"}
+        Whether each filter (row of a Linear, output channel of a convolution) gets the norm, or the whole weight. Unit
+        norm of a layer raises the effective learning rate of SGD by the number of its filters: lower the rate, or keep
+        the initial norms.
+    norm : float or "initial"
+        Norm to set, by default 1; or the one that each filter or layer has now.
+    every : int, default=1
+        Steps from one rescaling to the next; the batches of an epoch, for once an epoch.
+    example : Tensor or tuple of Tensor, optional
+        As for ``normalised_layers``.
+
+    Attributes
+    ----------
+    layers : list of NormalisedLayer
+        Whose weights are rescaled.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``normalised_layers``; for other settings; when the optimiser holds no scale-invariant weight.
+
+    Notes
+    -----
+    A filter of zeros has no direction and stays.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> module = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    >>> rescaling = WeightRescaling(module, optimizer)
+    >>> module(torch.randn(16, 3)).square().mean().backward()
+    >>> optimizer.step()
+    >>> bool((module[0].weight.norm(dim=1) - 1).abs().max() < 1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        granularity: str = "filter",
+        norm: float | str = 1.0,
+        every: int = 1,
+        example: Any = None,
+    ) -> None:
+        _check(granularity, norm, every)
+        self.granularity, self.every, self.steps = granularity, every, 0
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._modules = dict(module.named_modules())
+        self.layers: list[NormalisedLayer] = [
+            pair for pair in normalised_layers(module, example) if id(self._modules[pair.layer].weight) in held
+        ]
+        if not self.layers:
+            raise ValueError(
+                "the optimiser holds no weight that is followed directly by a batch norm: there is nothing to rescale."
+            )
+        self._targets = {pair.layer: self._target(pair, norm) for pair in self.layers}
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self.rescale()
+
+    def rescale(self) -> None:
+        """Set the norms now, whatever the steps."""
+        with torch.no_grad():
+            for pair in self.layers:
+                self._rescale(pair)
+
+    def remove(self) -> None:
+        """Take the hook off the optimiser; the weights stay as they are."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps so far and the norms to set, for a checkpoint beside the optimiser's."""
+        return {"steps": self.steps, "targets": {name: target.clone() for name, target in self._targets.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            When it belongs to other layers.
+        """
+        if set(state["targets"]) != set(self._targets):
+            raise ValueError(f"the state is of layers {sorted(state['targets'])}, not of {sorted(self._targets)}.")
+        self.steps = int(state["steps"])
+        for name, target in state["targets"].items():
+            self._targets[name].copy_(target)
+
+    def _after_step(self, *_: Any) -> None:
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.rescale()
+
+    def _rescale(self, pair: NormalisedLayer) -> None:
+        layer, batch_norm = self._modules[pair.layer], self._modules[pair.batch_norm]
+        norms = self._norms(pair)
+        factors = torch.where(norms > 0, self._targets[pair.layer].to(norms.device) / norms, torch.ones_like(norms))
+        layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+        if batch_norm.running_mean is not None:
+            bias = 0 if layer.bias is None else layer.bias
+            batch_norm.running_mean.sub_(bias).mul_(factors).add_(bias)
+            batch_norm.running_var.mul_(factors.square())
+
+    def _norms(self, pair: NormalisedLayer) -> torch.Tensor:
+        """Norms of the filters (C,), or that of the layer (1,)."""
+        weight = self._modules[pair.layer].weight.detach()
+        norms: torch.Tensor = weight.flatten(1 if self.granularity == "filter" else 0).norm(dim=-1).reshape(-1)
+        return norms
+
+    def _target(self, pair: NormalisedLayer, norm: float | str) -> torch.Tensor:
+        norms = self._norms(pair)
+        return norms if isinstance(norm, str) else torch.full_like(norms, norm)
+
+
+def _check(granularity: str, norm: float | str, every: int) -> None:
+    if granularity not in _UNITS:
+        raise ValueError(f"granularity must be 'filter' or 'layer', got {granularity!r}.")
+    if norm != "initial" and (isinstance(norm, str) or not 0 < norm < float("inf")):
+        raise ValueError(f"norm must be positive or 'initial', got {norm!r}.")
+    if every < 1:
+        raise ValueError(f"every must be 1 step or more, got {every}.")
