@@ -15,7 +15,8 @@ from convexbn.whitening import whiten
 from instances import LOSS_NAMES, targets_for
 from planted import planted
 
-CASES = [(name, K) for name in LOSS_NAMES for K in (1, 3) if (name, K) != ("cross_entropy", 1)]
+SMOOTH = ("squared", "logistic", "cross_entropy")
+CASES = [(name, K) for name in SMOOTH for K in (1, 3) if (name, K) != ("cross_entropy", 1)]
 
 
 def program_of(name="squared", K=1, n=30, d=4, P=12, fraction=0.1, seed=0):
@@ -229,3 +230,9 @@ def test_what_cannot_be_solved_is_refused(monkeypatch):
     )
     with pytest.raises(FloatingPointError, match="raise weight_decay"):
         optimum_of(program)
+
+
+@pytest.mark.parametrize("name", sorted({*LOSS_NAMES} - {*SMOOTH}))
+def test_losses_without_a_second_derivative_are_refused(name):
+    with pytest.raises(TypeError, match="is not differentiated"):
+        optimum_of(program_of(name))

@@ -16,6 +16,9 @@ from convexbn.patterns import first_of_each_pattern
 from convexbn.program import GatedProgram
 from convexbn.solvers.sensitivity import Optimum, optimum_of
 
+#: Losses with a second derivative everywhere.
+_LOSSES = ("squared", "logistic", "cross_entropy")
+
 #: Margin below which a derivative is told to be that of one side.
 _ON_THE_EDGE = 1e-9
 
@@ -90,8 +93,8 @@ class ConvexLayer(nn.Module):
 
     def __init__(self, patterns: np.ndarray | torch.Tensor, loss: str = "squared") -> None:
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
+        if loss not in _LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}.")
         gates = _numpy(torch.as_tensor(patterns)).astype(bool)
         if gates.ndim != 2 or not gates.size:
             raise ValueError(f"patterns must be rows x gates, got shape {gates.shape}.")

@@ -40,7 +40,7 @@ class ActiveGroups:
     Parameters
     ----------
     program : GatedProgram
-        With any of the losses of the package.
+        With squared, logistic or cross-entropy loss.
     gate_index : ndarray (m,)
         The active groups, in order.
     blocks : ndarray (m, q, K)

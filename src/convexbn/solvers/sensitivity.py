@@ -33,7 +33,7 @@ _STEPS, _CONVERGED = 20, 1e-13
 #: How often a group may enter, and the length relative to the longest below which it leaves first.
 _ROUNDS, _SHORT = 6, 1e-7
 
-#: Derivative of ``V`` in the targets, in units of the sample weights.
+#: Derivative of ``V`` in the targets, in units of the sample weights: the losses with a second derivative everywhere.
 _TARGET_SLOPE = {SquaredLoss: 1.0, LogisticLoss: 0.5, CrossEntropyLoss: 1.0}
 
 
@@ -123,6 +123,8 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
 
     Raises
     ------
+    TypeError
+        For losses without a second derivative everywhere.
     FloatingPointError
         When the optimality conditions are violated by more than 1e-6 of the weight decay.
 
@@ -136,6 +138,9 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     >>> optimum.pullback(outputs=np.ones((30, 1))).targets.shape
     (30, 1)
     """
+    if type(program.loss) not in _TARGET_SLOPE:
+        name = type(program.loss).__name__
+        raise TypeError(f"the optimum of {name} is not differentiated: take squared, logistic or cross-entropy loss.")
     solution = None
     if start is not None:
         solution = Solution(start.gate_index, start.groups.blocks, "tolerance")

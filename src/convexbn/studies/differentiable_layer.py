@@ -78,8 +78,7 @@ class _Problem:
         from convexbn.program import GatedProgram
 
         given: Any = cell
-        counts = given["n"], given["held_out"], given["held_out"]
-        parts = draw(given["data"], counts, given["seed"])
+        parts = draw(given["data"], (given["n"], given["held_out"], given["held_out"]), given["seed"])
         whitening = whiten(parts[0][0], rank=min(given["n"] // 2, 200))
         gates = np.random.default_rng(given["seed"]).standard_normal((parts[0][0].shape[1], given["gates"]))
         values = whitening.singular_values[: whitening.rank]
@@ -94,22 +93,18 @@ class _Problem:
             largest=program.max_weight_decay(),
         )
 
-    def rows(self, part: int, log_tau: torch.Tensor | float) -> torch.Tensor:
+    def rows(self, part: int, log_tau: torch.Tensor) -> torch.Tensor:
         """``A Phi`` of a part."""
-        import torch
-
-        tau = torch.as_tensor(log_tau, dtype=torch.float64).exp() * self.values[0]
-        filtered = self.Z[part] / (self.values**2 + tau**2).sqrt()
-        return torch.cat([filtered, _constant(len(filtered), len(self.Z[0]))], dim=1)
+        filtered = self.Z[part] / (self.values**2 + (log_tau.exp() * self.values[0]) ** 2).sqrt()
+        return _with_constant(filtered, len(self.Z[0]))
 
     def judged(self, rows: torch.Tensor, weights: torch.Tensor, part: int) -> tuple[torch.Tensor, float]:
         """Mean loss on a part that is not trained on, from its whitened rows, and accuracy."""
         from convexbn.nn import gated_outputs
 
         outputs = gated_outputs(rows, self.patterns[part], weights)
-        loss = 0.5 * (outputs - self.Y[part]).square().sum(dim=1).mean()
         hits = outputs.argmax(dim=1) == self.Y[part].argmax(dim=1)
-        return loss, float(hits.double().mean())
+        return 0.5 * (outputs - self.Y[part]).square().sum(dim=1).mean(), float(hits.double().mean())
 
 
 def _layer(problem: _Problem) -> Any:
@@ -118,10 +113,11 @@ def _layer(problem: _Problem) -> Any:
     return ConvexLayer(problem.patterns[0])
 
 
-def _constant(n: int, trained: int) -> torch.Tensor:
+def _with_constant(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """Rows with the constant column of ``n`` training rows."""
     import torch
 
-    return torch.full((n, 1), trained**-0.5, dtype=torch.float64)
+    return torch.cat([rows, torch.full_like(rows[:, :1], n**-0.5)], dim=1)
 
 
 def _validation(problem: _Problem, layer: Any, logs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,8 +221,8 @@ def _attack(problem: _Problem, cell: Cell) -> list[Row]:
         mean = inputs.mean(dim=0)
         basis, R = torch.linalg.qr(inputs - mean)
         test = torch.linalg.solve_triangular(R, problem.Z[2][:, :k] - mean, upper=True, left=False)
-        _, weights = layer(torch.cat([basis, _constant(len(basis), len(basis))], dim=1), targets, share)
-        return problem.judged(torch.cat([test, _constant(len(test), len(basis))], dim=1), weights, 2)[0]
+        _, weights = layer(_with_constant(basis, len(basis)), targets, share)
+        return problem.judged(_with_constant(test, len(basis)), weights, 2)[0]
 
     clean = {"targets": problem.Y[0], "inputs": problem.Z[0][:, :_COORDINATES]}
     for what in clean:
