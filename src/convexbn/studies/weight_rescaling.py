@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.descent import accuracy, descend, images, seeded
+from convexbn.studies.module_training import accuracy, descend, images, seeded
 from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 
 _SEEDS = (0, 1, 2)
