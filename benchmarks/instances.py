@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from convexbn import bounds
+from convexbn.studies.data import planted
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-NEURONS = 10
-NOISE = 0.1
 
 # n, d, number of gates, weight decay as a fraction of the smallest one whose solution is zero
 SHAPES = {
@@ -130,35 +129,6 @@ def relu_instance(name, fraction, seed=0):
     A = whiten(X, d)
     largest, _ = bounds.local_search(Y, A, STARTS, np.random.default_rng([seed, 1]))
     return ReluInstance(X, Y, A, fraction * largest)
-
-
-def planted(n, d, seed, neurons=NEURONS):
-    """Draw data, and the noisy outputs of a batch-normalised ReLU network on it.
-
-    Parameters
-    ----------
-    n, d : int
-        Number of samples and of features.
-    seed : int
-        Seed of everything that is drawn.
-    neurons : int
-        Width of the network.
-
-    Returns
-    -------
-    X : ndarray of shape (n, d)
-        ``Z (I + 0.3 N / sqrt(d))`` with Z and N standard normal.
-    Y : ndarray of shape (n, 1)
-        Output of the network plus noise of a tenth of its deviation, scaled to unit variance.
-    """
-    rng = np.random.default_rng(seed)
-    X = rng.standard_normal((n, d)) @ (np.eye(d) + 0.3 * rng.standard_normal((d, d)) / np.sqrt(d))
-    Z = X @ rng.standard_normal((d, neurons))
-    Z = (Z - Z.mean(0)) / Z.std(0)
-    scale, shift, output = rng.standard_normal((3, neurons))
-    f = np.maximum(scale * Z + shift, 0) @ output
-    y = f / f.std() + NOISE * rng.standard_normal(n)
-    return X, (y / y.std())[:, None]
 
 
 def fashion_mnist(n, folder=FASHION_MNIST):

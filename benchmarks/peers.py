@@ -18,7 +18,9 @@ from pathlib import Path
 import cvxpy as cp
 import numpy as np
 
-DRIVER = Path(__file__).with_name("pyscnn_driver.py")
+from convexbn.studies import pyscnn_driver
+
+DRIVER = pyscnn_driver.__file__
 
 
 @dataclass(frozen=True)

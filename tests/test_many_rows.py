@@ -30,6 +30,10 @@ def losses():
     yield rows, CrossEntropyLoss(np.eye(3)[targets.argmax(axis=1)], ones)
 
 
+def normal(*shape):
+    return np.random.default_rng(5).standard_normal(shape)
+
+
 def objective(rows, loss, beta, neurons):
     return loss.value(network_outputs(rows, neurons)) + beta * neurons.masses.sum()
 
@@ -51,18 +55,46 @@ def test_weights_are_repetition_in_the_mean_of_the_steps():
     """The gradient of a batch does not tell a weight from repeated rows."""
     rows, targets = instance(n=40)
     twice, once = np.vstack([rows, rows]) / np.sqrt(2), np.full(40, 2.0)
-    settings = StochasticPhase(epochs=3, batch_size=40)
+    settings, loss = StochasticPhase(epochs=3, batch_size=40), SquaredLoss(targets, once)
     weighted = settings.run(
-        rows / np.sqrt(2), SquaredLoss(targets, once), 0.1, random_start(7, 5, 1, 80, np.random.default_rng(0)),
+        rows / np.sqrt(2), loss, 0.1, random_start(normal(7, 5), loss, np.random.default_rng(0)),
         np.random.default_rng(1),
     )  # fmt: skip
     repeated = StochasticPhase(epochs=3, batch_size=80).run(
         twice, SquaredLoss(np.vstack([targets, targets]), np.ones(80)), 0.1,
-        random_start(7, 5, 1, 80, np.random.default_rng(0)), np.random.default_rng(1),
+        random_start(normal(7, 5), loss, np.random.default_rng(0)), np.random.default_rng(1),
     )  # fmt: skip
     for (one, seen), (other, also) in zip(weighted, repeated, strict=True):
         assert np.allclose(one.first, other.first, rtol=1e-4, atol=1e-4 * np.abs(one.first).max())
         assert seen == pytest.approx(also, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-3, 1e6, 1e150])
+def test_units_of_the_targets_do_not_matter(scale):
+    rows, targets = instance(n=200)
+
+    def trained(unit):
+        loss = SquaredLoss(unit * targets, np.ones(len(rows)))
+        start = random_start(normal(7, 20), loss, np.random.default_rng(0))
+        *_, (neurons, value) = StochasticPhase(epochs=3).run(rows, loss, 0.1 * unit, start, np.random.default_rng(1))
+        return network_outputs(rows, neurons) / unit, value / unit**2
+
+    plain, other = trained(1.0), trained(scale)
+    assert np.allclose(plain[0], other[0], rtol=1e-3, atol=1e-3 * np.abs(plain[0]).max())
+    assert plain[1] == pytest.approx(other[1], rel=1e-3)
+
+
+def test_wide_networks_do_not_diverge_on_the_squared_loss():
+    """Their hidden layers are so large that the usual learning rate is far beyond what is stable."""
+    rows, targets = instance(n=500)
+    loss = SquaredLoss(targets, np.ones(len(rows)))
+    values = [
+        value
+        for _, value in StochasticPhase(epochs=10).run(
+            rows, loss, 1.0, random_start(normal(7, 3000), loss, np.random.default_rng(0)), np.random.default_rng(1)
+        )
+    ]
+    assert values[-1] < 0.5 * loss.value(np.zeros_like(targets))
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -12,7 +12,8 @@ from convexbn.losses import SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import gate_patterns, sample_gates
 from convexbn.program import GatedProgram, block_norms
-from convexbn.whitening import batch_normalize, whiten
+from convexbn.responses import Responses
+from convexbn.whitening import whiten
 from instances import THRESHOLD, residual
 
 
@@ -100,7 +101,7 @@ def test_statistics_stored_are_those_of_batch_norm():
     """A forward pass with batch statistics gives the predictions from the stored ones."""
     case = draw(weighted=True)
     X, weights, network = case[0], case[5].loss.weights, gated(case)
-    normalized = batch_normalize(X, network.weight, weights)
+    normalized = Responses.of(X, network.weight, weights).normalized
     opened = gate_patterns(X, network.mean, network.gates, network.gate_offsets)
     outputs = (opened * (network.gamma * normalized + network.shift / np.sqrt(weights.sum()))) @ network.output
     assert residual(network.predict(X) - outputs, 60, 10 * np.abs(outputs).max()) < THRESHOLD
@@ -131,7 +132,7 @@ def test_blocks_become_as_many_neurons_as_their_rank(K):
 
 def _blocks_of(network, case, P):
     """``S_i = sum_j s_j c_j'`` over the neurons of a gate, read off the weights through batch norm."""
-    coordinates = case[1].rows[:, :-1].T @ batch_normalize(case[0], network.weight, np.ones(len(case[0])))
+    coordinates = case[1].rows[:, :-1].T @ Responses.of(case[0], network.weight, np.ones(len(case[0]))).normalized
     first = np.vstack([network.gamma * coordinates, network.shift])
     blocks = np.zeros((P, len(first), network.output.shape[1]))
     np.add.at(blocks, network.gate_index, first.T[:, :, None] * network.output[:, None, :])

@@ -1,6 +1,7 @@
 """``convexbn reproduce``: cells are computed once, what is finished outlives every end, and a page tells it all."""
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from convexbn import cli, container, studies
+from convexbn.progress import counter
 from convexbn.studies import Finding, Study, data
 from convexbn.studies.page import study_page
 from convexbn.studies.runner import Run, check_needs
@@ -195,6 +197,43 @@ def study(**changes):
         "findings": lambda rows: [Finding("It is said.", "1", None)], "pictures": lambda rows: [],
     }  # fmt: skip
     return Study(**given | changes)
+
+
+def test_drawing_alone_computes_nothing(toy, tmp_path, capsys):
+    assert reproduce("toy", "--quick", "--draw") == 1
+    assert "nothing of toy is finished" in capsys.readouterr().err
+    assert reproduce("toy", "--quick") == 0
+    before = computed(tmp_path)
+    (tmp_path / "experiments" / "toy-quick.html").unlink()
+    assert reproduce("toy", "--quick", "--draw") == 0
+    assert computed(tmp_path) == before and (tmp_path / "experiments" / "toy-quick.html").exists()
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
+    for stream in (Terminal(), io.StringIO()):
+        with counter(stream) as report:
+            report(1, 4, "seed 7")
+        assert "1/4" in stream.getvalue() and "seed 7" in stream.getvalue()
+
+
+class Gone(io.StringIO):
+    """A stream that nobody reads."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_went_away_does_not_end_the_work(tmp_path):
+    with counter(Gone()) as report:
+        Run(study(), True, tmp_path).go_on(report)
+    assert (tmp_path / "one-quick.json").exists()
 
 
 def test_values_are_those_of_json(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 from convexbn import ConvexBNClassifier, moments
 from convexbn.moments import Moments
-from convexbn.whitening import batch_normalize, whiten
+from convexbn.responses import Responses
+from convexbn.whitening import whiten
 from instances import THRESHOLD, residual
 
 N, D = 9000, 30
@@ -181,12 +182,12 @@ def test_units(scale):
 def test_memory_is_that_of_the_result_and_some_blocks(monkeypatch):
     X = images(n=60_000, d=100)
     monkeypatch.setattr(moments, "BLOCK_BYTES", 1 << 20)
-    batch_normalize(X[:9000], np.ones((100, 2)), np.ones(9000))
+    Responses.of(X[:9000], np.ones((100, 2)), np.ones(9000))
     tracemalloc.start()
     found = whiten(X, rank=5)
     whitening = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    batch_normalize(X, found.projection, np.ones(len(X)))
+    Responses.of(X, found.projection, np.ones(len(X)))
     normalising = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert whitening < found.rows.nbytes + (10 << 20) < X.nbytes * 4
@@ -198,7 +199,7 @@ def test_the_data_are_not_changed():
         X = images(dtype)
         copy, weights = X.copy(), np.ones(N)
         whiten(X, weights, rank=4)
-        batch_normalize(X, np.ones((D, 1)), weights)
+        Responses.of(X, np.ones((D, 1)), weights)
         assert np.array_equal(X, copy) and np.all(weights == 1)
 
 

@@ -212,7 +212,7 @@ class _Case:
 
     def certified(self, network: BatchNormNetwork, deadline: float | None) -> Certificate:
         return training.certify(
-            self.data, network, self.weight_decay, None, None,
+            self.data, network, self.weight_decay, None,
             tol=self.tol, stopped_by="tolerance", own_rows=False, deadline=deadline,
         )  # fmt: skip
 

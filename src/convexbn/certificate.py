@@ -6,6 +6,7 @@ penalty, a dual point and its bound. It knows no solver; what a solver says of i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -14,16 +15,19 @@ import numpy as np
 from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.evidence import AllPatterns, Evidence
 from convexbn.losses import Loss
-from convexbn.patterns import gate_patterns
+from convexbn.patterns import distinct_gates, gate_patterns
 from convexbn.program import GatedProgram, block_norms
+from convexbn.responses import Responses
 from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
-from convexbn.whitening import batch_normalize
 
 _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
 
-#: Activations of gated neurons held at once.
-_ENTRIES = 1 << 24
+#: Hidden activations held at once.
+_ENTRIES = 1 << 22
+
+#: Relative difference of the loss by which stored statistics may change the network, where the tolerance is smaller.
+_SAME_LOSS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,20 @@ class Certificate:
         return self.gap / self.objective if self.objective != 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What a network stores of its training rows: ``mean`` (d,) and ``n_effective``, the sum of their weights."""
+
+    mean: Float
+    n_effective: float
+
+    def first_layer(self, responses: Responses, gamma: Float, shift: Float, total: float) -> Float:
+        """First-layer columns of the network with these statistics, on the rows of its responses: (r + 1, m)."""
+        scale = gamma * responses.norms / np.sqrt(self.n_effective)
+        constant = (gamma * responses.offsets + shift) * np.sqrt(total / self.n_effective)
+        return np.vstack([scale * responses.coefficients, constant])
+
+
 def certify_gated(
     program: GatedProgram,
     X: FloatMatrix,
@@ -93,6 +111,7 @@ def certify_gated(
     stopped_by: str,
     truncated: bool = False,
     spectral_filter: Float | None = None,
+    statistics: Statistics | None = None,
 ) -> Certificate:
     """Certify a gated network for its gates: ``L + weight_decay * sum_i ||S_i||_F`` against the dual.
 
@@ -114,6 +133,8 @@ def certify_gated(
         Whether the whitened rows leave directions of the data out, which the sentence then says.
     spectral_filter : ndarray (q - 1,), optional
         ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} S_i||_F``, which the sentence then says.
+    statistics : Statistics, optional
+        What the network stores of its training rows: with them it must have the loss that is judged, else NUMERICAL.
 
     Returns
     -------
@@ -124,27 +145,22 @@ def certify_gated(
     ValueError
         When a neuron does not follow the gate that it names.
     """
-    weights = program.loss.weights
-    outputs = np.zeros_like(program.loss.targets)
-    used, place = np.unique(gate_index, return_inverse=True)
-    blocks = np.zeros((len(used), *program.block_shape))
-    distinct, gate = np.unique(np.vstack([gates, gate_offsets]), axis=1, return_inverse=True)
-    patterns = gate_patterns(X, mean, distinct[:-1], distinct[-1])
-    outside = False
-    size = max(1, _ENTRIES // len(X))
-    for start in range(0, len(gate_index), size):
-        part = slice(start, start + size)
-        normalized = batch_normalize(X, weight[:, part], weights)
-        opened = patterns[:, gate[part]]
-        _check_gates(opened, program.patterns[:, gate_index[part]], start)
-        coordinates, leaves = _whitened(program.rows, weights, normalized, spectral_filter)
-        outside |= leaves
-        outputs += (opened * (gamma[part] * normalized + shift[part] / np.sqrt(weights.sum()))) @ output[part]
-        first_layer = np.vstack([gamma[part] * coordinates, shift[part]])  # columns s_j
-        np.add.at(blocks, place[part], first_layer.T[:, :, None] * output[part][:, None, :])
-    return judge(
-        program.loss,
-        outputs,
+    loss, total = program.loss, float(program.loss.weights.sum())
+    place = _checked_gates(program, X, mean, gates, gate_offsets, gate_index)
+    stored_mean = mean if statistics is None else statistics.mean
+    responses = Responses.of(X, weight, loss.weights, rank=program.block_shape[0], mean=stored_mean)
+    used = np.unique(gate_index)
+    own = replace(program, rows=responses.rows, patterns=program.patterns[:, used])
+
+    def outputs_of(first: Float, seen: GatedProgram) -> Float:
+        """Outputs of first-layer columns on the network's own responses."""
+        return seen.outputs(np.arange(len(used)), _summed(first, output, place, len(used)))
+
+    coordinates, outside = _whitened(program.rows, loss.weights, responses, spectral_filter)
+    blocks = _summed(np.vstack([gamma * coordinates, shift]), output, place, len(used))
+    proof = judge(
+        loss,
+        outputs_of(np.vstack([gamma * responses.coefficients, shift]), own),
         program.weight_decay,
         penalty=float(block_norms(blocks).sum()),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -154,6 +170,13 @@ def certify_gated(
         stopped_by="outside" if outside else stopped_by,
         restriction=restriction_to(program.block_shape[0] - 1 if truncated else None, spectral_filter is not None),
     )
+    if statistics is None:
+        return proof
+    if not np.array_equal(statistics.mean, mean):
+        first = np.unique(place, return_index=True)[1]
+        own = replace(own, patterns=gate_patterns(X, statistics.mean, gates[:, first], gate_offsets[first]))
+    stored = outputs_of(statistics.first_layer(responses, gamma, shift, total), own)
+    return _with_statistics(proof, loss, stored, program.weight_decay, _plain_penalty(gamma, shift, output))
 
 
 def certify_blocks(
@@ -189,6 +212,7 @@ def certify_relu(
     truncated: bool = False,
     spectral_filter: Float | None = None,
     deadline: float | None = None,
+    statistics: Statistics | None = None,
 ) -> Certificate:
     """Certify a ReLU network over all widths and patterns, by the cheapest bound that closes the gap.
 
@@ -213,18 +237,20 @@ def certify_relu(
         ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s_j||``, which the sentence then says.
     deadline : float or None
         ``time.monotonic()`` after which no further bound is tried; None: each bound does its stated work.
+    statistics : Statistics, optional
+        As in ``certify_gated``.
     """
-    normalized = batch_normalize(X, weight, loss.weights)
-    hidden = np.maximum(gamma * normalized + shift / np.sqrt(loss.weights.sum()), 0)
-    root = np.sqrt(loss.weights)[:, None]
-    coordinates, outside = _whitened(rows, loss.weights, normalized, spectral_filter)
+    total = float(loss.weights.sum())
+    stored_mean = None if statistics is None else statistics.mean
+    responses = Responses.of(X, weight, loss.weights, rank=rows.shape[1], mean=stored_mean)
+    coordinates, outside = _whitened(rows, loss.weights, responses, spectral_filter)
     lengths = np.ones(len(gamma)) if spectral_filter is None else np.linalg.norm(coordinates, axis=0)
     lengths[lengths == 0] = 1.0  # a direction on which the rows do not vary still has its scale
     directions = np.vstack([gamma * coordinates, shift]).T
-    prover = AllPatterns(loss, root * rows, weight_decay, directions, tolerance, deadline)
-    return judge(
+    prover = AllPatterns(loss, np.sqrt(loss.weights)[:, None] * rows, weight_decay, directions, tolerance, deadline)
+    proof = judge(
         loss,
-        hidden @ output,
+        _relu_outputs(responses.rows, np.vstack([gamma * responses.coefficients, shift]), output),
         weight_decay,
         penalty=float(np.hypot(gamma * lengths, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -235,6 +261,10 @@ def certify_relu(
         stopped_by="outside" if outside else stopped_by,
         restriction=restriction_to(rows.shape[1] - 1 if truncated else None, spectral_filter is not None),
     )
+    if statistics is None:
+        return proof
+    stored = _relu_outputs(responses.rows, statistics.first_layer(responses, gamma, shift, total), output)
+    return _with_statistics(proof, loss, stored, weight_decay, _plain_penalty(gamma, shift, output))
 
 
 def judge(
@@ -322,21 +352,55 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     return best
 
 
-def _check_gates(opened: np.ndarray, named: np.ndarray, first: int) -> None:
-    wrong = np.flatnonzero((opened != named).any(axis=0))
-    if len(wrong):
+def _checked_gates(
+    program: GatedProgram, X: FloatMatrix, mean: Float, gates: Float, gate_offsets: Float, gate_index: Index
+) -> Index:
+    """Place of every neuron among the gates that are used, after a look at whether its own gate is that one."""
+    first, distinct = distinct_gates(gates, gate_offsets)
+    patterns = gate_patterns(X, mean, gates[:, first], gate_offsets[first])
+    pairs, pair = np.unique(np.stack([distinct, gate_index]), axis=1, return_inverse=True)
+    wrong = (patterns[:, pairs[0]] != program.patterns[:, pairs[1]]).any(axis=0)[pair.ravel()]
+    if wrong.any():
         raise ValueError(
-            f"neuron {first + wrong[0]} does not follow the gate that it names: the network and the gates do not "
-            "belong together, so there is nothing to certify."
+            f"neuron {np.flatnonzero(wrong)[0]} does not follow the gate that it names: the network and the gates do "
+            "not belong together, so there is nothing to certify."
         )
+    return np.unique(gate_index, return_inverse=True)[1]
 
 
-def _whitened(rows: Float, weights: Float, normalized: Float, phi: Float | None) -> tuple[Float, bool]:
+def _summed(first: Float, output: Float, place: Index, count: int) -> Float:
+    """Blocks ``sum_j s_j c_j'`` over the neurons of every place: (count, q, K)."""
+    order = np.argsort(place, kind="stable")
+    ends = np.searchsorted(place[order], np.arange(count + 1))
+    parts = [order[start:stop] for start, stop in itertools.pairwise(ends)]
+    return np.array([first[:, part] @ output[part] for part in parts]).reshape(count, len(first), output.shape[1])
+
+
+def _relu_outputs(rows: Float, first: Float, output: Float) -> Float:
+    """``(rows first)_+ output``, in blocks of rows."""
+    outputs = np.empty((len(rows), output.shape[1]))
+    size = max(64, _ENTRIES // max(first.shape[1], 1))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        outputs[part] = np.maximum(rows[part] @ first, 0) @ output
+    return outputs
+
+
+def _with_statistics(
+    proof: Certificate, loss: Loss, outputs: Float, weight_decay: float, plain_penalty: float
+) -> Certificate:
+    """The certificate, NUMERICAL where the network with its stored statistics has other outputs, by their loss."""
+    judged = proof.weight_decay_objective - weight_decay * plain_penalty
+    allowed = max(proof.tolerance, _SAME_LOSS) * proof.weight_decay_objective
+    return downgraded(proof, "statistics") if abs(loss.value(outputs) - judged) > allowed else proof
+
+
+def _whitened(rows: Float, weights: Float, responses: Responses, phi: Float | None) -> tuple[Float, bool]:
     """Coordinates ``Phi^{-1} q_j / ||q_j||`` of normalised responses, and whether one leaves the directions kept."""
     phi = np.ones(rows.shape[1] - 1) if phi is None else phi
-    coordinates = rows[:, :-1].T @ (weights[:, None] * normalized) / phi[:, None]
+    coordinates = responses.products(weights[:, None] * rows[:, :-1]) / phi[:, None]
     norms = np.linalg.norm(coordinates, axis=0)
-    outside = bool(np.any(normalized.any(axis=0) & (norms < 1 - 1e-6)))
+    outside = bool(np.any(responses.coefficients.any(axis=0) & (norms < 1 - 1e-6)))
     return coordinates / np.where(norms > 0, norms, 1.0) / phi[:, None], outside
 
 

@@ -23,11 +23,12 @@ from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns
 from convexbn.program import GatedProgram, block_norms
 from convexbn.realisation import nearest_directions, realised
+from convexbn.responses import Responses
 from convexbn.solvers.cone_difference import difference_in_cones
 from convexbn.solvers.neuron_pricing import Neurons
 from convexbn.solvers.solution import Budget
 from convexbn.training import TrainingSet
-from convexbn.whitening import Whitening, batch_normalize
+from convexbn.whitening import Whitening
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -106,7 +107,14 @@ def to_relu(
     if n_unrealisable and unrealisable == "nearest":
         gates, gate_offsets = _with_nearest(data, gates, gate_offsets)
         network = training.fit_gated(
-            data, gates, gate_offsets, weight_decay, solver="auto", tol=tol, max_iter=None, budget=Budget()
+            data,
+            data.gated_program(gates, gate_offsets, weight_decay),
+            gates,
+            gate_offsets,
+            solver="auto",
+            tol=tol,
+            max_iter=None,
+            budget=Budget(),
         ).network
         split = _Blocks.of(data, network, weight_decay)
     if missing := split.n_unrealisable:
@@ -115,7 +123,7 @@ def to_relu(
     converted = BatchNormNetwork.from_neurons(data.whitening, neurons.first, neurons.output)
     # the proof is not what the conversion is for: the orthant alone
     proof = training.certify(
-        data, converted, weight_decay, None, None, tol=tol, stopped_by="tolerance", own_rows=True, deadline=0.0
+        data, converted, weight_decay, None, tol=tol, stopped_by="tolerance", own_rows=True, deadline=0.0
     )
     outputs = network.predict(data.X)
     error = np.abs(converted.predict(data.X) - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float64).tiny)
@@ -124,8 +132,9 @@ def to_relu(
 
 def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
     """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
-    normalized = batch_normalize(data.X, network.weight, data.loss.weights)
-    coordinates = data.whitening.coordinates(normalized, data.loss.weights)[:-1]
+    responses = Responses.of(data.X, network.weight, data.loss.weights, rank=data.whitening.rank)
+    coordinates = responses.products(data.loss.weights[:, None] * data.whitening.rows[:, :-1])
+    coordinates /= (data.whitening.filter**2)[:, None]
     lengths = np.linalg.norm(data.whitening.filter[:, None] * coordinates, axis=0)
     coordinates /= np.where(lengths > 0, lengths, 1)
     return Neurons(np.vstack([network.gamma * coordinates, network.shift]), network.output)

@@ -11,8 +11,9 @@ import numpy as np
 from convexbn._typing import Float
 from convexbn.certificate import Certificate
 from convexbn.collapse import CollapseMetrics
+from convexbn.responses import Responses
 from convexbn.solvers.solution import Progress
-from convexbn.whitening import batch_normalize, whiten
+from convexbn.whitening import whiten
 
 
 class CertificateDisplay:
@@ -267,8 +268,8 @@ class SpectrumDisplay:
         weights = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         X, weights = X[weights > 0], weights[weights > 0]
         network, whitening = model.network_, whiten(X, weights, rank=X.shape[1])
-        normalized = batch_normalize(X, network.weight, weights)
-        coordinates = network.gamma * (whitening.rows[:, :-1].T @ (weights[:, None] * normalized))
+        responses = Responses.of(X, network.weight, weights, rank=model.rank_)
+        coordinates = network.gamma * responses.products(weights[:, None] * whitening.rows[:, :-1])
         energies = coordinates**2 @ (network.output**2).sum(axis=1)
         total = energies.sum()
         found = whitening.singular_values[: whitening.rank]

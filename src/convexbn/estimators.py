@@ -46,7 +46,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "width": [Interval(Integral, 1, None, closed="left"), None],
-        "gates": [StrOptions({"data", "whitened"}), "array-like"],
+        "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
         "solver": [StrOptions({"auto", *training.SOLVERS})],
@@ -115,8 +115,9 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         with solving(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps)
+            program = None if self.gates_ is None else data.gated_program(self.gates_, self.gate_offsets_)
             return training.certify(
-                data, self.network_, self.weight_decay_, self.gates_, self.gate_offsets_,
+                data, self.network_, self.weight_decay_, program,
                 tol=self.tol, stopped_by="tolerance", own_rows=data.fingerprint == self.fingerprint_,
                 deadline=Budget(self.time_limit).deadline,
             )  # fmt: skip
@@ -210,10 +211,10 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
                     start=start,
                 )  # fmt: skip
                 return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
-            gates, offsets = data.draw_gates(self.gates, self.n_gates, random_state)
-            weight_decay = self._resolved(data.gated_program(gates, offsets).max_weight_decay)
+            gates, offsets, program = data.draw_gates(self.gates, self.n_gates, random_state)
+            weight_decay = self._resolved(program.max_weight_decay)
             fit = training.fit_gated(
-                data, gates, offsets, weight_decay,
+                data, program.with_weight_decay(weight_decay), gates, offsets,
                 solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
             )  # fmt: skip
             return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
@@ -223,8 +224,8 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(data.X)):
             if self.activation == "relu":
                 return data.max_weight_decay_relu(proved=proved)
-            drawn = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
-            return data.gated_program(*drawn).max_weight_decay()
+            program = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))[2]
+            return program.max_weight_decay()
 
     def _resolved(self, largest: Callable[[], float]) -> float:
         """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
@@ -303,9 +304,10 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         ``beta = lam * sqrt(n)``. ``"auto"`` is 0.02 of :func:`max_weight_decay`.
     n_gates : int, default=100
         Number of gates that are drawn; equal training patterns are kept once.
-    gates : {"data", "whitened"} or array (d, n_gates) or (d + 1, n_gates), default="data"
+    gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="data"
         Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the
-        whitened data, or given (offsets in the last row).
+        whitened data, the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last
+        row).
     width : int or None, default=None
         Neurons that ReLU training starts with: None for 200, and 1000 where the whitened rows have more than a million
         entries. There mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).

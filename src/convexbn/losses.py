@@ -41,6 +41,14 @@ class Loss:
     #: Upper bound of the second derivative of ``l`` in any direction of ``f``.
     curvature: ClassVar[float]
 
+    #: Whether the gradient of ``l`` is bounded, and a step of gradient descent with it.
+    bounded_gradient: ClassVar[bool] = True
+
+    @property
+    def output_scale(self) -> float:
+        """Size of the outputs that the loss asks for: 1 for labels, that of the targets for numbers."""
+        return 1.0
+
     def value(self, outputs: Float) -> float:
         """``L(F)``."""
         raise NotImplementedError
@@ -79,6 +87,11 @@ class SquaredLoss(Loss):
     """``1/2 sum_i w_i ||f_i - y_i||^2``."""
 
     curvature: ClassVar[float] = 1.0
+    bounded_gradient: ClassVar[bool] = False
+
+    @property
+    def output_scale(self) -> float:
+        return root_mean_square(self.targets, self.weights)
 
     def value(self, outputs: Float) -> float:
         residual = outputs - self.targets
@@ -162,6 +175,12 @@ def softmax(outputs: Float) -> Float:
     exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     normalised: Float = exponentials / exponentials.sum(axis=1, keepdims=True)
     return normalised
+
+
+def root_mean_square(targets: Float, weights: Float) -> float:
+    """Weighted root mean square of the rows' norms, 1 where all are zero."""
+    peak = float(np.abs(targets).max(initial=0.0)) or 1.0
+    return peak * float(np.sqrt(weights @ np.square(targets / peak).sum(axis=1) / weights.sum())) or 1.0
 
 
 def _sum_downwards(terms: Float) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
-from convexbn.patterns import gate_patterns
+from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn.patterns import distinct_gates, gate_patterns
 from convexbn.whitening import Whitening, centre
 
 #: Hidden activations held at once when predicting (rows times neurons).
@@ -60,12 +61,22 @@ class BatchNormNetwork:
         centred, exponent = centre(X, self.mean)
         response = np.ldexp(centred @ self.weight, exponent)
         response = (self.gamma * response + self.shift) / np.sqrt(self.n_effective)
-        if self.gates is None or self.gate_offsets is None:
-            opened = response > 0
-        else:
-            opened = gate_patterns(X, self.mean, self.gates, self.gate_offsets)
+        opened = response > 0 if self.gates is None else self._opened(X)
         activations: Float = np.where(opened, response, 0.0)
         return activations
+
+    def _opened(self, X: FloatMatrix) -> Bool:
+        """Gates of the neurons, of which several may share one: (n, m)."""
+        gates, offsets, place = self._distinct_gates
+        opened: Bool = np.take(gate_patterns(X, self.mean, gates, offsets), place, axis=1)
+        return opened
+
+    @functools.cached_property
+    def _distinct_gates(self) -> tuple[Float, Float, Index]:
+        assert self.gates is not None
+        assert self.gate_offsets is not None
+        first, place = distinct_gates(self.gates, self.gate_offsets)
+        return self.gates[:, first], self.gate_offsets[first], place
 
     def predict(self, X: FloatMatrix) -> Float:
         """Outputs ``F(X)``: (n, d) -> (n, K), in chunks of bounded memory."""

@@ -45,7 +45,8 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
 p { margin: .6rem 0; }
 .quiet, footer, figcaption, summary, dt { font-family: system-ui, sans-serif; font-size: .88rem; color: #555; }
-.claim { border-left: 4px solid #767676; padding: .1rem 0 .1rem 1rem; margin: 1.2rem 0; }
+.claim { border-left: 4px solid #767676; padding: 0 0 0 1rem; margin: 1rem 0; }
+.claim p { margin: .15rem 0; }
 .claim.holds { border-color: #0072b2; }
 .claim.fails { border-color: #b34700; }
 .word { font: 600 .78rem system-ui, sans-serif; letter-spacing: .04em; text-transform: uppercase; color: #555; }
@@ -53,7 +54,7 @@ p { margin: .6rem 0; }
 .fails .word { color: #b34700; }
 figure { margin: 1.8rem 0; }
 figcaption { font-size: .95rem; color: #1a1a1a; margin-bottom: .4rem; }
-figure svg { display: block; width: 100%; height: auto; }
+figure svg { display: block; width: 100%; max-width: 40rem; height: auto; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font: .82rem/1.35 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e5e5e5; }
@@ -186,7 +187,7 @@ def _svg(figure: Figure, title: str) -> str:
     for size in ("width", "height"):
         root.attrib.pop(size, None)
     root.set("role", "img")
-    root.set("aria-label", title)
+    root.set("aria-label", _CONTROL.sub("", title)[:_MAX_TEXT])
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -37,10 +37,18 @@ def sample_gates(
     if kind == "data":
         gates = random_state.standard_normal((len(whitening.mean), n_gates))
         return gates, np.zeros(n_gates)
-    draws = random_state.standard_normal((len(whitening.mean) + 1, n_gates))
-    # h = V'z does not depend on the signs and rotations of singular vectors, unlike a draw of h itself
-    directions = whitening.directions.T @ draws[:-1]
-    return whitening.projection @ directions, draws[-1] / np.sqrt(whitening.total_weight)
+    return gates_along(whitening, sample_directions(n_gates, whitening, random_state))
+
+
+def sample_directions(n: int, whitening: Whitening, random_state: np.random.RandomState) -> Float:
+    """Isotropic directions on the whitened rows, whatever the signs and rotations of singular vectors: (q, n)."""
+    draws = random_state.standard_normal((len(whitening.mean) + 1, n))
+    return np.vstack([whitening.directions.T @ draws[:-1], draws[-1:]])
+
+
+def gates_along(whitening: Whitening, directions: Float) -> tuple[Float, Float]:
+    """Gates that open where ``A h >= 0``, for directions ``h`` (q, P) on the whitened rows: (d, P), (P,)."""
+    return whitening.projection @ directions[:-1], directions[-1] / np.sqrt(whitening.total_weight)
 
 
 @np.errstate(all="ignore")
@@ -50,10 +58,6 @@ def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> 
     A response within rounding of zero is summed again in an order that does not depend on the batch, so that
     a row on a hyperplane is treated alike in training, prediction and certification.
     """
-    if len(X) > len(offsets):  # as many neurons as outputs may share a gate
-        first, place = _distinct_gates(gates, offsets)
-        if len(first) < len(place):
-            return np.take(gate_patterns(X, mean, gates[:, first], offsets[first]), place, axis=1)
     lengths = np.linalg.norm(gates / _column_peaks(gates), axis=0) * _column_peaks(gates)
     opened = np.empty((len(X), gates.shape[1]), dtype=bool)
     size = max(64, _BLOCK_ENTRIES // max(gates.shape))
@@ -67,8 +71,14 @@ def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> 
     return opened
 
 
-def _distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
-    """First of every distinct gate, and for every gate its place among them."""
+def distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
+    """First of every distinct gate, and for every gate its place among them: (m',), (m,).
+
+    Examples
+    --------
+    >>> distinct_gates(np.array([[1.0, 2.0, 1.0]]), np.zeros(3))
+    (array([0, 1]), array([0, 1, 0]))
+    """
     places: dict[bytes, int] = {}
     columns = np.vstack([gates, offsets]).T
     place = np.array([places.setdefault(column.tobytes(), len(places)) for column in columns], dtype=np.intp)

@@ -39,11 +39,12 @@ def counter(stream: TextIO) -> Iterator[Callable[[int, int, str], None]]:
             task = bar.add_task("")
             yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
     else:
-        yield lambda done, total, what: print(f"{done}/{total} finished   {what}".rstrip(), file=stream, flush=True)
+        lines = _Lines(stream)
+        yield lambda done, total, what: lines.print(f"{done}/{total} finished   {what}".rstrip())
 
 
 class _Lines:
-    """Prints the first iteration and then at most one line every two seconds."""
+    """Lines on a stream; of a solve the first iteration and then at most one every two seconds."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -54,8 +55,12 @@ class _Lines:
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + _INTERVAL
+        self.print(_line(progress))
+
+    def print(self, line: str) -> None:
+        """Print a line, or no more from now on."""
         try:
-            print(_line(progress), file=self.stream, flush=True)
+            print(line, file=self.stream, flush=True)
         except OSError:
             self.due = math.inf
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +17,7 @@ from convexbn.certificate import Certificate
 from convexbn.evidence import AllPatterns
 from convexbn.losses import LOSSES, Loss, SquaredLoss
 from convexbn.network import BatchNormNetwork
-from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.patterns import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
@@ -25,7 +27,7 @@ from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget, Progress, Solution, Solver
-from convexbn.solvers.stochastic_phase import StochasticPhase
+from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
 from convexbn.solvers.subspace import Subspace
 from convexbn.whitening import Whitening, whiten
 
@@ -37,6 +39,9 @@ NEWTON_ROWS = 6000
 
 #: Entries ``n q`` of the whitened rows up to which ReLU networks are priced.
 PRICING_ENTRIES = 1 << 20
+
+#: The descent whose neurons are trained gates, and rows that it sees at least, each as often as it takes.
+GATES_DESCENT, GATES_ROWS = StochasticPhase(epochs=8, learning_rate=0.2), 250_000
 
 #: Share of a time limit that the ReLU solver may take before the proof begins.
 SOLVER_SHARE = 0.5
@@ -116,17 +121,34 @@ class TrainingSet:
 
     def draw_gates(
         self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
-    ) -> tuple[Float, Float]:
-        """Sampled or given gates, of equal training patterns the first: (d, P), (P,)."""
+    ) -> tuple[Float, Float, GatedProgram]:
+        """Sampled or given gates, of equal training patterns the first, (d, P) and (P,), and their program."""
         n, d = self.X.shape
         if isinstance(gates, str):
             check_memory(n, d, n_gates)
-            directions, offsets = sample_gates(gates, n_gates, self.whitening, random_state)
+            drawn = self._trained_gates if gates == "trained" else functools.partial(sample_gates, gates)
+            directions, offsets = drawn(n_gates, self.whitening, random_state)
         else:
             directions, offsets = split_gates(np.asarray(gates, dtype=np.float64), d)
             check_memory(n, d, len(offsets))
-        kept = first_of_each_pattern(gate_patterns(self.X, self.whitening.mean, directions, offsets))
-        return np.ascontiguousarray(directions[:, kept]), offsets[kept]
+        patterns = gate_patterns(self.X, self.whitening.mean, directions, offsets)
+        kept = first_of_each_pattern(patterns)
+        program = GatedProgram(self.whitening.rows, np.ascontiguousarray(patterns[:, kept]), self.loss, 1.0)
+        return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
+
+    def _trained_gates(
+        self, n_gates: int, whitening: Whitening, random_state: np.random.RandomState
+    ) -> tuple[Float, Float]:
+        """First layers of so many ReLU neurons after a short mini-batch descent: (d, P), (P,)."""
+        directions = sample_directions(n_gates, whitening, random_state)
+        untrained = self.gated_program(*gates_along(whitening, directions))
+        rng, n = np.random.default_rng(random_state.randint(2**31)), len(self.X)
+        descent = replace(GATES_DESCENT, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // n))).run(
+            whitening.rows, self.loss, AUTO_FRACTION * untrained.max_weight_decay(),
+            random_start(directions, self.loss, rng), rng,
+        )  # fmt: skip
+        neurons, _ = deque(descent, maxlen=1).pop()
+        return gates_along(whitening, neurons.first)
 
     def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
         """Smallest weight decay at which the zero ReLU network is optimal: local-search value and valid upper bound.
@@ -157,9 +179,9 @@ class Fit:
 
 def fit_gated(
     data: TrainingSet,
+    program: GatedProgram,
     gates: Float,
     gate_offsets: Float,
-    weight_decay: float,
     *,
     solver: str,
     tol: float,
@@ -167,14 +189,13 @@ def fit_gated(
     budget: Budget,
     start: Solution | None = None,
 ) -> Fit:
-    """Solve the gated program, read the network off its blocks, and have it judged on the raw rows."""
-    program = data.gated_program(gates, gate_offsets, weight_decay)
+    """Solve the program of some gates, read the network off its blocks, and have it judged on the raw rows."""
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
     solution = method.solve(program, start, budget).finite()
     network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
     proof = certify(
-        data, network, weight_decay, gates, gate_offsets, tol=tol, stopped_by=solution.stopped_by, own_rows=True
+        data, network, program.weight_decay, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True
     )
     return Fit(network, proof, solution.history, solution.n_iter)
 
@@ -204,7 +225,7 @@ def fit_relu(
         network = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
         history, stopped_by = solution.history, solution.stopped_by
     proof = certify(
-        data, network, weight_decay, None, None,
+        data, network, weight_decay, None,
         tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
     )  # fmt: skip
     history = history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]
@@ -234,44 +255,32 @@ def certify(
     data: TrainingSet,
     network: BatchNormNetwork,
     weight_decay: float,
-    gates: Float | None,
-    gate_offsets: Float | None,
+    program: GatedProgram | None,
     *,
     tol: float,
     stopped_by: str,
     own_rows: bool,
     deadline: float | None = None,
 ) -> Certificate:
-    """Judge a network on rows: every answer is recomputed, batch-norm statistics included.
+    """Judge a network on rows, for the gates of a program or as a ReLU network: every answer is recomputed.
 
     On the rows that it was trained on (``own_rows``) its stored statistics must give the same network. ReLU networks
     are judged over all patterns, by bounds that are tried until ``deadline``.
     """
     phi = data.whitening.filter if data.whitening.filtered else None
-    question: dict[str, Any] = {"truncated": data.whitening.truncated, "spectral_filter": phi}
-    if gates is None or gate_offsets is None:
-        proof = certificate.certify_relu(
-            data.whitening.rows, data.loss, data.X, weight_decay,
-            **network.neurons(), tolerance=tol, stopped_by=stopped_by,
-            **question, deadline=deadline,
-        )  # fmt: skip
-    else:
-        proof = certificate.certify_gated(
-            data.gated_program(gates, gate_offsets, weight_decay), data.X, data.whitening.mean,
-            **network.neurons(), tolerance=tol, stopped_by=stopped_by, **question,
-        )  # fmt: skip
-    if own_rows and not _statistics_agree(data, network, weight_decay, proof):
-        return certificate.downgraded(proof, "statistics")
-    return proof
-
-
-def _statistics_agree(data: TrainingSet, network: BatchNormNetwork, weight_decay: float, proof: Certificate) -> bool:
-    """Whether the network with its stored statistics has the loss that was judged, within the tolerance."""
-    plain = 0.5 * sum(float(np.sum(part**2)) for part in (network.gamma, network.shift, network.output))
-    judged = proof.weight_decay_objective - weight_decay * plain
-    stored = data.loss.value(network.predict(data.X))
-    allowed = max(proof.tolerance, 1e-9) * proof.weight_decay_objective
-    return not abs(stored - judged) > allowed
+    question: dict[str, Any] = {
+        "truncated": data.whitening.truncated,
+        "spectral_filter": phi,
+        "tolerance": tol,
+        "stopped_by": stopped_by,
+        "statistics": certificate.Statistics(network.mean, network.n_effective) if own_rows else None,
+    }
+    if program is None:
+        return certificate.certify_relu(
+            data.whitening.rows, data.loss, data.X, weight_decay, **network.neurons(), **question, deadline=deadline
+        )
+    program = program.with_weight_decay(weight_decay)
+    return certificate.certify_gated(program, data.X, data.whitening.mean, **network.neurons(), **question)
 
 
 def choose_solver(solver: str, loss: Loss) -> str:

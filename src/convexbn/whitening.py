@@ -330,30 +330,6 @@ class _Columns:
         )
 
 
-@np.errstate(all="ignore")
-def batch_normalize(X: FloatMatrix, weight: Float, sample_weight: Float) -> Float:
-    """Return ``C X w / ||C X w||`` for every column of ``weight``: (n, d), (d, m) -> (n, m).
-
-    The statistics are those of the rows given, with their weights; the columns of the result have unit
-    weighted norm. A direction on which the data do not vary gives a zero column.
-    """
-    total = sample_weight.sum()
-    first = np.asarray(X[0], dtype=np.float64)  # relative to a row: no offset, no overflow
-    exponent = _headroom(X, first)
-    first, scaled = np.ldexp(first, -exponent), np.ldexp(weight, exponent)
-    response = np.empty((len(X), weight.shape[1]))
-    for part, rows in blocks(X):
-        relative = (np.ldexp(rows, -exponent) if exponent else rows) - first
-        np.matmul(relative, scaled, out=response[part])
-    response -= sample_weight @ response / total
-    response -= sample_weight @ response / total
-    peaks = np.abs(response).max(axis=0)
-    response /= np.where(peaks > 0, peaks, 1)
-    norms = np.sqrt(np.einsum("ij,ij,i->j", response, response, sample_weight))
-    normalized: Float = np.divide(response, norms, out=np.zeros_like(response), where=norms > 0)
-    return normalized
-
-
 def _unit_columns(X: FloatMatrix) -> tuple[Float, np.ndarray]:
     """Scale each column by a power of two into [-1, 1]: exact, and safe from overflow and underflow."""
     exponents = np.frexp(np.abs(X).max(axis=0))[1]

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from convexbn import __version__
-from convexbn.cli import fitting, judging, pathwise, predicting, reproducing
+from convexbn.cli import fitting, judging, pathwise, predicting, reporting, reproducing
 from convexbn.cli.common import INTERRUPTED, TERMINATED, Terminated, say
 
 __all__ = ["main"]
 
-_COMMANDS = (fitting, predicting, judging, pathwise, reproducing)
+_COMMANDS = (fitting, predicting, judging, pathwise, reproducing, reporting)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="convexbn", description="Batch-normalised ReLU networks trained to a certified global optimum."
     )
     parser.add_argument("--version", action="version", version=f"convexbn {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="fit | predict | certify | path | reproduce")
+    commands = parser.add_subparsers(required=True, metavar="fit | predict | certify | path | reproduce | report")
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser

@@ -23,7 +23,7 @@ def network_parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss", choices=["squared", "logistic", "cross_entropy"], default="squared")
     parser.add_argument("--n-gates", type=int, default=100, metavar="P")
     parser.add_argument("--width", type=int, metavar="M", help="neurons that relu training starts with")
-    parser.add_argument("--gates", choices=["data", "whitened"], default="data")
+    parser.add_argument("--gates", choices=["data", "whitened", "trained"], default="data")
     parser.add_argument(
         "--spectral-filter", type=float, metavar="TAU", help="shrink directions below TAU of the largest singular value"
     )

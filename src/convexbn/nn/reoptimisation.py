@@ -174,7 +174,7 @@ def reoptimise(
         proof = None
         if certify:
             proof = training.certify(
-                data, layers.network(features), weight_decay, None, None,
+                data, layers.network(features), weight_decay, None,
                 tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
             )  # fmt: skip
     new = _with_layers(frozen, given, layers)

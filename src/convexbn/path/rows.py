@@ -73,7 +73,7 @@ class PathData:
 
 def draws_whitened(model: Any) -> bool:
     """Whether the gates depend on the directions that are kept."""
-    return model.activation == "gated" and isinstance(model.gates, str) and model.gates == "whitened"
+    return model.activation == "gated" and isinstance(model.gates, str) and model.gates != "data"
 
 
 def _largest(ranks: Sequence[int | float | None], d: int) -> int | float | None:

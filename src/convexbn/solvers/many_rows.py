@@ -84,8 +84,7 @@ class ManyRows:
     ) -> tuple[StochasticPhase, Neurons]:
         """The descent and its start, cold or warm."""
         if initial is None or not len(initial.output):
-            q, K, total = rows.shape[1], loss.targets.shape[1], float(loss.weights.sum())
-            return self.descent, random_start(q, self.width, K, total, rng)
+            return self.descent, random_start(rng.standard_normal((rows.shape[1], self.width)), loss, rng)
         epochs, rate = max(1, self.descent.epochs // 5), self.descent.learning_rate / 3
         return replace(self.descent, epochs=epochs, learning_rate=rate), initial
 

@@ -6,8 +6,9 @@ are needed and a batch is two layers,
     min  1/W sum_i w_i l((a_i'first)_+ output, y_i) + lam / 2 (||first||^2 + ||output||^2),
 
 with rows scaled by ``sqrt(W)``, ``W`` the total weight, and ``lam = beta / sqrt(W)``: what a trainer calls the weight
-decay of the mean loss. A step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose
-statistics are those of all rows; one that is trained with the statistics of each batch has their noise besides.
+decay of the mean loss. Outputs are in units of ``loss.output_scale``, so that units of the targets do not matter. A
+step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose statistics are those of all
+rows; one that is trained with the statistics of each batch has their noise besides.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from convexbn.solvers.neurons import Neurons
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
 
+#: Rows that show how large the hidden layer is, and the share taken of the learning rate that is stable there, which
+#: is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
+_SAMPLE, _STABLE = 1000, 1.0
+
 
 @dataclass(frozen=True)
 class StochasticPhase:
@@ -37,7 +42,8 @@ class StochasticPhase:
         Passes over the rows.
     batch_size : int, default=250
     learning_rate : float, default=0.1
-        Largest learning rate of the mean loss.
+        Largest learning rate of the mean loss. Where the gradient of the loss is not bounded it is lowered to what is
+        stable for the hidden layer at the start.
     momentum : float, default=0.9
     """
 
@@ -61,13 +67,17 @@ class StochasticPhase:
         """
         n, root = len(rows), float(np.sqrt(loss.weights.sum()))
         scaled = (root * rows).astype(np.float32)
-        layers = _Layers(start, root, decay=weight_decay / root, momentum=self.momentum)
+        layers = _Layers(start, root, loss.output_scale, decay=weight_decay / root, momentum=self.momentum)
+        largest = self.learning_rate
+        if not loss.bounded_gradient:
+            sharpness = loss.curvature * layers.largest_square(scaled[rng.permutation(n)[:_SAMPLE]])
+            largest = min(largest, _STABLE * (1 + self.momentum) / sharpness)
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
         with workers() as threads:
             for _ in range(self.epochs):
                 order, seen = rng.permutation(n), 0.0
                 for first in range(0, n, self.batch_size):
-                    part, rate = order[first : first + self.batch_size], self.learning_rate * shape(clock.tick())
+                    part, rate = order[first : first + self.batch_size], largest * shape(clock.tick())
                     seen += layers.step(scaled, loss, part, rate, threads)
                     if clock.done >= 1:
                         break
@@ -83,10 +93,11 @@ def shape(done: float) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))))
 
 
-def random_start(q: int, width: int, n_outputs: int, total_weight: float, rng: np.random.Generator) -> Neurons:
-    """Neurons of hidden units of order one and outputs of order one, for weighted rows."""
-    first = rng.standard_normal((q, width)) * np.sqrt(2 * total_weight / q)
-    return Neurons(first, rng.standard_normal((width, n_outputs)) / np.sqrt(width))
+def random_start(directions: Float, loss: Loss, rng: np.random.Generator) -> Neurons:
+    """Neurons along normal directions (q, m): hidden units of order one, outputs of the size that the loss asks for."""
+    q, m = directions.shape
+    first = directions * np.sqrt(2 * loss.weights.sum() / q * loss.output_scale)
+    return Neurons(first, rng.standard_normal((m, loss.targets.shape[1])) * np.sqrt(loss.output_scale / m))
 
 
 class _Clock:
@@ -107,13 +118,19 @@ class _Clock:
 
 
 class _Layers:
-    """Both layers and their velocities, float32, for rows scaled by ``root``."""
+    """Both layers and their velocities, float32, for rows scaled by ``root`` and outputs in units of ``unit``."""
 
-    def __init__(self, start: Neurons, root: float, *, decay: float, momentum: float) -> None:
-        self.weights = (start.first / root).astype(np.float32), start.output.astype(np.float32)
+    def __init__(self, start: Neurons, root: float, unit: float, *, decay: float, momentum: float) -> None:
+        share = np.sqrt(unit)  # of the unit, in either layer
+        self.weights = (start.first / (share * root)).astype(np.float32), (start.output / share).astype(np.float32)
         self.velocities = tuple(np.zeros_like(weight) for weight in self.weights)
-        self.root = root
-        self.decay, self.momentum = np.float32(decay), np.float32(momentum)
+        self.root, self.unit = root, unit
+        self.decay, self.momentum = np.float32(decay / unit), np.float32(momentum)
+
+    def largest_square(self, rows: FloatMatrix) -> float:
+        """Largest eigenvalue of the mean of ``h h'`` over the hidden layers ``h`` of some rows."""
+        hidden = np.maximum(rows @ self.weights[0], 0).astype(np.float64)
+        return float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(rows)
 
     def step(self, scaled: FloatMatrix, loss: Loss, part: Index, rate: float, threads: Workers) -> float:
         """One step of gradient descent with momentum and weight decay; returns the loss before it."""
@@ -132,8 +149,8 @@ class _Layers:
         first, output = self.weights
         hidden = rows @ first
         np.maximum(hidden, 0, out=hidden)
-        outputs = (hidden @ output).astype(np.float64)
-        dual = (batch.negative_gradient(outputs) / total).astype(np.float32)
+        outputs = self.unit * (hidden @ output).astype(np.float64)
+        dual = (batch.negative_gradient(outputs) / (self.unit * total)).astype(np.float32)
         back = dual @ output.T
         back *= hidden > 0
         return batch.value(outputs), (rows.T @ back, hidden.T @ dual)
@@ -141,5 +158,5 @@ class _Layers:
     @property
     def neurons(self) -> Neurons:
         """The network on unscaled rows, in float64."""
-        first, output = (weight.astype(np.float64) for weight in self.weights)
+        first, output = (np.sqrt(self.unit) * weight.astype(np.float64) for weight in self.weights)
         return Neurons(first * self.root, output)

@@ -40,8 +40,8 @@ _SMALL = 1e-9
 #: A certificate is taken when the gap seems to be this much above the tolerance, since new lengths will lower it.
 _EARLY = 5.0
 
-#: New lengths are also chosen when the gap has not halved in so many iterations.
-_PATIENCE = 5
+#: New lengths are also chosen when the gap has not halved in so many iterations, from zero and from a warm start.
+_PATIENCE, _WARM_PATIENCE = 5, 2
 
 #: Relative change of an objective by rounding in float64.
 _ROUNDING = 1e-14
@@ -92,7 +92,7 @@ class Subspace:
             reason = budget.stop_reason(history[-1], tol=0.9 * self.tol, max_iter=self.max_iter)
             if reason is not None or (stalled and descent.double):
                 return descent.solution(reason or "stalled", history)
-            if stalled or descent.certified <= _DOUBLE:
+            if stalled or descent.certified <= _DOUBLE or descent.exhausted:
                 descent.use_double()
             stalled = not descent.step()
 
@@ -108,7 +108,9 @@ class _Descent:
         if start is not None:
             blocks[start.gate_index] = start.blocks
         self.bound = self.loss.dual_value(np.zeros_like(self.loss.targets))
-        self.certified = self.halved = np.inf
+        self.certified = self.halved = self.judged = np.inf
+        self.exhausted = False
+        self.patience = _PATIENCE if start is None else _WARM_PATIENCE
         self.waiting, self.age = 0, _STALE
         self.penalty = np.ones(program.n_gates)
         self._move_to(blocks, _outputs(self.kernels, blocks))
@@ -122,7 +124,8 @@ class _Descent:
     def use_double(self) -> None:
         """Make products and factors in float64 from now on."""
         if not self.double:
-            self.kernels, self.age = self.program, _STALE
+            self.kernels = self.program
+            self._forget()  # outputs of the last steps are in float32
 
     def _move_to(self, blocks: Float, outputs: Float, kernels: GatedProgram | None = None) -> None:
         self.blocks, self.outputs = blocks, outputs
@@ -156,11 +159,11 @@ class _Descent:
         self.waiting += 1
         if estimate < 0.5 * self.halved:
             self.halved, self.waiting = estimate, 0
-        return self.waiting >= _PATIENCE or self.gap <= tol or estimate <= wanted
+        return self.waiting >= self.patience or self.gap <= tol or estimate <= wanted
 
     def certify(self) -> float:
         """Choose the lengths of all blocks anew, and take objective and bound there in float64; the relative gap."""
-        before, unchanged = self.objective, self.blocks
+        before, unchanged, last = self.objective, self.blocks, self.judged
         self._judge(self._best_factors()[:, None, None] * unchanged)
         if self.objective > before * (1 + (_ROUNDING if self.double else _SINGLE)):
             self._judge(unchanged)
@@ -168,7 +171,8 @@ class _Descent:
             self._forget()  # the last steps would move blocks that are now zero
         self.bound = self._dual_value(self.program.correlation_rounding(self.dual))
         self.certified = self.halved = self.gap
-        self.waiting = 0
+        self.judged, self.waiting = self.objective, 0
+        self.exhausted = self.objective > last * (1 - _SINGLE)  # what float32 cannot tell from rounding
         return self.certified
 
     def _judge(self, blocks: Float) -> None:

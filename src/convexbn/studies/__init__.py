@@ -10,6 +10,13 @@ __all__ = ["NAMES", "Cell", "Finding", "Picture", "Row", "Study", "study"]
 
 #: Studies by name, in the order of the list, and the module that holds each as ``STUDY``.
 NAMES: dict[str, str] = {
+    "equivalence": "convexbn.studies.equivalence",
+    "closed-form": "convexbn.studies.closed_form",
+    "neural-collapse": "convexbn.studies.neural_collapse",
+    "gd-bias": "convexbn.studies.gd_bias",
+    "certificate": "convexbn.studies.certificate",
+    "truncation": "convexbn.studies.truncation",
+    "speed": "convexbn.studies.speed",
     "understanding-bn": "convexbn.studies.understanding_bn",
     "cross-iteration-bn": "convexbn.studies.cross_iteration_bn",
     "weight-rescaling": "convexbn.studies.weight_rescaling",

@@ -7,10 +7,13 @@ import functools
 import numpy as np
 
 from convexbn import datasets
-from convexbn._typing import Float
+from convexbn._typing import Float, FloatMatrix
 from convexbn.datasets import Dataset
 
 _LOADERS = {"digits": datasets.digits, "fashion-mnist": datasets.fashion_mnist, "cifar-10": datasets.cifar10}
+
+#: Largest grey value.
+_LARGEST = {"digits": 16.0, "fashion-mnist": 255.0, "cifar-10": 255.0}
 
 
 @functools.cache
@@ -40,13 +43,50 @@ def draw(name: str, counts: tuple[int, ...], seed: int) -> list[tuple[Float, np.
         Rows of each part.
     seed : int
     """
+    return [_in_unit(name, part) for part in _drawn(name, counts, seed)]
+
+
+def split(name: str, n: int, n_validation: int, seed: int) -> list[tuple[FloatMatrix, np.ndarray]]:
+    """Training, validation and test rows, as they are stored.
+
+    Parameters
+    ----------
+    name : str
+        See ``load``.
+    n : int
+        Training rows; 0 for all that are not for validation.
+    n_validation : int
+        Drawn from the training part, as are as many test rows of a data set without a test part.
+    seed : int
+    """
+    data = load(name)
+    test = [] if data.X_test is None or data.y_test is None else [(data.X_test, data.y_test)]
+    held_out = (n_validation,) * (2 - len(test))
+    return _drawn(name, (n or len(data.X) - sum(held_out), *held_out), seed) + test
+
+
+def parts(name: str, n: int, n_validation: int, seed: int) -> list[tuple[Float, np.ndarray]]:
+    """The rows of ``split`` as grey values in [0, 1]."""
+    return [_in_unit(name, part) for part in split(name, n, n_validation, seed)]
+
+
+def _drawn(name: str, counts: tuple[int, ...], seed: int) -> list[tuple[FloatMatrix, np.ndarray]]:
     data = load(name)
     order = np.random.default_rng(seed).permutation(len(data.X))
     if sum(counts) > len(order):
         raise ValueError(f"{name} has {len(order)} training rows, fewer than {sum(counts)}.")
-    parts = np.split(order[: sum(counts)], np.cumsum(counts)[:-1])
-    largest = 16.0 if name == "digits" else 255.0
-    return [(data.X[part] / largest, data.y[part]) for part in parts]
+    pieces = np.split(order[: sum(counts)], np.cumsum(counts)[:-1])
+    return [(data.X[part], data.y[part]) for part in pieces]
+
+
+def _in_unit(name: str, part: tuple[FloatMatrix, np.ndarray]) -> tuple[Float, np.ndarray]:
+    return part[0] / _LARGEST[name], part[1]
+
+
+def leading(energies: Float) -> tuple[int, float]:
+    """Number of leading directions that count as such, 50 or a sixth of few, and their share of the energy."""
+    top = min(50, len(energies) // 6)
+    return top, float(energies[:top].sum() / energies.sum())
 
 
 def planted(n: int, d: int, seed: int, neurons: int = 10, outputs: int = 1) -> tuple[Float, Float]:

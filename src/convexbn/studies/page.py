@@ -37,23 +37,39 @@ def _parts(run: Run) -> Iterator[Html]:
     if not run.complete:
         yield paragraph(f"This is a part of the study: {len(run.finished)} of {len(run.cells)} cells are finished.")
     if run.quick:
-        yield paragraph("This is the quick form of the study: smaller, and weaker as evidence.")
+        yield paragraph(
+            "This is the quick form of the study, weaker as evidence: smaller, and on scikit-learn's digits where the "
+            "full form has larger images."
+        )
     findings = run.findings
-    yield from map(_claim, findings)
     with styled():
-        pictures = study.pictures(run.rows)
-    yield from (picture(drawn.title, drawn.figure) for drawn in pictures[:1])
+        pictures = [picture(drawn.title, drawn.figure) for drawn in study.pictures(run.rows)]
+    yield from map(_claim, findings[:1])
+    if len(findings) > 1:
+        yield paragraph(_summary(findings))
+    yield from pictures[:1]
     yield Html(f"<h2>How this run differs from the paper</h2>{paragraph(study.departures)}")
-    yield from (picture(drawn.title, drawn.figure) for drawn in pictures[1:])
+    if len(findings) > 1:
+        yield Html("<h2>What else it shows</h2>")
+        yield from map(_claim, findings[1:])
+    yield from pictures[1:]
     yield Html("<h2>Table</h2>")
     yield folded(f"{len(run.rows)} lines", [table(run.rows, f"are in {run.path('csv').name}")])
+
+
+def _summary(findings: list[Finding]) -> str:
+    """How many claims hold, and by name those that do not."""
+    told = f"{sum(finding.holds is True for finding in findings)} of {len(findings)} claims hold here."
+    for holds, words in ((False, "does not hold"), (None, "is not decided")):
+        told += "".join(f" This {words}: {finding.claim}" for finding in findings if finding.holds is holds)
+    return told
 
 
 def _claim(finding: Finding) -> Html:
     css, word = _WORDS[finding.holds]
     return Html(
         f'<section class="claim {css}"><span class="word">{text(word)}</span>'
-        f"{paragraph(finding.claim)}{paragraph(finding.figure)}</section>"
+        f"<p><strong>{text(finding.claim)}</strong></p>{paragraph(finding.figure)}</section>"
     )
 
 

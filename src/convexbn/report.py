@@ -1,0 +1,275 @@
+"""One HTML page on a fitted model: data, spectrum and cut, program, certificate in words, network, predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import convexbn
+from convexbn._typing import Float
+from convexbn.certificate import Certificate
+from convexbn.display import CertificateDisplay, PathDisplay, SpectrumDisplay
+from convexbn.page import Html, facts, page, paragraph, picture, shown, styled, table
+
+#: Classes up to which a confusion table is readable, points of a scatter plot, and neurons that are listed.
+_CLASSES, _POINTS, _NEURONS = 20, 1500, 12
+
+#: Characters of a name.
+_NAME = 60
+
+#: Rows up to which the energies by singular direction are computed.
+_SPECTRUM_ROWS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What a report is about.
+
+    Attributes
+    ----------
+    name : str
+        Of the model, such as that of its file.
+    model : ConvexBNClassifier or ConvexBNRegressor
+        Fitted.
+    certificate : Certificate
+        Recomputed on the rows; ``model.certificate_`` is what was claimed.
+    data : str
+        What the rows are called.
+    X, y : ndarray
+        Training rows.
+    X_test, y_test : ndarray or None
+        Rows that were held out.
+    feature_names : sequence of str or None
+    target : str or None
+        Name of the column that is predicted.
+    own_rows : bool
+        Whether these are the rows that the model was trained on.
+    """
+
+    name: str
+    model: Any
+    certificate: Certificate
+    data: str
+    X: np.ndarray
+    y: np.ndarray
+    X_test: np.ndarray | None = None
+    y_test: np.ndarray | None = None
+    feature_names: Sequence[str] | None = None
+    target: str | None = None
+    own_rows: bool = True
+
+    @property
+    def classifies(self) -> bool:
+        """Whether targets are classes."""
+        return hasattr(self.model, "classes_")
+
+    def feature(self, index: int) -> str:
+        """Name of a feature, of bounded length."""
+        return f"feature {index}" if self.feature_names is None else _short(self.feature_names[index])
+
+
+def report(subject: Subject, points: Sequence[Any] = ()) -> bytes:
+    """HTML of a model on its data.
+
+    Parameters
+    ----------
+    subject : Subject
+    points : sequence of PathPoint, optional
+        The path that the model was chosen from.
+
+    Returns
+    -------
+    bytes
+        UTF-8. Names are escaped and cut, tables and pictures bounded: a page takes at most some hundred kilobytes.
+    """
+    title = f"{_short(subject.name)}: a certified network on {_short(subject.data)}"
+    footer = [facts({"convexbn": convexbn.__version__, "fingerprint of the rows": subject.model.fingerprint_})]
+    return page(title, _parts(subject, points), footer)
+
+
+def _parts(subject: Subject, points: Sequence[Any]) -> Iterator[Html]:
+    yield from _proof(subject)
+    yield _heading("Predictions")
+    yield from _predictions(subject)
+    yield _heading("Data")
+    yield from _data(subject)
+    yield _heading("Program")
+    yield facts(_program(subject))
+    yield _heading("Network")
+    yield from _network(subject)
+    if points:
+        yield _heading("Path")
+        yield from _path(points)
+
+
+def _heading(words: str) -> Html:
+    return Html(f"<h2>{words}</h2>")
+
+
+def _proof(subject: Subject) -> Iterator[Html]:
+    proof = subject.certificate
+    css = "claim holds" if proof.status.value in ("CERTIFIED", "TRIVIAL") else "claim"
+    yield Html(
+        f'<section class="{css}"><span class="word">{proof.status.value}</span>{paragraph(proof.sentence)}</section>'
+    )
+    rows = "the rows that it was trained on" if subject.own_rows else "other rows than it was trained on"
+    yield paragraph(f"Recomputed from {len(subject.X)} rows, {rows}.", "quiet")
+    yield facts(
+        {
+            "objective": f"{proof.objective:.9g}",
+            "lower bound": f"{proof.lower_bound:.9g}",
+            "relative gap": f"{proof.relative_gap:.2g}",
+            "among": proof.scope,
+            "bound": proof.bound,
+        }
+        | ({} if proof.estimated_gap is None else {"estimated gap (no bound)": f"{proof.estimated_gap:.2g}"})
+    )
+    if len(subject.model.history_) > 1:
+        axes = _axes(2, 1, height=5.6)
+        yield _drawn(
+            CertificateDisplay.from_estimator(subject.model), axes, "Objective and lower bound over iterations"
+        )
+
+
+def _data(subject: Subject) -> Iterator[Html]:
+    told = {"name": _short(subject.data), "training rows": len(subject.X), "features": subject.X.shape[1]}
+    if subject.X_test is not None:
+        told["rows held out"] = len(subject.X_test)
+    if subject.target is not None:
+        told["target"] = _short(subject.target)
+    if subject.classifies:
+        told["classes"] = len(subject.model.classes_)
+    else:
+        told["target values"] = f"mean {np.mean(subject.y):.4g}, deviation {np.std(subject.y):.4g}"
+    yield facts(told)
+    if len(subject.X) <= _SPECTRUM_ROWS:
+        display = SpectrumDisplay.from_estimator(subject.model, subject.X)
+        yield _drawn(
+            display, _axes(2, 1, height=5.2), "Singular values of the data, and what the first layer uses of them"
+        )
+
+
+def _program(subject: Subject) -> dict[str, object]:
+    model = subject.model
+    cut = model.rank_ if model.rank is None else f"{model.rank_} (asked for: {model.rank})"
+    told: dict[str, object] = {
+        "activation": model.activation,
+        "loss": model.loss,
+        "weight decay": f"{model.weight_decay_:.6g}",
+        "directions kept": cut,
+        "spectral filter": "none" if model.spectral_filter is None else f"{model.spectral_filter:g} of the largest",
+        "tolerance": f"{model.tol:g}",
+    }
+    return told if model.gates_ is None else told | {"gates": model.gates_.shape[1]}
+
+
+def _network(subject: Subject) -> Iterator[Html]:
+    network = subject.model.network_
+    masses = np.hypot(network.gamma, network.shift) * np.linalg.norm(network.output, axis=1)
+    order = np.argsort(-masses)
+    told: dict[str, object] = {"neurons": network.n_neurons, "outputs": network.output.shape[1]}
+    if network.gate_index is not None:
+        told["gates that are used"] = len(set(network.gate_index.tolist()))
+    yield facts(told)
+    if network.n_neurons:
+        axes = _axes(1, 1, height=3.2)
+        axes.plot(np.arange(1, len(masses) + 1), np.maximum(masses[order], 1e-300), ".-", lw=0.8)
+        axes.set(xlabel="neuron, by norm", ylabel="norm of first layer times output", yscale="log")
+        yield picture("How the network is spread over its neurons", axes.figure)
+        influence = np.abs(network.weight * _deviations(subject.X)[:, None])
+        yield table([_neuron(subject, j, masses[j], influence[:, j]) for j in order[:_NEURONS]])
+
+
+def _neuron(subject: Subject, j: int, mass: float, influence: Float) -> dict[str, Any]:
+    """A line on one neuron; features by the deviation that they bring in."""
+    network, top = subject.model.network_, np.argsort(-influence)[:3]
+    total = influence.sum() or 1.0
+    heaviest = ", ".join(f"{subject.feature(i)} ({influence[i] / total:.0%})" for i in top)
+    return {
+        "neuron": int(j), "norm": float(mass), "scale": float(network.gamma[j]), "shift": float(network.shift[j]),
+        "heaviest features": heaviest,
+    }  # fmt: skip
+
+
+def _deviations(X: np.ndarray) -> Float:
+    """Deviation of every feature."""
+    return np.asarray(X.std(axis=0, dtype=np.float64))
+
+
+def _predictions(subject: Subject) -> Iterator[Html]:
+    held_out = subject.X_test is not None and subject.y_test is not None
+    X, y = (subject.X_test, subject.y_test) if held_out else (subject.X, subject.y)
+    assert X is not None
+    assert y is not None
+    word, measure = "held out" if held_out else "of the training", "accuracy" if subject.classifies else "R^2"
+    scores = {f"{measure} on the training rows": f"{subject.model.score(subject.X, subject.y):.4f}"}
+    if held_out:
+        scores[f"{measure} on the rows held out"] = f"{subject.model.score(X, y):.4f}"
+    yield facts(scores)
+    predicted = subject.model.predict(X)
+    if subject.classifies:
+        yield from _confusion(subject.model.classes_, np.asarray(y), predicted, word)
+    elif np.ndim(y) == 1:
+        yield _scatter(np.asarray(y, dtype=np.float64), predicted, subject.target, word)
+
+
+def _confusion(classes: np.ndarray, y: np.ndarray, predicted: np.ndarray, word: str) -> Iterator[Html]:
+    """Rows of each class by prediction; of many classes those of lowest recall."""
+    if len(classes) > _CLASSES:
+        recall = [
+            {"class": _short(c), "rows": int((y == c).sum()), "recall": _recall(c, y, predicted)} for c in classes
+        ]
+        yield paragraph(f"The classes of lowest recall, rows {word}:", "quiet")
+        yield table(sorted(recall, key=lambda line: (line["recall"] is None, line["recall"]))[:_CLASSES])
+        return
+    yield paragraph(f"Rows {word}: true classes down, predictions across.", "quiet")
+    names = [f"{_short(c)}{' ' * i if _short(c) in map(_short, classes[:i]) else ''}" for i, c in enumerate(classes)]
+    yield table(
+        [
+            {"true": name} | {n: int(np.sum((y == c) & (predicted == p))) for n, p in zip(names, classes, strict=True)}
+            for name, c in zip(names, classes, strict=True)
+        ]
+    )
+
+
+def _recall(label: Any, y: np.ndarray, predicted: np.ndarray) -> float | None:
+    own = y == label
+    return float(np.mean(predicted[own] == label)) if own.any() else None
+
+
+def _scatter(y: Float, predicted: Float, target: str | None, word: str) -> Html:
+    kept = np.random.default_rng(0).permutation(len(y))[:_POINTS]
+    axes = _axes(1, 1, height=4.2)
+    axes.plot(y[kept], predicted[kept], "o", ms=3, alpha=0.5, mew=0)
+    ends = [min(y[kept].min(), predicted[kept].min()), max(y[kept].max(), predicted[kept].max())]
+    axes.plot(ends, ends, color="0.5", lw=1)
+    axes.set(xlabel="target (its own units)", ylabel="prediction (the same units)")
+    named = "the target" if target is None else _short(target)
+    return picture(f"Predictions of {named} over its values, rows {word}", axes.figure)
+
+
+def _path(points: Sequence[Any]) -> Iterator[Html]:
+    display = PathDisplay(points)
+    count = 2 + any(point.score is not None for point in points)
+    yield _drawn(display, _axes(count, 1, height=2.2 * count), "Score, neurons and gap over the path")
+
+
+def _axes(rows: int, columns: int, height: float) -> Any:
+    """Axes of a new figure, one above the other."""
+    from matplotlib.figure import Figure
+
+    with styled():
+        return Figure(figsize=(5.6, height)).subplots(rows, columns, sharex=rows > 1)
+
+
+def _drawn(display: Any, axes: Any, title: str) -> Html:
+    with styled():
+        return picture(title, display.plot(axes).figure_)
+
+
+def _short(value: object) -> str:
+    words = str(shown(value.item() if isinstance(value, np.generic) else value))
+    return words if len(words) <= _NAME else f"{words[: _NAME - 1]}…"

@@ -1,0 +1,139 @@
+"""Batch-normalised responses of many neurons, by a basis of the space that their weights span.
+
+``m`` columns of weights, of which at most ``r`` are independent, take ``2 n d r`` flops in place of ``2 n d m``: those
+of a network on truncated data span no more than its rank, and no network spans more than the features. The basis is
+orthonormal for columns of the data in units of their range, so that rounding is that of the plain product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from convexbn._typing import Float, FloatMatrix
+from convexbn.moments import blocks
+
+#: Columns of the span beyond those that are expected.
+_SPARE = 8
+
+#: Share of ``m`` that a basis may take to be worth its making.
+_WORTHWHILE = 0.7
+
+#: Rows of a block of the triangle.
+_BLOCK_ROWS = 4096
+
+#: Multiple of the machine epsilon, relative to a column, by which the basis may miss it.
+_MISSED = 16.0
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """``C X w_j / ||C X w_j|| = basis coefficients[:, j]`` on some rows; made by ``of``.
+
+    Attributes
+    ----------
+    rows : ndarray (n, r + 1)
+        The basis, and the constant column ``1 / sqrt(total weight)``.
+    coefficients : ndarray (r, m)
+        Zero for a direction on which the rows do not vary.
+    norms, offsets : ndarray (m,)
+        ``||C X w_j||``, and ``(mu - mean)'w_j`` where a mean other than that of the rows was given.
+    """
+
+    rows: Float
+    coefficients: Float
+    norms: Float
+    offsets: Float
+
+    @classmethod
+    @np.errstate(all="ignore")
+    def of(
+        cls,
+        X: FloatMatrix,
+        weight: Float,
+        sample_weight: Float,
+        *,
+        rank: int | None = None,
+        mean: Float | None = None,
+    ) -> Responses:
+        """Responses of rows (n, d), with their own statistics, to the columns of ``weight`` (d, m).
+
+        Parameters
+        ----------
+        X : ndarray (n, d)
+        weight : ndarray (d, m)
+        sample_weight : ndarray (n,)
+            Positive weights; norms and means are weighted.
+        rank : int, optional
+            Number of independent columns that is expected; more are found to be more.
+        mean : ndarray (d,), optional
+            What ``offsets`` are taken to.
+        """
+        first, exponents = _units(X)
+        scaled = np.ldexp(weight, exponents[:, None])
+        lengths = np.frexp(np.abs(scaled).max(axis=0, initial=0.0))[1]
+        span, coefficients = _spanned(np.ldexp(scaled, -lengths), rank)
+        total = sample_weight.sum()
+        rows = np.full((len(X), span.shape[1] + 1), 1 / np.sqrt(total))
+        basis = rows[:, :-1]
+        for part, block in blocks(X):
+            basis[part] = (np.ldexp(block, -exponents) - first) @ span
+        centre = sample_weight @ basis / total
+        basis -= centre
+        again = sample_weight @ basis / total  # offsets leave a mean behind: centre twice
+        basis -= again
+        norms = _norms(basis, coefficients, sample_weight)
+        with np.errstate(all="ignore"):
+            unit = np.where(norms > 0, coefficients / np.where(norms > 0, norms, 1.0), 0.0)
+        offsets = np.zeros(len(norms))
+        if mean is not None:
+            offsets = (centre + again) @ coefficients
+            offsets += (first - np.ldexp(mean, -exponents)) @ np.ldexp(scaled, -lengths)
+        return cls(rows, unit, np.ldexp(norms, lengths), np.ldexp(offsets, lengths))
+
+    @property
+    def normalized(self) -> Float:
+        """``C X w_j / ||C X w_j||``, one a column: (n, m)."""
+        normalized: Float = self.rows[:, :-1] @ self.coefficients
+        return normalized
+
+    def products(self, columns: Float) -> Float:
+        """``columns' C X w_j / ||C X w_j||`` for columns (n, k), without the responses: (k, m)."""
+        products: Float = (columns.T @ self.rows[:, :-1]) @ self.coefficients
+        return products
+
+
+def _units(X: FloatMatrix) -> tuple[Float, np.ndarray]:
+    """A row of the data, and exponents of the columns' ranges, in units of which that row is given."""
+    low, high = (np.asarray(edge, dtype=np.float64) for edge in (X.min(axis=0), X.max(axis=0)))
+    wide = np.ldexp(high, -2) - np.ldexp(low, -2)  # may not overflow
+    exponents = np.where(wide > 0, np.frexp(wide)[1] + 2, np.frexp(np.abs(high))[1])
+    return np.ldexp(np.asarray(X[0], dtype=np.float64), -exponents), exponents
+
+
+def _spanned(weight: Float, rank: int | None) -> tuple[Float, Float]:
+    """Columns (d, r), and coefficients (r, m) that give the weights in them."""
+    d, m = weight.shape
+    sampled = min(d, m if rank is None else rank + _SPARE)
+    if sampled <= _WORTHWHILE * min(d, m):
+        draws = np.random.default_rng(0).standard_normal((m, sampled))
+        span = scipy.linalg.qr(weight @ draws, mode="economic", check_finite=False)[0]
+        coefficients = span.T @ weight
+        missed = np.linalg.norm(weight - span @ coefficients, axis=0)
+        if np.all(missed <= _MISSED * np.sqrt(d) * _EPS * np.linalg.norm(weight, axis=0)):
+            return span, coefficients
+    return (weight, np.eye(m)) if m <= d else (np.eye(d), weight)
+
+
+def _norms(basis: Float, coefficients: Float, sample_weight: Float) -> Float:
+    """Weighted norms of ``basis coefficients[:, j]``, by the triangle of the basis."""
+    triangle = np.zeros((0, basis.shape[1]))
+    for start in range(0, len(basis), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        stacked = np.vstack([triangle, np.sqrt(sample_weight[part])[:, None] * basis[part]])
+        triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][: basis.shape[1]]
+    norms: Float = np.linalg.norm(triangle @ coefficients, axis=0)
+    return norms
