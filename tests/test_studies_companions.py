@@ -46,6 +46,12 @@ def test_the_directions_come_out_on_digits(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PARTS)
+def test_without_a_finished_seed_nothing_is_decided(name):
+    row = {**study(name).cells(True)[0], "test_accuracy": 0.5, "epoch": 1}
+    assert study(name).findings([row]) == [] and study(name).pictures([row]) == []
+
+
+@pytest.mark.parametrize("name", PARTS)
 def test_the_full_form_has_the_same_parts_on_three_seeds(name):
     full, quick = study(name).cells(False), study(name).cells(True)
     assert {cell["seed"] for cell in full} == {0, 1, 2} and {cell["seed"] for cell in quick} == {0}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.studies.drawing import SIZE, chosen, distinct
+from convexbn.studies.module_training import of_finished_seeds
 from convexbn.studies.study import Finding, Picture, Row
 
 _STATISTICS = ("one batch", "naive", "linear", "exact", "recomputed")
@@ -22,6 +23,9 @@ _NAMES = {
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Errors of mean and variance, the exact second moment, and accuracy."""
+    rows = of_finished_seeds(rows, network="perceptron", norm="linear")
+    if not rows:
+        return []
     return [_mean(rows), _variance(rows), _exact(rows), _one_batch(rows), *_accuracies(rows)]
 
 
@@ -111,6 +115,9 @@ def _gain(rows: list[Row], network: str) -> Finding:
 
 def pictures(rows: list[Row]) -> list[Picture]:
     """Errors of mean and variance, and accuracies."""
+    rows = of_finished_seeds(rows, network="perceptron", norm="linear")
+    if not rows:
+        return []
     return [_draw_errors(rows), _draw_accuracy(rows)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.studies.drawing import chart, chosen, legend
-from convexbn.studies.module_training import accuracy, descend, images, seeded
+from convexbn.studies.module_training import accuracy, descend, images, of_finished_seeds, seeded
 from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 
 _SEEDS = (0, 1, 2)
@@ -92,6 +92,9 @@ def _final(rows: list[Row], scheme: str) -> dict[float, list[float]]:
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Accuracy against tuned weight decay, sensitivity, effective rates, and the unit of rescaling."""
+    rows = of_finished_seeds(rows, scheme="layer-initial")
+    if not rows:
+        return []
     return [_as_accurate(rows), _sensitivity(rows), _effective_rate(rows), _unit(rows)]
 
 
@@ -156,6 +159,9 @@ def _unit(rows: list[Row]) -> Finding:
 
 def pictures(rows: list[Row]) -> list[Picture]:
     """Accuracy over the weight decay, and effective rates over the epochs."""
+    rows = of_finished_seeds(rows, scheme="layer-initial")
+    if not rows:
+        return []
     return [_draw_accuracy(rows), _draw_rates(rows)]
 
 
@@ -182,7 +188,7 @@ def _draw_rates(rows: list[Row]) -> Picture:
     )  # fmt: skip
     epochs: Any = sorted({row["epoch"] for row in rows})
     for scheme, style in (("none", "o-"), ("filter", "s--")):
-        for k, decay in enumerate(_DECAYS if scheme == "none" else _DECAYS[:1]):
+        for k, decay in enumerate(_final(rows, "none") if scheme == "none" else [0.0]):
             lines = chosen(rows, scheme=scheme, weight_decay=decay)
             rates = [_mean_rate(lines, epoch) for epoch in epochs]
             label = f"weight decay {decay:g}" if scheme == "none" else "rescaled filters"
