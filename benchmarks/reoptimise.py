@@ -4,9 +4,11 @@ Usage: python benchmarks/reoptimise.py [--tune] [--json FILE]
 
 A network of three layers, 784 - 128 - 64 - 10 with batch norm, is trained on 55,000 images by Adam, once with the
 constant rate that Adam is often left with and once with cosine decay of the rate, both tuned (`TRAININGS`). Its last
-two layers are re-optimised for each of `WEIGHT_DECAYS`, and the one of the highest validation accuracy (5,000 images)
-is taken, of equal ones the largest; test images choose nothing. Objectives are those of that weight decay. Accuracies:
-of the network as trained, with the statistics of all rows in its batch norms (which alone helps), and re-optimised.
+two layers are re-optimised for each of `WEIGHT_DECAYS` with the 5,000 validation images, which choose the point on the
+way to the optimum, and among the weight decays that of the highest accuracy, of equal ones the largest. Objectives are
+those of that weight decay; "rescaled" is that of the trained layers times the best number, which predict the same
+classes. Accuracies: of the network as trained, with the statistics of all rows in its batch norms, and re-optimised.
+Test images choose nothing: theirs are the honest ones.
 
 Prints a markdown table of three seeds; one thread. The seconds cover all that a re-optimisation does: features,
 layers, accuracies. No proof is asked for: at this many rows its bound says little (a gap of .96 on the first seed, in
@@ -27,6 +29,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
+import scipy.optimize
 import torch
 from torch import nn
 
@@ -37,8 +40,8 @@ from convexbn.nn.statistics import with_full_batch_statistics
 SEEDS = (0, 1, 2)
 N_VALIDATION = 5_000
 BATCH = 128
-WEIGHT_DECAYS = (0.25, 0.5, 1.0, 2.0)  # against the sum of the losses
-MAX_ITER = 60
+WEIGHT_DECAYS = (0.5, 1.0)  # against the sum of the losses
+MAX_ITER = 40
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,21 @@ def timed(module, learning, validation, weight_decay):
     return result, time.process_time() - started
 
 
+def rescaled_objective(runs, weight_decay, module, learning):
+    """Least objective of the trained layers times a number, which predict the same classes."""
+    objectives = {beta: run.before.objective for beta, (run, _) in runs.items()}
+    first, *_, last = sorted(objectives)
+    penalty = (objectives[last] - objectives[first]) / (last - first)
+    with torch.no_grad():
+        logits = module(learning.X).double()
+
+    def objective(scale):
+        loss = nn.functional.cross_entropy(scale * logits, learning.y, reduction="sum").item()
+        return loss + weight_decay * scale * penalty
+
+    return float(scipy.optimize.minimize_scalar(objective, bounds=(0.0, 2.0), method="bounded").fun)
+
+
 def measure(training, seed):
     """The figures of one training and seed."""
     learning, validation, test = splits(seed)
@@ -156,19 +174,25 @@ def measure(training, seed):
     runs = {beta: timed(module, learning, validation, beta) for beta in WEIGHT_DECAYS}
     chosen = max(runs, key=lambda beta: (runs[beta][0].after.validation_accuracy, beta))
     result, seconds = runs[chosen]
-    stages = {"trained": module, "statistics": with_all_rows(module, learning), "re-optimised": result.module}
+    exact = with_all_rows(module, learning)
+    scaled = rescaled_objective(runs, chosen, module if result.statistics == "stored" else exact, learning)
+    stages = {"trained": module, "statistics": exact, "re-optimised": result.module}
     parts = {"train": learning, "validation": validation, "test": test}
     return {
         "training": asdict(training),
         "seed": seed,
         "weight_decay": chosen,
-        "objectives": [result.before.objective, result.after.objective],
+        "step": result.step,
+        "statistics": result.statistics,
+        "objectives": {"trained": result.before.objective, "rescaled": scaled, "re-optimised": result.after.objective},
         "accuracies": {
             stage: {name: accuracy(network, part) for name, part in parts.items()} for stage, network in stages.items()
         },
         "cpu_seconds": {"training": training_seconds, "reoptimise": seconds},
         "grid": {
             str(beta): {
+                "step": run.step,
+                "statistics": run.statistics,
                 "objectives": [run.before.objective, run.after.objective],
                 "validation_accuracy": run.after.validation_accuracy,
                 "test_accuracy": accuracy(run.module, test),
@@ -183,7 +207,8 @@ def print_row(row):
     """Print one line of the table."""
     stages = row["accuracies"].values()
     cells = [row["training"]["schedule"], str(row["seed"]), f"{row['weight_decay']:g}"]
-    cells += [" → ".join(f"{value:.0f}" for value in row["objectives"])]
+    cells += [f"{row['step']:.2f}, {row['statistics']}"]
+    cells += [" → ".join(f"{value:.0f}" for value in row["objectives"].values())]
     cells += [" → ".join(f"{stage[part]:.4f}" for stage in stages) for part in ("train", "validation", "test")]
     cells += [f"{row['cpu_seconds'][name]:.0f}" for name in ("training", "reoptimise")]
     print(f"| {' | '.join(cells)} |", flush=True)
@@ -212,10 +237,11 @@ def main():
         tune()
         return
     print(
-        "| rate | seed | weight decay | objective | train accuracy: trained → statistics → re-optimised "
-        "| validation | test | training, CPU s | re-optimising, CPU s |"
+        "| rate | seed | weight decay | step, statistics | objective: trained → rescaled → re-optimised "
+        "| train accuracy: trained → statistics → re-optimised | validation | test "
+        "| training, CPU s | re-optimising, CPU s |"
     )
-    print("|" + "---|" * 9)
+    print("|" + "---|" * 10)
     rows = []
     for training, seed in product(TRAININGS, SEEDS):
         rows.append(measure(training, seed))

@@ -8,6 +8,7 @@ and of the solver's history, all in float64.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -22,13 +23,28 @@ from pathlib import Path
 STARTED = time.perf_counter()
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 
-#: Share of the largest weight decay.
-FRACTION = 0.01
+#: Share of the largest weight decay of gated networks on Fashion-MNIST.
+FRACTION = 0.005
 
 
 def gated(seed, folder):
-    """Fashion-MNIST, 100 directions, 500 gates, squared loss, certified to 1e-3."""
+    """Fashion-MNIST, 150 filtered directions, 250 trained gates, squared loss, certified to 1e-3."""
     return gated_fit(seed, folder, loss="squared", tol=1e-3)
+
+
+def gated_now(seed, folder):
+    """The same network when the solver has 20 seconds; its certificate says what is open."""
+    return gated_fit(seed, folder, loss="squared", tol=1e-3, time_limit=20)
+
+
+def gated_whitened(seed, folder):
+    """The same with isotropic gates."""
+    return gated_fit(seed, folder, loss="squared", tol=1e-3, gates="whitened")
+
+
+def gated_data(seed, folder):
+    """The same with gates on the raw features."""
+    return gated_fit(seed, folder, loss="squared", tol=1e-3, gates="data")
 
 
 def gated_cross_entropy(seed, folder):
@@ -36,9 +52,16 @@ def gated_cross_entropy(seed, folder):
     return gated_fit(seed, folder, loss="cross_entropy", tol=1e-2)
 
 
-def gated_now(seed, folder):
-    """The gated network of the squared loss when the solver has 20 seconds; its certificate says what is open."""
-    return gated_fit(seed, folder, loss="squared", tol=1e-3, time_limit=20)
+def gated_cifar(seed, folder):
+    """CIFAR-10, 200 directions, 500 trained gates, softmax cross-entropy, certified to 1e-2; decay by validation."""
+    return fit(
+        cifar(), seed, loss="cross_entropy", decay=0.016, rank=200, gates="trained", n_gates=500, tol=1e-2,
+    )  # fmt: skip
+
+
+def gated_squared_hinge(seed, folder):
+    """The same with the squared hinge, one class against the others, certified to 1e-3."""
+    return gated_fit(seed, folder, loss="squared_hinge", tol=1e-3)
 
 
 def relu(seed, folder):
@@ -47,20 +70,20 @@ def relu(seed, folder):
 
 
 def relu_cifar(seed, folder):
-    """CIFAR-10, a ReLU network on 200 directions; decay, rank and learning rate by validation."""
-    return relu_fit(cifar(), seed, decay=4e-3, rank=200, width=1000)
+    """CIFAR-10, a ReLU network on 200 directions; decay, rank and width by validation."""
+    return relu_fit(cifar(), seed, decay=4e-3, rank=200, width=2000, max_iter=15)
 
 
 def relu_cifar_whole(seed, folder):
     """The same on 800 directions: what truncation is good for."""
-    return relu_fit(cifar(), seed, decay=4e-3, rank=800, width=1000)
+    return relu_fit(cifar(), seed, decay=4e-3, rank=800, width=2000, max_iter=15)
 
 
 def sgd_cifar(seed, folder):
-    """CIFAR-10, a batch-normalised network of torch of that width on raw pixels; decay 2e-3, not tuned further."""
+    """CIFAR-10, a batch-normalised network of torch, of width 1000, on raw pixels; decay and rate by validation."""
     data = cifar()
     before = time.perf_counter()
-    accuracy = sgd(data, seed, width=1000, decay=2e-3, rate=0.1, epochs=20, batch=500)
+    accuracy = sgd(scaled(data.X), data.y, [(scaled(data.X_test), data.y_test)], seed, **SGD_CIFAR)[0]
     return {
         "seconds": seconds(),
         "training seconds": time.perf_counter() - before,
@@ -69,9 +92,74 @@ def sgd_cifar(seed, folder):
     }
 
 
+def batch_noise(seed, folder):
+    """CIFAR-10, the network of relu-cifar with the statistics of each batch: batch norm in torch on whitened rows."""
+    import numpy as np
+    import torch
+
+    from convexbn.whitening import whiten
+
+    data = cifar()
+    before = time.perf_counter()
+    whitening, root = whiten(data.X, np.ones(len(data.X)), rank=200), len(data.X) ** 0.5
+    X, X_test = (
+        torch.tensor(root * whitening.transform(Z)[:, :-1], dtype=torch.float32) for Z in (data.X, data.X_test)
+    )
+    settings = {"width": 2000, "decay": 3e-3, "rate": 0.1, "epochs": 15, "batch": 250}
+    accuracy = sgd(X, data.y, [(X_test, data.y_test)], seed, **settings)[0]
+    return {
+        "seconds": seconds(),
+        "training seconds": time.perf_counter() - before,
+        "test accuracy": accuracy,
+        "trace": [],
+    }
+
+
+#: What validation chose among eight settings of rate and decay, at eight epochs.
+SGD_CIFAR = {"width": 1000, "decay": 2e-3, "rate": 0.1, "epochs": 20, "batch": 500}
+
+
+def few_600(seed, folder):
+    """Fashion-MNIST, 600 rows: gated, truncated and not, against SGD on X; 24 tries each, by 2,000 validation rows."""
+    return few(folder, seed, 600)
+
+
+def few_2000(seed, folder):
+    """The same with 2,000 rows."""
+    return few(folder, seed, 2000)
+
+
+def path(seed, folder):
+    """A certified path of 20 weight decays with validation, Fashion-MNIST 10,000 rows, relative to one fit."""
+    from convexbn import ConvexBNClassifier, fit_path
+
+    data = fashion_mnist_in(folder)
+    X, y, validation = data.X[:10_000], data.y[:10_000], (data.X[-2000:], data.y[-2000:])
+    model = ConvexBNClassifier(rank=100, n_gates=100, tol=1e-3, random_state=seed)
+    before = time.process_time()
+    fitted = model.fit(X, y)
+    alone = time.process_time() - before
+    found = fit_path(model, X, y, validation=validation)
+    points = list(found)
+    together = time.process_time() - before - alone
+    return {
+        "cpu seconds of a fit": alone,
+        "cpu seconds of the path": together,
+        "path / fit": together / alone,
+        "iterations of the fit": fitted.n_iter_,
+        "iterations": sum(point.model.n_iter_ for point in points),
+        "relative gap": max(point.certificate.relative_gap for point in points),
+        "validation accuracy": found.best.score,
+        "trace": [],
+    }
+
+
 TASKS = {
-    "gated": gated, "gated-cross-entropy": gated_cross_entropy, "gated-now": gated_now, "relu": relu,
-    "relu-cifar": relu_cifar, "relu-cifar-whole": relu_cifar_whole, "sgd-cifar": sgd_cifar,
+    "gated": gated, "gated-now": gated_now, "gated-whitened": gated_whitened, "gated-data": gated_data,
+    "gated-cross-entropy": gated_cross_entropy, "gated-squared-hinge": gated_squared_hinge, "gated-cifar": gated_cifar,
+    "relu": relu, "relu-cifar": relu_cifar,
+    "relu-cifar-whole": relu_cifar_whole, "sgd-cifar": sgd_cifar, "batch-noise": batch_noise, "few-600": few_600,
+    "few-2000": few_2000, "path": path,
 }  # fmt: skip
 
 
@@ -91,42 +179,121 @@ def cifar():
 
 def relu_fit(data, seed, decay, **settings):
     """Train a ReLU network on the cross-entropy; return the figures."""
+    return fit(data, seed, activation="relu", loss="cross_entropy", decay=decay, **settings)
+
+
+def gated_fit(seed, folder, loss, **settings):
+    """Fit gates on some directions of Fashion-MNIST at a share of the largest decay; return the figures."""
+    from convexbn import max_weight_decay
+
+    data = fashion_mnist_in(folder)
+    program = {"loss": loss, "gates": "trained", "n_gates": 250, "rank": 150, "spectral_filter": 0.05} | settings
+    asked = {name: program[name] for name in ("loss", "gates", "n_gates", "rank", "spectral_filter")}
+    before = time.perf_counter()
+    weight_decay = FRACTION * max_weight_decay(data.X, data.y, random_state=seed, **asked)
+    outside = time.perf_counter() - before  # given to the job as a number
+    return fit(data, seed, decay=weight_decay / len(data.X) ** 0.5, outside=outside, **program)
+
+
+def fit(data, seed, decay, outside=0.0, **settings):
+    """Train a classifier at a decay of the mean loss; return the figures, without some seconds before."""
     from convexbn import ConvexBNClassifier
 
     started, trace = time.perf_counter(), []
 
     def record(report):
-        trace.append((seconds(), report.objective, report.relative_gap))
+        trace.append((seconds() - outside, report.objective, report.relative_gap))
 
     model = ConvexBNClassifier(
-        activation="relu", loss="cross_entropy", weight_decay=decay * len(data.X) ** 0.5, random_state=seed,
-        callback=record, **settings,
+        weight_decay=decay * len(data.X) ** 0.5, random_state=seed, callback=record, **settings
     ).fit(data.X, data.y)  # fmt: skip
     fitted, proof = time.perf_counter(), model.certificate_
+    accuracy = model.score(data.X_test, data.y_test)
     return {
-        "training seconds": trace[-1][0] - (started - STARTED),
+        "training seconds": trace[-1][0] - (started - STARTED - outside),
         "fit seconds": fitted - started,
-        "test accuracy": model.score(data.X_test, data.y_test),
-        "seconds": seconds(),
+        "test accuracy": accuracy,
+        "seconds": seconds() - outside,
         "relative gap": proof.relative_gap,
         "estimated gap": proof.estimated_gap,
         "objective": proof.objective,
+        "weight decay": model.weight_decay_,
         "status": proof.status.value,
         "iterations": model.n_iter_,
         "trace": trace,
     }
 
 
-def sgd(data, seed, width, decay, rate, epochs, batch):
-    """Test accuracy of Linear, BatchNorm1d, ReLU, Linear by SGD with momentum and one cycle of the learning rate."""
+def few(folder, seed, n):
+    """Few rows, drawn by the seed: 24 tries of either method, chosen among on 2,000 further rows."""
+    import numpy as np
+
+    data = fashion_mnist_in(folder)
+    order = np.random.default_rng(seed).permutation(len(data.X))
+    training, validation = ((data.X[part], data.y[part]) for part in (order[:n], order[n : n + 2000]))
+    test = data.X_test, data.y_test
+    rows = training, validation, test, seed
+    treatments = [{"rank": 50}, {"rank": 100}, {"rank": 300, "spectral_filter": 0.1}]
+    treatments.append({"rank": 300, "spectral_filter": 0.2})
+    return (
+        convex_of_few("spectrum", *rows, treatments)
+        | convex_of_few("untruncated", *rows, [{}])
+        | sgd_of_few(*rows)
+        | {"seconds": seconds(), "trace": []}
+    )
+
+
+def convex_of_few(name, training, validation, test, seed, treatments):
+    """Gated networks of six weight decays a treatment, certified to 1e-3; the best on the validation rows."""
+    from convexbn import ConvexBNClassifier, fit_path, max_weight_decay
+
+    before, points = time.process_time(), []
+    for treatment in treatments:
+        model = ConvexBNClassifier(tol=1e-3, random_state=seed, **treatment)
+        largest = max_weight_decay(*training, random_state=seed, **treatment)
+        decays = [share * largest for share in (0.3, 0.15, 0.08, 0.04, 0.02, 0.01)]
+        points += list(fit_path(model, *training, weight_decays=decays, validation=validation))
+    best = max(points, key=lambda point: point.score)
+    return {
+        f"{name}: test accuracy": best.model.score(*test),
+        f"{name}: chosen": f"rank {best.rank}, filter {best.model.spectral_filter}, decay {best.weight_decay:.3g}",
+        f"{name}: largest gap": max(point.certificate.relative_gap for point in points),
+        f"{name}: cpu seconds": time.process_time() - before,
+    }
+
+
+def sgd_of_few(training, validation, test, seed):
+    """Batch-normalised networks of width 200: rates, decays and epochs; the best on the validation rows."""
+    before, tries = time.process_time(), []
+    parts = [(scaled(X), y) for X, y in (validation, test)]
+    for rate, decay, epochs in itertools.product((0.01, 0.03, 0.1, 0.3), (0.0, 1e-3, 1e-2), (50, 150)):
+        settings = {"rate": rate, "decay": decay, "epochs": epochs}
+        batch = 100 if len(training[0]) < 1000 else 200
+        scores = sgd(scaled(training[0]), training[1], parts, seed, width=200, batch=batch, **settings)
+        tries.append((*scores, settings))
+    best = max(tries, key=lambda one: one[0])
+    return {
+        "sgd: test accuracy": best[1],
+        "sgd: chosen": ", ".join(f"{name} {value:g}" for name, value in best[2].items()),
+        "sgd: cpu seconds": time.process_time() - before,
+    }
+
+
+def scaled(X):
+    """Pixels from 0 to 1, for torch."""
+    import torch
+
+    return torch.tensor(X, dtype=torch.float32).mul_(1 / 255)
+
+
+def sgd(X, y, parts, seed, *, width, decay, rate, epochs, batch):
+    """Accuracies on some parts of Linear, BatchNorm1d, ReLU, Linear by SGD with momentum and one cycle of the rate."""
     import numpy as np
     import torch
 
     torch.manual_seed(seed)
-    scale = 1 / 255
-    X = torch.tensor(data.X, dtype=torch.float32).mul_(scale)
-    labels, place = np.unique(data.y, return_inverse=True)
-    y = torch.tensor(place)
+    labels, place = np.unique(y, return_inverse=True)
+    place = torch.tensor(place)
     module = torch.nn.Sequential(
         torch.nn.Linear(X.shape[1], width, bias=False), torch.nn.BatchNorm1d(width), torch.nn.ReLU(),
         torch.nn.Linear(width, len(labels)),
@@ -137,41 +304,12 @@ def sgd(data, seed, width, decay, rate, epochs, batch):
     for _ in range(epochs):
         for part in torch.randperm(len(X)).split(batch):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(module(X[part]), y[part]).backward()
+            torch.nn.functional.cross_entropy(module(X[part]), place[part]).backward()
             optimizer.step()
             schedule.step()
     module.eval()
     with torch.no_grad():
-        answers = module(torch.tensor(data.X_test, dtype=torch.float32).mul_(scale)).argmax(1).numpy()
-    return float((labels[answers] == data.y_test).mean())
-
-
-def gated_fit(seed, folder, **settings):
-    """Fit 500 gates on 100 directions of Fashion-MNIST; return the figures."""
-    from convexbn import ConvexBNClassifier, max_weight_decay
-
-    data = fashion_mnist_in(folder)
-    program = {"loss": settings["loss"], "gates": "whitened", "n_gates": 500, "rank": 100, "random_state": seed}
-    before = time.perf_counter()
-    weight_decay = FRACTION * max_weight_decay(data.X, data.y, **program)
-    outside = time.perf_counter() - before  # given to the job as a number
-    trace = []
-
-    def record(report):
-        trace.append((seconds() - outside, report.objective, report.relative_gap))
-
-    model = ConvexBNClassifier(**program | settings, weight_decay=weight_decay, callback=record).fit(data.X, data.y)
-    proof = model.certificate_
-    return {
-        "seconds": seconds() - outside,
-        "test accuracy": model.score(data.X_test, data.y_test),
-        "relative gap": proof.relative_gap,
-        "objective": proof.objective,
-        "status": proof.status.value,
-        "iterations": model.n_iter_,
-        "weight decay": weight_decay,
-        "trace": trace,
-    }
+        return [float((labels[module(Z).argmax(1).numpy()] == answers).mean()) for Z, answers in parts]
 
 
 def seconds():

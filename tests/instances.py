@@ -7,7 +7,7 @@ import numpy as np
 
 from convexbn.certificate import certify_gated, certify_relu, judge
 from convexbn.evidence import Evidence
-from convexbn.losses import LogisticLoss, SquaredLoss
+from convexbn.losses import HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.whitening import whiten
 
 EPS = float(np.finfo(np.float64).eps)
@@ -15,7 +15,7 @@ EPS = float(np.finfo(np.float64).eps)
 #: LAPACK's threshold for a normalised residual.
 THRESHOLD = 30.0
 
-LOSS_NAMES = ("squared", "logistic", "cross_entropy")
+LOSS_NAMES = ("squared", "huber", "squared_hinge", "logistic", "cross_entropy")
 
 
 def residual(error, n, scale=1.0):
@@ -37,9 +37,9 @@ def labels(counts):
 
 def targets_for(name, n, K, rng, soft=False):
     """Targets of a loss: numbers, signs or one-hot rows; soft ones in between."""
-    if name == "squared":
+    if name in ("squared", "huber"):
         return rng.standard_normal((n, K))
-    if name == "logistic":
+    if name in ("squared_hinge", "logistic"):
         return rng.uniform(-1, 1, (n, K)) if soft else np.sign(rng.standard_normal((n, K)))
     return rng.dirichlet(np.ones(K), n) if soft else np.eye(K)[rng.integers(K, size=n)]
 
@@ -86,11 +86,20 @@ def value_in_digits(loss, outputs):
 def _row_value(loss, f, y):
     if isinstance(loss, SquaredLoss):
         return mp.fsum((a - b) ** 2 for a, b in zip(f, y, strict=True)) / 2
+    if isinstance(loss, HuberLoss):
+        return mp.fsum(_huber(abs(a - b), mp.mpf(loss.delta)) for a, b in zip(f, y, strict=True))
+    if isinstance(loss, SquaredHingeLoss):  # a share (1 + y) / 2 of rows with label +1
+        pairs = zip(f, y, strict=True)
+        return mp.fsum((1 + b) * max(1 - a, 0) ** 2 + (1 - b) * max(1 + a, 0) ** 2 for a, b in pairs) / 4
     inner = mp.fsum(a * b for a, b in zip(f, y, strict=True))
     if isinstance(loss, LogisticLoss):  # log(1 + e^f) - (1 + y) f / 2
         return mp.fsum(mp.log1p(mp.exp(-abs(a))) + (abs(a) - a * b) / 2 for a, b in zip(f, y, strict=True))
     peak = max(f)
     return peak + mp.log(mp.fsum(mp.exp(a - peak) for a in f)) - inner
+
+
+def _huber(size, delta):
+    return size**2 / 2 if size <= delta else delta * (size - delta / 2)
 
 
 def gradient_in_digits(loss, outputs):
@@ -102,6 +111,10 @@ def gradient_in_digits(loss, outputs):
 def _row_gradient(loss, f, y):
     if isinstance(loss, SquaredLoss):
         return [b - a for a, b in zip(f, y, strict=True)]
+    if isinstance(loss, HuberLoss):
+        return [min(max(b - a, -loss.delta), loss.delta) for a, b in zip(f, y, strict=True)]
+    if isinstance(loss, SquaredHingeLoss):
+        return [((1 + b) * max(1 - a, 0) - (1 - b) * max(1 + a, 0)) / 2 for a, b in zip(f, y, strict=True)]
     if isinstance(loss, LogisticLoss):
         return [(b - mp.tanh(a / 2)) / 2 for a, b in zip(f, y, strict=True)]
     exponentials = [mp.exp(a - max(f)) for a in f]
@@ -118,9 +131,22 @@ def _row_dual(loss, v, y, w):
     pairs = list(zip(v, y, strict=True))
     if isinstance(loss, SquaredLoss):
         return mp.fsum(a * b - a * a / (2 * w) for a, b in pairs)
+    if isinstance(loss, HuberLoss):
+        inside = all(abs(a) <= w * mp.mpf(loss.delta) for a in v)
+        return mp.fsum(a * b - a * a / (2 * w) for a, b in pairs) if inside else mp.mpf("-inf")
+    if isinstance(loss, SquaredHingeLoss):
+        return w * mp.fsum(_hinge_dual(a / w, b) for a, b in pairs)
     if isinstance(loss, LogisticLoss):
         return w * mp.fsum(_entropy((1 + b) / 2 - a / w) + _entropy((1 - b) / 2 + a / w) for a, b in pairs)
     return w * mp.fsum(_entropy(b - a / w) for a, b in pairs)
+
+
+def _hinge_dual(v, y):
+    """Minimum over ``f`` of the soft squared hinge plus ``v f``, by the cases of its stationary point."""
+    if abs(y - v) <= 1:
+        return (1 - y * y) / 2 + v * y - v * v / 2
+    share = 1 + y if v > 0 else 1 - y
+    return abs(v) - v * v / share if share > 0 else mp.mpf("-inf")
 
 
 def _entropy(p):

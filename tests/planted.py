@@ -46,6 +46,9 @@ def planted(n=40, d=5, K=1, n_gates=30, n_active=1, loss="squared", weights=None
     sizes = rng.uniform(0.5, 2.0, len(active)) * np.sqrt(weights.sum())
     blocks = sizes[:, None, None] * correlations / beta
     outputs = program.outputs(active, blocks)
+    if loss == "squared_hinge":  # between the margins: beyond them a label pulls one way only
+        shrunk = 0.5 / np.abs(outputs).max()
+        blocks, outputs = shrunk * blocks, shrunk * outputs
     targets = _targets(outputs, dual / weights[:, None], loss)
     program = GatedProgram(whitening.rows, patterns, LOSSES[loss](targets, weights), beta)
     objective = program.loss.value(outputs) + beta * block_norms(blocks).sum()
@@ -55,7 +58,9 @@ def planted(n=40, d=5, K=1, n_gates=30, n_active=1, loss="squared", weights=None
 def _direction(rng, shape, loss):
     if loss == "squared":
         return rng.standard_normal(shape)
-    if loss == "logistic":
+    if loss == "huber":
+        return np.clip(2 * rng.standard_normal(shape), -1, 1)  # six of ten rows are where it is linear
+    if loss in ("squared_hinge", "logistic"):
         return rng.uniform(-0.4, 0.4, shape)
     V = rng.uniform(-0.05, 0.05, shape)
     return V - V.mean(axis=1, keepdims=True)  # rows of the softmax dual sum to 0
@@ -82,9 +87,11 @@ def _touching(program, dual, n_active):
 
 
 def _targets(outputs, slope, loss):
-    """Targets for which ``-grad l(F)`` is the slope: soft labels for the logistic and cross-entropy losses."""
-    if loss == "squared":
+    """Targets for which ``-grad l(F)`` is the slope: soft labels for the losses of classes."""
+    if loss in ("squared", "squared_hinge"):
         return outputs + slope
+    if loss == "huber":
+        return outputs + np.where(np.abs(slope) > 1 - 1e-12, 3.0, 1.0) * slope
     if loss == "logistic":
         return 2 * slope + np.tanh(0.5 * outputs)
     exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))

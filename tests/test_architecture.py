@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).parents[1]
 #: A module or package may import from earlier lines and from within itself.
 LAYERS = [
     ["_typing", "environment"],
-    ["moments"],
+    ["moments", "excess_risk"],
     ["gram_basis"],
     ["whitening", "losses"],
     ["responses"],

@@ -69,7 +69,7 @@ def judge_of(outputs, targets, *, bound=1.0, weight_decay=0.1, tolerance=TOLERAN
 # --- validity in 50 digits ---
 
 
-@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("loss", ["squared", "huber", "squared_hinge", "logistic"])
 @pytest.mark.parametrize("seed", range(4))
 def test_lower_bound_of_gates_is_never_above_the_exact_one(loss, seed):
     """The best feasible multiple of the residual, in exact arithmetic, bounds the number from above and closely."""
@@ -86,7 +86,7 @@ def test_lower_bound_of_gates_is_never_above_the_exact_one(loss, seed):
             assert exact - mp.mpf(proof.lower_bound) <= 1e-12 * proof.objective
 
 
-@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("loss", ["squared", "huber", "squared_hinge", "logistic"])
 @pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_lower_bound_of_all_patterns_is_never_above_the_exact_one(loss, K, seed):

@@ -14,6 +14,7 @@ from convexbn.losses import SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
+from convexbn.solvers.subspace import Subspace
 from convexbn.verdict import Status
 from planted import planted
 
@@ -23,6 +24,8 @@ TOLERANCE = 1e-6
 def problems():
     for seed in range(8):
         yield planted(n=30, d=4, K=1 + seed % 3, n_gates=25, seed=seed)
+    for seed, loss in enumerate(("huber", "huber", "squared_hinge", "squared_hinge")):
+        yield planted(n=30, d=4, K=1 + seed % 2, n_gates=25, loss=loss, seed=seed)
 
 
 def reference(program):
@@ -49,7 +52,8 @@ def lies(program, solution, rng):
 
 def cut_short(program):
     for iterations in (0, 1, 2, 3):
-        yield GroupNewton(tol=TOLERANCE, max_iter=iterations).solve(program)
+        method = GroupNewton if isinstance(program.loss, SquaredLoss) else Subspace
+        yield method(tol=TOLERANCE, max_iter=iterations).solve(program)
     for iterations in (1, 3, 10, 30):
         yield Proximal(tol=TOLERANCE, max_iter=iterations).solve(program)
 

@@ -231,6 +231,19 @@ def test_relu_through_the_command_line(tmp_path, capsys):
     assert last_json(capsys)["objective"] == pytest.approx(result["objective"], rel=1e-9)
 
 
+def test_losses_through_the_command_line(tmp_path, capsys):
+    for target, options in ((NUMBERS, ("--loss", "huber", "--huber-delta", 0.3)), (WORDS, ("--loss", "squared_hinge"))):
+        data = write_csv(tmp_path / "data.csv", y=target)
+        result = fit_json(capsys, data, "--target", "y", *options, "--out", tmp_path / "m")
+        model = convexbn.load(tmp_path / "m")
+        assert model.loss == options[1] and getattr(model, "huber_delta", 0.3) == 0.3
+        assert result["status"] == "CERTIFIED"
+        assert run("certify", tmp_path / "m", data, "--json") == 0
+        assert last_json(capsys)["objective"] == pytest.approx(result["objective"], rel=1e-12)
+    wrong = ("--target", "y", "--loss", "huber", "--huber-delta", 1, "--out", tmp_path / "n")
+    refused(capsys, "fit", data, *wrong, match="which is for regression")
+
+
 @pytest.mark.skipif(not os.path.isdir(FASHION), reason="the Fashion-MNIST files are not on this machine")
 def test_fashion_mnist_with_its_official_test_set(tmp_path, capsys):
     options = ("--rank", 20, "--max-iter", 3, "--out", tmp_path / "m")
@@ -325,6 +338,8 @@ def test_good_tables_of_other_dialects(tmp_path, capsys):
         (["--test-size", "-0.1"], "test-size"),
         (["--test-size", "nan"], "test-size"),
         (["--loss", "logistic"], "loss"),
+        (["--loss", "huber", "--huber-delta", "0"], "huber_delta"),
+        (["--huber-delta", "2"], "--huber-delta is for --loss huber"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -5,16 +5,25 @@ from dataclasses import dataclass
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.losses import LOSSES, CrossEntropyLoss, LogisticLoss, Loss, SquaredLoss
+from convexbn.losses import (
+    LOSSES,
+    CrossEntropyLoss,
+    HuberLoss,
+    LogisticLoss,
+    Loss,
+    SquaredHingeLoss,
+    SquaredLoss,
+)
 from convexbn.network import BatchNormNetwork
 from convexbn.solvers.closed_form import max_weight_decay, solve_full_rank
 from convexbn.verdict import Status
 from convexbn.whitening import whiten
-from instances import EPS, THRESHOLD, labels, proof_of_relu, residual
+from instances import EPS, LOSS_NAMES, THRESHOLD, labels, proof_of_relu, residual, targets_for
 
 N = 12
 WEIGHT_DECAYS = (0.1, 0.8, 1.5)
@@ -34,6 +43,10 @@ def classes(loss, counts, centred=False):
     return Case(loss, one_hot - centred * one_hot.mean(axis=0), labels(counts))
 
 
+def one_of(loss, counts):
+    return Case(loss, 2 * np.eye(len(counts))[labels(counts)] - 1, labels(counts))
+
+
 def signs(loss, values):
     values = np.asarray(values, dtype=float)
     return Case(loss, values[:, None], (values < 0).astype(int))
@@ -49,6 +62,10 @@ CASES = {
     "centred, two classes": classes("squared", (9, 3), centred=True),
     "+-1": signs("squared", ALTERNATING),
     "all +1": signs("squared", np.ones(N)),
+    "huber": signs("huber", 3 * np.random.default_rng(1).standard_normal(N)),
+    "huber, all within delta": signs("huber", 0.3 * np.random.default_rng(1).standard_normal(N)),
+    "hinge": signs("squared_hinge", ALTERNATING),
+    "hinge, one of four": one_of("squared_hinge", (5, 4, 2, 1)),
     "logistic": signs("logistic", ALTERNATING),
     "logistic, all -1": signs("logistic", -np.ones(N)),
     "cross-entropy": classes("cross_entropy", (6, 3, 2, 1)),
@@ -64,7 +81,13 @@ def bound_loss(case, weights=None) -> Loss:
 def optimum(case, weight_decay, weights=None):
     """``p*``, ray by ray, from the formulas of the mathematics."""
     weights = np.ones(N) if weights is None else weights
-    ray = {"squared": _squared_ray, "logistic": _logistic_ray, "cross_entropy": _cross_entropy_ray}[case.loss]
+    ray = {
+        "squared": _squared_ray,
+        "huber": _huber_ray,
+        "squared_hinge": _squared_ray,
+        "logistic": _logistic_ray,
+        "cross_entropy": _cross_entropy_ray,
+    }[case.loss]
     groups = [case.rays == g for g in np.unique(case.rays)]
     return sum(ray(weight_decay, weights[g], case.targets[g]) for g in groups)
 
@@ -72,6 +95,19 @@ def optimum(case, weight_decay, weights=None):
 def _squared_ray(beta, weights, targets):
     norm = np.sqrt(np.sum(weights[:, None] * targets**2))
     return beta * norm - beta**2 / 2 if norm > beta else norm**2 / 2
+
+
+def _huber_ray(beta, weights, targets):
+    """The dual: ``max sum w (y q - q^2 / 2)`` over ``0 <= q <= 1``, ``||sqrt(w) q|| <= beta``; ``q = min(mu y, 1)``."""
+    y = np.abs(targets[:, 0])
+
+    def q(mu):
+        return np.minimum(mu * y, 1)
+
+    mu = 1.0
+    if np.linalg.norm(np.sqrt(weights) * q(1.0)) > beta:
+        mu = scipy.optimize.brentq(lambda mu: np.linalg.norm(np.sqrt(weights) * q(mu)) - beta, 0, 1, xtol=1e-16)
+    return weights @ (y * q(mu) - q(mu) ** 2 / 2)
 
 
 def _logistic_ray(beta, weights, _):
@@ -205,11 +241,11 @@ def test_cross_entropy_probabilities_are_those_of_the_formula():
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(st.integers(0, 10**6), st.sampled_from(["squared", "logistic", "cross_entropy"]), st.floats(-3, 0.5))
+@given(st.integers(0, 10**6), st.sampled_from(LOSS_NAMES), st.floats(-3, 0.5))
 def test_random_classes_and_weights_are_proved(seed, name, magnitude):
     rng = np.random.default_rng(seed)
     K, rays = int(rng.integers(2, 6)), rng.integers(5, size=N)
-    targets = np.eye(5)[rays][:, :K] if name != "logistic" else np.sign(rng.standard_normal((N, 1)))
+    targets = np.eye(5)[rays][:, :K] if name == "squared" else targets_for(name, N, 1, rng)
     if name == "cross_entropy":
         targets = np.eye(K)[rays % K]
     loss = LOSSES[name](targets, rng.uniform(0.1, 5, N))
@@ -220,12 +256,15 @@ def test_random_classes_and_weights_are_proved(seed, name, magnitude):
 
 
 @pytest.mark.parametrize("exponent", [-150, -3, 3, 140])
-def test_targets_and_weight_decay_scale_together(exponent):
-    case, X = CASES["scalar"], data(N + 8)
-    scaled = SquaredLoss(10.0**exponent * case.targets, np.ones(N))
-    proof = judged(X, scaled, 10.0**exponent * 0.3)
+@pytest.mark.parametrize("name", ["scalar", "huber"])
+def test_targets_and_weight_decay_scale_together(name, exponent):
+    case, X, factor = CASES[name], data(N + 8), 10.0**exponent
+    delta = {"delta": factor} if name == "huber" else {}
+    scaled = LOSSES[case.loss](factor * case.targets, np.ones(N), **delta)
+    with np.errstate(all="raise", under="ignore"):
+        proof = judged(X, scaled, factor * 0.3)
     assert proof.status is Status.CERTIFIED, proof.sentence
-    assert proof.objective == pytest.approx(10.0 ** (2 * exponent) * optimum(case, 0.3), rel=1e-12)
+    assert proof.objective == pytest.approx(factor**2 * optimum(case, 0.3), rel=1e-12)
 
 
 # --- the largest weight decay ---
@@ -269,8 +308,10 @@ def test_targets_of_zero():
         SquaredLoss(np.random.default_rng(0).standard_normal((N, 3)), np.ones(N)),
         SquaredLoss(np.eye(3)[labels((4, 4, 4))] * 0.9 + 0.1 / 3, np.ones(N)),
         CrossEntropyLoss(np.eye(3)[labels((4, 4, 4))] * 0.9 + 0.1 / 3, np.ones(N)),
+        SquaredHingeLoss(one_of("squared_hinge", (3, 3, 2, 2, 2)).targets, np.ones(N)),
+        HuberLoss(np.eye(3)[labels((4, 4, 4))], np.ones(N)),
     ],
-    ids=["centred by a skewed prior", "normal", "label smoothing", "soft cross-entropy"],
+    ids=["centred by a skewed prior", "normal", "label smoothing", "soft cross-entropy", "hinge, five", "huber, three"],
 )
 def test_acute_angles_are_refused(loss):
     with pytest.raises(ValueError, match="no formula"):
@@ -293,7 +334,7 @@ def test_the_refused_ray_formula_would_be_wrong():
 # --- rows that repeat ---
 
 
-@pytest.mark.parametrize("name", ["scalar", "one-hot", "logistic", "cross-entropy"])
+@pytest.mark.parametrize("name", ["scalar", "one-hot", "hinge", "logistic", "cross-entropy"])
 def test_weights_are_repetition(name):
     case, X = CASES[name], data(N + 2)
     counts = np.random.default_rng(0).integers(1, 5, N)
@@ -316,15 +357,19 @@ def direct(loss, place, weight_decay):
     n = place.max() + 1
     up, down = cp.Variable(n, nonneg=True), cp.Variable(n, nonneg=True)
     outputs, y, w = (up - down)[place], loss.targets[:, 0], loss.weights
-    squared = cp.sum(cp.multiply(w, cp.square(outputs - y))) / 2
-    fit = squared if isinstance(loss, SquaredLoss) else cp.sum(cp.multiply(w, cp.logistic(-cp.multiply(y, outputs))))
+    losses = {
+        SquaredLoss: lambda: cp.square(outputs - y) / 2,
+        SquaredHingeLoss: lambda: cp.square(cp.pos(1 - cp.multiply(y, outputs))) / 2,
+        LogisticLoss: lambda: cp.logistic(-cp.multiply(y, outputs)),
+    }
+    fit = cp.sum(cp.multiply(w, losses[type(loss)]()))
     root = np.sqrt(np.bincount(place, w))
     penalty = cp.norm(cp.multiply(root, up)) + cp.norm(cp.multiply(root, down))
     problem = cp.Problem(cp.Minimize(fit + weight_decay * penalty))
     return problem.solve(solver=cp.CLARABEL, tol_gap_rel=1e-9, tol_gap_abs=1e-9, tol_feas=1e-9)
 
 
-@pytest.mark.parametrize("name", ["squared", "logistic"])
+@pytest.mark.parametrize("name", ["squared", "squared_hinge", "logistic"])
 @pytest.mark.parametrize("weight_decay", [0.05, 0.5])
 def test_equal_rows_with_different_targets_against_a_conic_solver(name, weight_decay):
     """Averaged targets, or soft labels: the conflict stays in the loss."""

@@ -11,6 +11,7 @@ from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.subspace import Subspace
 from convexbn.verdict import Status
+from instances import LOSS_NAMES
 from planted import planted
 
 SOLVERS = {"group_newton": GroupNewton, "proximal": Proximal, "subspace": Subspace, "conic": Conic}
@@ -18,7 +19,7 @@ SQUARED_ONLY = {"group_newton", "conic"}
 CASES = [
     (solver, loss, K)
     for solver in SOLVERS
-    for loss in ("squared", "logistic", "cross_entropy")
+    for loss in LOSS_NAMES
     for K in (1, 3)
     if not (loss == "cross_entropy" and K == 1) and not (loss != "squared" and solver in SQUARED_ONLY)
 ]
@@ -119,10 +120,11 @@ def test_budgets_end_the_solve_with_their_name(solver):
         method.solve(program, budget=Budget(callback=lambda p: 1 / 0))
 
 
+@pytest.mark.parametrize("loss", ["huber", "squared_hinge", "logistic"])
 @pytest.mark.parametrize("solver", ["group_newton", "conic"])
-def test_other_losses_are_refused_before_work(solver):
+def test_other_losses_are_refused_before_work(solver, loss):
     with pytest.raises(TypeError, match="proximal"):
-        SOLVERS[solver]().solve(planted(loss="logistic").program)
+        SOLVERS[solver]().solve(planted(loss=loss).program)
 
 
 @pytest.mark.parametrize("solver", ["group_newton", "proximal", "subspace"])

@@ -7,6 +7,7 @@ import scipy.optimize
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.conversion import neurons_of, to_relu
+from convexbn.losses import SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import gate_patterns
 from convexbn.realisation import nearest_directions, realised
@@ -319,7 +320,7 @@ def test_neurons_are_read_in_the_coordinates_of_any_training_set():
     y = np.random.default_rng(0).standard_normal(60)
     network = converted(regressor(X, y), X, y).network
     merged = TrainingSet.prepare(
-        X, y[:, None], np.ones(60), loss="squared", rank=None, input_eps=np.finfo(float).eps, merge_features=True
+        X, y[:, None], np.ones(60), loss=SquaredLoss, rank=None, input_eps=np.finfo(float).eps, merge_features=True
     )
     assert len(merged.X) < 60
     neurons = neurons_of(merged, network)

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import functools
 import pickle
+import warnings
 
+import cvxpy as cp
 import numpy as np
 import pandas as pd
 import pytest
@@ -140,7 +142,9 @@ def test_two_classes_are_one_output_and_three_are_one_hot():
     np.testing.assert_array_equal(three.decision_function(X), one_hot.predict(X))
 
 
-@pytest.mark.parametrize(("loss", "factor"), [("squared", 2), ("logistic", 1), ("cross_entropy", 1)])
+@pytest.mark.parametrize(
+    ("loss", "factor"), [("squared", 2), ("squared_hinge", 2), ("logistic", 1), ("cross_entropy", 1)]
+)
 def test_probabilities_of_two_classes_are_the_sigmoid(loss, factor):
     X = rows()
     model = classifier(loss=loss, tol=1e-4).fit(X, classes_of(X, 2))
@@ -151,7 +155,7 @@ def test_probabilities_of_two_classes_are_the_sigmoid(loss, factor):
     np.testing.assert_array_equal(model.predict(X), model.classes_[p.argmax(axis=1)])
 
 
-@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+@pytest.mark.parametrize("loss", ["squared", "squared_hinge", "cross_entropy"])
 def test_probabilities_of_three_classes_are_the_softmax(loss):
     X = rows()
     model = classifier(loss=loss, tol=1e-4).fit(X, np.array(["b", "a", "c"])[classes_of(X)])
@@ -167,6 +171,44 @@ def test_cross_entropy_of_two_classes_is_the_logistic_loss():
     assert one.certificate_.objective == two.certificate_.objective
     with pytest.raises(ValueError, match="two classes"):
         classifier(loss="logistic").fit(X, classes_of(X, 3))
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_squared_hinge_tells_every_class_from_the_others(n_classes):
+    X, tiny = rows(), 1e-9
+    y = classes_of(X, n_classes)
+    model = classifier(loss="squared_hinge", n_gates=5, tol=1e-7).fit(X, y)
+    assert model.certificate_.status is Status.CERTIFIED and model.score(X, y) > 0.8
+    signs = 2.0 * (y[:, None] == np.arange(n_classes)) - 1
+    signs = signs[:, 1:] if n_classes == 2 else signs
+    margins = signs * model.decision_function(X).reshape(60, -1)
+    assert (margins > 1).any() and (margins < 1).any()
+    loss = 0.5 * np.sum(np.maximum(1 - margins, 0) ** 2)
+    _, _, blocks = blocks_of(model, X, y)
+    penalty = model.weight_decay_ * np.linalg.norm(blocks, axis=(1, 2)).sum()
+    assert model.certificate_.objective == pytest.approx(loss + penalty, rel=tiny)
+
+
+def test_the_huber_loss_is_the_squared_one_up_to_delta_and_bounds_the_pull_of_outliers():
+    X = rows()
+    y = values_of(X)
+    far = 10 * np.ptp(y)
+    squared, huber = regressor(weight_decay=0.3).fit(X, y), regressor(weight_decay=0.3, loss="huber", huber_delta=far)
+    assert huber.fit(X, y).certificate_.objective == pytest.approx(squared.certificate_.objective, rel=2e-6)
+    wrong = y + np.where(np.arange(60) % 10 == 0, 100.0, 0.0)
+    scores = [
+        model.set_params(weight_decay=0.1).fit(X, wrong).score(X, y)
+        for model in (regressor(), regressor(loss="huber", huber_delta=0.3))
+    ]
+    assert scores[0] < 0 < 0.5 < scores[1]
+    assert regressor(loss="huber", huber_delta=0.3).fit(X, np.c_[y, -y]).certificate_.status is Status.CERTIFIED
+
+
+@pytest.mark.parametrize("delta", [0, -1.0, np.inf, "1"])
+def test_a_delta_that_is_none_is_refused(delta):
+    X = rows()
+    with pytest.raises(ValueError, match="huber_delta"):
+        regressor(loss="huber", huber_delta=delta).fit(X, values_of(X))
 
 
 def test_regression_keeps_the_shape_of_the_targets():
@@ -208,7 +250,16 @@ def test_zero_is_optimal_at_max_weight_decay_with_weights(solver):
         assert model.fit(X, y, weights).certificate_.status is Status.TRIVIAL, seed
 
 
-@pytest.mark.parametrize("loss", ["logistic", "cross_entropy"])
+def test_max_weight_decay_of_the_huber_loss():
+    X = rows()
+    y, options = values_of(X), {"loss": "huber", "huber_delta": 0.2, "n_gates": 20, "random_state": 0}
+    largest = max_weight_decay(X, y, **options)
+    assert ConvexBNRegressor(weight_decay=largest, **options).fit(X, y).certificate_.status is Status.TRIVIAL
+    below = ConvexBNRegressor(weight_decay=0.9 * largest, **options).fit(X, y)
+    assert below.certificate_.status is Status.CERTIFIED and below.network_.n_neurons > 0
+
+
+@pytest.mark.parametrize("loss", ["squared_hinge", "logistic", "cross_entropy"])
 def test_max_weight_decay_of_other_losses(loss):
     X = rows()
     y = classes_of(X, 2 if loss == "logistic" else 3)
@@ -256,6 +307,8 @@ def test_auto_weight_decay_is_its_documented_fraction():
         ("squared", [0, 1, 0, 0, 1, 1, 0, 1]),
         ("logistic", [0, 1, 0, 0, 1, 1, 0, 1]),
         ("cross_entropy", [0, 1, 2, 0, 1, 2, 0, 1]),
+        ("squared_hinge", [0, 1, 0, 0, 1, 1, 0, 1]),
+        ("squared_hinge", [0, 1, 2, 0, 1, 2, 0, 1]),
     ],
 )
 def test_relu_at_rank_n_minus_1_is_certified_over_all_networks(d, loss, y):
@@ -274,6 +327,28 @@ def test_relu_at_rank_n_minus_1_is_certified_over_all_networks(d, loss, y):
     assert trivial.certificate_.status is Status.TRIVIAL
     below = classifier(activation="relu", loss=loss, weight_decay=0.99 * largest).fit(X, y)
     assert below.certificate_.status is Status.CERTIFIED and below.network_.n_neurons > 0
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_relu_of_the_huber_loss_at_rank_n_minus_1(repeated):
+    """By formula, unless equal rows have different targets: these are not merged, and a search finds the optimum."""
+    rng = np.random.default_rng(0)
+    X, y = rows(6, 7), 2 * rng.standard_normal(6)
+    if repeated:
+        X, y = np.vstack([X, X[:2]]), np.append(y, [3.0, -2.0])
+    options = {"activation": "relu", "loss": "huber", "huber_delta": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = regressor(**options, weight_decay=0.3).fit(X, y)
+    proof = model.certificate_
+    assert (proof.stopped_by == "formula") is not repeated
+    up, down, place = cp.Variable(6, nonneg=True), cp.Variable(6, nonneg=True), np.arange(len(y)) % 6
+    root = np.sqrt(np.bincount(place))
+    penalty = cp.norm(cp.multiply(root, up)) + cp.norm(cp.multiply(root, down))
+    fit = cp.sum(cp.huber((up - down)[place] - y, 0.5)) / 2
+    least = cp.Problem(cp.Minimize(fit + 0.3 * penalty)).solve(solver=cp.CLARABEL)
+    assert proof.objective == pytest.approx(least, rel=1e-5)
+    assert proof.lower_bound <= least * (1 + 1e-7)
 
 
 # -- rank --

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss, softmax
+from convexbn.losses import (
+    LOSSES,
+    CrossEntropyLoss,
+    HuberLoss,
+    LogisticLoss,
+    SquaredHingeLoss,
+    SquaredLoss,
+    softmax,
+)
 from instances import (
     EPS,
     LOSS_NAMES,
@@ -109,7 +117,7 @@ def test_curvature_bounds_the_second_derivative(name, seed, magnitude):
     assert -THRESHOLD * EPS * largest <= change <= largest * (1 + THRESHOLD * EPS)
 
 
-@pytest.mark.parametrize("name", ["squared", "logistic"])
+@pytest.mark.parametrize("name", ["squared", "huber", "squared_hinge", "logistic"])
 def test_curvature_is_attained(name):
     """A bound twice as large would halve the steps of the proximal solver."""
     loss = LOSSES[name](np.zeros((1, 1)), np.ones(1))
@@ -157,7 +165,9 @@ def test_dual_value_is_never_above_the_exact_one(name, soft, size):
         found, exact = mp.mpf(loss.dual_value(dual)), dual_in_digits(loss, dual)
         terms = np.abs(dual * loss.targets).sum() + np.sum(dual**2 / loss.weights[:, None])
         assert found <= exact
-        assert found >= exact - 4 * THRESHOLD * EPS * (terms if name == "squared" else 3 * loss.weights.sum())
+        size = 0 if name in ("squared", "huber") else 3 * loss.weights.sum()
+        size += 0 if name in ("logistic", "cross_entropy") else terms
+        assert found >= exact - 4 * THRESHOLD * EPS * size
 
 
 @pytest.mark.parametrize("name", ["logistic", "cross_entropy"])
@@ -193,6 +203,49 @@ def test_cross_entropy_dual_rows_must_sum_to_zero():
     assert loss.dual_value(dual) == -np.inf
 
 
+def test_dual_of_the_huber_loss_is_bounded_by_delta():
+    loss, rng = draw("huber", 0, delta=0.7)
+    far = loss.negative_gradient(loss.targets + np.sign(rng.standard_normal((7, 3))) * 2)
+    assert np.array_equal(np.abs(far), np.broadcast_to(0.7 * loss.weights[:, None], (7, 3)))
+    assert np.isfinite(loss.dual_value(far)) and loss.dual_value((1 + 1e-9) * far) == -np.inf
+
+
+def test_dual_of_the_squared_hinge_has_the_signs_of_the_labels():
+    loss, rng = draw("squared_hinge", 0)
+    dual = loss.targets * rng.uniform(0, 10, (7, 3))
+    assert np.isfinite(loss.dual_value(dual))
+    dual[2, 1] *= -1e-9
+    assert loss.dual_value(dual) == -np.inf
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.3, 1e3])
+def test_huber_loss_of_other_deltas_in_fifty_digits(delta):
+    loss, rng = draw("huber", 3, delta=delta)
+    outputs = rng.standard_normal((7, 3))
+    dual = 0.7 * loss.negative_gradient(outputs)
+    assert relative(loss.value(outputs), value_in_digits(loss, outputs)) <= THRESHOLD * EPS
+    assert dual_in_digits(loss, dual) >= loss.dual_value(dual) >= dual_in_digits(loss, dual) * (1 - 1e-12)
+
+
+def test_soft_labels_of_the_squared_hinge_are_shares_of_rows():
+    rng = np.random.default_rng(0)
+    outputs = rng.uniform(-3, 3, (50, 1))
+    soft = SquaredHingeLoss(np.full((50, 1), 0.2), np.full(50, 5.0))
+    both = [SquaredHingeLoss(np.full((50, 1), sign), np.full(50, count)) for sign, count in ((1.0, 3.0), (-1.0, 2.0))]
+    assert soft.value(outputs) == pytest.approx(sum(loss.value(outputs) for loss in both), rel=1e-14)
+    dual = sum(loss.negative_gradient(outputs) for loss in both)
+    assert residual(soft.negative_gradient(outputs) - dual, 50) < THRESHOLD
+
+
+def test_between_the_margins_the_squared_hinge_is_the_squared_loss():
+    loss, rng = draw("squared_hinge", 1)
+    squared, outputs = SquaredLoss(loss.targets, loss.weights), rng.uniform(-1, 1, (7, 3))
+    assert loss.value(outputs) == pytest.approx(squared.value(outputs), rel=1e-14)
+    dual = squared.negative_gradient(outputs)
+    assert residual(loss.negative_gradient(outputs) - dual, 7) < THRESHOLD
+    assert loss.dual_value(dual) == pytest.approx(squared.dual_value(dual), rel=1e-13)
+
+
 def test_every_dual_point_is_feasible_for_the_squared_loss():
     loss, rng = draw("squared", 0)
     dual = 1e6 * rng.standard_normal((7, 3))
@@ -218,7 +271,12 @@ def test_weights_are_repetition(name, seed, counts, soft):
 
 
 @PROPERTY
-@given(NAMES, SEEDS, st.lists(st.integers(0, 3), min_size=9, max_size=9), st.booleans())
+@given(
+    st.sampled_from([name for name in LOSS_NAMES if LOSSES[name].depends_on_means]),
+    SEEDS,
+    st.lists(st.integers(0, 3), min_size=9, max_size=9),
+    st.booleans(),
+)
 def test_merged_loss_is_the_same_function_of_one_row_a_group(name, seed, groups, soft):
     loss, rng = draw(name, seed, n=9, soft=soft, constant=0.75)
     groups = np.unique(groups, return_inverse=True)[1]
@@ -232,6 +290,16 @@ def test_merged_loss_is_the_same_function_of_one_row_a_group(name, seed, groups,
     assert merged.weights.sum() == pytest.approx(loss.weights.sum(), rel=1e-14)
     bound = merged.dual_value(dual) - np.vdot(dual, outputs)
     assert abs(bound - value) <= 1e-13 * (10 + abs(value) + np.abs(dual).sum())
+
+
+def test_rows_of_the_huber_loss_are_not_merged():
+    """Targets 0 and 4 at one output: near 2 the loss is that of their mean, far away it is not."""
+    loss = HuberLoss(np.array([[0.0], [4.0]]), np.ones(2))
+    mean = HuberLoss(np.array([[2.0]]), np.array([2.0]))
+    differences = [loss.value(np.full((2, 1), f)) - mean.value(np.array([[f]])) for f in (2.0, 9.0)]
+    assert differences[0] == 3.0 and differences[1] == pytest.approx(0)
+    with pytest.raises(TypeError, match="cannot be merged"):
+        loss.merged(np.array([0, 0]), 1)
 
 
 def test_merging_twice_is_merging_once():
@@ -283,15 +351,16 @@ def test_extreme_outputs_without_warnings(name, soft, size):
 
 
 @pytest.mark.parametrize("size", [1e3, 1e8, 1e150, 1e300])
-@pytest.mark.parametrize("name", ["logistic", "cross_entropy"])
+@pytest.mark.parametrize("name", ["squared_hinge", "logistic", "cross_entropy"])
 def test_extreme_outputs_on_the_right_side_cost_nothing(name, size):
     loss, _ = draw(name, 0)
     assert loss.value(size * loss.targets) == 0
     assert not loss.negative_gradient(size * loss.targets).any()
 
 
-def test_squared_loss_of_extreme_outputs():
-    loss, rng = draw("squared", 0)
+@pytest.mark.parametrize("name", ["squared", "huber", "squared_hinge"])
+def test_polynomial_losses_of_extreme_outputs(name):
+    loss, rng = draw(name, 0)
     for size in (1e3, 1e8, 1e150):
         outputs = size * rng.standard_normal((7, 3))
         assert relative(loss.value(outputs), value_in_digits(loss, outputs)) <= THRESHOLD * EPS

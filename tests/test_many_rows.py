@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, training
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing
 from convexbn.solvers.neurons import network_outputs
@@ -26,6 +26,8 @@ def losses():
     rows, targets = instance(n=600, d=4, K=3)
     ones = np.ones(len(rows))
     yield rows, SquaredLoss(targets, ones)
+    yield rows, HuberLoss(targets, ones, delta=0.5)
+    yield rows, SquaredHingeLoss(np.where(targets > 0, 1.0, -1.0), ones)
     yield rows, LogisticLoss(np.where(targets[:, :1] > 0, 1.0, -1.0), ones)
     yield rows, CrossEntropyLoss(np.eye(3)[targets.argmax(axis=1)], ones)
 
@@ -38,7 +40,7 @@ def objective(rows, loss, beta, neurons):
     return loss.value(network_outputs(rows, neurons)) + beta * neurons.masses.sum()
 
 
-@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("kind", range(5))
 def test_it_ends_near_the_optimum_that_pricing_finds(kind):
     rows, loss = list(losses())[kind]
     beta = 0.05 * np.linalg.norm(loss.negative_gradient(np.zeros_like(loss.targets)))

@@ -9,7 +9,7 @@ import pytest
 from convexbn import bounds
 from convexbn.certificate import judge
 from convexbn.evidence import AllPatterns
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.solvers import neuron_pricing
 from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
 from convexbn.solvers.local_phase import local_phase, random_neurons
@@ -19,7 +19,7 @@ from convexbn.solvers.solution import Budget
 from convexbn.verdict import Status
 from convexbn.whitening import whiten
 
-LOSSES = {"squared": 1, "three outputs": 3, "logistic": 1, "cross_entropy": 3}
+LOSSES = {"squared": 1, "three outputs": 3, "huber": 1, "squared_hinge": 1, "logistic": 1, "cross_entropy": 3}
 
 
 def instance(n=60, d=2, K=1, seed=0):
@@ -35,8 +35,11 @@ def problem(kind, fraction, n=60, d=2, seed=0):
     """Rows, loss, and the weight decay as a fraction of the largest."""
     K = LOSSES[kind]
     rows, targets = instance(n, d, K, seed)
-    if kind == "logistic":
-        loss = LogisticLoss(np.where(targets > np.median(targets), 1.0, -1.0), np.ones(n))
+    if kind == "huber":
+        loss = HuberLoss(targets, np.ones(n), delta=0.5)
+    elif kind in ("squared_hinge", "logistic"):
+        binary = SquaredHingeLoss if kind == "squared_hinge" else LogisticLoss
+        loss = binary(np.where(targets > np.median(targets), 1.0, -1.0), np.ones(n))
     elif kind == "cross_entropy":
         loss = CrossEntropyLoss(np.eye(K)[targets.argmax(axis=1)], np.ones(n))
     else:

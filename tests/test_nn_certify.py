@@ -19,14 +19,14 @@ from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
 from convexbn.audit import Cause, audit
 from convexbn.checkpoints import is_checkpoint, read_checkpoint
 from convexbn.layers import Layers
-from convexbn.losses import LOSSES, SquaredLoss
+from convexbn.losses import LOSSES, HuberLoss, SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.nn import certify, read_tail, to_module
 from convexbn.objective import Objective, TrainedLoss, targets_of_labels
 from convexbn.output_bias import WithOutputBias
 from convexbn.verdict import Status
 from convexbn.whitening import whiten
-from instances import LOSS_NAMES, targets_for
+from instances import EPS, LOSS_NAMES, targets_for
 
 CANARY = "certify-canary"
 
@@ -69,10 +69,13 @@ def problem(name, n=12, d=20, seed=0):
         return X, "squared", ConvexBNRegressor, rng.standard_normal(n)
     if name == "one-hot":
         return X, "squared", ConvexBNRegressor, np.eye(3)[labels]
-    return X, name, ConvexBNClassifier, np.where(labels > 0, 1, -1) if name == "logistic" else labels
+    if name == "huber":
+        return X, "huber", ConvexBNRegressor, 2 * rng.standard_normal(n)
+    two_classes = name in ("logistic", "squared_hinge")
+    return X, name, ConvexBNClassifier, np.where(labels > 0, 1, -1) if two_classes else labels
 
 
-PROBLEMS = ("one output", "one-hot", "logistic", "cross_entropy")
+PROBLEMS = ("one output", "one-hot", "huber", "squared_hinge", "logistic", "cross_entropy")
 
 
 def optimum(name, weight_decay=0.5):
@@ -103,6 +106,7 @@ def test_a_network_at_the_known_optimum_is_certified(name):
         ("cross_entropy", nn.CrossEntropyLoss(), 1 / 12),
         ("cross_entropy", nn.CrossEntropyLoss(reduction="sum"), 1),
         ("logistic", nn.BCEWithLogitsLoss(), 1 / 12),
+        ("huber", nn.HuberLoss(), 1 / 12),
     ],
     ids=str,
 )
@@ -143,6 +147,8 @@ LOSS_CASES = {
     "mse": (nn.MSELoss(), 2, "numbers"),
     "mse, one output": (nn.MSELoss(), 1, "numbers"),
     "mse, sum": (nn.MSELoss(reduction="sum"), 2, "numbers"),
+    "huber": (nn.HuberLoss(delta=0.4), 2, "numbers"),
+    "huber, sum": (nn.HuberLoss(reduction="sum"), 1, "numbers"),
     "cross-entropy": (nn.CrossEntropyLoss(), 3, "labels"),
     "cross-entropy, sum": (nn.CrossEntropyLoss(reduction="sum"), 3, "labels"),
     "cross-entropy, smoothed": (nn.CrossEntropyLoss(label_smoothing=0.2), 3, "labels"),
@@ -242,6 +248,7 @@ def refusals():
         "probabilities": (dict(loss=nn.CrossEntropyLoss(), weight_decay=1.0), "or rows of probabilities"),
         "shares": (dict(loss=nn.BCEWithLogitsLoss(), weight_decay=1.0), "takes targets in \\[0, 1\\]"),
         "signs": (dict(loss="logistic", weight_decay=1.0), "takes targets -1 and \\+1"),
+        "signs of the hinge": (dict(loss="squared_hinge", weight_decay=1.0), "hinge takes targets -1 and \\+1"),
         "shape": (dict(y=np.zeros(9), weight_decay=1.0), "the network has 2 outputs, and y has shape \\(9,\\)"),
         "rows": (dict(y=np.zeros((8, 2)), weight_decay=1.0), "X has 9 rows and y has 8"),
         "infinite": (dict(X=np.full((9, 4), np.inf), weight_decay=1.0), "finite"),
@@ -290,6 +297,15 @@ def test_the_loss_with_its_best_bias_is_a_loss(name, decay):
     assert loss.value(F + step) >= loss.dual_value(dual) - np.sum(dual * (F + step))
     if decay == 0:
         assert np.abs(dual.sum(axis=0)).max() < 1e-14 and loss.dual_value(dual + 0.01) == -np.inf
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1.0])
+def test_the_best_bias_is_found_from_where_the_huber_loss_is_linear_on_all_rows(delta):
+    rng = np.random.default_rng(0)
+    inner = HuberLoss(1e4 * np.array([1, -3]) + rng.standard_normal((30, 2)), rng.uniform(0.5, 2, 30), delta=delta)
+    bias = WithOutputBias.of(inner, 0.0).best_bias(np.zeros((30, 2)))
+    pull = inner.negative_gradient(np.broadcast_to(bias, (30, 2))).sum(axis=0)
+    assert np.abs(pull).max() < 30 * EPS * 3e4 * inner.weights.sum()
 
 
 def test_one_hot_targets_with_an_output_bias_at_the_known_optimum():

@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 from convexbn.collapse import collapse_metrics
+from convexbn.losses import CrossEntropyLoss
 from convexbn.nn.reoptimisation import reoptimise
+from convexbn.nn.segment import Segment
+from convexbn.solvers.neurons import Neurons, network_outputs
+from convexbn.training import TrainingSet
 from convexbn.verdict import Status
-from instances import labels
+from instances import EPS, labels
 from test_collapse import BALANCED, FIGURES, UNBALANCED, check_figures
 
 torch.set_num_threads(1)
@@ -52,6 +56,9 @@ def data(counts=BALANCED, dtype=torch.float64, d=D, seed=0):
 
 
 def torch_loss(outputs, y, loss):
+    if loss == "squared_hinge":
+        signs = 2 * torch.eye(outputs.shape[1], dtype=outputs.dtype)[y] - 1
+        return 0.5 * (1 - signs * outputs).clamp(min=0).square().sum()
     if loss == "squared":
         return 0.5 * (outputs - torch.eye(outputs.shape[1], dtype=outputs.dtype)[y]).square().sum()
     return nn.functional.cross_entropy(outputs, y, reduction="sum")
@@ -99,10 +106,19 @@ def test_four_layers_reach_the_closed_form(loss, counts, bias):
     assert last.bias is None if not bias else not last.bias.any()
 
 
+def test_the_squared_hinge_reaches_its_closed_form():
+    """Rays of +-1 targets of norm ``2 sqrt(8)``: ``beta ||Y_k|| - beta^2 / 2`` each."""
+    module, (X, y) = deep(), data()
+    result = reoptimise(module, X, y, loss="squared_hinge", weight_decay=BETA)
+    optimum = K * (BETA * np.sqrt(N / K * K) - BETA**2 / 2)
+    assert torch_objective(result.module, X, y, "squared_hinge", BETA) == pytest.approx(optimum, rel=1e-9)
+    assert result.certificate.status is Status.CERTIFIED and result.after.train_accuracy == 1
+
+
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
 def test_before_is_the_given_module_with_full_batch_statistics(loss):
     module, (X, y) = deep(), data()
-    before = reoptimise(module, X, y, loss=loss, weight_decay=BETA, X_val=X, y_val=y).before
+    before = reoptimise(module, X, y, loss=loss, weight_decay=BETA).before
     assert before.objective == pytest.approx(torch_objective(module, X, y, loss, BETA), rel=1e-9)
     with torch.no_grad():
         squares = N * (module[7].weight.square().sum() + module[7].bias.square().sum())
@@ -110,7 +126,7 @@ def test_before_is_the_given_module_with_full_batch_statistics(loss):
         raw = torch_loss(copy.deepcopy(module).train()(X), y, loss) + BETA / 2 * squares
         accuracy = (module.eval()(X).argmax(dim=1) == y).double().mean()
     assert before.weight_decay_objective == pytest.approx(float(raw), rel=1e-9)
-    assert before.train_accuracy == before.validation_accuracy == float(accuracy)
+    assert before.train_accuracy == float(accuracy) and before.validation_accuracy is None
     assert before.n_neurons == 20
 
 
@@ -271,7 +287,7 @@ def trained(n=150, width=12, seed=0, bias=True):
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
 def test_a_trained_network_is_improved_and_the_bound_is_valid(loss):
     module, X, y = trained()
-    result = reoptimise(module, X, y, loss=loss, weight_decay=1.0, X_val=X, y_val=y, tol=1e-3, time_limit=3)
+    result = reoptimise(module, X, y, loss=loss, weight_decay=1.0, tol=1e-3, time_limit=3)
     before, after = (torch_objective(m, X, y, loss, 1.0, ("3", "4", "6")) for m in (module, result.module))
     assert result.before.objective == pytest.approx(before, rel=1e-9)
     assert result.after.objective == pytest.approx(after, rel=1e-9)
@@ -279,7 +295,93 @@ def test_a_trained_network_is_improved_and_the_bound_is_valid(loss):
     proof = result.certificate
     assert proof.lower_bound <= after and proof.objective == pytest.approx(after, rel=1e-9)
     assert proof.status in (Status.CERTIFIED, Status.RESTRICTED, Status.GAP_OPEN)
-    assert result.after.validation_accuracy == result.after.train_accuracy
+
+
+# --- validation rows choose ---
+
+
+def accuracy_of(module, X, y):
+    with torch.no_grad():
+        return float((copy.deepcopy(module).eval()(X).argmax(dim=1) == y).double().mean())
+
+
+@pytest.fixture
+def unpriced(monkeypatch):
+    """The local phase alone, as on many rows."""
+    monkeypatch.setattr("convexbn.nn.reoptimisation.PRICING_ROWS", 100)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("weight_decay", [0.02, 1.0])
+def test_the_objective_falls_and_validation_accuracy_does_not(unpriced, seed, weight_decay):
+    module, X, y = trained(n=200, seed=seed)
+    X, X_val, y, y_val = X[:120], X[120:], y[:120], y[120:]
+    options = {"loss": "cross_entropy", "weight_decay": weight_decay, "certify": False, "time_limit": None}
+    result = reoptimise(module, X, y, X_val=X_val, y_val=y_val, **options)
+    assert result.after.validation_accuracy == accuracy_of(result.module, X_val, y_val)
+    assert result.after.validation_accuracy >= accuracy_of(module, X_val, y_val) == result.before.validation_accuracy
+    assert result.after.objective < result.before.objective
+    alone = reoptimise(module, X, y, **options)
+    assert alone.step == 1 and alone.statistics == "all rows"
+    if result.step == 1 and result.statistics == "all rows":
+        assert result.after.objective == alone.after.objective
+
+
+def test_a_module_that_is_right_on_all_validation_rows_stays_so(unpriced):
+    """Its own classes as labels: whatever the optimum says of them, the layers stop short of changing one."""
+    module, X, y = trained()
+    X_val = 2 * torch.randn(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        y_val = copy.deepcopy(module).eval()(X_val).argmax(dim=1)
+    result = reoptimise(module, X, y, loss="cross_entropy", weight_decay=1.0, X_val=X_val, y_val=y_val)
+    assert result.before.validation_accuracy == result.after.validation_accuracy == 1
+    assert result.statistics == "stored" and 0 <= result.step < 1
+    assert result.after.objective < 0.95 * result.before.objective
+    assert all(torch.equal(result.module[1].state_dict()[name], t) for name, t in module[1].state_dict().items())
+    assert result.module[1].momentum == 0 and module[1].momentum == 0.1
+    assert result.certificate is None and result.module[-1].bias.any()
+
+
+def test_where_zero_is_optimal_the_trained_layers_may_stay(unpriced):
+    module, X, y = trained()
+    options = {"loss": "cross_entropy", "weight_decay": 1e4, "certify": False}
+    assert reoptimise(module, X, y, **options).after.objective == pytest.approx(150 * np.log(3))
+    result = reoptimise(module, X, y, X_val=X, y_val=y, **options)
+    assert result.after.validation_accuracy >= result.before.validation_accuracy > 0.9
+    assert result.after.objective <= result.before.objective * (1 + 1e-12) and result.step < 1
+
+
+def test_without_an_output_bias_the_chosen_layers_are_certified(unpriced):
+    module, X, y = trained(bias=False)
+    with torch.no_grad():
+        y_val = copy.deepcopy(module).eval()(X).argmax(dim=1)
+    result = reoptimise(module, X, y, loss="cross_entropy", weight_decay=0.2, X_val=X, y_val=y_val, time_limit=2)
+    proof = result.certificate
+    assert proof.objective == pytest.approx(result.after.objective, rel=1e-9)
+    assert proof.lower_bound <= proof.objective and result.after.validation_accuracy == 1
+
+
+def test_the_objective_is_convex_along_the_segment():
+    rng = np.random.default_rng(0)
+    Y = np.eye(3)[rng.integers(3, size=60)]
+    data = TrainingSet.prepare(
+        rng.standard_normal((60, 4)), Y, np.ones(60), loss=CrossEntropyLoss, rank=None, input_eps=EPS,
+        merge_features=True,
+    )  # fmt: skip
+    first, second = (Neurons(rng.standard_normal((5, 6)), rng.standard_normal((6, 3))) for _ in range(2))
+    segment = Segment.between(data, 0.3, first.balanced(), np.array([0.1, -0.2, 0.3]), second)
+
+    def objective(step, scale=1.0):
+        point = segment.at(step)
+        outputs = network_outputs(data.whitening.rows, point.neurons) + point.output_bias
+        return data.loss.value(scale * outputs) + 0.3 * scale * float(point.neurons.masses.sum())
+
+    values = np.array([objective(step) for step in np.linspace(0, 1, 11)])
+    assert (np.diff(values, 2) >= -1e-12 * values[:-2]).all()
+    assert min(objective(0.0, scale) for scale in (0.999, 1.001)) >= values[0] * (1 - 1e-10)  # the best scale
+    found = [objective(point.step) for point in segment.points()]
+    assert len(found) == 21 and found == sorted(found)
+    assert len(segment.at(0.5).neurons.output) == 12 and len(segment.at(0.0).neurons.output) == 6
 
 
 def test_many_rows_have_the_local_phase_alone(monkeypatch):

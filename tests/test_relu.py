@@ -224,7 +224,7 @@ def test_no_wrong_relu_network_is_certified(capsys):
         X = rows(20, 2, seed)
         Y = values_of(X, 1 + seed % 3).reshape(20, -1)
         data = TrainingSet.prepare(
-            X, Y, np.ones(20), loss="squared", rank=None, input_eps=np.finfo(float).eps, merge_features=True
+            X, Y, np.ones(20), loss=SquaredLoss, rank=None, input_eps=np.finfo(float).eps, merge_features=True
         )
         beta = 0.2 * data.max_weight_decay_relu()[0]
         model = regressor(weight_decay=beta, time_limit=4).fit(X, Y)

@@ -121,10 +121,25 @@ def test_units_of_the_targets_scale_the_solution(exponent, solver, K):
 
 
 @pytest.mark.parametrize("exponent", [-150, -3, 3, 150])
-def test_units_of_the_targets_scale_the_formula(exponent):
+@pytest.mark.parametrize("solver", ["proximal", "subspace"])
+def test_units_of_the_targets_and_of_delta_scale_the_solution_of_the_huber_loss(exponent, solver):
     factor = 10.0**exponent
-    expected = regressor(activation="relu", weight_decay=0.3).fit(X[:5], Y[:5])
-    model = regressor(activation="relu", weight_decay=0.3 * factor).fit(X[:5], factor * Y[:5])
+    options = {"solver": solver, "loss": "huber", "tol": 1e-5}
+    expected = regressor(weight_decay=0.1, huber_delta=0.3, **options).fit(X, Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = regressor(weight_decay=0.1 * factor, huber_delta=0.3 * factor, **options).fit(X, factor * Y)
+    assert model.certificate_.status is expected.certificate_.status is Status.CERTIFIED
+    assert model.certificate_.objective / factor**2 == pytest.approx(expected.certificate_.objective, rel=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-150, -3, 3, 150])
+@pytest.mark.parametrize("loss", ["squared", "huber"])
+def test_units_of_the_targets_scale_the_formula(exponent, loss):
+    factor = 10.0**exponent
+    options = {"activation": "relu", "loss": loss}
+    expected = regressor(weight_decay=0.3, huber_delta=0.3, **options).fit(X[:5], Y[:5])
+    model = regressor(weight_decay=0.3 * factor, huber_delta=0.3 * factor, **options).fit(X[:5], factor * Y[:5])
     assert model.certificate_.status is Status.CERTIFIED
     np.testing.assert_allclose(model.predict(NEW) / factor, expected.predict(NEW), rtol=1e-9, atol=1e-9)
 

@@ -51,6 +51,13 @@ def splits(model):
     return np.column_stack([model.cv_results_[f"split{i}_test_score"] for i in range(model.n_splits_)])
 
 
+def test_the_delta_of_the_huber_loss_reaches_the_estimator():
+    grid = {"weight_decays": [0.5], "ranks": [2], "n_gates": 10, "cv": 2, "random_state": 0}
+    model = ConvexBNRegressorCV(loss="huber", huber_delta=0.2, **grid).fit(X, Y)
+    assert model.best_estimator_.get_params()["huber_delta"] == 0.2
+    assert clone(model).huber_delta == 0.2 and "huber_delta" not in ConvexBNClassifierCV().get_params()
+
+
 # -- equal to a plain loop over fits --
 
 

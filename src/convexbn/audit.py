@@ -187,7 +187,7 @@ class _Case:
         loss = objective.loss
         data = TrainingSet.prepare(
             X, loss.targets, np.ones(len(X)),
-            loss=loss.name, rank=None, input_eps=_EPS, merge_features=True,
+            loss=loss.kind, rank=None, input_eps=_EPS, merge_features=True,
         )  # fmt: skip
         if batch.output_bias.any():
             data = replace(data, loss=WithOutputBias.of(data.loss, objective.bias_decay))

@@ -8,7 +8,7 @@ they wait), and win little on an idle one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 #: Rows up to which one BLAS thread is used.
@@ -33,14 +34,15 @@ def solving(n_rows: int) -> Iterator[None]:
 
 
 class Workers:
-    """Threads that share the rows of a batch."""
+    """Threads for parts of a batch's work."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
-        self._pool, self._count = pool, count
+        self._pool, self.count = pool, count
 
-    def shared(self, work: Callable[[np.ndarray], Result], rows: np.ndarray) -> list[Result]:
-        """Results of ``work`` on consecutive shares of the rows, in their order."""
-        return list(self._pool.map(work, np.array_split(rows, self._count)))
+    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Results of ``work`` on the items, in their order; the caller's thread takes the first."""
+        rest = [self._pool.submit(work, item) for item in items[1:]]
+        return [work(items[0]), *(future.result() for future in rest)]
 
 
 @contextmanager

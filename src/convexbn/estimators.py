@@ -27,7 +27,7 @@ from convexbn import training
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.environment import solving
-from convexbn.losses import softmax
+from convexbn.losses import LOSSES, LossKind, loss_kind, softmax
 from convexbn.rows import canonical_rows, fingerprint
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
@@ -252,12 +252,13 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             raise ValueError(f"the squares of y {word}: scale y by a power of ten, and weight_decay with it.")
         return TrainingSet.prepare(
             X, Y, weights,
-            loss=self._loss_name(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
+            loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
             merge_features=self.activation == "relu",
         )  # fmt: skip
 
-    def _loss_name(self, Y: Float) -> str:
-        return str(self.loss)
+    def _loss_kind(self, Y: Float) -> LossKind:
+        """The loss for encoded targets."""
+        return LOSSES[self.loss]
 
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         """Targets to be learned, and the fitted attributes that tell of ``y``."""
@@ -287,7 +288,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for classification.
 
-    Two classes are one output with targets -1 and +1; more are one-hot.
+    Two classes are one output with targets -1 and +1; more are one-hot, for the squared hinge -1 and +1.
 
     Parameters
     ----------
@@ -295,9 +296,10 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         ``"gated"``: fixed gates are part of the model, and the optimum for those gates is certified.
         ``"relu"``: all patterns and widths. By formula where the distinct rows are affinely independent
         (rank n - 1); elsewhere neurons are searched for, and the certificate bounds what the search did not see.
-    loss : {"squared", "logistic", "cross_entropy"}, default="squared"
-        ``"cross_entropy"`` is the softmax cross-entropy (for two classes the logistic loss);
-        ``"logistic"`` is for two classes.
+    loss : {"squared", "squared_hinge", "logistic", "cross_entropy"}, default="squared"
+        ``"squared"`` is half the sum of squared errors. ``"squared_hinge"`` is ``1/2 sum (1 - y f)_+^2``, for more
+        than two classes summed over the outputs, each of which tells one class from all others. ``"cross_entropy"``
+        is the softmax cross-entropy (for two classes the logistic loss); ``"logistic"`` is for two classes.
     weight_decay : float or "auto", default="auto"
         Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the
         *sum* of the losses. A torch optimiser's ``weight_decay`` lam with a mean loss is
@@ -368,7 +370,7 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_ConvexBN._parameter_constraints,
-        "loss": [StrOptions({"squared", "logistic", "cross_entropy"})],
+        "loss": [StrOptions({"squared", "squared_hinge", "logistic", "cross_entropy"})],
     }
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -401,18 +403,18 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     def predict_proba(self, X: Any) -> Float:
         """Class probabilities (n, n_classes).
 
-        Logistic and cross-entropy losses model them. For the squared loss they are the softmax of the
-        outputs (for two classes the sigmoid of twice the output): monotone in the outputs, not calibrated.
+        Logistic and cross-entropy losses model them. For the squared loss and the squared hinge they are the softmax
+        of the outputs (for two classes the sigmoid of twice the output): monotone in the outputs, not calibrated.
         """
         outputs = self.decision_function(X)
         if outputs.ndim == 1:
-            logits = outputs if self.loss != "squared" else 2 * outputs
+            logits = outputs if self.loss in ("logistic", "cross_entropy") else 2 * outputs
             outputs = np.column_stack([np.zeros_like(logits), logits])
         with np.errstate(all="ignore"):
             return softmax(outputs)
 
-    def _loss_name(self, Y: Float) -> str:
-        return "logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else str(self.loss)
+    def _loss_kind(self, Y: Float) -> LossKind:
+        return LOSSES["logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else self.loss]
 
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         check_classification_targets(y)
@@ -421,13 +423,17 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
             raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {classes[0]!r}.")
         if self.loss == "logistic" and len(classes) > 2:
             raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
-        return encode_classes(y, classes), {"classes_": classes}
+        return self._encode(y, classes), {"classes_": classes}
 
     def _encode_known(self, y: Any) -> Float:
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(f"class {unknown[0]} was not seen in training; known are {self.classes_.tolist()}.")
-        return encode_classes(y, self.classes_)
+        return self._encode(y, self.classes_)
+
+    def _encode(self, y: np.ndarray, classes: np.ndarray) -> Float:
+        targets = encode_classes(y, classes)
+        return 2 * targets - 1 if self.loss == "squared_hinge" and targets.shape[1] > 1 else targets
 
 
 class ConvexBNRegressor(RegressorMixin, _ConvexBN):
@@ -442,8 +448,10 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         As in :class:`ConvexBNClassifier`.
     tol, max_iter, time_limit, random_state, callback
         As in :class:`ConvexBNClassifier`.
-    loss : {"squared"}, default="squared"
-        Half the sum of squared errors.
+    loss : {"squared", "huber"}, default="squared"
+        Half the sum of squared errors, or of Huber's: linear beyond ``huber_delta``, so that outliers pull no harder.
+    huber_delta : float, default=1.0
+        Error from which on ``loss="huber"`` is linear, in the units of y.
 
     Attributes
     ----------
@@ -461,8 +469,35 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_ConvexBN._parameter_constraints,
-        "loss": [StrOptions({"squared"})],
+        "loss": [StrOptions({"squared", "huber"})],
+        "huber_delta": [Interval(Real, 0, None, closed="neither")],
     }
+
+    def __init__(
+        self,
+        *,
+        activation: str = "gated",
+        loss: str = "squared",
+        huber_delta: float = 1.0,
+        weight_decay: float | str = "auto",
+        n_gates: int = 100,
+        gates: str | FloatMatrix = "data",
+        width: int | None = None,
+        rank: int | float | None = None,
+        spectral_filter: float | None = None,
+        solver: str = "auto",
+        tol: float = 1e-6,
+        max_iter: int | None = None,
+        time_limit: float | None = None,
+        random_state: Any = None,
+        callback: Callable[[Progress], object] | None = None,
+    ) -> None:
+        super().__init__(
+            activation=activation, loss=loss, weight_decay=weight_decay, n_gates=n_gates, gates=gates, width=width,
+            rank=rank, spectral_filter=spectral_filter, solver=solver, tol=tol, max_iter=max_iter,
+            time_limit=time_limit, random_state=random_state, callback=callback,
+        )  # fmt: skip
+        self.huber_delta = huber_delta
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train to a certified optimum.
@@ -484,6 +519,9 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         outputs = self._outputs(X, fitted)
         return outputs[:, 0] if fitted["_single_output"] else outputs
 
+    def _loss_kind(self, Y: Float) -> LossKind:
+        return loss_kind(self.loss, huber_delta=self.huber_delta)
+
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         return self._encode_known(y), {"_single_output": np.ndim(y) == 1}
 
@@ -503,6 +541,7 @@ def max_weight_decay(
     *,
     activation: str = "gated",
     loss: str = "squared",
+    huber_delta: float = 1.0,
     gates: str | FloatMatrix = "data",
     n_gates: int = 100,
     rank: int | float | None = None,
@@ -519,7 +558,7 @@ def max_weight_decay(
     y : array-like (n,) or (n, K)
         Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats
         and matrices are targets.
-    activation, loss, gates, n_gates, rank, spectral_filter, sample_weight, random_state
+    activation, loss, huber_delta, gates, n_gates, rank, spectral_filter, sample_weight, random_state
         As in the estimators.
 
     Returns
@@ -538,8 +577,8 @@ def max_weight_decay(
     (1.732051, 1.732051)
     """
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
-    kind = ConvexBNClassifier if is_class else ConvexBNRegressor
-    model = kind(
+    model = ConvexBNClassifier() if is_class else ConvexBNRegressor(huber_delta=huber_delta)
+    model.set_params(
         activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank, spectral_filter=spectral_filter,
         random_state=random_state,
     )  # fmt: skip

@@ -7,8 +7,10 @@ Fenchel-Young equality ``L(F) = D(V) - <V, F>`` holds there (mathematics, sectio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
@@ -41,8 +43,11 @@ class Loss:
     #: Upper bound of the second derivative of ``l`` in any direction of ``f``.
     curvature: ClassVar[float]
 
-    #: Whether the gradient of ``l`` is bounded, and a step of gradient descent with it.
-    bounded_gradient: ClassVar[bool] = True
+    #: Whether rows of equal outputs depend on their targets through the mean alone.
+    depends_on_means: ClassVar[bool] = True
+
+    #: Whether ``l`` keeps its curvature where gradient descent goes: steps beyond what is stable then diverge.
+    nearly_quadratic: ClassVar[bool] = False
 
     @property
     def output_scale(self) -> float:
@@ -70,12 +75,21 @@ class Loss:
         return self, outputs, None
 
     def merged(self, groups: np.ndarray, n_groups: int) -> Loss:
-        """The same loss as a function of one output row per group of rows (for rows with equal features)."""
+        """The same loss as a function of one output row per group of rows, where it ``depends_on_means``.
+
+        Raises
+        ------
+        TypeError
+            For one that does not.
+        """
+        if not self.depends_on_means:
+            raise TypeError(f"rows of {type(self).__name__} cannot be merged: it depends on each target of a group.")
         weights: Float = np.bincount(groups, self.weights, n_groups).astype(np.float64)
         sums = np.zeros((n_groups, self.targets.shape[1]))
         np.add.at(sums, groups, self.weights[:, None] * self.targets)
         means = sums / weights[:, None]
-        return type(self)(means, weights, self.constant + self._left_behind(means[groups]))
+        constant = self.constant + self._left_behind(means[groups])
+        return replace(self, targets=means, weights=weights, constant=constant)
 
     def _left_behind(self, means: Float) -> float:
         """Value that does not depend on the outputs when targets are replaced by group means."""
@@ -87,7 +101,7 @@ class SquaredLoss(Loss):
     """``1/2 sum_i w_i ||f_i - y_i||^2``."""
 
     curvature: ClassVar[float] = 1.0
-    bounded_gradient: ClassVar[bool] = False
+    nearly_quadratic: ClassVar[bool] = True
 
     @property
     def output_scale(self) -> float:
@@ -106,6 +120,84 @@ class SquaredLoss(Loss):
 
     def _left_behind(self, means: Float) -> float:
         return SquaredLoss(self.targets, self.weights).value(means)
+
+
+@dataclass(frozen=True)
+class HuberLoss(Loss):
+    """``sum_i w_i sum_k h(f_ik - y_ik)``: ``r^2 / 2`` up to ``|r| = delta``, ``delta (|r| - delta / 2)`` beyond.
+
+    Parameters
+    ----------
+    delta : float, default=1.0
+        Residual from which on the loss grows linearly, in the units of the targets.
+
+    Examples
+    --------
+    >>> loss = HuberLoss(np.array([[0.0], [0.0]]), np.ones(2), delta=1.0)
+    >>> loss.value(np.array([[0.5], [3.0]]))
+    2.625
+    """
+
+    curvature: ClassVar[float] = 1.0
+    depends_on_means: ClassVar[bool] = False
+    nearly_quadratic: ClassVar[bool] = True
+
+    delta: float = field(default=1.0, kw_only=True)
+
+    @property
+    def output_scale(self) -> float:
+        return root_mean_square(self.targets, self.weights)
+
+    def value(self, outputs: Float) -> float:
+        size = np.abs(outputs - self.targets)
+        near = np.minimum(size, self.delta)
+        return float(self.weights @ (near * (size - 0.5 * near)).sum(axis=1)) + self.constant
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        return self.weights[:, None] * np.clip(self.targets - outputs, -self.delta, self.delta)
+
+    def dual_value(self, dual: Float) -> float:
+        q = dual / self.weights[:, None]
+        if np.abs(q).max(initial=0.0) > self.delta * (1 + _ROUNDING):
+            return -np.inf
+        sizes = np.abs(dual) * (np.abs(self.targets) + 0.5 * np.abs(q))
+        return _sum_downwards(dual * (self.targets - 0.5 * q), sizes) + self.constant
+
+
+@dataclass(frozen=True)
+class SquaredHingeLoss(Loss):
+    """``1/2 sum_i w_i sum_k (1 - y_ik f_ik)_+^2``, targets -1 or +1; a target in between is a soft label.
+
+    A soft label is a share ``(1 + y) / 2`` of rows with +1 and the rest with -1. Between the margins, ``|f| <= 1``, the
+    loss is then ``((f - y)^2 + 1 - y^2) / 2``.
+    """
+
+    curvature: ClassVar[float] = 1.0
+    nearly_quadratic: ClassVar[bool] = True
+
+    def value(self, outputs: Float) -> float:
+        # roots before squares: what a hard label leaves out is 0 even where its square overflows
+        p = 0.5 * (1 + self.targets)
+        above, below = np.sqrt(p) * np.maximum(1 - outputs, 0), np.sqrt(1 - p) * np.maximum(1 + outputs, 0)
+        return float(0.5 * self.weights @ (above**2 + below**2).sum(axis=1)) + self.constant
+
+    def negative_gradient(self, outputs: Float) -> Float:
+        p = 0.5 * (1 + self.targets)
+        pull = p * np.maximum(1 - outputs, 0) - (1 - p) * np.maximum(1 + outputs, 0)
+        return self.weights[:, None] * pull
+
+    def dual_value(self, dual: Float) -> float:
+        """``y q - q^2 / 2 + (1 - y^2) / 2`` between the margins, ``|q| - q^2 / (1 +- y)`` beyond one of them."""
+        y, q = self.targets, dual / self.weights[:, None]
+        hard = np.abs(y) == 1
+        if np.any(hard & (y * q < -_ROUNDING * np.abs(q).max(initial=0.0))):
+            return -np.inf
+        beyond = ~hard & (np.abs(y - q) > 1)
+        linear, apart = np.where(beyond, np.sign(q), y), np.where(beyond, 0.0, 0.5 * (1 - y) * (1 + y))
+        square = q / np.where(beyond, 1 + np.sign(q) * y, 2.0)
+        w = self.weights[:, None]
+        terms, sizes = q * (linear - square) + apart, np.abs(q) * (np.abs(linear) + np.abs(square)) + apart
+        return _sum_downwards(w * terms, w * sizes) + self.constant
 
 
 @dataclass(frozen=True)
@@ -162,12 +254,28 @@ class CrossEntropyLoss(Loss):
         return _sum_downwards(self.weights[:, None] * _entropy_downwards(self.targets, q)) + self.constant
 
 
+#: What binds targets and weights of rows to a loss.
+LossKind: TypeAlias = Callable[[Float, Float], Loss]
+
 #: The losses by their public names.
 LOSSES: dict[str, type[Loss]] = {
     "squared": SquaredLoss,
+    "huber": HuberLoss,
+    "squared_hinge": SquaredHingeLoss,
     "logistic": LogisticLoss,
     "cross_entropy": CrossEntropyLoss,
 }
+
+
+def loss_kind(name: str, *, huber_delta: float = 1.0) -> LossKind:
+    """The loss of a public name, and for ``"huber"`` its ``delta``.
+
+    Examples
+    --------
+    >>> loss_kind("huber", huber_delta=0.5)(np.zeros((1, 1)), np.ones(1)).value(np.ones((1, 1)))
+    0.375
+    """
+    return functools.partial(HuberLoss, delta=huber_delta) if name == "huber" else LOSSES[name]
 
 
 def softmax(outputs: Float) -> Float:
@@ -183,10 +291,13 @@ def root_mean_square(targets: Float, weights: Float) -> float:
     return peak * float(np.sqrt(weights @ np.square(targets / peak).sum(axis=1) / weights.sum())) or 1.0
 
 
-def _sum_downwards(terms: Float) -> float:
-    """Sum of the terms less what rounding may have added (numpy sums pairwise in blocks of 128)."""
+def _sum_downwards(terms: Float, sizes: Float | None = None) -> float:
+    """Sum of the terms less what rounding may have added (numpy sums pairwise in blocks of 128).
+
+    ``sizes`` are those of what was subtracted in a term, where that may be more than the term itself.
+    """
     slack = _EPS * (32 + np.log2(max(terms.size, 1)))
-    return float(terms.sum() - slack * np.abs(terms).sum())
+    return float(terms.sum() - slack * (np.abs(terms) if sizes is None else sizes).sum())
 
 
 def _entropy_downwards(y: Float, q: Float) -> Float:

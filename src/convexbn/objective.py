@@ -14,11 +14,12 @@ import numpy as np
 
 from convexbn._typing import Float
 from convexbn.layers import Layers
-from convexbn.losses import LOSSES
+from convexbn.losses import LOSSES, LossKind, loss_kind
 
 #: Torch's losses: the loss of this package, and the factor of torch's sum over rows and outputs.
 TORCH_LOSSES = {
     "MSELoss": ("squared", 2.0),
+    "HuberLoss": ("huber", 1.0),
     "CrossEntropyLoss": ("cross_entropy", 1.0),
     "BCEWithLogitsLoss": ("logistic", 1.0),
 }
@@ -39,32 +40,45 @@ class TrainedLoss:
         As that loss takes them.
     factor : float
         What multiplies the sum over rows.
+    huber_delta : float
+        Of the Huber loss.
     """
 
     name: str
     targets: Float
     factor: float
+    huber_delta: float = 1.0
 
     @classmethod
     def of(
-        cls, name: str, y: Any, n_outputs: int, *, reduction: str = "mean", label_smoothing: float = 0.0
+        cls,
+        name: str,
+        y: Any,
+        n_outputs: int,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        huber_delta: float = 1.0,
     ) -> TrainedLoss:
         """Loss by a name of this package or of torch, with targets as they are given to torch.
 
         Parameters
         ----------
         name : str
-            ``"squared"`` (half the sum of squares), ``"cross_entropy"`` and ``"logistic"`` are sums over rows;
-            ``"MSELoss"``, ``"CrossEntropyLoss"`` and ``"BCEWithLogitsLoss"`` are torch's.
+            ``"squared"`` (half the sum of squares), ``"huber"``, ``"squared_hinge"``, ``"cross_entropy"`` and
+            ``"logistic"`` are sums over rows; ``"MSELoss"``, ``"HuberLoss"``, ``"CrossEntropyLoss"`` and
+            ``"BCEWithLogitsLoss"`` are torch's.
         y : array-like (n,) or (n, K)
-            Numbers; for cross-entropy class indices or rows of probabilities; for the logistic loss -1 and +1; for
-            ``"BCEWithLogitsLoss"`` numbers in [0, 1].
+            Numbers; for cross-entropy class indices or rows of probabilities; for the logistic loss and the squared
+            hinge -1 and +1; for ``"BCEWithLogitsLoss"`` numbers in [0, 1].
         n_outputs : int
             ``K``.
         reduction : {"mean", "sum"}
             Of torch's losses.
         label_smoothing : float
             Of torch's cross-entropy.
+        huber_delta : float
+            Of the Huber loss.
 
         Raises
         ------
@@ -83,17 +97,25 @@ class TrainedLoss:
         if name == "BCEWithLogitsLoss":
             _require(bool((np.abs(targets - 0.5) <= 0.5).all()), "BCEWithLogitsLoss takes targets in [0, 1]")
             targets = 2 * targets - 1
-        elif own == "logistic":
-            _require(bool((np.abs(targets) == 1).all()), "the logistic loss takes targets -1 and +1")
+        elif own in ("logistic", "squared_hinge"):
+            words = "the logistic loss" if own == "logistic" else "the squared hinge"
+            _require(bool((np.abs(targets) == 1).all()), f"{words} takes targets -1 and +1")
+        elif own == "huber" and not 0 < huber_delta < np.inf:
+            raise ValueError(f"huber_delta must be a positive number, got {huber_delta}.")
         elif own == "cross_entropy":
             targets = (1 - label_smoothing) * targets + label_smoothing / n_outputs
         if name in TORCH_LOSSES and reduction == "mean":
             factor /= len(targets) if own == "cross_entropy" else targets.size
-        return cls(own, targets, factor)
+        return cls(own, targets, factor, huber_delta)
+
+    @property
+    def kind(self) -> LossKind:
+        """``L`` before it is bound to targets."""
+        return loss_kind(self.name, huber_delta=self.huber_delta)
 
     def value(self, outputs: Float) -> float:
         """``factor * L(F)``."""
-        return self.factor * LOSSES[self.name](self.targets, np.ones(len(outputs))).value(outputs)
+        return self.factor * self.kind(self.targets, np.ones(len(outputs))).value(outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +189,8 @@ def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.
     name : str
         As ``TrainedLoss.of``.
     y : ndarray (n,)
-        Numbers for a squared loss of one output. Else labels: integers from 0 to K - 1 are the numbers of the outputs,
-        others are put in order.
+        Numbers for a squared or Huber loss of one output. Else labels: integers from 0 to K - 1 are the numbers of the
+        outputs, others are put in order.
     n_outputs : int
         ``K``.
 
@@ -183,7 +205,7 @@ def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.
     array([1, 0, 2])
     """
     own = TORCH_LOSSES.get(name, (name, 1.0))[0]
-    if own == "squared" and n_outputs == 1 and y.dtype.kind in "iufb":
+    if own in ("squared", "huber") and n_outputs == 1 and y.dtype.kind in "iufb":
         return y
     classes = 2 if n_outputs == 1 else n_outputs
     labels = y
@@ -193,7 +215,7 @@ def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.
     if own == "cross_entropy":
         return labels
     one_hot = labels[:, None] if n_outputs == 1 else np.eye(n_outputs)[labels]
-    return 2 * one_hot - 1 if name == "logistic" else one_hot
+    return 2 * one_hot - 1 if name in ("logistic", "squared_hinge") else one_hot
 
 
 def _numbers(y: Any, n_outputs: int) -> Float:

@@ -87,6 +87,9 @@ class WithOutputBias(Loss):
             slope = self.inner.negative_gradient(outputs + bias).sum(axis=0) - self.decay * bias
             hessian = in_the_bias(half_hessian(self.inner, outputs + bias), self.decay)
             step = np.linalg.pinv(hessian, hermitian=True) @ slope  # the softmax does not see a common bias
+            if (straight := hessian.diagonal() == 0).any():
+                ahead = np.diag(slope / self.weights.sum())[straight]
+                step = np.sum([self._far(outputs, bias, one) for one in ahead], axis=0)
             # where the value no longer tells, the slope still does
             while (following := self._value(outputs, bias + step)) > value + 4 * _EPS * abs(value):
                 step = 0.5 * step
@@ -95,6 +98,12 @@ class WithOutputBias(Loss):
                 break
         self.recent[:] = np.nan_to_num(bias)
         return bias
+
+    def _far(self, outputs: Float, bias: Float, step: Float) -> Float:
+        """A step in one output, whose loss is linear here, doubled as long as that lowers the value."""
+        while self._value(outputs, bias + 2 * step) < self._value(outputs, bias + step):
+            step = 2 * step
+        return step
 
     def _value(self, outputs: Float, bias: Float) -> float:
         return self.inner.value(outputs + bias) + 0.5 * self.decay * float(bias @ bias)

@@ -251,8 +251,10 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
 
     Parameters
     ----------
-    weight_decays, ranks, spectral_filters, n_gates, activation, loss, gates, width, solver
+    weight_decays, ranks, spectral_filters, n_gates, activation, gates, width, solver
         As in :class:`ConvexBNClassifierCV`.
+    loss, huber_delta
+        As in :class:`ConvexBNRegressor`.
     tol, max_iter, time_limit, random_state
         As in :class:`ConvexBNClassifierCV`.
     cv, scoring, n_jobs
@@ -279,6 +281,34 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
         **{k: v for k, v in ConvexBNRegressor._parameter_constraints.items() if k not in ("callback", "n_gates")},
         **_SelectionCV._parameter_constraints,
     }
+
+    def __init__(
+        self,
+        *,
+        weight_decays: Sequence[float] | None = None,
+        ranks: Sequence[int | float | None] | None = None,
+        spectral_filters: Sequence[float | None] | None = None,
+        n_gates: int | Sequence[int] = 100,
+        activation: str = "gated",
+        loss: str = "squared",
+        huber_delta: float = 1.0,
+        gates: str | FloatMatrix = "data",
+        width: int | None = None,
+        solver: str = "auto",
+        tol: float = 1e-6,
+        max_iter: int | None = None,
+        time_limit: float | None = None,
+        random_state: Any = None,
+        cv: Any = None,
+        scoring: str | Callable[..., float] | None = None,
+        n_jobs: int | None = None,
+    ) -> None:
+        super().__init__(
+            weight_decays=weight_decays, ranks=ranks, spectral_filters=spectral_filters, n_gates=n_gates,
+            activation=activation, loss=loss, gates=gates, width=width, solver=solver, tol=tol, max_iter=max_iter,
+            time_limit=time_limit, random_state=random_state, cv=cv, scoring=scoring, n_jobs=n_jobs,
+        )  # fmt: skip
+        self.huber_delta = huber_delta
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

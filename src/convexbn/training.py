@@ -15,7 +15,7 @@ from convexbn import certificate
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.evidence import AllPatterns
-from convexbn.losses import LOSSES, Loss, SquaredLoss
+from convexbn.losses import Loss, LossKind, SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program import GatedProgram
@@ -85,7 +85,7 @@ class TrainingSet:
         Y: Float,
         sample_weight: Float,
         *,
-        loss: str,
+        loss: LossKind,
         rank: int | float | None,
         input_eps: float,
         merge_features: bool,
@@ -93,13 +93,13 @@ class TrainingSet:
     ) -> TrainingSet:
         """Canonical order, merging and whitening.
 
-        With ``merge_features`` (ReLU by formula) rows of equal features are merged whatever their targets:
-        averaged for the squared loss, soft labels for the others.
+        With ``merge_features`` (ReLU by formula) rows of equal features are merged whatever their targets, where the
+        loss depends on their mean: averaged for the squared loss, soft labels for those of classes.
         """
         X, Y, weights = canonical_rows(X, Y, sample_weight)
         mark = fingerprint(X, Y, weights)
-        bound = LOSSES[loss](Y, weights)
-        if merge_features:
+        bound = loss(Y, weights)
+        if merge_features and bound.depends_on_means:
             X, place = distinct_rows(X)
             bound = bound.merged(place, len(X))
         whitening = whiten(X, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from convexbn.cli.common import check_writable, number, quiet
-from convexbn.cli.options import auto_or_float, data_parser, network_parser, rank
+from convexbn.cli.options import auto_or_float, data_parser, huber_delta, network_parser, rank
 
 
 def add_parser(commands: Any) -> None:
@@ -38,6 +38,7 @@ def fit(options: argparse.Namespace) -> int:
         model = estimator_for(split.task)(
             activation=options.activation,
             loss=options.loss,
+            **huber_delta(options, split.task),
             weight_decay=options.weight_decay,
             n_gates=options.n_gates,
             width=options.width,

@@ -7,12 +7,12 @@ import json
 from typing import Any
 
 from convexbn.cli.common import feature_names, number, quiet
-from convexbn.cli.options import data_parser, file_parser
+from convexbn.cli.options import LOSSES, data_parser, file_parser
 
-_LOSSES = ["squared", "logistic", "cross_entropy", "MSELoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
+_TORCH_LOSSES = ["MSELoss", "HuberLoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
 
 #: Options of ``certify`` for what the file of a model holds itself.
-_QUESTION = ("loss", "weight_decay", "optimizer_decay", "eps", "tol")
+_QUESTION = ("loss", "huber_delta", "weight_decay", "optimizer_decay", "eps", "tol")
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +30,9 @@ def add_parser(commands: Any) -> None:
     )
     judge.add_argument("--json", action="store_true", help="print one JSON object last")
     trained = judge.add_argument_group("for networks that torch trained (.pt2, state dicts in .pt or .safetensors)")
-    trained.add_argument("--loss", choices=_LOSSES, help="summed over rows, or torch's own with its mean")
+    names = [*LOSSES, *_TORCH_LOSSES]
+    trained.add_argument("--loss", choices=names, help="summed over rows, or torch's own with its mean")
+    trained.add_argument("--huber-delta", type=float, metavar="DELTA", help="of huber and HuberLoss, by default 1")
     trained.add_argument("--weight-decay", type=float, metavar="BETA", help="against the sum of the losses")
     trained.add_argument("--optimizer-decay", type=float, metavar="LAM", help="weight_decay of SGD or Adam")
     trained.add_argument("--eps", type=float, help="of the batch norm of a state dict, by default 1e-5")
@@ -107,7 +109,9 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     source = read_source(options.data, options.target, data_home=options.data_home, need_target=True)
     assert source.y is not None
     n_outputs = layers.output.shape[1]
-    loss = TrainedLoss.of(options.loss, targets_of_labels(options.loss, source.y, n_outputs), n_outputs)
+    targets = targets_of_labels(options.loss, source.y, n_outputs)
+    huber_delta = 1.0 if options.huber_delta is None else options.huber_delta
+    loss = TrainedLoss.of(options.loss, targets, n_outputs, huber_delta=huber_delta)
     if options.weight_decay is not None:
         objective = Objective.with_weight_decay(loss, options.weight_decay)
     else:

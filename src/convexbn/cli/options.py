@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+#: Losses by their names here.
+LOSSES = ["squared", "huber", "squared_hinge", "logistic", "cross_entropy"]
+
 
 def data_parser() -> argparse.ArgumentParser:
     """Where rows come from."""
@@ -20,7 +23,8 @@ def network_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--target", metavar="NAME", help="target column (files only)")
     parser.add_argument("--activation", choices=["gated", "relu"], default="gated")
-    parser.add_argument("--loss", choices=["squared", "logistic", "cross_entropy"], default="squared")
+    parser.add_argument("--loss", choices=LOSSES, default="squared")
+    parser.add_argument("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
     parser.add_argument("--n-gates", type=int, default=100, metavar="P")
     parser.add_argument("--width", type=int, metavar="M", help="neurons that relu training starts with")
     parser.add_argument("--gates", choices=["data", "whitened", "trained"], default="data")
@@ -33,6 +37,15 @@ def network_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=["auto", "classification", "regression"], default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the gates")
     return parser
+
+
+def huber_delta(options: argparse.Namespace, task: str) -> dict[str, float]:
+    """Delta of the Huber loss, where it is given: a parameter of regressors."""
+    if options.huber_delta is None:
+        return {}
+    if options.loss != "huber" or task != "regression":
+        raise ValueError("--huber-delta is for --loss huber, which is for regression.")
+    return {"huber_delta": options.huber_delta}
 
 
 def file_parser() -> argparse.ArgumentParser:

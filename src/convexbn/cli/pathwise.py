@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convexbn.cli.common import Terminated, check_writable, ending, number, say
-from convexbn.cli.options import data_parser, floats, network_parser, ranks
+from convexbn.cli.options import data_parser, floats, huber_delta, network_parser, ranks
 
 #: Pictures that can be drawn.
 _PICTURES = (".png", ".svg", ".pdf")
@@ -46,6 +46,7 @@ def path(options: argparse.Namespace) -> int:
     model = estimator_for(split.task)(
         activation=options.activation,
         loss=options.loss,
+        **huber_delta(options, split.task),
         n_gates=options.n_gates,
         width=options.width,
         gates=options.gates,

@@ -13,6 +13,7 @@ from convexbn.nn.cross_iteration import (
 )
 from convexbn.nn.gated import GatedModule
 from convexbn.nn.judging import certify
+from convexbn.nn.layer import ConvexLayer, gated_outputs
 from convexbn.nn.module import to_module
 from convexbn.nn.normalised_layers import NormalisedLayer, normalised_layers
 from convexbn.nn.reading import from_module
@@ -21,6 +22,7 @@ from convexbn.nn.tail import Tail, read_tail
 from convexbn.nn.weight_rescaling import WeightRescaling
 
 __all__ = [
+    "ConvexLayer",
     "CrossIterationBatchNorm1d",
     "CrossIterationBatchNorm2d",
     "GatedModule",
@@ -32,6 +34,7 @@ __all__ = [
     "convert_cross_iteration_batch_norm",
     "diagnostics",
     "from_module",
+    "gated_outputs",
     "normalised_layers",
     "read_tail",
     "reoptimise",

@@ -44,9 +44,10 @@ def certify(
     y : array-like or Tensor (n,) or (n, K)
         Their targets, as the loss takes them.
     loss : torch.nn.Module or str
-        ``nn.MSELoss()``, ``nn.CrossEntropyLoss()`` (label smoothing included) or ``nn.BCEWithLogitsLoss()``, of
-        reduction mean or sum. Or a loss of this package, summed over rows: ``"squared"`` (half the squares),
-        ``"cross_entropy"``, ``"logistic"`` (targets -1 and +1).
+        ``nn.MSELoss()``, ``nn.HuberLoss()``, ``nn.CrossEntropyLoss()`` (label smoothing included) or
+        ``nn.BCEWithLogitsLoss()``, of reduction mean or sum. Or a loss of this package, summed over rows: ``"squared"``
+        (half the squares), ``"huber"`` (of delta 1), ``"cross_entropy"``, ``"logistic"`` and ``"squared_hinge"``
+        (targets -1 and +1).
     optimizer : torch.optim.Optimizer, optional
         The optimiser that trained it, for its weight decay: SGD, Adam and others that add it to the gradient. AdamW
         shrinks the parameters beside the gradient and minimises no such objective: give ``weight_decay`` instead.

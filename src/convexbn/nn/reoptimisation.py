@@ -23,14 +23,17 @@ from convexbn.audit import check_effort
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
 from convexbn.environment import solving
-from convexbn.layers import Layers, convertible
+from convexbn.layers import Layers, convertible, rounded
+from convexbn.losses import LOSSES
 from convexbn.network import BatchNormNetwork
+from convexbn.nn.segment import Point, Segment
 from convexbn.nn.standing import Standing, Task
-from convexbn.nn.statistics import with_full_batch_statistics
+from convexbn.nn.statistics import with_full_batch_statistics, without_momentum
 from convexbn.nn.tail import Tail, as_tensor, read_tail
 from convexbn.solvers import closed_form
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import NeuronPricing
+from convexbn.solvers.neurons import Neurons
 from convexbn.solvers.solution import Budget
 from convexbn.training import TrainingSet
 
@@ -54,13 +57,20 @@ class Reoptimisation:
     before, after : Standing
         Of the module that was given and of the new one.
     certificate : Certificate or None
-        What is proved of the new module, over all widths and patterns, on its features.
+        What is proved of the new module, over all widths and patterns, on its features. None if it was not asked for,
+        or the module keeps a share of its output bias, which the program has not: see ``convexbn.nn.certify``.
+    step : float
+        How far the new layers are on the way from the trained ones, at their best scale (0), to the optimum (1).
+    statistics : {"all rows", "stored"}
+        Of the earlier batch norms.
     """
 
     module: nn.Module
     before: Standing
     after: Standing
     certificate: Certificate | None
+    step: float = 1.0
+    statistics: str = "all rows"
 
 
 def reoptimise(
@@ -90,6 +100,13 @@ def reoptimise(
 
     The program has no output bias: that of the last Linear becomes 0, and "no worse" means than without it.
 
+    A lower training objective need not generalise better. With validation rows and classes the new module is the one
+    of least objective, on the segment from the trained layers at their best scale to those above, whose validation
+    accuracy is not below that of the module that was given: the objective is convex along it, and falls. Between its
+    ends the segment holds both networks side by side, and a share of the output bias. Earlier batch norms then keep
+    their stored statistics if the module with those of all rows is less accurate. The validation rows choose, so that
+    their accuracy is no estimate any more: take other rows for that.
+
     Parameters
     ----------
     module : torch.nn.Module
@@ -100,14 +117,14 @@ def reoptimise(
     y : ndarray or Tensor (n,) or (n, K)
         Integers are classes 0 to K - 1, the numbers of the outputs (with one output 0 or -1, and 1); floats are
         targets as the loss takes them, for which there is no accuracy.
-    loss : {"squared", "logistic", "cross_entropy"}
+    loss : {"squared", "squared_hinge", "logistic", "cross_entropy"}
         Summed over the rows; ``"squared"`` is half the squared error, ``"logistic"`` is for one output.
     weight_decay : float
         Strength against the *sum* of the losses. A torch optimiser's ``weight_decay`` lam on the last batch norm and
         Linear is ``lam * sqrt(n)`` with a mean loss, and ``lam * K * sqrt(n) / 2`` with ``MSELoss``. (AdamW's is
         another: it is not part of the gradient.)
     X_val, y_val : ndarray or Tensor, optional
-        Validation rows, for their accuracy alone.
+        Validation rows; with classes they choose among the networks between the trained one and the optimum.
     certify : bool, default=True
         Whether to prove how good the new layers are. Beyond 10,000 rows the proof can take longer than the layers, and
         its bound is loose.
@@ -158,58 +175,100 @@ def reoptimise(
         task = task.validated_on(as_tensor(X_val), y_val)
     numbers = _numbers(given)
     given.features(rows[:_FEW])
-    frozen = with_full_batch_statistics(given.module, given.before, rows)
-    features = read_tail(frozen).features(rows)
-    start = given.layers.with_statistics_of(features)
+    start = _beginning(given, task)
     with solving(len(rows)):
         data = TrainingSet.prepare(
-            features, task.loss.targets, task.loss.weights,
-            loss=loss, rank=None, input_eps=float(np.finfo(numbers).eps), merge_features=True,
+            start.features, task.loss.targets, task.loss.weights,
+            loss=LOSSES[loss], rank=None, input_eps=float(np.finfo(numbers).eps), merge_features=True,
         )  # fmt: skip
-        network, stopped_by = _solved(
-            data, start.network(features), weight_decay,
-            tol=tol, max_iter=max_iter, budget=budget, random_state=random_state,
-        )  # fmt: skip
-        layers = Layers.of(convertible(network), numbers, given.layers.eps)
+        trained = neurons_of(data, start.layers.network(start.features)).balanced()
+        found, stopped_by = _solved(
+            data, trained, weight_decay, tol=tol, max_iter=max_iter, budget=budget, random_state=random_state
+        )
+        segment = Segment.between(data, weight_decay, trained, start.layers.output_bias, found)
+        step, layers = 1.0, _layers_of(segment.at(1.0), data, given)
+        if task.validation is not None:
+            step, layers = _chosen(segment, start, given, task)
         proof = None
-        if certify:
+        if certify and not layers.output_bias.any():
             proof = training.certify(
-                data, layers.network(features), weight_decay, None,
+                data, layers.network(start.features), weight_decay, None,
                 tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
             )  # fmt: skip
-    new = _with_layers(frozen, given, layers)
-    before, after = task.standing(given.module, start, features), task.standing(new, layers, features)
-    return Reoptimisation(new, before, after, proof)
+    new = _with_layers(start.module, given, layers)
+    before = task.standing(given.module, start.layers, start.features)
+    after = task.standing(new, layers, start.features)
+    return Reoptimisation(new, before, after, proof, step, start.statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class _Beginning:
+    """Earlier layers as they will stay, the features that they compute, and the trained last layers on these."""
+
+    module: nn.Module
+    features: Float
+    layers: Layers
+    statistics: str
+
+    def with_layers(self, given: Tail) -> nn.Module:
+        """The whole module."""
+        return _with_layers(self.module, given, self.layers)
+
+
+def _beginning(given: Tail, task: Task) -> _Beginning:
+    """The statistics of all rows, unless the module has higher validation accuracy with the stored ones."""
+    module = with_full_batch_statistics(given.module, given.before, task.rows)
+    features = read_tail(module).features(task.rows)
+    exact = _Beginning(module, features, given.layers.with_statistics_of(features), "all rows")
+    if task.validation is None or task.validates(exact.with_layers(given)) >= task.validates(given.module):
+        return exact
+    return _Beginning(without_momentum(given.module), given.features(task.rows), given.layers, "stored")
+
+
+def _chosen(segment: Segment, start: _Beginning, given: Tail, task: Task) -> tuple[float, Layers]:
+    """Step and layers of least objective with which the module, as it will be, is no less accurate than it began."""
+    least = task.validates(start.with_layers(given))
+    for point in segment.points():
+        layers = _layers_of(point, segment.data, given)
+        if task.validates(_with_layers(start.module, given, layers)) >= least:
+            return point.step, layers
+    return 0.0, start.layers
+
+
+def _layers_of(point: Point, data: TrainingSet, given: Tail) -> Layers:
+    """Last layers of a point in numbers of the module's type."""
+    network = BatchNormNetwork.from_neurons(data.whitening, point.neurons.first, point.neurons.output)
+    numbers = _numbers(given)
+    layers = Layers.of(convertible(network), numbers, given.layers.eps)
+    return replace(layers, output_bias=rounded(point.output_bias, numbers))
 
 
 def _solved(
     data: TrainingSet,
-    start: BatchNormNetwork,
+    own: Neurons,
     weight_decay: float,
     *,
     tol: float,
     max_iter: int,
     budget: Budget,
     random_state: int,
-) -> tuple[BatchNormNetwork, str]:
+) -> tuple[Neurons, str]:
     """The network by formula where there is one, from the given one elsewhere; why it stopped."""
     rows, n = data.whitening.rows, len(data.X)
     if data.has_orthogonal_rows:
         try:
-            layers = closed_form.solve_full_rank(rows, data.loss, weight_decay)
-            return BatchNormNetwork.from_neurons(data.whitening, *layers), "formula"
+            return Neurons(*closed_form.solve_full_rank(rows, data.loss, weight_decay)), "formula"
         except closed_form.NoFormulaError:
             pass
     solving_time = None if budget.time_limit is None else training.SOLVER_SHARE * budget.time_limit
     share = replace(budget, time_limit=solving_time)
-    own = neurons_of(data, start).balanced()
     found = local_phase(rows, data.loss, weight_decay, own, max_iter=max_iter, deadline=share.deadline)
     stopped_by = "time_limit" if share.deadline is not None and time.monotonic() >= share.deadline else "tolerance"
     if n <= PRICING_ROWS:
         pricing, rng = NeuronPricing(tol=training.PRICING_TOL * tol), np.random.default_rng(random_state)
         solution = pricing.solve(rows, data.loss, weight_decay, rng, share, initial=found)
         found, stopped_by = solution.neurons, solution.stopped_by
-    return BatchNormNetwork.from_neurons(data.whitening, found.first, found.output), stopped_by
+    return found, stopped_by
 
 
 def _with_layers(module: nn.Module, tail: Tail, layers: Layers) -> nn.Module:

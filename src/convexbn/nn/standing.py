@@ -76,17 +76,18 @@ class Task:
         """
         if not 0 < weight_decay < np.inf:
             raise ValueError(f"weight_decay must be positive and finite, got {weight_decay}.")
-        if loss not in ("squared", "logistic" if K == 1 else "cross_entropy"):
+        if loss not in ("squared", "squared_hinge", "logistic" if K == 1 else "cross_entropy"):
             raise ValueError(
-                f"loss={loss!r} is not for a module of {K} outputs: give 'squared', 'logistic' (one output) or "
-                "'cross_entropy' (more)."
+                f"loss={loss!r} is not for a module of {K} outputs: give 'squared', 'squared_hinge', 'logistic' (one "
+                "output) or 'cross_entropy' (more)."
             )
         values, n = _array(y), len(rows)
         if values.dtype.kind not in "iub":
             labels, targets = None, TrainedLoss.of(loss, values, K).targets
         else:
             labels = as_labels(values, K, n)
-            targets = np.where(labels == 1, 1.0, -1.0)[:, None] if K == 1 else np.eye(K)[labels]
+            targets = np.eye(max(K, 2))[labels][:, -K:]
+            targets = 2 * targets - 1 if K == 1 or loss == "squared_hinge" else targets
         if len(targets) != n:
             raise ValueError(f"X has {n} rows and y {len(targets)}: give one target for every row.")
         return cls(rows, LOSSES[loss](targets, np.ones(n)), labels, weight_decay)
@@ -94,6 +95,11 @@ class Task:
     def validated_on(self, rows: torch.Tensor, y: Any) -> Task:
         """The same task with validation rows and their classes."""
         return replace(self, validation=(rows, as_labels(y, self.loss.targets.shape[1], len(rows), "y_val")))
+
+    def validates(self, module: nn.Module) -> float:
+        """Validation accuracy of a module."""
+        assert self.validation is not None
+        return _accuracy(module, *self.validation)
 
     def standing(self, module: nn.Module, layers: Layers, features: Float) -> Standing:
         """Of a module whose last layers are ``layers`` on features (n, p)."""

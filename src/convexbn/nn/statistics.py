@@ -50,6 +50,15 @@ def with_full_batch_statistics(module: nn.Module, names: Iterable[str], rows: to
     return copied
 
 
+def without_momentum(module: nn.Module) -> nn.Module:
+    """A copy in eval mode whose batch norms keep their stored statistics when it is run in train mode."""
+    found = copy.deepcopy(module).eval()
+    for layer in found.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.momentum = 0.0
+    return found
+
+
 def outputs_of(module: nn.Module, rows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Outputs (batch, K) on the CPU, batch by batch, on the module's own device and in its own type."""
     sample = next(module.parameters())

@@ -23,8 +23,8 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     Parameters
     ----------
     loss : torch.nn.Module or str
-        ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` of reduction ``"mean"`` or ``"sum"``, without class
-        weights; or a name of ``TrainedLoss.of``.
+        ``MSELoss``, ``HuberLoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` of reduction ``"mean"`` or ``"sum"``,
+        without class weights; or a name of ``TrainedLoss.of``.
     y : array-like or Tensor
         Targets as that loss takes them.
     n_outputs : int
@@ -56,6 +56,7 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     return TrainedLoss.of(
         name, targets, n_outputs,
         reduction=str(loss.reduction), label_smoothing=float(getattr(loss, "label_smoothing", 0.0)),
+        huber_delta=float(getattr(loss, "delta", 1.0)),
     )  # fmt: skip
 
 

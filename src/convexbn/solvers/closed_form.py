@@ -7,11 +7,13 @@ make no acute angle, each ray is one neuron (mathematics, sections 2d and 2e).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from convexbn._typing import Float
 from convexbn.bounds import group_directions
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, Loss, SquaredLoss
+from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
 
 
 class NoFormulaError(ValueError):
@@ -26,7 +28,7 @@ def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float
     rows : ndarray (n, n)
         Whitened distinct rows; ``diag(sqrt(w)) rows`` is orthogonal.
     loss : Loss
-        Squared, logistic (one output) or softmax cross-entropy (one-hot targets).
+        Squared, squared hinge, Huber (one output), logistic (one output) or softmax cross-entropy (one-hot targets).
     weight_decay : float
 
     Raises
@@ -42,7 +44,13 @@ def solve_full_rank(rows: Float, loss: Loss, weight_decay: float) -> tuple[Float
     >>> output.round(4)
     array([[0.2142, 0.    ]])
     """
-    formulas = {SquaredLoss: _squared, LogisticLoss: _logistic, CrossEntropyLoss: _cross_entropy}
+    formulas = {
+        SquaredLoss: _squared,
+        SquaredHingeLoss: _squared,  # its outputs stay between the margins, where the two losses differ by a constant
+        HuberLoss: _huber,
+        LogisticLoss: _logistic,
+        CrossEntropyLoss: _cross_entropy,
+    }
     if (formula := formulas.get(type(loss))) is None:
         raise NoFormulaError(f"there is no formula for {type(loss).__name__}.")
     hidden, output = formula(loss, weight_decay)
@@ -85,14 +93,28 @@ def _cross_entropy(loss: Loss, weight_decay: float) -> tuple[Float, Float]:
     return hidden, (np.sqrt(totals) * amplitude)[:, None] * (np.eye(K) - 1 / K)
 
 
+def _huber(loss: Loss, weight_decay: float) -> tuple[Float, Float]:
+    """One neuron for the positive targets and one for the negative ones."""
+    assert isinstance(loss, HuberLoss)
+    if loss.targets.shape[1] > 1:
+        raise NoFormulaError("no formula: the Huber loss has one for one output only.")
+    delta = loss.delta
+    return _two_sides(loss, lambda weights, y: _huber_amplitudes(weights, y, delta, weight_decay))
+
+
 def _logistic(loss: Loss, weight_decay: float) -> tuple[Float, Float]:
     """One neuron for the rows that lean to +1 and one for those that lean to -1."""
+    return _two_sides(loss, lambda weights, y: _amplitudes(weights, 0.5 * (1 + y), weight_decay))
+
+
+def _two_sides(loss: Loss, amplitudes: Callable[[Float, Float], Float]) -> tuple[Float, Float]:
+    """Neurons of the rows with targets of either sign, from the outputs of weights and targets made positive."""
     y = loss.targets[:, 0]
     hidden, output = np.zeros((len(y), 2)), np.zeros((2, 1))
     for j, sign in enumerate((1.0, -1.0)):
         side = sign * y > 0
-        weights, p = loss.weights[side], 0.5 * (1 + sign * y[side])
-        amplitude = _amplitudes(weights, p, weight_decay)
+        weights = loss.weights[side]
+        amplitude = amplitudes(weights, sign * y[side])
         norm = np.linalg.norm(np.sqrt(weights) * amplitude)
         if norm > 0:
             hidden[side, j] = np.sqrt(weights) * amplitude / norm
@@ -110,10 +132,25 @@ def _amplitudes(weights: Float, p: Float, weight_decay: float) -> Float:
         return np.zeros_like(p)
     if np.all(p == 1):
         return np.full_like(p, np.log(np.sqrt(weights.sum()) / weight_decay - 1))
+    return _with_norm(weights, lambda ratio: _stationary(p, ratio), weight_decay)
+
+
+def _huber_amplitudes(weights: Float, y: Float, delta: float, weight_decay: float) -> Float:
+    """Minimise ``sum w h(y - f) + beta ||sqrt(w) f||`` over ``f >= 0``, for ``y > 0``.
+
+    ``clip(y - f, -delta, delta) = lambda f``, so that ``f = min(y / (1 + lambda), delta / lambda)``.
+    """
+    if weight_decay >= np.linalg.norm(np.sqrt(weights) * np.minimum(y, delta)):
+        return np.zeros_like(y)
+    return _with_norm(weights, lambda ratio: np.minimum(y / (1 + ratio) * ratio, delta) / ratio, weight_decay)
+
+
+def _with_norm(weights: Float, stationary: Callable[[float], Float], weight_decay: float) -> Float:
+    """The outputs ``f(lambda)`` for which ``lambda ||sqrt(w) f||``, which grows with lambda, is the weight decay."""
     low, high = -700.0, 700.0
     for _ in range(200):
         middle = 0.5 * (low + high)
-        f = _stationary(p, np.exp(middle))
+        f = stationary(np.exp(middle))
         too_small = np.exp(middle) * np.linalg.norm(np.sqrt(weights) * f) < weight_decay
         low, high = (middle, high) if too_small else (low, middle)
     return f

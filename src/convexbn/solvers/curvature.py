@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, Loss, SquaredLoss
+from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
 
 #: Doubles of the derivative that are formed at a time.
 _BLOCK = 1 << 22
@@ -57,10 +57,11 @@ def in_the_bias(half: Float, decay: float) -> Float:
 def half_hessian(loss: Loss, outputs: Float) -> Float:
     """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``.
 
-    Squared: ``I``. Logistic: ``p (1 - p)``. Softmax: ``diag(p) - p p' = (I - p 1') diag(p) (I - 1 p')``.
+    Squared: ``I``. Logistic: ``p (1 - p)``. Softmax: ``diag(p) - p p' = (I - p 1') diag(p) (I - 1 p')``. Huber and
+    squared hinge have a generalised one: 1 where they are quadratic, 0 where they are linear or zero.
     """
     n, K = outputs.shape
-    half = {SquaredLoss: _squared, LogisticLoss: _logistic, CrossEntropyLoss: _cross_entropy}[type(loss)]
+    half = _HALVES[type(loss)]
     scaled: Float = np.sqrt(loss.weights)[:, None, None] * np.broadcast_to(half(loss, outputs), (n, K, K))
     return scaled
 
@@ -69,11 +70,20 @@ def _squared(loss: Loss, outputs: Float) -> Float:
     return np.eye(outputs.shape[1])
 
 
+def _huber(loss: Loss, outputs: Float) -> Float:
+    assert isinstance(loss, HuberLoss)
+    return _diagonals(np.where(np.abs(outputs - loss.targets) < loss.delta, 1.0, 0.0))
+
+
+def _squared_hinge(loss: Loss, outputs: Float) -> Float:
+    p = 0.5 * (1 + loss.targets)
+    return _diagonals(np.sqrt(p * (outputs < 1) + (1 - p) * (outputs > -1)))
+
+
 def _logistic(loss: Loss, outputs: Float) -> Float:
     residual = loss.negative_gradient(outputs) / loss.weights[:, None]
     p = np.clip(0.5 * (1 + loss.targets) - residual, 0, 1)
-    half: Float = np.sqrt(p * (1 - p))[:, :, None] * np.eye(p.shape[1])
-    return half
+    return _diagonals(np.sqrt(p * (1 - p)))
 
 
 def _cross_entropy(loss: Loss, outputs: Float) -> Float:
@@ -82,3 +92,18 @@ def _cross_entropy(loss: Loss, outputs: Float) -> Float:
     root = np.sqrt(p)
     half: Float = root[:, None, :] * np.eye(p.shape[1]) - p[:, :, None] * root[:, None, :]
     return half
+
+
+def _diagonals(entries: Float) -> Float:
+    """Diagonal matrices (n, K, K) of rows (n, K)."""
+    matrices: Float = entries[:, :, None] * np.eye(entries.shape[1])
+    return matrices
+
+
+_HALVES: dict[type[Loss], Callable[[Loss, Float], Float]] = {
+    SquaredLoss: _squared,
+    HuberLoss: _huber,
+    SquaredHingeLoss: _squared_hinge,
+    LogisticLoss: _logistic,
+    CrossEntropyLoss: _cross_entropy,
+}

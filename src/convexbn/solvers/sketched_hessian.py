@@ -127,7 +127,10 @@ def sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Ge
     if count >= n:
         return program, outputs
     leverage = row_curvature(program.loss, outputs) * np.einsum("nq,nq->n", program.rows, program.rows)
-    chances = 0.5 * leverage / leverage.sum() + 0.5 / n
+    total = leverage.sum()
+    if not total > 0:  # where the loss is linear or zero on all rows, they are alike
+        leverage, total = np.ones(n), float(n)
+    chances = 0.5 * leverage / total + 0.5 / n
     index, times = np.unique(rng.choice(n, count, p=chances), return_counts=True)
     weights = program.loss.weights[index] * times / (count * chances[index])
     loss = replace(program.loss, targets=program.loss.targets[index], weights=weights)

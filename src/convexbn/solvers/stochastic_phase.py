@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._typing import Float, FloatMatrix
 from convexbn.environment import Workers, workers
 from convexbn.losses import Loss
 from convexbn.solvers.neurons import Neurons
@@ -41,15 +41,15 @@ class StochasticPhase:
     epochs : int, default=20
         Passes over the rows.
     batch_size : int, default=250
-    learning_rate : float, default=0.1
-        Largest learning rate of the mean loss. Where the gradient of the loss is not bounded it is lowered to what is
-        stable for the hidden layer at the start.
+    learning_rate : float, default=0.2
+        Largest learning rate of the mean loss. Where the loss is nearly quadratic it is lowered to what is stable for
+        the hidden layer at the start.
     momentum : float, default=0.9
     """
 
     epochs: int = 20
     batch_size: int = 250
-    learning_rate: float = 0.1
+    learning_rate: float = 0.2
     momentum: float = 0.9
 
     def run(
@@ -67,21 +67,21 @@ class StochasticPhase:
         """
         n, root = len(rows), float(np.sqrt(loss.weights.sum()))
         scaled = (root * rows).astype(np.float32)
-        layers = _Layers(start, root, loss.output_scale, decay=weight_decay / root, momentum=self.momentum)
         largest = self.learning_rate
-        if not loss.bounded_gradient:
-            sharpness = loss.curvature * layers.largest_square(scaled[rng.permutation(n)[:_SAMPLE]])
-            largest = min(largest, _STABLE * (1 + self.momentum) / sharpness)
+        if loss.nearly_quadratic:
+            seen = scaled[rng.permutation(n)[:_SAMPLE]] @ (start.first / root / np.sqrt(loss.output_scale))
+            largest = min(largest, _STABLE * (1 + self.momentum) / (loss.curvature * _largest_square(seen)))
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
         with workers() as threads:
+            layers = _Layers(start, threads, root, loss, decay=weight_decay / root, momentum=self.momentum)
             for _ in range(self.epochs):
-                order, seen = rng.permutation(n), 0.0
+                order, total = rng.permutation(n), 0.0
                 for first in range(0, n, self.batch_size):
                     part, rate = order[first : first + self.batch_size], largest * shape(clock.tick())
-                    seen += layers.step(scaled, loss, part, rate, threads)
+                    total += layers.step(scaled[part], loss.of_rows(part), rate)
                     if clock.done >= 1:
                         break
-                yield layers.neurons, seen + loss.constant
+                yield layers.neurons, total + loss.constant
                 if clock.done >= 1:
                     return
 
@@ -117,46 +117,63 @@ class _Clock:
         return self.done
 
 
+def _largest_square(response: Float) -> float:
+    """Largest eigenvalue of the mean of ``h h'`` over the rows ``h`` of a hidden layer."""
+    hidden = np.maximum(response, 0)
+    return float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)
+
+
 class _Layers:
-    """Both layers and their velocities, float32, for rows scaled by ``root`` and outputs in units of ``unit``."""
+    """The network, its neurons dealt out to threads, for rows scaled by ``root`` and outputs in units of the loss."""
 
-    def __init__(self, start: Neurons, root: float, unit: float, *, decay: float, momentum: float) -> None:
-        share = np.sqrt(unit)  # of the unit, in either layer
-        self.weights = (start.first / (share * root)).astype(np.float32), (start.output / share).astype(np.float32)
-        self.velocities = tuple(np.zeros_like(weight) for weight in self.weights)
-        self.root, self.unit = root, unit
-        self.decay, self.momentum = np.float32(decay / unit), np.float32(momentum)
+    def __init__(
+        self, start: Neurons, threads: Workers, root: float, loss: Loss, *, decay: float, momentum: float
+    ) -> None:
+        self.root, self.unit, self.threads = root, loss.output_scale, threads
+        share = np.sqrt(self.unit)  # of the unit, in either layer
+        self.parts = [
+            _Part(start.first[:, part] / (share * root), start.output[part] / share, decay / self.unit, momentum)
+            for part in np.array_split(np.arange(len(start.output)), threads.count)
+        ]
 
-    def largest_square(self, rows: FloatMatrix) -> float:
-        """Largest eigenvalue of the mean of ``h h'`` over the hidden layers ``h`` of some rows."""
-        hidden = np.maximum(rows @ self.weights[0], 0).astype(np.float64)
-        return float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(rows)
-
-    def step(self, scaled: FloatMatrix, loss: Loss, part: Index, rate: float, threads: Workers) -> float:
+    def step(self, rows: FloatMatrix, batch: Loss, rate: float) -> float:
         """One step of gradient descent with momentum and weight decay; returns the loss before it."""
-        total = loss.weights[part].sum()
-        found = threads.shared(lambda share: self.ascent(scaled[share], loss.of_rows(share), total), part)
-        for k, (weight, velocity) in enumerate(zip(self.weights, self.velocities, strict=True)):
-            velocity *= self.momentum
-            velocity -= self.decay * weight
-            for _, ascents in found:
-                velocity += ascents[k]
-            weight += np.float32(rate) * velocity
-        return sum(value for value, _ in found)
-
-    def ascent(self, rows: FloatMatrix, batch: Loss, total: float) -> tuple[float, tuple[FloatMatrix, FloatMatrix]]:
-        """Loss of some rows, and its negative gradients over the total weight of the batch."""
-        first, output = self.weights
-        hidden = rows @ first
-        np.maximum(hidden, 0, out=hidden)
-        outputs = self.unit * (hidden @ output).astype(np.float64)
-        dual = (batch.negative_gradient(outputs) / (self.unit * total)).astype(np.float32)
-        back = dual @ output.T
-        back *= hidden > 0
-        return batch.value(outputs), (rows.T @ back, hidden.T @ dual)
+        shares = np.array(self.threads.each(lambda part: part.forward(rows), self.parts))
+        outputs: Float = self.unit * shares.sum(axis=0, dtype=np.float64)
+        dual = (batch.negative_gradient(outputs) / (self.unit * batch.weights.sum())).astype(np.float32)
+        self.threads.each(lambda part: part.backward(rows, dual, np.float32(rate)), self.parts)
+        return batch.value(outputs)
 
     @property
     def neurons(self) -> Neurons:
         """The network on unscaled rows, in float64."""
-        first, output = (np.sqrt(self.unit) * weight.astype(np.float64) for weight in self.weights)
-        return Neurons(first * self.root, output)
+        first = np.hstack([part.first for part in self.parts]).astype(np.float64)
+        output = np.vstack([part.output for part in self.parts]).astype(np.float64)
+        return Neurons(np.sqrt(self.unit) * self.root * first, np.sqrt(self.unit) * output)
+
+
+class _Part:
+    """Some of the neurons, both layers and their velocities, in float32; what a step needs is kept between calls."""
+
+    def __init__(self, first: Float, output: Float, decay: float, momentum: float) -> None:
+        self.first, self.output = (np.ascontiguousarray(weight, dtype=np.float32) for weight in (first, output))
+        self.velocities = np.zeros_like(self.first), np.zeros_like(self.output)
+        self.decay, self.momentum = np.float32(decay), np.float32(momentum)
+
+    def forward(self, rows: FloatMatrix) -> FloatMatrix:
+        """Outputs of these neurons."""
+        self.hidden = rows @ self.first
+        np.maximum(self.hidden, 0, out=self.hidden)
+        outputs: FloatMatrix = self.hidden @ self.output
+        return outputs
+
+    def backward(self, rows: FloatMatrix, dual: FloatMatrix, rate: np.float32) -> None:
+        """Move both layers, for the negative gradient in the outputs of the last call of ``forward``."""
+        back = dual @ self.output.T
+        back *= self.hidden > 0
+        ascents = rows.T @ back, self.hidden.T @ dual
+        for weight, velocity, ascent in zip((self.first, self.output), self.velocities, ascents, strict=True):
+            velocity *= self.momentum
+            velocity += ascent
+            velocity -= np.multiply(weight, self.decay, out=ascent)
+            weight += np.multiply(velocity, rate, out=ascent)

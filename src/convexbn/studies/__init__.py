@@ -17,6 +17,8 @@ NAMES: dict[str, str] = {
     "certificate": "convexbn.studies.certificate",
     "truncation": "convexbn.studies.truncation",
     "speed": "convexbn.studies.speed",
+    "differentiable-layer": "convexbn.studies.differentiable_layer",
+    "sgd-vs-ridge": "convexbn.studies.sgd_vs_ridge",
     "understanding-bn": "convexbn.studies.understanding_bn",
     "cross-iteration-bn": "convexbn.studies.cross_iteration_bn",
     "weight-rescaling": "convexbn.studies.weight_rescaling",

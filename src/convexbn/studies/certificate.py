@@ -112,11 +112,12 @@ class _Judge:
 
     def __init__(self, X: Float, Y: Float, weight_decay: float) -> None:
         from convexbn.evidence import AllPatterns
+        from convexbn.losses import SquaredLoss
         from convexbn.training import TrainingSet
 
         eps = float(np.finfo(np.float64).eps)
         self.data = TrainingSet.prepare(
-            X, Y, np.ones(len(X)), loss="squared", rank=None, input_eps=eps, merge_features=True
+            X, Y, np.ones(len(X)), loss=SquaredLoss, rank=None, input_eps=eps, merge_features=True
         )
         rows, self.weight_decay = self.data.whitening.rows, weight_decay
         self.patterns = AllPatterns(self.data.loss, rows, weight_decay, directions=rows[:0], deadline=0.0)

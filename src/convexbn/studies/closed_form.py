@@ -122,7 +122,7 @@ def _findings_of(name: str, rows: list[Row]) -> list[Finding]:
             lowest >= formula["lower_bound"],
         ),
         Finding(
-            f"Training approaches it to a per cent ({name}).",
+            f"Training approaches it to a per cent within {best['step']} steps ({name}).",
             f"The best end is {np.nanmin(excess):.2e} above it ({best['method']}, rate {best['rate']:g}, "
             f"{best['seconds']:.1f} CPU seconds); the worst is {np.nanmax(excess):.2e} above it.",
             bool(np.nanmin(excess) <= 0.01),

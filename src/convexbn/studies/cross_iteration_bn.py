@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from convexbn.studies.cross_iteration_bn_claims import findings, pictures
-from convexbn.studies.module_training import accuracy, descend, images, seeded
+from convexbn.studies.images import accuracy, descend, images, seeded
 from convexbn.studies.study import Cell, Row, Study
 
 _SEEDS = (0, 1, 2)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.studies.drawing import SIZE, chosen, distinct
-from convexbn.studies.module_training import of_finished_seeds
+from convexbn.studies.images import of_finished_seeds
 from convexbn.studies.study import Finding, Picture, Row
 
 _STATISTICS = ("one batch", "naive", "linear", "exact", "recomputed")

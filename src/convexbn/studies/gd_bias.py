@@ -62,8 +62,8 @@ def _worth(best: list[Row]) -> list[Finding]:
     return [
         Finding(
             "Without either effect gradient descent generalises far worse: the bias is in the geometry.",
-            f"Test accuracy in per cent, learning rate by validation, draws of the data: "
-            f"{len(distinct(best, 'seed'))}. {told}. On whitened data the same network class loses {both - neither:.1f} points.",
+            f"Test accuracy in per cent, learning rate by validation, mean of {len(distinct(best, 'seed'))} draws "
+            f"of the data: {told}. On whitened data the same network class loses {both - neither:.1f} points.",
             bool(both > neither),
         ),
         Finding(
@@ -219,7 +219,7 @@ def _accuracies(rows: list[Row]) -> Picture:
 
 def _rates(rows: list[Row]) -> Picture:
     picture, axes = drawing.chart(
-        "Validation accuracy over the learning rate: none makes up for the geometry",
+        "Validation accuracy over the learning rate: no rate makes up for whitening",
         "learning rate",
         "validation accuracy (%)",
         xscale="log",

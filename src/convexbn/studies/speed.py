@@ -108,7 +108,7 @@ def _instance(name: str) -> _Instance:
     n, d, count, fraction = _PROGRAMS[name]
     X, Y = planted(n, d, seed=0, neurons=10 if count or d > 2 else 5)
     eps = float(np.finfo(np.float64).eps)
-    data = TrainingSet.prepare(X, Y, np.ones(n), loss="squared", rank=None, input_eps=eps, merge_features=True)
+    data = TrainingSet.prepare(X, Y, np.ones(n), loss=SquaredLoss, rank=None, input_eps=eps, merge_features=True)
     X, Y, rows = np.asarray(data.X), data.loss.targets, data.whitening.rows
     gates = np.random.default_rng(1).standard_normal((rows.shape[1], max(count, 1)))
     instance = _Instance(X, Y, rows, gates, rows @ gates >= 0, 1.0)

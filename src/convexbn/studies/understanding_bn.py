@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.module_training import accuracy, descend, images, seeded
+from convexbn.studies.images import accuracy, descend, images, seeded
 from convexbn.studies.study import Cell, Row, Study
 from convexbn.studies.understanding_bn_claims import findings, pictures
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.studies.drawing import SIZE, chart, chosen, distinct, legend
-from convexbn.studies.module_training import of_finished_seeds
+from convexbn.studies.images import of_finished_seeds
 from convexbn.studies.study import Finding, Picture, Row
 
 #: Accuracy on ten classes that counts as learnt: twice that of chance.

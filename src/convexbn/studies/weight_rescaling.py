@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.studies.drawing import chart, chosen, legend
-from convexbn.studies.module_training import accuracy, descend, images, of_finished_seeds, seeded
+from convexbn.studies.images import accuracy, descend, images, of_finished_seeds, seeded
 from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 
 _SEEDS = (0, 1, 2)

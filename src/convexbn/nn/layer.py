@@ -1,0 +1,211 @@
+"""ConvexLayer: the optimum of the gated program as a differentiable function of rows, targets and weight decay."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from convexbn._typing import Float
+from convexbn.losses import LOSSES, Loss
+from convexbn.patterns import first_of_each_pattern
+from convexbn.program import GatedProgram
+from convexbn.solvers.sensitivity import Optimum, optimum_of
+
+#: Margin below which a derivative is told to be that of one side.
+_ON_THE_EDGE = 1e-9
+
+
+class ConvexLayer(nn.Module):
+    """Optimal outputs and weights of a gated batch-normalised network, differentiated through the optimum.
+
+        min over S_1, ..., S_P   L(sum_i D_i A S_i) + weight_decay * sum_i ||S_i||_F
+
+    ``layer(rows, targets, weight_decay)`` solves the program to the limits of float64 and gives ``outputs`` (the shape
+    of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the active
+    groups (`convexbn.solvers.sensitivity`): one Cholesky factor, made in the forward pass, serves all derivatives.
+
+    The rows ``A`` are whitened by the caller, with their constant column: ``convexbn.whitening.whiten(X).rows``, or in
+    torch where the derivative in the raw data is wanted. A spectral filter multiplies their columns, and is
+    differentiated by the chain rule.
+
+    Parameters
+    ----------
+    patterns : array or Tensor (n, P) of bool
+        Diagonals of the gates ``D_i``; a buffer. They are held when the rows are differentiated.
+    loss : {"squared", "logistic", "cross_entropy"}, default="squared"
+        The factor has the size ``n`` for the squared loss, ``n K`` for the others.
+
+    Attributes
+    ----------
+    optimum : convexbn.solvers.sensitivity.Optimum or None
+        Of the last call, from which the next one starts: ``residual``, ``margin`` and ``unique`` say how far its
+        derivatives can be trusted.
+
+    Raises
+    ------
+    ValueError
+        For patterns of another shape or that repeat, an unknown loss, rows and targets that do not fit, and a weight
+        decay that is not positive.
+    FloatingPointError
+        From a call, when the program cannot be solved accurately enough to be differentiated.
+
+    Warns
+    -----
+    RuntimeWarning
+        From a backward pass, where a group is exactly on the edge of becoming active or zero, so that the derivative is
+        that of one side (on which the active groups stay); and where the optimal weights are not unique, so that theirs
+        is one of many (of least norm; that of the outputs is right as long as the same groups stay active).
+
+    Notes
+    -----
+    Derivatives are zero where the weight decay makes the zero network optimal. They are not differentiable again. The
+    work is done in float64 on the CPU, whatever the type and device of the rows, to which the results are converted.
+    The ReLU program at given patterns is not offered: its tight cone constraints would be further unknowns, and its
+    optimum is that of the ReLU network for no more than these patterns.
+
+    References
+    ----------
+    Agrawal, Amos, Barratt, Boyd, Diamond, Kolter, "Differentiable convex optimization layers", NeurIPS 2019.
+
+    Examples
+    --------
+    >>> from convexbn.whitening import whiten
+    >>> X = np.random.default_rng(0).standard_normal((30, 3))
+    >>> layer = ConvexLayer(X @ np.random.default_rng(1).standard_normal((3, 8)) >= 0)
+    >>> weight_decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    >>> outputs, weights = layer(torch.tensor(whiten(X).rows), torch.tensor(X[:, 0] ** 2), weight_decay)
+    >>> outputs.shape, weights.shape
+    (torch.Size([30]), torch.Size([8, 4, 1]))
+    >>> outputs.square().sum().backward()
+    >>> bool(weight_decay.grad < 0)  # more weight decay, smaller outputs
+    True
+    """
+
+    patterns: torch.Tensor
+
+    def __init__(self, patterns: np.ndarray | torch.Tensor, loss: str = "squared") -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
+        gates = _numpy(torch.as_tensor(patterns)).astype(bool)
+        if gates.ndim != 2 or not gates.size:
+            raise ValueError(f"patterns must be rows x gates, got shape {gates.shape}.")
+        if len(first_of_each_pattern(gates)) < gates.shape[1]:
+            raise ValueError(
+                "patterns repeat, so that the optimal weights are not unique: keep "
+                "patterns[:, convexbn.patterns.first_of_each_pattern(patterns)]."
+            )
+        self.loss = loss
+        self.optimum: Optimum | None = None
+        self.register_buffer("patterns", torch.tensor(gates))
+
+    def forward(
+        self, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Optimal outputs, of the shape of the targets, and weights (P, q, K).
+
+        Parameters
+        ----------
+        rows : Tensor (n, q)
+        targets : Tensor (n,) or (n, K)
+            Numbers; in [-1, 1] for the logistic loss; rows of probabilities for cross-entropy.
+        weight_decay : float or Tensor of one number
+        """
+        decay = torch.as_tensor(weight_decay, dtype=rows.dtype)
+        program = self._program(rows, targets, decay)
+        last = self.optimum
+        fits = last is not None and last.groups.program.block_shape == program.block_shape
+        self.optimum = optimum_of(program, last if fits else None)
+        outputs, weights = _Differentiated.apply(rows, targets, decay, self.optimum)  # type: ignore[no-untyped-call]
+        return outputs, weights
+
+    def _program(self, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor) -> GatedProgram:
+        """The program of a call, checked, in float64."""
+        A, Y = _numpy(rows).astype(np.float64), _numpy(targets).astype(np.float64)
+        n, beta = len(self.patterns), _numpy(weight_decay).astype(np.float64)
+        if A.ndim != 2 or Y.ndim not in (1, 2) or len(A) != n or len(Y) != n:
+            raise ValueError(f"rows and targets must have {n} rows, as the patterns, got {A.shape} and {Y.shape}.")
+        if not (np.isfinite(A).all() and np.isfinite(Y).all()):
+            raise ValueError("rows and targets must be finite: drop or impute the others.")
+        if beta.size != 1 or not 0 < beta.item() < np.inf:
+            raise ValueError(f"weight_decay must be one positive number, got {beta}.")
+        return GatedProgram(A, _numpy(self.patterns), self._bound_loss(Y.reshape(n, -1)), beta.item())
+
+    def _bound_loss(self, Y: Float) -> Loss:
+        if self.loss == "logistic" and np.abs(Y).max() > 1:
+            raise ValueError("the logistic loss takes targets between -1 and 1.")
+        if self.loss == "cross_entropy" and (Y.min() < 0 or np.abs(Y.sum(axis=1) - 1).max() > 1e-6):
+            raise ValueError("cross-entropy takes rows of probabilities as targets, such as one-hot rows.")
+        return LOSSES[self.loss](Y, np.ones(len(Y)))
+
+
+def gated_outputs(rows: torch.Tensor, patterns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``sum_i D_i A S_i`` for any rows (n, q), their patterns (n, P) and weights (P, q, K): (n, K), differentiable.
+
+    Examples
+    --------
+    >>> gated_outputs(torch.ones(5, 3), torch.ones(5, 2, dtype=torch.bool), torch.ones(2, 3, 1)).shape
+    torch.Size([5, 1])
+    """
+    P, q, K = weights.shape
+    opened = patterns.to(weights.dtype) @ weights.reshape(P, q * K)
+    outputs: torch.Tensor = torch.einsum("nq,nqk->nk", rows, opened.reshape(-1, q, K))
+    return outputs
+
+
+class _Differentiated(torch.autograd.Function):
+    """An optimum that has been found as a node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor, optimum: Optimum
+    ) -> Any:
+        ctx.optimum, ctx.inputs = optimum, [(x.shape, x.dtype, x.device) for x in (rows, targets, weight_decay)]
+        return tuple(
+            torch.tensor(array, dtype=rows.dtype, device=rows.device)
+            for array in (optimum.outputs.reshape(targets.shape), optimum.blocks)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, in_outputs: torch.Tensor, in_weights: torch.Tensor) -> Any:
+        optimum: Optimum = ctx.optimum
+        _warn_of(optimum)
+        found = optimum.pullback(
+            outputs=_numpy(in_outputs).astype(np.float64).reshape(optimum.outputs.shape),
+            blocks=_numpy(in_weights).astype(np.float64),
+        )
+        arrays = (found.rows, found.targets, np.array(found.weight_decay))
+        gradients = [
+            torch.tensor(array.reshape(shape), dtype=dtype, device=device)
+            for array, (shape, dtype, device) in zip(arrays, ctx.inputs, strict=True)
+        ]
+        return *gradients, None
+
+
+def _warn_of(optimum: Optimum) -> None:
+    """Warn where the derivative is not all there is to say."""
+    if optimum.margin < _ON_THE_EDGE:
+        warnings.warn(
+            "a group is on the edge of becoming active or zero, so the derivative is that of one side: change "
+            "weight_decay slightly where that matters.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if not optimum.unique:
+        warnings.warn(
+            "the optimal weights are not unique, so theirs is one derivative of many: use the outputs alone, or "
+            "fewer patterns.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().cpu().numpy()
+    return array

@@ -1,0 +1,91 @@
+"""Networks between a trained one and the optimum, for validation rows to choose from.
+
+The program is convex in the outputs: the mixture ``(1 - t) s F_0 + t F_1`` of the trained network, at the scale ``s``
+of least objective, and the optimum has an objective of at most ``(1 - t) P(s F_0) + t P(F_1)``. It is one network, both
+side by side. Near ``t = 0`` it predicts the classes that the trained network predicts, so that there is always one
+which costs less and is no less accurate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+
+from convexbn._typing import Float
+from convexbn.solvers.neurons import Neurons, network_outputs
+from convexbn.training import TrainingSet
+
+#: Points of the segment that are tried.
+_POINTS = 21
+
+
+class Point(NamedTuple):
+    """A network of the segment: how far it is on the way to the optimum, its neurons, and its output bias (K,)."""
+
+    step: float
+    neurons: Neurons
+    output_bias: Float
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The mixtures of two networks on the whitened rows of ``data``.
+
+    Attributes
+    ----------
+    data : TrainingSet
+    weight_decay : float
+    trained : Neurons
+        Balanced, at its best scale.
+    output_bias : ndarray (K,)
+        Of the trained network, at that scale; not penalised.
+    optimum : Neurons
+        Without an output bias.
+    """
+
+    data: TrainingSet
+    weight_decay: float
+    trained: Neurons
+    output_bias: Float
+    optimum: Neurons
+
+    @classmethod
+    def between(
+        cls, data: TrainingSet, weight_decay: float, trained: Neurons, output_bias: Float, optimum: Neurons
+    ) -> Segment:
+        """The segment from the trained network, whose scale is chosen here."""
+        outputs = network_outputs(data.whitening.rows, trained) + output_bias
+        price = weight_decay * float(trained.masses.sum())
+
+        def objective(scale: float) -> float:
+            return data.loss.value(scale * outputs) + scale * price
+
+        # no loss is negative, so that beyond this the penalty alone costs more
+        largest = objective(1.0) / price if price > 0 else 1.0
+        options = {"xatol": 1e-8 * largest}
+        found = scipy.optimize.minimize_scalar(objective, bounds=(0.0, largest), method="bounded", options=options)
+        scale = min((1.0, float(found.x)), key=objective)
+        shrunk = trained.with_masses(scale * trained.masses)
+        return cls(data, weight_decay, shrunk, scale * output_bias, optimum.balanced())
+
+    def points(self) -> Iterator[Point]:
+        """Networks of the segment, of the least objective first."""
+        steps = np.linspace(0, 1, _POINTS)
+        yield from (self.at(float(step)) for step in steps[np.argsort(self._objectives(steps), kind="stable")])
+
+    def _objectives(self, steps: Float) -> Float:
+        rows, loss = self.data.whitening.rows, self.data.loss
+        start, end = network_outputs(rows, self.trained) + self.output_bias, network_outputs(rows, self.optimum)
+        masses = np.array([self.trained.masses.sum(), self.optimum.masses.sum()])
+        values = [loss.value((1 - t) * start + t * end) + self.weight_decay * masses @ [1 - t, t] for t in steps]
+        return np.array(values, dtype=np.float64)
+
+    def at(self, step: float) -> Point:
+        """The network so far on the way: 0 the trained one, 1 the optimum."""
+        sides = self.trained, self.optimum
+        kept = [one.with_masses(share * one.masses) for one, share in zip(sides, (1 - step, step), strict=True)]
+        return Point(step, kept[0].joined(kept[1]), (1 - step) * self.output_bias)
