@@ -221,7 +221,7 @@ STUDY = Study(
         "seed."
     ),
     needs=("torch",),
-    minutes=(0.5, 3),
+    minutes=(0.5, 5),
     cells=cells,
     run=run,
     findings=findings,

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from convexbn.studies.drawing import SIZE, chosen, distinct
+from convexbn.studies.images import of_finished_seeds
 from convexbn.studies.study import Finding, Picture, Row
 
 _STATISTICS = ("one batch", "naive", "linear", "exact", "recomputed")
@@ -21,16 +23,16 @@ _NAMES = {
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Errors of mean and variance, the exact second moment, and accuracy."""
+    rows = of_finished_seeds(rows, network="perceptron", norm="linear")
+    if not rows:
+        return []
     return [_mean(rows), _variance(rows), _exact(rows), _one_batch(rows), *_accuracies(rows)]
 
 
 def _errors(rows: list[Row], key: str, statistic: str) -> dict[tuple[Any, ...], float]:
     """Errors by seed, learning rate, phase and layer."""
-    return {
-        (row["seed"], row["rate"], row["phase"], row["layer"]): row[key]  # type: ignore[misc]
-        for row in rows
-        if row["part"] == "statistics" and row["statistic"] == statistic
-    }
+    found: list[Any] = chosen(rows, part="statistics", statistic=statistic)
+    return {(row["seed"], row["rate"], row["phase"], row["layer"]): row[key] for row in found}
 
 
 def _ratios(rows: list[Row], key: str, one: str, other: str) -> list[float]:
@@ -91,15 +93,13 @@ def _one_batch(rows: list[Row]) -> Finding:
 
 def _accuracies(rows: list[Row]) -> list[Finding]:
     """One finding a network: the paper's gain at small batches."""
-    networks = dict.fromkeys(row["network"] for row in rows if row["part"] == "accuracy")
-    return [_gain(rows, str(network)) for network in networks]
+    return [_gain(rows, network) for network in distinct(rows, "network")]
 
 
 def _by_norm(rows: list[Row], network: str) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    for row in rows:
-        if row["part"] == "accuracy" and row["network"] == network:
-            found.setdefault(str(row["norm"]), []).append(float(row["test_accuracy"] or 0))
+    for row in chosen(rows, part="accuracy", network=network):
+        found.setdefault(str(row["norm"]), []).append(float(row["test_accuracy"] or 0))
     return found
 
 
@@ -115,13 +115,16 @@ def _gain(rows: list[Row], network: str) -> Finding:
 
 def pictures(rows: list[Row]) -> list[Picture]:
     """Errors of mean and variance, and accuracies."""
+    rows = of_finished_seeds(rows, network="perceptron", norm="linear")
+    if not rows:
+        return []
     return [_draw_errors(rows), _draw_accuracy(rows)]
 
 
 def _draw_errors(rows: list[Row]) -> Picture:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 6.5))
+    figure = Figure(figsize=(SIZE[0], 6.5))
     axes = figure.subplots(2, 1, sharex=True)
     places = list(dict.fromkeys(place[1:] for place in _errors(rows, "mean_error", "naive")))
     for axis, key, name in zip(axes, ("mean_error", "variance_error"), ("mean", "variance"), strict=True):
@@ -129,7 +132,7 @@ def _draw_errors(rows: list[Row]) -> Picture:
             errors = _mean_errors(rows, key, statistic, places)
             axis.plot(errors, "x:" if k == 0 else "o-", color=f"C{k}", ms=7 - k, label=_NAMES[statistic])
         axis.set(yscale="log", ylabel=f"squared error of the {name}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     marks = [f"layer {layer}\n{phase}\n{rate:g}" if layer == 2 else f"{layer}" for rate, phase, layer in places]
     axes[1].set_xticks(_positions(places), marks)
     axes[1].set_xlabel("layer, phase of the training, learning rate")
@@ -153,9 +156,9 @@ def _mean_errors(rows: list[Row], key: str, statistic: str, places: list[tuple[A
 def _draw_accuracy(rows: list[Row]) -> Picture:
     from matplotlib.figure import Figure
 
-    networks = list(dict.fromkeys(str(row["network"]) for row in rows if row["part"] == "accuracy"))
-    figure = Figure(figsize=(7.5, 3.6))
-    for axis, network in zip(np.atleast_1d(figure.subplots(1, len(networks))), networks, strict=True):
+    networks = distinct(rows, "network")
+    figure = Figure(figsize=(SIZE[0], 2.6 * len(networks)))
+    for axis, network in zip(np.atleast_1d(figure.subplots(len(networks), 1)), networks, strict=True):
         found = _by_norm(rows, network)
         for place, values in enumerate(found.values()):
             axis.plot(values, [place] * len(values), "o", color="C0", ms=5)

@@ -8,6 +8,7 @@ from math import isqrt
 from typing import Any
 
 from convexbn.studies.data import draw
+from convexbn.studies.study import Row
 
 #: Side of images, in pixels, above which two by two pixels are averaged.
 _LARGE = 16
@@ -86,3 +87,9 @@ def accuracy(module: Any, X: Any, y: Any) -> float:
     with torch.no_grad():
         hits = [(module(rows).argmax(dim=1) == labels) for rows, labels in zip(X.split(500), y.split(500), strict=True)]
     return float(torch.cat(hits).float().mean())
+
+
+def of_finished_seeds(rows: list[Row], **last: Any) -> list[Row]:
+    """Lines of the seeds that have one with these values, which the last cell of a seed gives."""
+    finished = {row["seed"] for row in rows if all(row.get(key) == value for key, value in last.items())}
+    return [row for row in rows if row["seed"] in finished]

@@ -178,7 +178,7 @@ STUDY = Study(
         "seeds. The quick form: digits, width 64, 10 epochs of batches of 32, one seed."
     ),
     needs=("torch",),
-    minutes=(1, 2),
+    minutes=(1, 3),
     cells=cells,
     run=run,
     findings=findings,

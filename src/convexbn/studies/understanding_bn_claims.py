@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from convexbn.studies.drawing import SIZE, chart, chosen, distinct, legend
+from convexbn.studies.images import of_finished_seeds
 from convexbn.studies.study import Finding, Picture, Row
 
 #: Accuracy on ten classes that counts as learnt: twice that of chance.
@@ -16,6 +18,9 @@ _WORDS = {False: "without batch norm", True: "with batch norm"}
 
 def findings(rows: list[Row]) -> list[Finding]:
     """The claims of the paper on these lines."""
+    rows = of_finished_seeds(rows, part="spectrum", factors=5)
+    if not rows:
+        return []
     return [
         _usable(rows), _best(rows), _growth(rows), _landscape(rows), _tails(rows), _signs(rows), _same_class(rows),
         _noise_bound(rows), _edges(rows), _small_rates(rows),
@@ -24,22 +29,16 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def _of(rows: list[Row], part: str, key: str, **settings: Any) -> list[Any]:
     """Values of a column in lines of a part."""
-    wanted = {"part": part, **settings}.items()
-    return [row[key] for row in rows if row.get(key) is not None and all(row[name] == v for name, v in wanted)]
+    return [row[key] for row in chosen(rows, part=part, **settings) if row.get(key) is not None]
 
 
 def _seeds(rows: list[Row]) -> list[Any]:
-    return sorted({row["seed"] for row in rows if row["seed"] is not None})
+    return distinct(rows, "seed")
 
 
 def _usable_rate(rows: list[Row], batch_norm: bool, seed: int) -> float:
-    learnt = [
-        row["rate"]
-        for row in rows
-        if (row["part"], row.get("batch_norm"), row["seed"]) == ("rate", batch_norm, seed)
-        and (row["test_accuracy"] or 0) >= _LEARNT  # type: ignore[operator]
-    ]
-    return float(max(learnt, default=0.0))  # type: ignore[type-var, arg-type]
+    runs: list[Any] = chosen(rows, part="rate", batch_norm=batch_norm, seed=seed)
+    return float(max((row["rate"] for row in runs if (row["test_accuracy"] or 0) >= _LEARNT), default=0.0))
 
 
 def _usable(rows: list[Row]) -> Finding:
@@ -119,7 +118,7 @@ def _signs(rows: list[Row]) -> Finding:
         f"The sum of their absolute values is {_range(plain)} times the absolute value of their sum without, and "
         f"{_range(normalised)} times with batch norm, in middle layers at initialisation. The paper's 110 layers of "
         "convolutions differ by two orders of magnitude, this perceptron does not.",
-        min(normalised) > max(plain),
+        min(normalised) > 1.5 * max(plain),
     )
 
 
@@ -176,6 +175,9 @@ def _range(values: list[float], digits: int = 2) -> str:
 
 def pictures(rows: list[Row]) -> list[Picture]:
     """Learning rates, growth with depth, landscape, gradients and spectrum."""
+    rows = of_finished_seeds(rows, part="spectrum", factors=5)
+    if not rows:
+        return []
     return [_draw_rates(rows), _draw_depth(rows), _draw_landscape(rows), _draw_gradients(rows), _draw_spectrum(rows)]
 
 
@@ -183,68 +185,67 @@ def _lines(axes: Any, rows: list[Row], part: str, x: str, y: str) -> None:
     """One line a seed, one colour with batch norm and one without."""
     for b, colour in ((False, "C1"), (True, "C0")):
         for k, seed in enumerate(_seeds(rows)):
-            points = [
-                (row[x], row[y]) for row in rows
-                if (row["part"], row.get("batch_norm"), row["seed"]) == (part, b, seed) and row.get(y) is not None
-            ]  # fmt: skip
+            found = chosen(rows, part=part, batch_norm=b, seed=seed)
+            points = [(row[x], row[y]) for row in found if row.get(y) is not None]
             axes.plot(*np.array(points).T, "o-", color=colour, ms=3, lw=1.2, label=None if k else _WORDS[b])
-    axes.legend()
-
-
-def _figure(columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.6))
-    return figure, figure.subplots(1, columns)
+    legend(axes)
 
 
 def _draw_rates(rows: list[Row]) -> Picture:
-    figure, axes = _figure()
+    picture, axes = chart(
+        "With batch norm, much larger rates still train; lines end where the loss overflows",
+        "learning rate", "test accuracy", xscale="log", ylim=(0, 1),
+    )  # fmt: skip
     _lines(axes, rows, "rate", "rate", "test_accuracy")
     axes.axhline(0.1, color="0.7", lw=1)
-    axes.annotate(
-        "chance", (min(_of(rows, "rate", "rate")), 0.1), xytext=(0, 3), textcoords="offset points", color="0.4"
-    )
-    axes.set(xscale="log", xlabel="learning rate", ylabel="test accuracy", ylim=(0, 1))
-    return Picture("With batch norm, rates thirty times larger still train; lines end where the loss overflows", figure)
+    axes.text(min(_of(rows, "rate", "rate")), 0.11, "chance", color="0.4")
+    return picture
 
 
 def _draw_depth(rows: list[Row]) -> Picture:
-    figure, axes = _figure()
+    picture, axes = chart(
+        "Branches of a residual network grow exponentially at initialisation, unless normalised",
+        "block of the residual network", "standard deviation of its branch", yscale="log",
+    )  # fmt: skip
     _lines(axes, rows, "depth", "layer", "channel_std")
-    axes.set(yscale="log", xlabel="block of the residual network", ylabel="standard deviation of its branch")
-    return Picture(
-        "Branches of a residual network grow exponentially at initialisation, unless they are normalised", figure
-    )
+    return picture
 
 
 def _draw_landscape(rows: list[Row]) -> Picture:
-    figure, axes = _figure()
+    picture, axes = chart(
+        "One step along the gradient: without batch norm the loss explodes",
+        "step along the gradient", "loss after / loss before", xscale="log", yscale="log",
+    )  # fmt: skip
     _lines(axes, rows, "gradients", "step", "relative_loss")
     axes.axhline(1, color="0.7", lw=1)
-    axes.set(xscale="log", yscale="log", xlabel="step along the gradient", ylabel="loss after / loss before")
-    return Picture("One step along the gradient: without batch norm the loss explodes", figure)
+    return picture
 
 
 def _draw_gradients(rows: list[Row]) -> Picture:
-    figure, (left, right) = _figure(2)
-    _lines(left, rows, "gradients", "layer", "kurtosis")
-    left.axhline(3, color="0.7", lw=1)
-    left.set(yscale="log", xlabel="layer", ylabel="kurtosis of the weight gradient (normal: 3)")
-    _lines(right, rows, "gradients", "layer", "sign_ratio")
-    right.set(yscale="log", xlabel="layer", ylabel="sum |d| / |sum d|")
-    return Picture("Gradients at initialisation: heavy tails and agreeing signs without batch norm", figure)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(SIZE[0], 5.5))
+    above, below = figure.subplots(2, 1, sharex=True)
+    _lines(above, rows, "gradients", "layer", "kurtosis")
+    above.axhline(3, color="0.7", lw=1)
+    above.set(yscale="log", ylabel="kurtosis (normal: 3)")
+    _lines(below, rows, "gradients", "layer", "sign_ratio")
+    below.get_legend().remove()
+    below.set(yscale="log", xlabel="layer", ylabel="sum |d| / |sum d|")
+    return Picture(
+        "Weight gradients at initialisation: heavy tails without batch norm; summands and their signs", figure
+    )
 
 
 def _draw_spectrum(rows: list[Row]) -> Picture:
-    figure, axes = _figure()
+    picture, axes = chart(
+        "Products of Gaussian matrices: every factor makes both tails heavier",
+        "squared singular value", "density (points: measured, lines: law)", xscale="log", yscale="log",
+    )  # fmt: skip
     for k, factors in enumerate(sorted(set(_of(rows, "spectrum", "factors")))):
         value, law = (_of(rows, "spectrum", key, factors=factors, seed=_seeds(rows)[0]) for key in ("value", "law"))
         axes.plot(value, law, color=f"C{k}", lw=1.2, label=f"{factors} factor{'s' * (factors > 1)}")
         density = [_of(rows, "spectrum", "density", factors=factors, seed=seed) for seed in _seeds(rows)]
         axes.plot(value, np.mean(density, axis=0), "o", color=f"C{k}", ms=4)
-    axes.set(
-        xscale="log", yscale="log", xlabel="squared singular value", ylabel="density (points: measured, lines: law)"
-    )
-    axes.legend()
-    return Picture("Products of Gaussian matrices: every factor makes both tails heavier", figure)
+    legend(axes, ncols=4)
+    return picture

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.images import accuracy, descend, images, seeded
+from convexbn.studies.drawing import chart, chosen, legend
+from convexbn.studies.images import accuracy, descend, images, of_finished_seeds, seeded
 from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 
 _SEEDS = (0, 1, 2)
@@ -79,18 +80,21 @@ def _convolutions(module: Any) -> list[Any]:
     return [layer for layer in module if type(layer).__name__ == "Conv2d"]
 
 
-def _final(rows: list[Row], scheme: str, decay: float | None = None) -> dict[float, list[float]]:
+def _final(rows: list[Row], scheme: str) -> dict[float, list[float]]:
     """Accuracies after the last epoch, by weight decay, one a seed."""
     last: Any = max(row["epoch"] for row in rows)  # type: ignore[type-var]
     found: dict[float, list[float]] = {}
-    for row in rows:
-        if row["scheme"] == scheme and row["epoch"] == last and decay in (None, row["weight_decay"]):
-            found.setdefault(row["weight_decay"], []).append(row["test_accuracy"])  # type: ignore[arg-type]
+    lines: list[Any] = chosen(rows, scheme=scheme, epoch=last)
+    for row in lines:
+        found.setdefault(row["weight_decay"], []).append(row["test_accuracy"])
     return found
 
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Accuracy against tuned weight decay, sensitivity, effective rates, and the unit of rescaling."""
+    rows = of_finished_seeds(rows, scheme="layer-initial")
+    if not rows:
+        return []
     return [_as_accurate(rows), _sensitivity(rows), _effective_rate(rows), _unit(rows)]
 
 
@@ -134,7 +138,7 @@ def _effective_rate(rows: list[Row]) -> Finding:
 
 def _change(rows: list[Row], decay: float) -> float:
     """Effective rate after the last epoch over that after the first."""
-    lines: list[Any] = [row for row in rows if row["scheme"] == "none" and row["weight_decay"] == decay]
+    lines: list[Any] = chosen(rows, scheme="none", weight_decay=decay)
     return _mean_rate(lines, max(row["epoch"] for row in lines)) / _mean_rate(lines, 1)
 
 
@@ -155,14 +159,17 @@ def _unit(rows: list[Row]) -> Finding:
 
 def pictures(rows: list[Row]) -> list[Picture]:
     """Accuracy over the weight decay, and effective rates over the epochs."""
+    rows = of_finished_seeds(rows, scheme="layer-initial")
+    if not rows:
+        return []
     return [_draw_accuracy(rows), _draw_rates(rows)]
 
 
 def _draw_accuracy(rows: list[Row]) -> Picture:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.8))
-    axes = figure.subplots()
+    picture, axes = chart(
+        "Rescaled filters, without weight decay, against weight decay: accuracies (small points: seeds)",
+        "weight decay of SGD, on all parameters", "test accuracy",
+    )  # fmt: skip
     for k, (scheme, (name, _)) in enumerate(_SCHEMES.items()):
         found = _final(rows, scheme)
         places = [_DECAYS.index(decay) for decay in found]
@@ -170,30 +177,24 @@ def _draw_accuracy(rows: list[Row]) -> Picture:
         for place, values in zip(places, found.values(), strict=True):
             axes.plot([place] * len(values), values, ".", color=f"C{k}", alpha=0.5)
     axes.set_xticks(range(len(_DECAYS)), [f"{decay:g}" for decay in _DECAYS])
-    axes.set(xlabel="weight decay of SGD, on all parameters", ylabel="test accuracy")
-    axes.legend()
-    return Picture(
-        "Rescaled filters, without weight decay, against weight decay: accuracies (small points: seeds)", figure
-    )
+    legend(axes, ncols=1)
+    return picture
 
 
 def _draw_rates(rows: list[Row]) -> Picture:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 3.8))
-    axes = figure.subplots()
+    picture, axes = chart(
+        "The effective learning rate falls without weight decay, rises with much, and stays if rescaled",
+        "epoch", "effective rate: first rate / norm^2", yscale="log",
+    )  # fmt: skip
     epochs: Any = sorted({row["epoch"] for row in rows})
     for scheme, style in (("none", "o-"), ("filter", "s--")):
-        for k, decay in enumerate(_DECAYS if scheme == "none" else _DECAYS[:1]):
-            lines = [row for row in rows if (row["scheme"], row["weight_decay"]) == (scheme, decay)]
+        for k, decay in enumerate(_final(rows, "none") if scheme == "none" else [0.0]):
+            lines = chosen(rows, scheme=scheme, weight_decay=decay)
             rates = [_mean_rate(lines, epoch) for epoch in epochs]
             label = f"weight decay {decay:g}" if scheme == "none" else "rescaled filters"
             axes.plot(epochs, rates, style, ms=4, color=f"C{k}" if scheme == "none" else "C6", label=label)
-    axes.set(yscale="log", xlabel="epoch", ylabel="effective rate: first rate / norm^2")
-    axes.legend()
-    return Picture(
-        "The effective learning rate falls without weight decay, rises with much, and stays if rescaled", figure
-    )
+    legend(axes)
+    return picture
 
 
 STUDY = Study(
