@@ -6,18 +6,20 @@ penalty, a dual point and its bound. It knows no solver; what a solver says of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._typing import Bool, Float, FloatMatrix, Index
 from convexbn.evidence import AllPatterns, Evidence
 from convexbn.losses import Loss
 from convexbn.patterns import gate_patterns
-from convexbn.program import GatedProgram, block_norms
+from convexbn.pooled_loss import PooledLoss
+from convexbn.program import GatedProgram
 from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
-from convexbn.whitening import batch_normalize
+from convexbn.whitening import MappedRows, RowStatistics, batch_normalize
 
 _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
@@ -124,35 +126,29 @@ def certify_gated(
     ValueError
         When a neuron does not follow the gate that it names.
     """
-    weights = program.loss.weights
+    neurons = _Gated(weight, gamma, shift, output, gates, gate_offsets, gate_index)
     outputs = np.zeros_like(program.loss.targets)
     used, place = np.unique(gate_index, return_inverse=True)
     blocks = np.zeros((len(used), *program.block_shape))
-    distinct, gate = np.unique(np.vstack([gates, gate_offsets]), axis=1, return_inverse=True)
-    patterns = gate_patterns(X, mean, distinct[:-1], distinct[-1])
     outside = False
-    size = max(1, _ENTRIES // len(X))
-    for start in range(0, len(gate_index), size):
-        part = slice(start, start + size)
-        normalized = batch_normalize(X, weight[:, part], weights)
-        opened = patterns[:, gate[part]]
-        _check_gates(opened, program.patterns[:, gate_index[part]], start)
-        coordinates, leaves = _whitened(program.rows, weights, normalized, spectral_filter)
+    for part, seen, products, varies in neurons.parts(program, X, mean):
+        outputs += seen
+        coordinates, leaves = _whitened(products, varies, spectral_filter)
         outside |= leaves
-        outputs += (opened * (gamma[part] * normalized + shift[part] / np.sqrt(weights.sum()))) @ output[part]
         first_layer = np.vstack([gamma[part] * coordinates, shift[part]])  # columns s_j
         np.add.at(blocks, place[part], first_layer.T[:, :, None] * output[part][:, None, :])
     return judge(
         program.loss,
         outputs,
         program.weight_decay,
-        penalty=float(block_norms(blocks).sum()),
+        penalty=float(program.norms(blocks).sum()),
         plain_penalty=_plain_penalty(gamma, shift, output),
         evidence=lambda dual: [Evidence(dual, *program.dual_norm_bound(dual), "gates")],
         scope="these gates",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
-        restriction=restriction_to(program.block_shape[0] - 1 if truncated else None, spectral_filter is not None),
+        restriction=_restriction(program.on_rows, program.block_shape[0], truncated, spectral_filter),
+        block_norm=program.penalty,
     )
 
 
@@ -165,7 +161,7 @@ def certify_blocks(
         program.loss,
         program.outputs(gate_index, blocks),
         program.weight_decay,
-        penalty=float(block_norms(blocks).sum()),
+        penalty=float(program.norms(blocks).sum()),
         plain_penalty=float(np.linalg.svd(blocks, compute_uv=False).sum()) if finite else np.nan,
         evidence=lambda dual: [Evidence(dual, *program.dual_norm_bound(dual), "gates")],
         scope="these gates",
@@ -194,11 +190,11 @@ def certify_relu(
 
     Parameters
     ----------
-    rows : ndarray (n, q)
+    rows : ndarray (n, q) or MappedRows
         Whitened rows ``A`` of the (distinct) rows ``X``.
     loss : Loss
         Loss bound to targets and weights.
-    X : ndarray (n, d)
+    X : ndarray (n, d) or PatchMatrix
         The raw rows that the statistics are taken from.
     weight_decay : float
     weight, gamma, shift, output : ndarray
@@ -214,17 +210,15 @@ def certify_relu(
     deadline : float or None
         ``time.monotonic()`` after which no further bound is tried; None: each bound does its stated work.
     """
-    normalized = batch_normalize(X, weight, loss.weights)
-    hidden = np.maximum(gamma * normalized + shift / np.sqrt(loss.weights.sum()), 0)
-    root = np.sqrt(loss.weights)[:, None]
-    coordinates, outside = _whitened(rows, loss.weights, normalized, spectral_filter)
+    outputs, products, varies = _relu_outputs(rows, loss, X, weight, gamma, shift, output)
+    coordinates, outside = _whitened(products, varies, spectral_filter)
     lengths = np.ones(len(gamma)) if spectral_filter is None else np.linalg.norm(coordinates, axis=0)
     lengths[lengths == 0] = 1.0  # a direction on which the rows do not vary still has its scale
     directions = np.vstack([gamma * coordinates, shift]).T
-    prover = AllPatterns(loss, root * rows, weight_decay, directions, tolerance, deadline)
+    prover = AllPatterns(loss, rows, weight_decay, directions, tolerance, deadline)
     return judge(
-        loss,
-        hidden @ output,
+        loss.of_cases,
+        outputs,
         weight_decay,
         penalty=float(np.hypot(gamma * lengths, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -233,8 +227,65 @@ def certify_relu(
         scope="all patterns",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
-        restriction=restriction_to(rows.shape[1] - 1 if truncated else None, spectral_filter is not None),
+        restriction=_restriction(loss, rows.shape[1], truncated, spectral_filter),
     )
+
+
+class _Gated:
+    """Neurons with their gates, whose outputs are computed for some neurons, or some rows, at a time."""
+
+    def __init__(
+        self, weight: Float, gamma: Float, shift: Float, output: Float, gates: Float, offsets: Float, index: Index
+    ) -> None:
+        self.weight, self.gamma, self.shift, self.output, self.index = weight, gamma, shift, output, index
+        self.distinct, self.gate = np.unique(np.vstack([gates, offsets]), axis=1, return_inverse=True)
+
+    def parts(self, program: GatedProgram, X: FloatMatrix, mean: Float) -> Iterator[tuple[slice, Float, Float, Bool]]:
+        """Neurons, their outputs, ``A'W`` times their normalised responses, and which of these vary."""
+        if isinstance(program.rows, MappedRows):
+            yield self._all_neurons(program, X, mean)
+            return
+        loss, patterns = program.on_rows, self._opened(X, mean)
+        size = max(1, _ENTRIES // len(X))
+        for start in range(0, len(self.index), size):
+            part = slice(start, start + size)
+            normalized = batch_normalize(X, self.weight[:, part], loss.weights)
+            opened = patterns[:, self.gate[part]]
+            _check_gates(opened, program.patterns[:, self.index[part]], start)
+            outputs = loss.outputs(opened * self._response(normalized, loss, part), self.output[part])
+            yield part, outputs, *_products(program.rows, loss.weights, normalized)
+
+    def _all_neurons(self, program: GatedProgram, X: FloatMatrix, mean: Float) -> tuple[slice, Float, Float, Bool]:
+        """The same for all neurons, by blocks of rows."""
+        loss, every, whitened = program.on_rows, slice(0, len(self.index)), cast("MappedRows", program.rows)
+        statistics, outputs = RowStatistics(X, loss.weights), [np.zeros((0, program.loss.targets.shape[1]))]
+        for rows, normalized in statistics.blocks(self.weight, loss.rows_together):
+            opened = self._opened(X[rows], mean)[:, self.gate]
+            _check_gates(opened, program.patterns[rows][:, self.index], 0)
+            outputs.append(loss.outputs(opened * self._response(normalized, loss, every), self.output))
+        return every, np.concatenate(outputs), *statistics.products(self.weight, whitened.projection)
+
+    def _opened(self, X: FloatMatrix, mean: Float) -> Bool:
+        return gate_patterns(X, mean, self.distinct[:-1], self.distinct[-1])
+
+    def _response(self, normalized: Float, loss: Loss, part: slice) -> Float:
+        response: Float = self.gamma[part] * normalized + self.shift[part] / np.sqrt(loss.weights.sum())
+        return response
+
+
+def _relu_outputs(
+    rows: Float | MappedRows, loss: Loss, X: FloatMatrix, weight: Float, gamma: Float, shift: Float, output: Float
+) -> tuple[Float, Float, Bool]:
+    """Outputs with the rows' own batch norm, ``A'W`` times the normalised responses, and which of these vary."""
+    offset = shift / np.sqrt(loss.weights.sum())
+    if not isinstance(rows, MappedRows):
+        normalized = batch_normalize(X, weight, loss.weights)
+        outputs = loss.outputs(np.maximum(gamma * normalized + offset, 0), output)
+        return outputs, *_products(rows, loss.weights, normalized)
+    statistics = RowStatistics(X, loss.weights)
+    blocks = statistics.blocks(weight, loss.rows_together)
+    outputs = np.concatenate([loss.outputs(np.maximum(gamma * block + offset, 0), output) for _, block in blocks])
+    return outputs, *statistics.products(weight, rows.projection)
 
 
 def judge(
@@ -250,12 +301,13 @@ def judge(
     stopped_by: str,
     estimate: Callable[[Float], float | None] | None = None,
     restriction: str = "",
+    block_norm: str = "Frobenius",
 ) -> Certificate:
     """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
 
     ``evidence`` gives bounded dual points from the dual ``-grad L(F)``, cheap ones first; no more are asked for
     than it takes to close the gap. ``estimate`` gives a lower estimate of the dual norm, for the estimated gap.
-    ``restriction`` says how the program differs from the plain one.
+    ``restriction`` says how the program differs from the plain one, ``block_norm`` what a gate is penalised by.
     """
     value = loss.value(outputs)
     objective = value + weight_decay * penalty
@@ -282,7 +334,7 @@ def judge(
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
     status = status_of(relative, tolerance, trivial=trivial, stopped_by=stopped_by, estimated=estimated)
-    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, restriction)
+    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, restriction, block_norm)
     return Certificate(
         objective=objective,
         lower_bound=lower,
@@ -322,6 +374,12 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     return best
 
 
+def _restriction(loss: Loss, q: int, truncated: bool, spectral_filter: Float | None) -> str:
+    """How the program differs from the plain one on dense data, in words."""
+    layer = " with this convolution and pooling" if isinstance(loss, PooledLoss) else ""
+    return layer + restriction_to(q - 1 if truncated else None, spectral_filter is not None)
+
+
 def _check_gates(opened: np.ndarray, named: np.ndarray, first: int) -> None:
     wrong = np.flatnonzero((opened != named).any(axis=0))
     if len(wrong):
@@ -331,12 +389,18 @@ def _check_gates(opened: np.ndarray, named: np.ndarray, first: int) -> None:
         )
 
 
-def _whitened(rows: Float, weights: Float, normalized: Float, phi: Float | None) -> tuple[Float, bool]:
+def _products(rows: Float, weights: Float, normalized: Float) -> tuple[Float, Bool]:
+    """``A'W`` times normalised responses, without its constant, and which of them vary."""
+    varies: Bool = np.any(normalized, axis=0, keepdims=True)[0]
+    return rows[:, :-1].T @ (weights[:, None] * normalized), varies
+
+
+def _whitened(products: Float, varies: Bool, phi: Float | None) -> tuple[Float, bool]:
     """Coordinates ``Phi^{-1} q_j / ||q_j||`` of normalised responses, and whether one leaves the directions kept."""
-    phi = np.ones(rows.shape[1] - 1) if phi is None else phi
-    coordinates = rows[:, :-1].T @ (weights[:, None] * normalized) / phi[:, None]
+    phi = np.ones(len(products)) if phi is None else phi
+    coordinates = products / phi[:, None]
     norms = np.linalg.norm(coordinates, axis=0)
-    outside = bool(np.any(normalized.any(axis=0) & (norms < 1 - 1e-6)))
+    outside = bool(np.any(varies & (norms < 1 - 1e-6)))
     return coordinates / np.where(norms > 0, norms, 1.0) / phi[:, None], outside
 
 

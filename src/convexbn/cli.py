@@ -78,6 +78,7 @@ def fit(options: argparse.Namespace) -> int:
             gates=options.gates,
             rank=options.rank,
             spectral_filter=options.spectral_filter,
+            convolution=_convolution(options, source.image_shape),
             tol=options.tol,
             max_iter=options.max_iter,
             time_limit=options.time_limit,
@@ -109,6 +110,7 @@ def path(options: argparse.Namespace) -> int:
         width=options.width,
         gates=options.gates,
         spectral_filter=options.spectral_filter,
+        convolution=_convolution(options, source.image_shape),
         tol=options.tol,
         max_iter=options.max_iter,
         time_limit=options.time_limit,
@@ -380,6 +382,14 @@ def _network_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--spectral-filter", type=float, metavar="TAU", help="shrink directions below TAU of the largest singular value"
     )
+    parser.add_argument("--filter", type=int, metavar="SIZE", help="convolve images with filters of SIZE x SIZE pixels")
+    parser.add_argument("--stride", type=int, default=1, metavar="PIXELS", help="distance of the filters' places")
+    parser.add_argument("--padding", type=int, default=0, metavar="PIXELS", help="zeros around the images")
+    parser.add_argument("--pool", choices=["avg", "max"], default="avg", help="average or maximum of a region")
+    parser.add_argument(
+        "--regions", type=_regions, default=1, metavar="G", help="pool G x G regions of an image, or all: every place"
+    )
+    parser.add_argument("--image", metavar="HxWxC", help="shape of the images of a file, such as 28x28x1")
     parser.add_argument("--tol", type=float, default=1e-6, help="relative gap that counts as optimal")
     parser.add_argument("--max-iter", type=int, metavar="N")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS")
@@ -396,6 +406,27 @@ def _file_parser() -> argparse.ArgumentParser:
 
 def _auto_or_float(text: str) -> str | float:
     return text if text == "auto" else float(text)
+
+
+def _regions(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def _convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
+    """The convolutional layer that was asked for; None without ``--filter``."""
+    from convexbn.convolution import Convolution
+
+    if options.filter is None:
+        return None
+    if options.image is not None:
+        shape = tuple(int(size) for size in options.image.split("x"))
+    if shape is None:
+        raise ValueError("--filter needs the shape of the images: give --image, such as --image 28x28x1.")
+    pooling = {"avg": "average", "max": "max"}[options.pool]
+    return Convolution(
+        options.filter, stride=options.stride, padding=options.padding, pooling=pooling, regions=options.regions,
+        input_shape=shape,
+    )  # fmt: skip
 
 
 def _rank(text: str) -> int | float:

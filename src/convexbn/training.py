@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,15 +13,20 @@ import numpy as np
 from convexbn import certificate
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate
+from convexbn.convolution import Convolution, PatchMatrix
+from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.evidence import AllPatterns
 from convexbn.losses import LOSSES, Loss, SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.pooled_loss import PooledLoss
+from convexbn.pooled_program import PooledProgram
 from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.local_pricing import LocalPricing
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons
 from convexbn.solvers.proximal import Proximal
@@ -61,17 +67,20 @@ class TrainingSet:
     X : ndarray (n, d)
         Distinct rows in canonical order.
     loss : Loss
-        Loss bound to targets and weights of those rows.
+        Loss bound to targets and weights of those rows, as the rows that the first layer sees make its outputs.
     whitening : Whitening
         Whitened rows and statistics.
     fingerprint : str
         Hash of the canonical rows, targets and weights.
+    convolution : Convolution or None
+        Where the rows are images, of whose patches the first layer is made.
     """
 
     X: FloatMatrix
     loss: Loss
     whitening: Whitening
     fingerprint: str
+    convolution: Convolution | None = None
 
     @classmethod
     def prepare(
@@ -85,8 +94,9 @@ class TrainingSet:
         input_eps: float,
         merge_features: bool,
         spectral_filter: float | None = None,
+        convolution: Convolution | None = None,
     ) -> TrainingSet:
-        """Canonical order, merging and whitening.
+        """Canonical order, merging and whitening: of the rows, or of the patches of images.
 
         With ``merge_features`` (ReLU by formula) rows of equal features are merged whatever their targets:
         averaged for the squared loss, soft labels for the others.
@@ -97,13 +107,26 @@ class TrainingSet:
         if merge_features:
             X, place = distinct_rows(X)
             bound = bound.merged(place, len(X))
-        whitening = whiten(X, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
-        return cls(X, bound, whitening, mark)
+        if convolution is not None:
+            bound = PooledLoss.of(bound, convolution.pool)
+        seen = _first_inputs(X, convolution)
+        whitening = whiten(seen, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
+        return cls(X, bound, whitening, mark, convolution)
+
+    @functools.cached_property
+    def inputs(self) -> Any:
+        """What the first layer sees: the rows, or the patches of the images."""
+        return _first_inputs(self.X, self.convolution)
+
+    def network(self, dense: BatchNormNetwork) -> BatchNormNetwork:
+        """A network on what the first layer sees as one on the rows."""
+        return dense if self.convolution is None else ConvolutionalNetwork.of(dense, self.convolution)
 
     @property
     def has_orthogonal_rows(self) -> bool:
         """Whether the whitened rows are square and unfiltered, which the formulas need."""
-        return self.whitening.rank == len(self.X) - 1 and not self.whitening.filtered
+        square = self.whitening.rank == len(self.X) - 1
+        return self.convolution is None and square and not self.whitening.filtered
 
     def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> TrainingSet:
         """The same rows on fewer directions, or filtered: one SVD serves them all, see ``Whitening.leading``."""
@@ -111,21 +134,23 @@ class TrainingSet:
 
     def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
         """The gated program on these rows."""
-        patterns = gate_patterns(self.X, self.whitening.mean, gates, gate_offsets)
+        patterns = gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets)
+        if isinstance(self.loss, PooledLoss):
+            return PooledProgram.of(self.whitening.rows, patterns, self.loss, weight_decay)
         return GatedProgram(self.whitening.rows, patterns, self.loss, weight_decay)
 
     def draw_gates(
         self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
     ) -> tuple[Float, Float]:
         """Sampled or given gates, of equal training patterns the first: (d, P), (P,)."""
-        n, d = self.X.shape
+        n, d = self.inputs.shape
         if isinstance(gates, str):
             check_memory(n, d, n_gates)
             directions, offsets = sample_gates(gates, n_gates, self.whitening, random_state)
         else:
             directions, offsets = split_gates(np.asarray(gates, dtype=np.float64), d)
             check_memory(n, d, len(offsets))
-        kept = first_of_each_pattern(gate_patterns(self.X, self.whitening.mean, directions, offsets))
+        kept = first_of_each_pattern(gate_patterns(self.inputs, self.whitening.mean, directions, offsets))
         return np.ascontiguousarray(directions[:, kept]), offsets[kept]
 
     def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
@@ -139,9 +164,9 @@ class TrainingSet:
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
             except closed_form.NoFormulaError:
                 pass
-        dual = self.loss.negative_gradient(np.zeros_like(self.loss.targets))
-        rows = np.sqrt(self.loss.weights)[:, None] * self.whitening.rows
-        prover = AllPatterns(self.loss, rows, weight_decay=0.0, directions=rows[:0])
+        cases, q = self.loss.of_cases, self.whitening.rank + 1
+        dual = cases.negative_gradient(np.zeros_like(cases.targets))
+        prover = AllPatterns(self.loss, self.whitening.rows, weight_decay=0.0, directions=np.zeros((0, q)))
         return prover.dual_norm(dual, proved=proved)
 
 
@@ -172,7 +197,9 @@ def fit_gated(
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
     solution = method.solve(program, start, budget).finite()
-    network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
+    network = data.network(
+        BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
+    )
     proof = certify(
         data, network, weight_decay, gates, gate_offsets, tol=tol, stopped_by=solution.stopped_by, own_rows=True
     )
@@ -201,7 +228,8 @@ def fit_relu(
         solution = _relu_solver(data, tol, max_iter, width).solve(
             data.whitening.rows, data.loss, weight_decay, rng, replace(budget, time_limit=share), start
         )
-        network = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
+        dense = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
+        network = data.network(dense)
         history, stopped_by = solution.history, solution.stopped_by
     proof = certify(
         data, network, weight_decay, None, None,
@@ -211,12 +239,20 @@ def fit_relu(
     return Fit(network, proof, history, len(history))
 
 
-def _relu_solver(data: TrainingSet, tol: float, max_iter: int | None, width: int | None) -> NeuronPricing | ManyRows:
+def _first_inputs(X: FloatMatrix, convolution: Convolution | None) -> Any:
+    return X if convolution is None else PatchMatrix(X, convolution.geometry)
+
+
+def _relu_solver(
+    data: TrainingSet, tol: float, max_iter: int | None, width: int | None
+) -> NeuronPricing | LocalPricing | ManyRows:
     """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
     given: dict[str, Any] = {} if width is None else {"width": width}
     if data.whitening.rows.size > PRICING_ENTRIES:
         return ManyRows(**given) if max_iter is None else ManyRows(**given, descent=StochasticPhase(epochs=max_iter))
-    return NeuronPricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
+    maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
+    pricing = LocalPricing if maxima else NeuronPricing
+    return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
 
 
 def _relu_by_formula(data: TrainingSet, weight_decay: float) -> BatchNormNetwork | None:
@@ -251,13 +287,13 @@ def certify(
     question: dict[str, Any] = {"truncated": data.whitening.truncated, "spectral_filter": phi}
     if gates is None or gate_offsets is None:
         proof = certificate.certify_relu(
-            data.whitening.rows, data.loss, data.X, weight_decay,
+            data.whitening.rows, data.loss, data.inputs, weight_decay,
             **network.neurons(), tolerance=tol, stopped_by=stopped_by,
             **question, deadline=deadline,
         )  # fmt: skip
     else:
         proof = certificate.certify_gated(
-            data.gated_program(gates, gate_offsets, weight_decay), data.X, data.whitening.mean,
+            data.gated_program(gates, gate_offsets, weight_decay), data.inputs, data.whitening.mean,
             **network.neurons(), tolerance=tol, stopped_by=stopped_by, **question,
         )  # fmt: skip
     if own_rows and not _statistics_agree(data, network, weight_decay, proof):
@@ -269,13 +305,17 @@ def _statistics_agree(data: TrainingSet, network: BatchNormNetwork, weight_decay
     """Whether the network with its stored statistics has the loss that was judged, within the tolerance."""
     plain = 0.5 * sum(float(np.sum(part**2)) for part in (network.gamma, network.shift, network.output))
     judged = proof.weight_decay_objective - weight_decay * plain
-    stored = data.loss.value(network.predict(data.X))
+    stored = data.loss.of_cases.value(network.predict(data.X))
     allowed = max(proof.tolerance, 1e-9) * proof.weight_decay_objective
     return not abs(stored - judged) > allowed
 
 
 def choose_solver(solver: str, loss: Loss) -> str:
     """Resolve ``"auto"``: up to ``NEWTON_ROWS`` rows Newton on the group scales for the squared loss."""
+    if isinstance(loss, PooledLoss):
+        if solver not in ("auto", "proximal", "conic"):
+            raise ValueError(f"solver={solver!r} is for dense data: use 'proximal' with a convolution.")
+        return "proximal" if solver == "auto" else solver
     if solver != "auto":
         return solver
     if len(loss.targets) > NEWTON_ROWS:

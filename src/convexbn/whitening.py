@@ -13,14 +13,16 @@ more (mathematics, section 5).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.gram_basis import RESOLVED, basis_of, rank_of_standardised, spectrum
+from convexbn.gram_basis import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
 from convexbn.moments import blocks, moments
 
 #: Rows a block in the tall QR: one block costs well under a second, so that Ctrl-C is answered.
@@ -32,6 +34,67 @@ _ORDINARY = 300
 #: Directions that the spectral filter shrinks below this are left out, as a truncation.
 FAINTEST = 2.0**-26
 
+#: Entries of whitened patches up to which they are kept, and of responses that are formed at a time beyond.
+_KEPT_ENTRIES, _RESPONSES = 1 << 26, 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class MappedRows:
+    """Whitened rows ``[(X - mean) projection, constant]`` of rows that are too many to keep, made when they are read.
+
+    Attributes
+    ----------
+    X : matrix (n, d)
+        With ``rows_together`` and ``of_images``, such as ``PatchMatrix``.
+    mean : ndarray (d,)
+    projection : ndarray (d, r)
+        Of float64 or float32, as the rows are to be.
+    constant : float
+    """
+
+    X: Any
+    mean: FloatMatrix
+    projection: FloatMatrix
+    constant: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, r + 1)``."""
+        return len(self.X), self.projection.shape[1] + 1
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return self.shape[0] * self.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Precision in which rows are made."""
+        return self.projection.dtype
+
+    def __getitem__(self, part: slice) -> FloatMatrix:
+        return self._whitened(self.X[part])
+
+    def of_images(self, index: Any) -> FloatMatrix:
+        """The rows of some images."""
+        return self._whitened(self.X.of_images(index))
+
+    def in_single_precision(self, factor: float = 1.0) -> MappedRows:
+        """The rows times a factor, in float32."""
+        mean, projection = self.mean.astype(np.float32), (factor * self.projection).astype(np.float32)
+        return MappedRows(self.X, mean, projection, factor * self.constant)
+
+    def _whitened(self, block: FloatMatrix) -> FloatMatrix:
+        rows = np.empty((len(block), self.shape[1]), dtype=self.dtype)
+        centred = block.astype(self.dtype)
+        centred -= self.mean
+        np.matmul(centred, self.projection, out=rows[:, :-1])
+        rows[:, -1] = self.constant
+        return rows
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -39,7 +102,7 @@ class Whitening:
 
     Attributes
     ----------
-    rows : ndarray (n, r + 1)
+    rows : ndarray (n, r + 1), or MappedRows
         Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row; the columns of
         ``diag(sqrt(w)) rows`` are orthogonal, of the norms ``filter`` and 1.
     mean : ndarray (d,)
@@ -66,7 +129,7 @@ class Whitening:
         used; None: a QR, orthonormal to rounding.
     """
 
-    rows: Float
+    rows: Any
     mean: Float
     projection: Float
     directions: Float
@@ -96,10 +159,14 @@ class Whitening:
         """
         phi = _kept_filter(self.singular_values, self.rank, rank, spectral_filter)
         k = len(phi)
+        projection = self.projection[:, :k] * phi
+        mapped = isinstance(self.rows, MappedRows)
         return replace(
             self,
-            rows=np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]]),
-            projection=self.projection[:, :k] * phi,
+            rows=replace(self.rows, projection=projection)
+            if mapped
+            else np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]]),
+            projection=projection,
             directions=self.directions[:, :k].copy(),
             filter=self.filter[:k] * phi,
         )
@@ -194,6 +261,11 @@ def whiten(
         found = _by_gram(X, weights, rank, spectral_filter, input_eps)
         if found is not None:
             return found
+        if _is_mapped(X, X.shape[1]):
+            raise ValueError(
+                f"the {len(X)} patches do not vary enough in every direction to be whitened in blocks: keep fewer "
+                "directions with rank=, or shrink them with spectral_filter=."
+            )
     return _by_qr(np.asarray(X, dtype=np.float64), weights, rank, spectral_filter, input_eps)
 
 
@@ -260,10 +332,20 @@ def _by_gram(
             return None
         r, directions = r or resolved, directions[:, : len(phi)]
         back = directions / values[: len(phi)]
-    basis = basis_of(X, weights, np.ldexp(found.mean, found.exponents), _padded(back, kept, X.shape[1]))
+    based = projection_of if _is_mapped(X, len(phi)) else basis_of
+    basis = based(X, weights, np.ldexp(found.mean, found.exponents), _padded(back, kept, X.shape[1]))
     if basis is None:
         return None
-    return columns.whitening(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)
+    whitening = columns.whitening(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)
+    if basis.rows is not None:
+        return whitening
+    constant = 1 / np.sqrt(whitening.total_weight)
+    return replace(whitening, rows=MappedRows(X, whitening.mean, whitening.projection, constant))
+
+
+def _is_mapped(X: FloatMatrix, rank: int) -> bool:
+    """Whether whitened rows are made when they are read: of patches, where they would be too many."""
+    return hasattr(X, "of_images") and len(X) * (rank + 1) > _KEPT_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -302,7 +384,7 @@ class _Columns:
 
     def whitening(
         self,
-        rows: Float,
+        rows: Float | None,
         back: Float,
         directions: Float,
         values: Float,
@@ -311,8 +393,9 @@ class _Columns:
         departure: float | None = None,
     ) -> Whitening:
         """The whitening of orthonormal columns ``(X - mean) back``, all but the last of ``rows``, and a filter."""
-        rows[:, :-1] *= phi
-        rows[:, -1] = 1 / np.sqrt(self.total)
+        if rows is not None:
+            rows[:, :-1] *= phi
+            rows[:, -1] = 1 / np.sqrt(self.total)
         _refuse_denormal(back, self.kept)
         d = len(self.mean)
         return Whitening(
@@ -352,6 +435,40 @@ def batch_normalize(X: FloatMatrix, weight: Float, sample_weight: Float) -> Floa
     norms = np.sqrt(np.einsum("ij,ij,i->j", response, response, sample_weight))
     normalized: Float = np.divide(response, norms, out=np.zeros_like(response), where=norms > 0)
     return normalized
+
+
+class RowStatistics:
+    """Batch norm of very many rows by their mean and Gram matrix, which are read once for any number of neurons.
+
+    Parameters
+    ----------
+    X : matrix (n, d)
+    sample_weight : ndarray (n,)
+    """
+
+    def __init__(self, X: FloatMatrix, sample_weight: Float) -> None:
+        found = moments(X, sample_weight)
+        self.X, self.mean = X, np.ldexp(found.mean, found.exponents)
+        self.gram = np.ldexp(found.gram, found.exponents + found.exponents[:, None])
+
+    def norms(self, weight: Float) -> Float:
+        """``||C X w||`` of every column (d, m) of ``weight``: (m,)."""
+        norms: Float = np.sqrt(np.maximum(np.einsum("dm,dm->m", weight, self.gram @ weight), 0))
+        return norms
+
+    def products(self, weight: Float, projection: Float) -> tuple[Float, np.ndarray]:
+        """``projection'C X'`` times the normalised responses of every column of ``weight``, and which of these vary."""
+        norms = self.norms(weight)
+        return projection.T @ self.gram @ weight / np.where(norms > 0, norms, 1.0), norms > 0
+
+    def blocks(self, weight: Float, together: int) -> Iterator[tuple[slice, Float]]:
+        """``batch_normalize`` of rows whose number is a multiple of ``together``, block by block."""
+        norms = self.norms(weight)
+        scaled = weight * np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+        size = -(-_RESPONSES // (max(weight.shape[1], 1) * together)) * together
+        for start in range(0, len(self.X), size):
+            part = slice(start, start + size)
+            yield part, (np.asarray(self.X[part], dtype=np.float64) - self.mean) @ scaled
 
 
 def _unit_columns(X: FloatMatrix) -> tuple[Float, np.ndarray]:

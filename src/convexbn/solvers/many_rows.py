@@ -15,9 +15,10 @@ from convexbn._typing import Float
 from convexbn.losses import Loss
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.neurons import Neurons, merge, network_outputs
+from convexbn.solvers.neurons import Neurons, case_outputs, merge
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
+from convexbn.whitening import MappedRows
 
 #: Share of a time limit that the descent may take before the polish begins.
 _DESCENT_SHARE = 0.7
@@ -42,7 +43,7 @@ class ManyRows:
 
     def solve(
         self,
-        rows: Float,
+        rows: Float | MappedRows,
         loss: Loss,
         weight_decay: float,
         rng: np.random.Generator,
@@ -71,21 +72,23 @@ class ManyRows:
             if reason is not None:
                 return ReluSolution(neurons.balanced(), reason, history)
         late = share is not None and time.monotonic() >= share
-        single, trained = rows.astype(np.float32), merge(neurons)
+        single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
         polished = local_phase(
-            single, loss, weight_decay, trained, max_iter=self.polish, deadline=budget.deadline
+            single, loss, weight_decay, merge(neurons), max_iter=self.polish, deadline=budget.deadline
         ).balanced()
-        value = loss.value(network_outputs(single, polished).astype(np.float64))
+        value = loss.of_cases.value(case_outputs(single, loss, polished))
         reason = self._reported(history, budget, value, weight_decay, polished)
         return ReluSolution(polished, reason or ("time_limit" if late else "max_iter"), history)
 
     def _beginning(
-        self, rows: Float, loss: Loss, rng: np.random.Generator, initial: Neurons | None
+        self, rows: Float | MappedRows, loss: Loss, rng: np.random.Generator, initial: Neurons | None
     ) -> tuple[StochasticPhase, Neurons]:
         """The descent and its start, cold or warm."""
         if initial is None or not len(initial.output):
             q, K, total = rows.shape[1], loss.targets.shape[1], float(loss.weights.sum())
-            return self.descent, random_start(q, self.width, K, total, rng)
+            start = random_start(q, self.width, K, total, rng)
+            regions = K // loss.of_cases.targets.shape[1]
+            return self.descent, Neurons(start.first, start.output / np.sqrt(regions))
         epochs, rate = max(1, self.descent.epochs // 5), self.descent.learning_rate / 3
         return replace(self.descent, epochs=epochs, learning_rate=rate), initial
 

@@ -8,6 +8,9 @@ are needed and a batch is two layers,
 with rows scaled by ``sqrt(W)``, ``W`` the total weight, and ``lam = beta / sqrt(W)``: what a trainer calls the weight
 decay of the mean loss. A step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose
 statistics are those of all rows; one that is trained with the statistics of each batch has their noise besides.
+
+Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
+their hidden units, which are written and read five times, stay in the cache.
 """
 
 from __future__ import annotations
@@ -22,9 +25,13 @@ from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.environment import Workers, workers
 from convexbn.losses import Loss
 from convexbn.solvers.neurons import Neurons
+from convexbn.whitening import MappedRows
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
+
+#: Hidden units of images that are formed at a time: 2 MB.
+_HIDDEN_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class StochasticPhase:
 
     def run(
         self,
-        rows: Float,
+        rows: Float | MappedRows,
         loss: Loss,
         weight_decay: float,
         start: Neurons,
@@ -59,9 +66,10 @@ class StochasticPhase:
 
         With a ``deadline``, a ``time.monotonic()``, the learning rate falls as fast as it needs to be there in time.
         """
-        n, root = len(rows), float(np.sqrt(loss.weights.sum()))
-        scaled = (root * rows).astype(np.float32)
-        layers = _Layers(start, root, decay=weight_decay / root, momentum=self.momentum)
+        n, root = len(loss.of_cases.targets), float(np.sqrt(loss.weights.sum()))
+        scaled = _Scaled(rows, root, loss.rows_together)
+        decay = weight_decay * root / float(loss.of_cases.weights.sum())
+        layers = _Layers(start, root, decay=decay, momentum=self.momentum)
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
         with workers() as threads:
             for _ in range(self.epochs):
@@ -87,6 +95,23 @@ def random_start(q: int, width: int, n_outputs: int, total_weight: float, rng: n
     """Neurons of hidden units of order one and outputs of order one, for weighted rows."""
     first = rng.standard_normal((q, width)) * np.sqrt(2 * total_weight / q)
     return Neurons(first, rng.standard_normal((width, n_outputs)) / np.sqrt(width))
+
+
+class _Scaled:
+    """Rows of cases times a factor, in float32."""
+
+    def __init__(self, rows: Float | MappedRows, factor: float, together: int) -> None:
+        self.together, self.width = together, rows.shape[1]
+        self._mapped = rows.in_single_precision(factor) if isinstance(rows, MappedRows) else None
+        self._rows = None if isinstance(rows, MappedRows) else (factor * rows).astype(np.float32)
+
+    def __getitem__(self, cases: Index) -> FloatMatrix:
+        if self._rows is None:
+            assert self._mapped is not None
+            return self._mapped.of_images(cases)
+        if self.together == 1:
+            return self._rows[cases]
+        return self._rows.reshape(-1, self.together, self.width)[cases].reshape(-1, self.width)
 
 
 class _Clock:
@@ -115,10 +140,10 @@ class _Layers:
         self.root = root
         self.decay, self.momentum = np.float32(decay), np.float32(momentum)
 
-    def step(self, scaled: FloatMatrix, loss: Loss, part: Index, rate: float, threads: Workers) -> float:
+    def step(self, scaled: _Scaled, loss: Loss, part: Index, rate: float, threads: Workers) -> float:
         """One step of gradient descent with momentum and weight decay; returns the loss before it."""
-        total = loss.weights[part].sum()
-        found = threads.shared(lambda share: self.ascent(scaled[share], loss.of_rows(share), total), part)
+        total = loss.of_cases.weights[part].sum()
+        found = threads.shared(lambda share: self.ascent(scaled, loss, share, total), part)
         for k, (weight, velocity) in enumerate(zip(self.weights, self.velocities, strict=True)):
             velocity *= self.momentum
             velocity -= self.decay * weight
@@ -127,16 +152,32 @@ class _Layers:
             weight += np.float32(rate) * velocity
         return sum(value for value, _ in found)
 
-    def ascent(self, rows: FloatMatrix, batch: Loss, total: float) -> tuple[float, tuple[FloatMatrix, FloatMatrix]]:
-        """Loss of some rows, and its negative gradients over the total weight of the batch."""
+    def ascent(
+        self, scaled: _Scaled, loss: Loss, share: Index, total: float
+    ) -> tuple[float, tuple[FloatMatrix, FloatMatrix]]:
+        """Loss of some cases, and its negative gradients over the total weight of the batch."""
+        width = scaled.together * self.weights[0].shape[1]
+        pieces = -(-len(share) * width // _HIDDEN_ENTRIES) if scaled.together > 1 else 1
+        first, output = (np.zeros_like(weight) for weight in self.weights)
+        value = 0.0
+        for part in np.array_split(share, max(min(pieces, len(share)), 1)):
+            seen, found = self._ascent(scaled[part], loss, loss.of_cases.of_rows(part), total)
+            value += seen
+            first += found[0]
+            output += found[1]
+        return value, (first, output)
+
+    def _ascent(
+        self, rows: FloatMatrix, loss: Loss, batch: Loss, total: float
+    ) -> tuple[float, tuple[FloatMatrix, FloatMatrix]]:
         first, output = self.weights
         hidden = rows @ first
         np.maximum(hidden, 0, out=hidden)
-        outputs = (hidden @ output).astype(np.float64)
+        outputs = loss.outputs(hidden, output).astype(np.float64)
         dual = (batch.negative_gradient(outputs) / total).astype(np.float32)
-        back = dual @ output.T
+        back, by_output = loss.pull_back(dual, hidden, output)
         back *= hidden > 0
-        return batch.value(outputs), (rows.T @ back, hidden.T @ dual)
+        return batch.value(outputs), (rows.T @ back, by_output)
 
     @property
     def neurons(self) -> Neurons:
