@@ -124,7 +124,7 @@ def to_relu(
 
 def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
     """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
-    normalized = batch_normalize(data.X, network.weight, data.loss.weights)
+    normalized = batch_normalize(data.inputs, network.weight, data.loss.weights)
     coordinates = data.whitening.coordinates(normalized, data.loss.weights)[:-1]
     lengths = np.linalg.norm(data.whitening.filter[:, None] * coordinates, axis=0)
     coordinates /= np.where(lengths > 0, lengths, 1)
