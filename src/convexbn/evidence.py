@@ -135,7 +135,8 @@ class AllPatterns:
         count = max(1, _MANY_ENTRIES // (together * max(self.rows.shape[1], self.loss.targets.shape[1])))
         part = slice(0, min(count, n) * together)
         some = replace(self, loss=self.loss.of_rows(part), rows=self.rows[part])
-        return n / min(count, n) * float(some._local_maxima(dual[:count] / some._root)[0][0])
+        largest = float(some._local_maxima(dual[:count] / some._root)[0][0])
+        return float(n / min(count, n)) * largest
 
     @property
     def _many(self) -> bool:
