@@ -181,6 +181,16 @@ def torch_fit(settings, shape, X, y, X_test, y_test, seed):
     }
 
 
+def best(work, count=5):
+    """Seconds of the fastest of some runs."""
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def kernel():
     """Gradient of one mini-batch of Fashion-MNIST in float32 beside its products alone, on one thread."""
     import numpy as np
@@ -205,14 +215,6 @@ def kernel():
     )
     A, W = rng.standard_normal((N, q)).astype(np.float32), rng.standard_normal((q, m)).astype(np.float32)
     square = rng.standard_normal((1500, 1500)).astype(np.float32)
-
-    def best(work, count=5):
-        times = []
-        for _ in range(count):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times)
 
     with workers():
         step = best(lambda: layers.ascent(scaled, loss, np.arange(b), float(b)))

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from convexbn import bounds
+from convexbn import bounds, evidence
 from convexbn.arrangement import count_bound, enumerate_max_regions, enumerate_patterns
 from convexbn.bounds.local_search import hidden_norms, hidden_units, linear_parts
 from convexbn.certificate import certify_blocks, certify_relu
@@ -272,3 +272,16 @@ def test_what_a_solver_or_program_does_not_take_is_refused():
         PooledProgram.of(largest.rows, np.ones((len(largest.rows), 1), dtype=bool), largest.loss, 1.0)
     with pytest.raises(TypeError, match="max pooling is not linear"):
         largest.loss.value(np.zeros((len(largest.rows), 1)))
+
+
+def test_of_many_patches_some_images_tell_the_largest_weight_decay(monkeypatch):
+    case = Instance(Convolution(2, input_shape=(6, 1)), n=400, K=2)
+    cases = case.loss.of_cases
+    zero = cases.negative_gradient(np.zeros_like(cases.targets)) + 1.0
+    prover = AllPatterns(case.loss, case.rows, 0.0, np.zeros((0, 3)))
+    value, _ = prover.dual_norm(zero, proved=False)
+    monkeypatch.setattr(evidence, "_SPREAD_ENTRIES", 100)
+    monkeypatch.setattr(evidence, "_MANY_ENTRIES", 3000)
+    some, upper = prover.dual_norm(zero)
+    assert 0.5 * value <= some <= 2 * value and value <= upper
+    assert [point.name for point in prover.evidence(zero)] == ["orthant"] and prover.estimate(zero) is None

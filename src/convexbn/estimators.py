@@ -259,7 +259,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         return layer
 
     def _training_set(
-        self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None
+        self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None = None
     ) -> TrainingSet:
         with np.errstate(all="ignore"):
             square = float(np.sum(Y**2))

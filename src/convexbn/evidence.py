@@ -31,6 +31,9 @@ _ENCLOSED = 1e-5
 #: Entries ``n q`` up to which a local search takes a second.
 _QUICK_ENTRIES = 1 << 16
 
+#: Entries of a dual point on the rows, regions and outputs from which on only the orthant bound is taken.
+_SPREAD_ENTRIES = 1 << 24
+
 #: Entries from which on it takes few starts and no steps beyond the fixed point, which is still some seconds.
 _MANY_ENTRIES = 1 << 20
 
@@ -89,9 +92,11 @@ class AllPatterns:
     def dual_norm(self, dual: Float, *, proved: bool = True) -> tuple[float, float]:
         """Value of a local search and valid upper bound of ``max over ||u|| <= 1 of ||V'(A u)_+||``.
 
-        Infinity stands for a bound that is not asked for.
+        Infinity stands for a bound that is not asked for. Of very many patches the search sees some images.
         """
         V = dual / self._root
+        if self._many:
+            return self._of_some_rows(dual), next(self._cheap(V, 0.0))[0].value
         values, found = self._local_maxima(V)
         lower, upper = float(values[0]), np.inf
         if not proved:
@@ -108,7 +113,7 @@ class AllPatterns:
 
         None after the deadline on data of a size where the search takes more than about a second.
         """
-        if self._mapped:
+        if self._many:
             return None
         V = dual / self._root
         if self._cells is not None:
@@ -124,9 +129,19 @@ class AllPatterns:
         spread = self.loss.spread(V)
         return bounds.local_maxima(spread, self._A, starts, rng, initial=self.directions, rounds=rounds)
 
+    def _of_some_rows(self, dual: Float) -> float:
+        """Value of the local search on the first cases, in proportion to their number: of many images an estimate."""
+        together, n = self.loss.rows_together, len(dual)
+        count = max(1, _MANY_ENTRIES // (together * max(self.rows.shape[1], self.loss.targets.shape[1])))
+        part = slice(0, min(count, n) * together)
+        some = replace(self, loss=self.loss.of_rows(part), rows=self.rows[part])
+        largest = float(some._local_maxima(dual[:count] / some._root)[0][0])
+        return float(n / min(count, n)) * largest
+
     @property
-    def _mapped(self) -> bool:
-        return isinstance(self.rows, MappedRows)
+    def _many(self) -> bool:
+        """Whether there is no other bound than the orthant."""
+        return isinstance(self.rows, MappedRows) or self.loss.targets.size > _SPREAD_ENTRIES
 
     @property
     def _root(self) -> Float:
@@ -153,7 +168,7 @@ class AllPatterns:
         value, rounding = bounds.orthant(V)
         largest = self.loss.hidden_norm
         yield bounds.Bound(largest * value, largest * rounding, 1), "orthant"
-        if self._mapped:
+        if self._many:
             return
         V = self.loss.spread(V)
         if self._cells is not None:
