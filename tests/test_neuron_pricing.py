@@ -77,8 +77,7 @@ def gap_of(rows, loss, beta, neurons):
 
 def proof_of(rows, loss, beta, neurons, seconds=10.0):
     first = neurons.first.T / np.linalg.norm(neurons.first.T, axis=1)[:, None]
-    root = np.sqrt(loss.weights)[:, None]
-    prover = AllPatterns(loss, root * rows, beta, first, tolerance=1e-6, deadline=time.monotonic() + seconds)
+    prover = AllPatterns(loss, rows, beta, first, tolerance=1e-6, deadline=time.monotonic() + seconds)
     penalty = float(neurons.masses.sum())
     return judge(
         loss, network_outputs(rows, neurons), beta, penalty=penalty, plain_penalty=penalty,

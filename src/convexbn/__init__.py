@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BatchNormNetwork": "convexbn.network",
     "Certificate": "convexbn.certificate",
+    "Convolution": "convexbn.convolution",
     "ConvexBNClassifier": "convexbn.estimators",
     "ConvexBNClassifierCV": "convexbn.selection",
     "ConvexBNRegressor": "convexbn.estimators",
@@ -31,6 +32,7 @@ __all__ = [
     "ConvexBNClassifierCV",
     "ConvexBNRegressor",
     "ConvexBNRegressorCV",
+    "Convolution",
     "FormatError",
     "Status",
     "__version__",
@@ -42,6 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from convexbn.certificate import Certificate
     from convexbn.container import FormatError
+    from convexbn.convolution import Convolution
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
     from convexbn.network import BatchNormNetwork
     from convexbn.path import fit_path

@@ -116,6 +116,56 @@ def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: floa
     return Cells(patterns, np.vstack([directions, -directions]))
 
 
+class MaxRegions(NamedTuple):
+    """Regions of ``(max over k of a_ik's)_+`` for groups of rows: on each it is linear in every group.
+
+    Attributes
+    ----------
+    members : ndarray (P, n) of int
+        The largest row of every group, -1 where none is positive.
+    directions : ndarray (P, q)
+        A unit vector inside of every region.
+    """
+
+    members: Index
+    directions: Float
+
+    def walls(self, groups: Float) -> tuple[Index, Float]:
+        """Inequalities ``b's >= 0`` of the regions: the region of each, and ``b`` (m, q)."""
+        found: list[tuple[int, Float]] = []
+        for region, members in enumerate(self.members):
+            for group, member in zip(groups, members, strict=True):
+                inward = -group if member < 0 else np.vstack([group[member] - group, group[member]])
+                found += [(region, row) for row in inward if row.any()]
+        return np.array([region for region, _ in found]), np.array([row for _, row in found])
+
+
+def enumerate_max_regions(groups: Float, *, max_bytes: int = 1 << 30) -> MaxRegions:
+    """Every region of max pooling: of the hyperplanes of the rows and of their differences within a group.
+
+    Parameters
+    ----------
+    groups : ndarray (n, G, q)
+    max_bytes : int
+        As in ``enumerate_patterns``.
+
+    Examples
+    --------
+    Of two rows on a line the larger one changes once, and is negative on one side:
+
+    >>> enumerate_max_regions(np.array([[[1.0], [2.0]]])).members.ravel()
+    array([-1,  1])
+    """
+    q = groups.shape[2]
+    first, second = np.triu_indices(groups.shape[1], 1)
+    differences = (groups[:, first] - groups[:, second]).reshape(-1, q)
+    cells = enumerate_patterns(np.vstack([groups.reshape(-1, q), differences]), max_bytes=max_bytes)
+    response = np.tensordot(cells.directions, groups, (1, 2))
+    members = np.where(response.max(axis=2) > 0, response.argmax(axis=2), -1)
+    members, index = np.unique(members, axis=0, return_index=True)
+    return MaxRegions(members, cells.directions[index])
+
+
 def facets(patterns: Bool) -> Bool:
     """Which rows bound which cells, one row a hyperplane: crossing such a facet leads to another of the cells.
 

@@ -17,14 +17,16 @@ from convexbn import training
 from convexbn._typing import Float
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
+from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.environment import solving
 from convexbn.layers import Layers
 from convexbn.network import BatchNormNetwork
 from convexbn.objective import Objective
 from convexbn.output_bias import WithOutputBias
+from convexbn.pooled_loss import PooledLoss
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import polish
-from convexbn.solvers.neurons import Neurons, merge, network_outputs
+from convexbn.solvers.neurons import Neurons, case_outputs, merge
 from convexbn.solvers.solution import Budget
 from convexbn.training import Fit, TrainingSet
 from convexbn.verdict import Status, status_of
@@ -129,6 +131,7 @@ def audit(
     tol: float = 1e-6,
     time_limit: float | None = None,
     random_state: int = 0,
+    convolution: Convolution | None = None,
 ) -> Audit:
     """Judge layers that were trained on rows for an objective.
 
@@ -148,27 +151,30 @@ def audit(
         Seconds for our own training and the proof; 0: the cheapest bound alone; None: their stated work.
     random_state : int
         For our own training.
+    convolution : Convolution, optional
+        Where ``X`` are images, and the layers are of their patches.
 
     Raises
     ------
     ValueError
         When the rows do not fit the layers and the targets, or a neuron does not vary over them.
     """
-    _check(layers, X, objective, tol, time_limit)
+    seen = X if convolution is None else np.asarray(PatchMatrix(X, convolution.geometry), dtype=np.float64)
+    _check(layers, seen, len(X), objective, tol, time_limit)
     budget = Budget(time_limit)
     with solving(len(X)):
-        batch = layers.with_statistics_of(X)
-        case = _Case.of(batch, X, objective, tol)
+        batch = layers.with_statistics_of(seen)
+        case = _Case.of(batch, X, seen, objective, tol, convolution)
         alone = case.certified(case.network, deadline=0.0)
         found = _Found.nothing(alone, case.n_neurons)
         if time_limit != 0 and alone.status in (Status.GAP_OPEN, Status.RESTRICTED):
             found = _search(case, alone, budget, random_state)
-        outputs = batch.predict(X)
+        outputs = batch.predict(seen)
         return _report(
             case, alone, found, deep=deep,
             trained=objective.value(layers, outputs),
             loss=objective.loss.value(outputs),
-            stored=objective.loss.value(layers.predict(X)),
+            stored=objective.loss.value(layers.predict(seen)),
         )  # fmt: skip
 
 
@@ -183,15 +189,17 @@ class _Case:
     tol: float
 
     @classmethod
-    def of(cls, batch: Layers, X: Float, objective: Objective, tol: float) -> _Case:
+    def of(
+        cls, batch: Layers, X: Float, seen: Float, objective: Objective, tol: float, convolution: Convolution | None
+    ) -> _Case:
         loss = objective.loss
         data = TrainingSet.prepare(
             X, loss.targets, np.ones(len(X)),
-            loss=loss.kind, rank=None, input_eps=_EPS, merge_features=True,
+            loss=loss.kind, rank=None, input_eps=_EPS, merge_features=True, convolution=convolution,
         )  # fmt: skip
         if batch.output_bias.any():
             data = replace(data, loss=WithOutputBias.of(data.loss, objective.bias_decay))
-        return cls(data, objective, batch.network(X), len(X), tol)
+        return cls(data, objective, data.network(batch.network(seen)), len(X), tol)
 
     @property
     def weight_decay(self) -> float:
@@ -220,7 +228,8 @@ class _Case:
         """The network's own neurons or fewer, at a stationary point."""
         rows, loss, beta = self.data.whitening.rows, self.data.loss, self.weight_decay
         found = local_phase(rows, loss, beta, self.neurons, max_iter=_ITERATIONS, deadline=deadline)
-        return polish(rows, loss, beta, found, deadline=deadline)
+        maxima = isinstance(loss, PooledLoss) and not loss.pooling.linear
+        return found if maxima else polish(rows, loss, beta, found, deadline=deadline)
 
     def of_any_width(self, budget: Budget, random_state: int) -> Fit:
         """Network of our own, by formula or pricing."""
@@ -231,8 +240,8 @@ class _Case:
 
     def objective_of(self, neurons: Neurons) -> float:
         """Loss and penalty on the whitened rows."""
-        outputs = network_outputs(self.data.whitening.rows, neurons)
-        return self.data.loss.value(outputs) + self.weight_decay * float(neurons.masses.sum())
+        outputs = case_outputs(self.data.whitening.rows, self.data.loss, neurons)
+        return self.data.loss.of_cases.value(outputs) + self.weight_decay * float(neurons.masses.sum())
 
 
 @dataclass(frozen=True)
@@ -387,12 +396,12 @@ _UNSEARCHED = {
 }
 
 
-def _check(layers: Layers, X: Float, objective: Objective, tol: float, time_limit: float | None) -> None:
+def _check(layers: Layers, X: Float, n_cases: int, objective: Objective, tol: float, time_limit: float | None) -> None:
     d, n = len(layers.weight), len(objective.loss.targets)
     if X.ndim != 2 or X.shape[1] != d or len(X) < 2:
         raise ValueError(f"X must have two rows or more, of {d} features; got shape {X.shape}.")
-    if len(X) != n:
-        raise ValueError(f"X has {len(X)} rows and y has {n}: give a target a row.")
+    if n_cases != n:
+        raise ValueError(f"X has {n_cases} rows and y has {n}: give a target a row.")
     if not np.isfinite(X).all():
         raise ValueError("X must be finite: leave out or fill the rows that are not.")
     check_effort(tol, time_limit)

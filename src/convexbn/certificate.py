@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._typing import Bool, Float, FloatMatrix, Index
 from convexbn.evidence import AllPatterns, Evidence
 from convexbn.losses import Loss
+from convexbn.mapped_rows import MappedRows
 from convexbn.patterns import distinct_gates, gate_patterns
-from convexbn.program import GatedProgram, block_norms
+from convexbn.pooled_loss import PooledLoss
+from convexbn.program import GatedProgram
 from convexbn.responses import Responses
 from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
 
@@ -119,7 +121,7 @@ def certify_gated(
     ----------
     program : GatedProgram
         The question: whitened rows, patterns of all gates, loss and weight decay.
-    X : ndarray (n, d)
+    X : ndarray (n, d) or PatchMatrix
         The raw rows that the statistics are taken from.
     mean : ndarray (d,)
         Their means, as the patterns of the program used them.
@@ -145,38 +147,39 @@ def certify_gated(
     ValueError
         When a neuron does not follow the gate that it names.
     """
-    loss, total = program.loss, float(program.loss.weights.sum())
+    weights, total = program.on_rows.weights, float(program.on_rows.weights.sum())
     place = _checked_gates(program, X, mean, gates, gate_offsets, gate_index)
     stored_mean = mean if statistics is None else statistics.mean
-    responses = Responses.of(X, weight, loss.weights, rank=program.block_shape[0], mean=stored_mean)
+    responses = Responses.of(X, weight, weights, rank=program.block_shape[0], mean=stored_mean)
     used = np.unique(gate_index)
-    own = replace(program, rows=responses.rows, patterns=program.patterns[:, used])
+    patterns = program.patterns[:, used]
 
-    def outputs_of(first: Float, seen: GatedProgram) -> Float:
+    def outputs_of(first: Float, opened: Bool) -> Float:
         """Outputs of first-layer columns on the network's own responses."""
-        return seen.outputs(np.arange(len(used)), _summed(first, output, place, len(used)))
+        return program.outputs_on(responses.rows, opened, _summed(first, output, place, len(used)))
 
-    coordinates, outside = _whitened(program.rows, loss.weights, responses, spectral_filter)
+    coordinates, outside = _whitened(program.rows, weights, responses, spectral_filter)
     blocks = _summed(np.vstack([gamma * coordinates, shift]), output, place, len(used))
     proof = judge(
-        loss,
-        outputs_of(np.vstack([gamma * responses.coefficients, shift]), own),
+        program.loss,
+        outputs_of(np.vstack([gamma * responses.coefficients, shift]), patterns),
         program.weight_decay,
-        penalty=float(block_norms(blocks).sum()),
+        penalty=float(program.norms(blocks).sum()),
         plain_penalty=_plain_penalty(gamma, shift, output),
         evidence=lambda dual: [Evidence(dual, *program.dual_norm_bound(dual), "gates")],
         scope="these gates",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
-        restriction=restriction_to(program.block_shape[0] - 1 if truncated else None, spectral_filter is not None),
+        restriction=_restriction(program.on_rows, program.block_shape[0], truncated, spectral_filter),
+        block_norm=program.penalty,
     )
     if statistics is None:
         return proof
     if not np.array_equal(statistics.mean, mean):
         first = np.unique(place, return_index=True)[1]
-        own = replace(own, patterns=gate_patterns(X, statistics.mean, gates[:, first], gate_offsets[first]))
-    stored = outputs_of(statistics.first_layer(responses, gamma, shift, total), own)
-    return _with_statistics(proof, loss, stored, program.weight_decay, _plain_penalty(gamma, shift, output))
+        patterns = gate_patterns(X, statistics.mean, gates[:, first], gate_offsets[first])
+    stored = outputs_of(statistics.first_layer(responses, gamma, shift, total), patterns)
+    return _with_statistics(proof, program.loss, stored, program.weight_decay, _plain_penalty(gamma, shift, output))
 
 
 def certify_blocks(
@@ -188,7 +191,7 @@ def certify_blocks(
         program.loss,
         program.outputs(gate_index, blocks),
         program.weight_decay,
-        penalty=float(block_norms(blocks).sum()),
+        penalty=float(program.norms(blocks).sum()),
         plain_penalty=float(np.linalg.svd(blocks, compute_uv=False).sum()) if finite else np.nan,
         evidence=lambda dual: [Evidence(dual, *program.dual_norm_bound(dual), "gates")],
         scope="these gates",
@@ -198,7 +201,7 @@ def certify_blocks(
 
 
 def certify_relu(
-    rows: Float,
+    rows: Float | MappedRows,
     loss: Loss,
     X: FloatMatrix,
     weight_decay: float,
@@ -218,11 +221,11 @@ def certify_relu(
 
     Parameters
     ----------
-    rows : ndarray (n, q)
+    rows : ndarray (n, q) or MappedRows
         Whitened rows ``A`` of the (distinct) rows ``X``.
     loss : Loss
         Loss bound to targets and weights.
-    X : ndarray (n, d)
+    X : ndarray (n, d) or PatchMatrix
         The raw rows that the statistics are taken from.
     weight_decay : float
     weight, gamma, shift, output : ndarray
@@ -247,10 +250,10 @@ def certify_relu(
     lengths = np.ones(len(gamma)) if spectral_filter is None else np.linalg.norm(coordinates, axis=0)
     lengths[lengths == 0] = 1.0  # a direction on which the rows do not vary still has its scale
     directions = np.vstack([gamma * coordinates, shift]).T
-    prover = AllPatterns(loss, np.sqrt(loss.weights)[:, None] * rows, weight_decay, directions, tolerance, deadline)
+    prover = AllPatterns(loss, rows, weight_decay, directions, tolerance, deadline)
     proof = judge(
-        loss,
-        _relu_outputs(responses.rows, np.vstack([gamma * responses.coefficients, shift]), output),
+        loss.of_cases,
+        _relu_outputs(responses.rows, loss, np.vstack([gamma * responses.coefficients, shift]), output),
         weight_decay,
         penalty=float(np.hypot(gamma * lengths, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -259,12 +262,12 @@ def certify_relu(
         scope="all patterns",
         tolerance=tolerance,
         stopped_by="outside" if outside else stopped_by,
-        restriction=restriction_to(rows.shape[1] - 1 if truncated else None, spectral_filter is not None),
+        restriction=_restriction(loss, rows.shape[1], truncated, spectral_filter),
     )
     if statistics is None:
         return proof
-    stored = _relu_outputs(responses.rows, statistics.first_layer(responses, gamma, shift, total), output)
-    return _with_statistics(proof, loss, stored, weight_decay, _plain_penalty(gamma, shift, output))
+    stored = _relu_outputs(responses.rows, loss, statistics.first_layer(responses, gamma, shift, total), output)
+    return _with_statistics(proof, loss.of_cases, stored, weight_decay, _plain_penalty(gamma, shift, output))
 
 
 def judge(
@@ -280,12 +283,13 @@ def judge(
     stopped_by: str,
     estimate: Callable[[Float], float | None] | None = None,
     restriction: str = "",
+    block_norm: str = "Frobenius",
 ) -> Certificate:
     """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
 
     ``evidence`` gives bounded dual points from the dual ``-grad L(F)``, cheap ones first; no more are asked for
     than it takes to close the gap. ``estimate`` gives a lower estimate of the dual norm, for the estimated gap.
-    ``restriction`` says how the program differs from the plain one.
+    ``restriction`` says how the program differs from the plain one, ``block_norm`` what a gate is penalised by.
     """
     value = loss.value(outputs)
     objective = value + weight_decay * penalty
@@ -312,7 +316,7 @@ def judge(
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
     status = status_of(relative, tolerance, trivial=trivial, stopped_by=stopped_by, estimated=estimated)
-    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, restriction)
+    sentence = sentence_of(status, objective, relative, tolerance, floor, scope, stopped_by, restriction, block_norm)
     return Certificate(
         objective=objective,
         lower_bound=lower,
@@ -357,9 +361,13 @@ def _checked_gates(
 ) -> Index:
     """Place of every neuron among the gates that are used, after a look at whether its own gate is that one."""
     first, distinct = distinct_gates(gates, gate_offsets)
-    patterns = gate_patterns(X, mean, gates[:, first], gate_offsets[first])
     pairs, pair = np.unique(np.stack([distinct, gate_index]), axis=1, return_inverse=True)
-    wrong = (patterns[:, pairs[0]] != program.patterns[:, pairs[1]]).any(axis=0)[pair.ravel()]
+    differ, size = np.zeros(pairs.shape[1], dtype=bool), max(64, _ENTRIES // max(pairs.shape[1], 1))
+    for start in range(0, len(X), size):
+        part = slice(start, start + size)
+        opened = gate_patterns(X[part], mean, gates[:, first], gate_offsets[first])
+        differ |= (opened[:, pairs[0]] != program.patterns[part][:, pairs[1]]).any(axis=0)
+    wrong = differ[pair.ravel()]
     if wrong.any():
         raise ValueError(
             f"neuron {np.flatnonzero(wrong)[0]} does not follow the gate that it names: the network and the gates do "
@@ -376,14 +384,17 @@ def _summed(first: Float, output: Float, place: Index, count: int) -> Float:
     return np.array([first[:, part] @ output[part] for part in parts]).reshape(count, len(first), output.shape[1])
 
 
-def _relu_outputs(rows: Float, first: Float, output: Float) -> Float:
-    """``(rows first)_+ output``, in blocks of rows."""
-    outputs = np.empty((len(rows), output.shape[1]))
-    size = max(64, _ENTRIES // max(first.shape[1], 1))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        outputs[part] = np.maximum(rows[part] @ first, 0) @ output
-    return outputs
+def _relu_outputs(rows: Float | MappedRows, loss: Loss, first: Float, output: Float) -> Float:
+    """What the terms of the loss see of ``(rows first)_+`` and an output layer, in blocks of rows."""
+    size = -(-max(64, _ENTRIES // max(first.shape[1], 1)) // loss.rows_together) * loss.rows_together
+    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+    return np.concatenate([loss.outputs(np.maximum(rows[part] @ first, 0), output) for part in parts])
+
+
+def _restriction(loss: Loss, q: int, truncated: bool, spectral_filter: Float | None) -> str:
+    """How the program differs from the plain one on dense data, in words."""
+    layer = " with this convolution and pooling" if isinstance(loss, PooledLoss) else ""
+    return layer + restriction_to(q - 1 if truncated else None, spectral_filter is not None)
 
 
 def _with_statistics(
@@ -395,10 +406,10 @@ def _with_statistics(
     return downgraded(proof, "statistics") if abs(loss.value(outputs) - judged) > allowed else proof
 
 
-def _whitened(rows: Float, weights: Float, responses: Responses, phi: Float | None) -> tuple[Float, bool]:
+def _whitened(rows: Float | MappedRows, weights: Float, responses: Responses, phi: Float | None) -> tuple[Float, bool]:
     """Coordinates ``Phi^{-1} q_j / ||q_j||`` of normalised responses, and whether one leaves the directions kept."""
     phi = np.ones(rows.shape[1] - 1) if phi is None else phi
-    coordinates = responses.products(weights[:, None] * rows[:, :-1]) / phi[:, None]
+    coordinates = responses.products(rows, weights) / phi[:, None]
     norms = np.linalg.norm(coordinates, axis=0)
     outside = bool(np.any(responses.coefficients.any(axis=0) & (norms < 1 - 1e-6)))
     return coordinates / np.where(norms > 0, norms, 1.0) / phi[:, None], outside

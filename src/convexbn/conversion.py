@@ -132,8 +132,8 @@ def to_relu(
 
 def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
     """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
-    responses = Responses.of(data.X, network.weight, data.loss.weights, rank=data.whitening.rank)
-    coordinates = responses.products(data.loss.weights[:, None] * data.whitening.rows[:, :-1])
+    responses = Responses.of(data.inputs, network.weight, data.loss.weights, rank=data.whitening.rank)
+    coordinates = responses.products(data.whitening.rows, data.loss.weights)
     coordinates /= (data.whitening.filter**2)[:, None]
     lengths = np.linalg.norm(data.whitening.filter[:, None] * coordinates, axis=0)
     coordinates /= np.where(lengths > 0, lengths, 1)

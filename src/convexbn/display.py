@@ -11,6 +11,7 @@ import numpy as np
 from convexbn._typing import Float
 from convexbn.certificate import Certificate
 from convexbn.collapse import CollapseMetrics
+from convexbn.convolution import PatchMatrix
 from convexbn.responses import Responses
 from convexbn.solvers.solution import Progress
 from convexbn.whitening import whiten
@@ -267,9 +268,12 @@ class SpectrumDisplay:
         X = model._checked_rows(X)
         weights = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         X, weights = X[weights > 0], weights[weights > 0]
+        if model.convolution is not None:
+            X = PatchMatrix(X, model.network_.convolution.geometry)
+            weights = np.repeat(weights, X.rows_together)
         network, whitening = model.network_, whiten(X, weights, rank=X.shape[1])
         responses = Responses.of(X, network.weight, weights, rank=model.rank_)
-        coordinates = network.gamma * responses.products(weights[:, None] * whitening.rows[:, :-1])
+        coordinates = network.gamma * responses.products(whitening.rows, weights)
         energies = coordinates**2 @ (network.output**2).sum(axis=1)
         total = energies.sum()
         found = whitening.singular_values[: whitening.rank]

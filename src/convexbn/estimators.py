@@ -26,6 +26,7 @@ from sklearn.utils.validation import check_is_fitted
 from convexbn import training
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate
+from convexbn.convolution import Convolution
 from convexbn.environment import solving
 from convexbn.losses import LOSSES, LossKind, loss_kind, softmax
 from convexbn.rows import canonical_rows, fingerprint
@@ -49,6 +50,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
+        "convolution": [Convolution, None],
         "solver": [StrOptions({"auto", *training.SOLVERS})],
         "tol": [Interval(Real, 0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left"), None],
@@ -68,6 +70,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         width: int | None = None,
         rank: int | float | None = None,
         spectral_filter: float | None = None,
+        convolution: Convolution | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
         max_iter: int | None = None,
@@ -83,6 +86,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self.width = width
         self.rank = rank
         self.spectral_filter = spectral_filter
+        self.convolution = convolution
         self.solver = solver
         self.tol = tol
         self.max_iter = max_iter
@@ -91,7 +95,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self.callback = callback
 
     def transform(self, X: Any) -> Float:
-        """Hidden activations, one a neuron: (n, d) -> (n, n_neurons)."""
+        """Hidden activations, one a neuron, of a convolution one a region and neuron: (n, d) -> (n, n_neurons)."""
         rows = self._checked_rows(X)
         with np.errstate(all="ignore"):
             hidden: Float = self.network_.hidden(rows)
@@ -114,7 +118,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         with solving(len(X)):
-            data = self._training_set(X, self._encode_known(y), weights, input_eps)
+            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer(None))
             program = None if self.gates_ is None else data.gated_program(self.gates_, self.gate_offsets_)
             return training.certify(
                 data, self.network_, self.weight_decay_, program,
@@ -150,9 +154,11 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         from convexbn.conversion import to_relu
 
         check_is_fitted(self)
+        if self.convolution is not None:
+            raise ValueError("to_relu is for dense data: train a convolutional ReLU network with activation='relu'.")
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         with solving(len(X)):
-            data = self._training_set(X, self._encode_known(y), weights, input_eps)
+            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer(None))
             if data.fingerprint != self.fingerprint_:
                 raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
             return to_relu(
@@ -194,10 +200,11 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 
     def _prepared(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of the rows, checked; and the fitted attributes that tell of ``y``."""
+        layer = self._layer(X)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         Y, labels = self._encode_new(y)
         with solving(len(X)):
-            return self._training_set(X, Y, weights, input_eps), labels
+            return self._training_set(X, Y, weights, input_eps, layer), labels
 
     def _solved(self, data: TrainingSet, budget: Budget, start: Any = None) -> dict[str, Any]:
         """Fitted attributes on a training set; from a ``Solution`` of the gated program or ``Neurons`` if given."""
@@ -244,7 +251,16 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             "fingerprint_": data.fingerprint,
         }
 
-    def _training_set(self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float) -> TrainingSet:
+    def _layer(self, X: Any) -> Convolution | None:
+        """The convolution with the shape of its inputs: that of given ones, or with None that of the fit."""
+        if self.convolution is None:
+            return None
+        layer: Convolution = self.network_.convolution if X is None else self.convolution.for_inputs(X)
+        return layer
+
+    def _training_set(
+        self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None = None
+    ) -> TrainingSet:
         with np.errstate(all="ignore"):
             square = float(np.sum(Y**2))
         if Y.any() and not 1e-305 < square < np.inf:
@@ -253,7 +269,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         return TrainingSet.prepare(
             X, Y, weights,
             loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
-            merge_features=self.activation == "relu",
+            merge_features=self.activation == "relu", convolution=layer,
         )  # fmt: skip
 
     def _loss_kind(self, Y: Float) -> LossKind:
@@ -271,6 +287,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool
     ) -> tuple[FloatMatrix, Any, Float, float]:
         numeric = isinstance(self, RegressorMixin)
+        X = self._as_rows(X, None if reset else self._layer(None))
         X, y, weights, input_eps = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
         if not weights.all():  # as if the rows of weight zero were not there
             X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
@@ -278,11 +295,18 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 
     def _checked_rows(self, X: Any) -> Float:
         check_is_fitted(self)
-        return checked_rows(self, X)
+        return checked_rows(self, self._as_rows(X, self._layer(None)))
+
+    def _as_rows(self, X: Any, layer: Convolution | None) -> Any:
+        """Images of several axes as rows; what is no array is left to scikit-learn's checks."""
+        if self.convolution is None:
+            return X
+        return (layer or self.convolution.for_inputs(X)).rows(X)
 
     @property
     def _n_features_out(self) -> int:
-        return int(self.network_.n_neurons)
+        regions = 1 if self.convolution is None else self.network_.convolution.pool.n_regions
+        return int(self.network_.n_neurons) * regions
 
 
 class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
@@ -321,6 +345,10 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         smooth form of ``rank``; .1 is a good first value. The first layer's weight decay is then that of
         ``sqrt(gamma^2 (1 + tau^2 ||w||^2 / n) + shift^2)`` for a neuron ``w`` of unit variance, and the certificate is
         for this program.
+    convolution : Convolution or None, default=None
+        The first layer as a convolution with batch norm over all locations and pooling, see
+        :class:`convexbn.Convolution`. ``X`` holds images ``(n, height, width, channels)``, or their flattened rows;
+        ``rank``, ``spectral_filter`` and gates are then those of the patches.
     solver : {"auto", "group_newton", "subspace", "proximal", "conic"}, default="auto"
         ``"group_newton"``: squared loss, up to thousands of rows. ``"subspace"``: any loss, many rows; with a
         ``time_limit`` a good network long before its certificate. ``"proximal"``: any loss, a simple method.
@@ -444,7 +472,7 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
 
     Parameters
     ----------
-    activation, weight_decay, n_gates, gates, width, rank, spectral_filter, solver
+    activation, weight_decay, n_gates, gates, width, rank, spectral_filter, convolution, solver
         As in :class:`ConvexBNClassifier`.
     tol, max_iter, time_limit, random_state, callback
         As in :class:`ConvexBNClassifier`.
@@ -485,6 +513,7 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         width: int | None = None,
         rank: int | float | None = None,
         spectral_filter: float | None = None,
+        convolution: Convolution | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
         max_iter: int | None = None,
@@ -494,8 +523,8 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
     ) -> None:
         super().__init__(
             activation=activation, loss=loss, weight_decay=weight_decay, n_gates=n_gates, gates=gates, width=width,
-            rank=rank, spectral_filter=spectral_filter, solver=solver, tol=tol, max_iter=max_iter,
-            time_limit=time_limit, random_state=random_state, callback=callback,
+            rank=rank, spectral_filter=spectral_filter, convolution=convolution, solver=solver, tol=tol,
+            max_iter=max_iter, time_limit=time_limit, random_state=random_state, callback=callback,
         )  # fmt: skip
         self.huber_delta = huber_delta
 

@@ -14,6 +14,7 @@ import numpy as np
 from convexbn import bounds
 from convexbn._typing import Float
 from convexbn.losses import Loss, SquaredLoss
+from convexbn.mapped_rows import MappedRows
 
 #: Rows up to which the lifted relaxations are tried: their matrices are of order n + q.
 _LIFTED_ROWS = 600
@@ -29,6 +30,9 @@ _ENCLOSED = 1e-5
 
 #: Entries ``n q`` up to which a local search takes a second.
 _QUICK_ENTRIES = 1 << 16
+
+#: Entries of a dual point on the rows, regions and outputs from which on only the orthant bound is taken.
+_SPREAD_ENTRIES = 1 << 24
 
 #: Entries from which on it takes few starts and no steps beyond the fixed point, which is still some seconds.
 _MANY_ENTRIES = 1 << 20
@@ -51,7 +55,8 @@ class AllPatterns:
     ----------
     loss : Loss
     rows : ndarray (n, q)
-        ``sqrt(w) A``, orthonormal columns (under a spectral filter orthogonal, of at most unit norm).
+        ``A``, whose columns times ``sqrt(w)`` are orthonormal (under a spectral filter orthogonal, of at most unit
+        norm). Rows that are mapped when they are read are too many for any bound but the orthant.
     weight_decay : float
     directions : ndarray (m, q)
         First layers of the network: where large values are likely.
@@ -62,7 +67,7 @@ class AllPatterns:
     """
 
     loss: Loss
-    rows: Float
+    rows: Float | MappedRows
     weight_decay: float
     directions: Float
     tolerance: float = 1e-6
@@ -81,15 +86,17 @@ class AllPatterns:
         for choose, name in ((bounds.dual_point, "chosen dual point"), (bounds.lifted_dual_point, "lifted dual point")):
             if self._late or (choose is bounds.lifted_dual_point and len(V) > _LIFTED_ROWS):
                 return
-            chosen = choose(targets, V, self.rows, self.weight_decay, deadline=self.deadline)
+            chosen = choose(targets, V, self._A, self.weight_decay, deadline=self.deadline)
             yield Evidence(self._root * chosen.dual, chosen.value, chosen.rounding, name)
 
     def dual_norm(self, dual: Float, *, proved: bool = True) -> tuple[float, float]:
         """Value of a local search and valid upper bound of ``max over ||u|| <= 1 of ||V'(A u)_+||``.
 
-        Infinity stands for a bound that is not asked for.
+        Infinity stands for a bound that is not asked for. Of very many patches the search sees some images.
         """
         V = dual / self._root
+        if self._many:
+            return self._of_some_rows(dual), next(self._cheap(V, 0.0))[0].value
         values, found = self._local_maxima(V)
         lower, upper = float(values[0]), np.inf
         if not proved:
@@ -106,9 +113,11 @@ class AllPatterns:
 
         None after the deadline on data of a size where the search takes more than about a second.
         """
+        if self._many:
+            return None
         V = dual / self._root
         if self._cells is not None:
-            return float(self._cells.maxima(V, self.weight_decay).value)
+            return float(self._cells.maxima(self.loss.spread(V), self.weight_decay).value)
         if self._late and self.rows.size > _QUICK_ENTRIES:
             return None
         return float(self._local_maxima(V)[0][0])
@@ -117,18 +126,38 @@ class AllPatterns:
         many = self.rows.size > _MANY_ENTRIES
         starts, rounds = (30, 0) if many else (300, 30)
         rng = np.random.default_rng(0)
-        return bounds.local_maxima(V, self.rows, starts, rng, initial=self.directions, rounds=rounds)
+        spread = self.loss.spread(V)
+        return bounds.local_maxima(spread, self._A, starts, rng, initial=self.directions, rounds=rounds)
+
+    def _of_some_rows(self, dual: Float) -> float:
+        """Value of the local search on the first cases, in proportion to their number: of many images an estimate."""
+        together, n = self.loss.rows_together, len(dual)
+        count = max(1, _MANY_ENTRIES // (together * max(self.rows.shape[1], self.loss.targets.shape[1])))
+        part = slice(0, min(count, n) * together)
+        some = replace(self, loss=self.loss.of_rows(part), rows=self.rows[part])
+        largest = float(some._local_maxima(dual[:count] / some._root)[0][0])
+        return float(n / min(count, n)) * largest
+
+    @property
+    def _many(self) -> bool:
+        """Whether there is no other bound than the orthant."""
+        return isinstance(self.rows, MappedRows) or self.loss.targets.size > _SPREAD_ENTRIES
 
     @property
     def _root(self) -> Float:
-        root: Float = np.sqrt(self.loss.weights)[:, None]
+        root: Float = np.sqrt(self.loss.of_cases.weights)[:, None]
         return root
+
+    @functools.cached_property
+    def _A(self) -> Float:
+        """``sqrt(w) A``, in groups where the hidden units are maxima."""
+        return self.loss.arranged(np.sqrt(self.loss.weights)[:, None] * self.rows[:])
 
     @functools.cached_property
     def _cells(self) -> bounds.EveryCell | None:
         """All cells, where they can be enumerated."""
-        one_output = self.loss.targets.shape[1] == 1
-        return bounds.EveryCell(self.rows) if one_output and bounds.few_cells(self.rows) else None
+        one_output = self.loss.targets.shape[1] == 1 and self._A.ndim == 2
+        return bounds.EveryCell(self._A) if one_output and bounds.few_cells(self._A) else None
 
     @property
     def _late(self) -> bool:
@@ -136,7 +165,12 @@ class AllPatterns:
 
     def _cheap(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """Orthant; every cell where there are few; else branch and bound where the rank allows it, relaxation."""
-        yield bounds.Bound(*bounds.orthant(V), 1), "orthant"
+        value, rounding = bounds.orthant(V)
+        largest = self.loss.hidden_norm
+        yield bounds.Bound(largest * value, largest * rounding, 1), "orthant"
+        if self._many:
+            return
+        V = self.loss.spread(V)
         if self._cells is not None:
             yield self._cells.maxima(V, target), "every cell"
             return
@@ -146,13 +180,16 @@ class AllPatterns:
             now = time.monotonic()
             until = None if self.deadline is None else now + _BRANCHING_SHARE * (self.deadline - now)
             yield bounds.branch_and_bound(
-                V, self.rows, tolerance=0.1 * self.tolerance, target=target, start=self.directions,
+                V, self._A, tolerance=0.1 * self.tolerance, target=target, start=self.directions,
                 max_nodes=_CONES if until is None else _MOST_CONES, deadline=until,
             ), "branch and bound"  # fmt: skip
-        if V.shape[1] == 1 and not self._late:
-            yield bounds.relaxation(V, self.rows, deadline=self.deadline), "relaxation"
+        if V.shape[1] == 1 and self._A.ndim == 2 and not self._late:
+            yield bounds.relaxation(V, self._A, deadline=self.deadline), "relaxation"
 
     def _lifted(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """The doubly nonnegative relaxation, for a moderate number of rows."""
-        if len(V) <= _LIFTED_ROWS and not self._late:
-            yield bounds.lifted(V, self.rows, deadline=self.deadline, target=target), "lifted relaxation"
+        if len(self.rows) <= _LIFTED_ROWS and self._A.ndim == 2 and not self._late:
+            yield (
+                bounds.lifted(self.loss.spread(V), self._A, deadline=self.deadline, target=target),
+                "lifted relaxation",
+            )

@@ -28,14 +28,14 @@ class Basis(NamedTuple):
 
     Attributes
     ----------
-    rows : ndarray (n, k + 1)
-        ``(X - mean) projection``, and room for one column more.
+    rows : ndarray (n, k + 1), or None
+        ``(X - mean) projection``, and room for one column more; None where they are not kept.
     projection : ndarray (d, k)
     departure : float
         Frobenius norm of ``columns' diag(w) columns - I``, measured.
     """
 
-    rows: Float
+    rows: Float | None
     projection: Float
     departure: float
 
@@ -78,6 +78,26 @@ def basis_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> 
         for _, block in blocks(columns):
             block[:] = block @ correction
         projection = projection @ correction
+    return None
+
+
+def projection_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Basis | None:
+    """The same without the rows, which are read from ``X`` again for every correction."""
+    for _ in range(3):
+        gram, sums = np.zeros((projection.shape[1],) * 2), np.zeros(projection.shape[1])
+        for part, block in blocks(X):
+            root = np.sqrt(weights[part])
+            columns = ((block - mean) @ projection) * root[:, None]
+            gram += columns.T @ columns
+            sums += root @ columns
+        gram -= np.outer(sums, sums) / weights.sum()
+        departure = float(np.linalg.norm(gram - np.eye(len(gram))))
+        if departure <= _ORTHONORMAL:
+            return Basis(None, projection, departure)
+        if not departure <= _CORRECTABLE:
+            return None
+        values, vectors = scipy.linalg.eigh(gram)
+        projection = projection @ ((vectors / np.sqrt(values)) @ vectors.T)
     return None
 
 

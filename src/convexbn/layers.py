@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from convexbn._typing import Float
+from convexbn.convolution import Pooling
 from convexbn.network import BatchNormNetwork
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -35,6 +36,8 @@ class Layers:
         Batch norm's own weight and bias.
     output, output_bias : ndarray (m, K), (K,)
         Second affine map.
+    pooling : Pooling or None
+        Of a convolutional network, whose rows are patches and whose ``output`` is (m, R K).
     """
 
     weight: Float
@@ -46,6 +49,7 @@ class Layers:
     offset: Float
     output: Float
     output_bias: Float
+    pooling: Pooling | None = None
 
     @classmethod
     @np.errstate(all="ignore")
@@ -79,7 +83,9 @@ class Layers:
     def predict(self, X: Float) -> Float:
         """Outputs from the stored statistics: (n, d) -> (n, K)."""
         response = X @ self.weight + (self.bias - self.running_mean)
-        outputs: Float = np.maximum(self.gain * response + self.offset, 0) @ self.output + self.output_bias
+        hidden = np.maximum(self.gain * response + self.offset, 0)
+        seen = hidden @ self.output if self.pooling is None else self.pooling.outputs(hidden, self.output)
+        outputs: Float = seen + self.output_bias
         return outputs
 
     def with_statistics_of(self, X: Float) -> Layers:

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
-from convexbn._typing import Float, Index
+from convexbn._typing import Float, FloatMatrix, Index
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -65,6 +65,41 @@ class Loss:
     def dual_value(self, dual: Float) -> float:
         """``D(V)``, rounded downwards; ``-inf`` outside the domain."""
         raise NotImplementedError
+
+    @property
+    def rows_together(self) -> int:
+        """Consecutive rows that share a term: blocks of rows hold whole terms."""
+        return 1
+
+    @property
+    def of_cases(self) -> Loss:
+        """The loss as a function of what its terms see: of the outputs of rows where each has a term of its own."""
+        return self
+
+    def pooled(self, hidden: FloatMatrix) -> FloatMatrix:
+        """Hidden units (n, m) as the output layer sees them."""
+        return hidden
+
+    def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
+        """What the terms see of hidden units (n, m) and an output layer (m, K)."""
+        return hidden @ output
+
+    def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
+        """``<dual, outputs(hidden, output)>`` differentiated by both."""
+        return dual @ output.T, hidden.T @ dual
+
+    def spread(self, dual: Float) -> Float:
+        """A dual point of what the terms see as one of the hidden units."""
+        return dual
+
+    def arranged(self, rows: Float) -> Float:
+        """Rows (n, q) as the hidden units are made of them: one each, or the largest of a group, (n, G, q)."""
+        return rows
+
+    @property
+    def hidden_norm(self) -> float:
+        """Upper bound of ``||hidden units|| / ||rows||``."""
+        return 1.0
 
     def of_rows(self, part: Index | slice) -> Loss:
         """The terms of some rows."""

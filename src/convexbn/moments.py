@@ -2,7 +2,8 @@
 
 Rows are centred near their mean while they are read, so that an offset costs no digits. Rows of one-byte integers are
 multiplied in float32, twice as fast as in float64, and *exactly*: while the diagonal of a block's Gram matrix stays
-below 2^24, all its partial sums are integers that float32 holds.
+below 2^24, all its partial sums are integers that float32 holds. Where there are few columns, and so many rows to a
+block that they would have to be cut up, float64 is exact at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ BLOCK_BYTES = 1 << 26
 
 #: Integers up to this, and sums of them, are exact in float32.
 _EXACT = 2.0**24
+
+#: Columns up to which one-byte integers are multiplied in float64.
+_FEW_COLUMNS = 256
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -97,8 +101,8 @@ def _read_integers(X: FloatMatrix, weights: Float, centre: Float, exponents: np.
     gram, sums = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1])
     size = max(64, BLOCK_BYTES // (8 * X.shape[1]))
     for start in range(0, len(X), size):
-        rows = X[start : start + size].astype(np.float32)
-        rows -= centre.astype(np.float32)
+        rows: FloatMatrix = X[start : start + size].astype(np.float32 if X.shape[1] > _FEW_COLUMNS else np.float64)
+        rows -= centre.astype(rows.dtype)
         _add_exactly(rows, gram, sums)
     heavy = weights > 1
     if heavy.any():
@@ -109,10 +113,10 @@ def _read_integers(X: FloatMatrix, weights: Float, centre: Float, exponents: np.
 
 def _add_exactly(rows: np.ndarray, gram: Float, sums: Float) -> None:
     """Add products and sums of integer rows, as many rows at a time as float32 adds up without rounding."""
-    if np.einsum("ij,ij->j", rows, rows).max() >= _EXACT:
+    if rows.dtype == np.float32 and np.einsum("ij,ij->j", rows, rows).max() >= _EXACT:
         half = len(rows) // 2
         _add_exactly(rows[:half], gram, sums)
         _add_exactly(rows[half:], gram, sums)
         return
     gram += rows.T @ rows
-    sums += np.ones(len(rows), dtype=np.float32) @ rows
+    sums += np.ones(len(rows), dtype=rows.dtype) @ rows

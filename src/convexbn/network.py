@@ -51,6 +51,11 @@ class BatchNormNetwork:
     gate_index: Index | None = None
 
     @property
+    def n_features(self) -> int:
+        """Numbers of a row that it is used on."""
+        return len(self.mean)
+
+    @property
     def n_neurons(self) -> int:
         """Width ``m``."""
         return int(self.weight.shape[1])

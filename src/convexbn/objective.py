@@ -131,12 +131,15 @@ class Objective:
         Of the last layer's weight.
     bias_decay : float
         Of the last layer's bias, 0 for none.
+    rows_together : int
+        Rows of batch norm for each of the loss: the locations of a convolution.
     """
 
     loss: TrainedLoss
     hidden_decay: float
     output_decay: float
     bias_decay: float = 0.0
+    rows_together: int = 1
 
     @classmethod
     def with_weight_decay(cls, loss: TrainedLoss, weight_decay: float) -> Objective:
@@ -170,8 +173,9 @@ class Objective:
 
     @property
     def weight_decay(self) -> float:
-        """Beta of the program: ``sqrt(hidden_decay output_decay / n)``."""
-        return float(np.sqrt(self.hidden_decay * self.output_decay / len(self.loss.targets)))
+        """Beta of the program: ``sqrt(hidden_decay output_decay / n)``, ``n`` the rows of batch norm."""
+        n = len(self.loss.targets) * self.rows_together
+        return float(np.sqrt(self.hidden_decay * self.output_decay / n))
 
     def value(self, layers: Layers, outputs: Float) -> float:
         """Objective of layers with these outputs on the training rows: penalties of the numbers as they stand."""

@@ -10,6 +10,7 @@ import numpy as np
 from convexbn import __version__
 from convexbn._typing import Float, FloatMatrix
 from convexbn.container import write_atomically
+from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.layers import Layers, convertible
 from convexbn.network import BatchNormNetwork
 from convexbn.probes import check_conversion
@@ -72,6 +73,8 @@ def export(
         raise ImportError("convexbn.onnx needs the onnx package: pip install 'convexbn[onnx]'.") from error
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
+    if isinstance(network, ConvolutionalNetwork):
+        raise TypeError("convolutional networks are not exported to ONNX here: use convexbn.nn.to_module.")
     network = convertible(network)
     model = _model(network, dtype)
     onnx.checker.check_model(model, full_check=True)

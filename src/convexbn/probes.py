@@ -50,6 +50,7 @@ def check_conversion(
     dtype: DTypeLike,
     rows: Float | None,
     tol: float | None,
+    probes: Float | None = None,
 ) -> None:
     """Compare a converted network with its origin on probe rows, and on ``rows`` (n, d) where given.
 
@@ -63,19 +64,21 @@ def check_conversion(
     rows : ndarray (n, d) or None
     tol : float or None
         Allowed difference relative to the largest output; None: ``TOLERANCES``.
+    probes : ndarray, optional
+        Instead of ``probe_rows``.
 
     Raises
     ------
     ValueError
         With the measured error and the remedy.
     """
-    d = len(network.mean)
+    d = network.n_features
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != d):
         raise ValueError(f"X must have shape (n, {d}), got {rows.shape}.")
     name = np.dtype(dtype).name
     allowed = TOLERANCES[name] if tol is None else tol
-    probes = [probe_rows(network.weight, network.mean)] + ([] if rows is None else [rows])
-    for kind, points in zip(("probe rows", "the rows of X"), probes, strict=False):
+    probes = probe_rows(network.weight, network.mean) if probes is None else probes
+    for kind, points in zip(("probe rows", "the rows of X"), [probes, *([] if rows is None else [rows])], strict=False):
         points = rounded(points, dtype)
         error = output_error(network.predict(points), np.asarray(converted(points.astype(dtype)), dtype=np.float64))
         if not error <= allowed:

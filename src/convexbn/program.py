@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,31 @@ class GatedProgram:
     weight_decay: float
 
     @property
+    def on_rows(self) -> Loss:
+        """The loss as the rows see it."""
+        return self.loss
+
+    @property
+    def penalty(self) -> str:
+        """Norm of a block: ``"Frobenius"``."""
+        return "Frobenius"
+
+    def norms(self, blocks: Float) -> Float:
+        """Norm of every block: (m, q, K) -> (m,)."""
+        return block_norms(blocks)
+
+    def dual_norms(self, correlations: Float) -> Float:
+        """Dual norm of every correlation: (m, q, K) -> (m,)."""
+        return block_norms(correlations)
+
+    def shrink(self, blocks: Float, threshold: float) -> Float:
+        """Proximal map of ``threshold * sum_i ||S_i||``: ``(1 - threshold / ||S_i||)_+ S_i``."""
+        norms = block_norms(blocks)
+        factors = np.maximum(1 - np.divide(threshold, norms, out=np.ones_like(norms), where=norms > 0), 0)
+        shrunk: Float = factors[:, None, None] * blocks
+        return shrunk
+
+    @property
     def block_shape(self) -> tuple[int, int]:
         """Shape ``(q, K)`` of one block ``S_i``."""
         return self.rows.shape[1], self.loss.targets.shape[1]
@@ -59,6 +85,10 @@ class GatedProgram:
     def in_single_precision(self) -> GatedProgram:
         """The same program with float32 kernels: twice as fast, for iterates that float64 judges."""
         return replace(self, rows=self.rows.astype(np.float32))
+
+    def gated_rows(self, gate: int) -> Float:
+        """``D_i A`` of one gate: (n, q)."""
+        return self.patterns[:, [gate]] * self.rows
 
     def with_weight_decay(self, weight_decay: float) -> GatedProgram:
         """The same program at another weight decay."""
@@ -74,6 +104,10 @@ class GatedProgram:
             np.einsum("nkq,nq->nk", summed.reshape(-1, K, q), self.rows[part], out=result[part])
         return result
 
+    def outputs_on(self, rows: Any, patterns: Bool, blocks: Float) -> Float:
+        """Outputs on other rows (n, q') with patterns (n, m) for blocks (m, q', K), one a pattern: (n, K)."""
+        return replace(self, rows=rows, patterns=patterns).outputs(np.arange(len(blocks)), blocks)
+
     def correlations(self, dual: Float, gate_index: Index | None = None) -> Float:
         """``A' D_i V`` for every gate (or those of ``gate_index``): (P, q, K)."""
         q, K = self.block_shape
@@ -86,11 +120,11 @@ class GatedProgram:
         return np.ascontiguousarray(total.reshape(count, K, q).transpose(0, 2, 1))
 
     def correlation_norms(self, dual: Float) -> Float:
-        """``||A' D_i V||_F`` for every gate: (P,)."""
-        return block_norms(self.correlations(dual))
+        """``||A' D_i V||``, the dual norm, for every gate: (P,)."""
+        return self.dual_norms(self.correlations(dual))
 
     def dual_norm_bound(self, dual: Float) -> tuple[float, float]:
-        """Upper bound of ``max_i ||A' D_i V||_F``, and the part of it that covers rounding."""
+        """Upper bound of ``max_i ||A' D_i V||``, and the part of it that covers rounding."""
         rounding = self.correlation_rounding(dual)
         return float(self.correlation_norms(dual).max(initial=0.0) + rounding), rounding
 
@@ -101,7 +135,7 @@ class GatedProgram:
         return float((n + q + 4) * np.finfo(np.float64).eps * np.sqrt(q) * scaled)
 
     def max_weight_decay(self) -> float:
-        """Smallest weight decay at which the zero network is optimal: ``max_i ||A' D_i V0||_F``, exact."""
+        """Smallest weight decay at which the zero network is optimal: ``max_i ||A' D_i V0||``, exact."""
         n, K = self.loss.targets.shape
         dual = self.loss.negative_gradient(np.zeros((n, K)))
         return float(self.correlation_norms(dual).max(initial=0.0))

@@ -8,12 +8,14 @@ orthonormal for columns of the data in units of their range, so that rounding is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.moments import blocks
+from convexbn.mapped_rows import MappedRows, is_mapped
+from convexbn.moments import blocks, moments
 
 #: Columns of the span beyond those that are expected.
 _SPARE = 8
@@ -35,7 +37,7 @@ class Responses:
 
     Attributes
     ----------
-    rows : ndarray (n, r + 1)
+    rows : ndarray (n, r + 1), or MappedRows
         The basis, and the constant column ``1 / sqrt(total weight)``.
     coefficients : ndarray (r, m)
         Zero for a direction on which the rows do not vary.
@@ -43,7 +45,7 @@ class Responses:
         ``||C X w_j||``, and ``(mu - mean)'w_j`` where a mean other than that of the rows was given.
     """
 
-    rows: Float
+    rows: Float | MappedRows
     coefficients: Float
     norms: Float
     offsets: Float
@@ -63,7 +65,7 @@ class Responses:
 
         Parameters
         ----------
-        X : ndarray (n, d)
+        X : ndarray (n, d), or PatchMatrix
         weight : ndarray (d, m)
         sample_weight : ndarray (n,)
             Positive weights; norms and means are weighted.
@@ -76,34 +78,29 @@ class Responses:
         scaled = np.ldexp(weight, exponents[:, None])
         lengths = np.frexp(np.abs(scaled).max(axis=0, initial=0.0))[1]
         span, coefficients = _spanned(np.ldexp(scaled, -lengths), rank)
-        total = sample_weight.sum()
-        rows = np.full((len(X), span.shape[1] + 1), 1 / np.sqrt(total))
-        basis = rows[:, :-1]
-        for part, block in blocks(X):
-            basis[part] = (np.ldexp(block, -exponents) - first) @ span
-        centre = sample_weight @ basis / total
-        basis -= centre
-        again = sample_weight @ basis / total  # offsets leave a mean behind: centre twice
-        basis -= again
-        norms = _norms(basis, coefficients, sample_weight)
+        based = _mapped_basis if is_mapped(X, span.shape[1]) else _kept_basis
+        rows, centre = based(X, span, sample_weight, first, exponents)
+        norms = _norms(rows, coefficients, sample_weight)
         with np.errstate(all="ignore"):
             unit = np.where(norms > 0, coefficients / np.where(norms > 0, norms, 1.0), 0.0)
         offsets = np.zeros(len(norms))
         if mean is not None:
-            offsets = (centre + again) @ coefficients
+            offsets = centre @ coefficients
             offsets += (first - np.ldexp(mean, -exponents)) @ np.ldexp(scaled, -lengths)
         return cls(rows, unit, np.ldexp(norms, lengths), np.ldexp(offsets, lengths))
 
     @property
     def normalized(self) -> Float:
         """``C X w_j / ||C X w_j||``, one a column: (n, m)."""
-        normalized: Float = self.rows[:, :-1] @ self.coefficients
+        normalized: Float = self.rows[:][:, :-1] @ self.coefficients
         return normalized
 
-    def products(self, columns: Float) -> Float:
-        """``columns' C X w_j / ||C X w_j||`` for columns (n, k), without the responses: (k, m)."""
-        products: Float = (columns.T @ self.rows[:, :-1]) @ self.coefficients
-        return products
+    def products(self, rows: Any, sample_weight: Float) -> Float:
+        """``A' diag(w) C X w_j / ||C X w_j||`` for rows ``[A, constant]`` (n, q), without the responses: (q - 1, m)."""
+        products = np.zeros((rows.shape[1] - 1, len(self.coefficients)))
+        for part, block in blocks(rows):
+            products += (sample_weight[part, None] * block[:, :-1]).T @ self.rows[part][:, :-1]
+        return products @ self.coefficients
 
 
 def _units(X: FloatMatrix) -> tuple[Float, np.ndarray]:
@@ -128,12 +125,39 @@ def _spanned(weight: Float, rank: int | None) -> tuple[Float, Float]:
     return (weight, np.eye(m)) if m <= d else (np.eye(d), weight)
 
 
-def _norms(basis: Float, coefficients: Float, sample_weight: Float) -> Float:
-    """Weighted norms of ``basis coefficients[:, j]``, by the triangle of the basis."""
-    triangle = np.zeros((0, basis.shape[1]))
-    for start in range(0, len(basis), _BLOCK_ROWS):
+def _kept_basis(
+    X: FloatMatrix, span: Float, sample_weight: Float, first: Float, exponents: np.ndarray
+) -> tuple[Float, Float]:
+    """Rows ``[C X span, constant]`` in units of the columns, and the mean that they had, taken to the first row."""
+    total = sample_weight.sum()
+    rows = np.full((len(X), span.shape[1] + 1), 1 / np.sqrt(total))
+    basis = rows[:, :-1]
+    for part, block in blocks(X):
+        basis[part] = (np.ldexp(block, -exponents) - first) @ span
+    centre = sample_weight @ basis / total
+    basis -= centre
+    again = sample_weight @ basis / total  # offsets leave a mean behind: centre twice
+    basis -= again
+    return rows, centre + again
+
+
+def _mapped_basis(
+    X: Any, span: Float, sample_weight: Float, first: Float, exponents: np.ndarray
+) -> tuple[MappedRows, Float]:
+    """The same for rows that are made when they are read."""
+    found = moments(X, sample_weight)
+    mean = np.ldexp(found.mean, found.exponents)
+    rows = MappedRows(X, mean, np.ldexp(span, -exponents[:, None]), 1 / np.sqrt(sample_weight.sum()))
+    return rows, (np.ldexp(mean, -exponents) - first) @ span
+
+
+def _norms(rows: Float | MappedRows, coefficients: Float, sample_weight: Float) -> Float:
+    """Weighted norms of ``basis coefficients[:, j]``, by the triangle of the basis, all columns but the last."""
+    r = rows.shape[1] - 1
+    triangle = np.zeros((0, r))
+    for start in range(0, len(rows), _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)
-        stacked = np.vstack([triangle, np.sqrt(sample_weight[part])[:, None] * basis[part]])
-        triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][: basis.shape[1]]
+        stacked = np.vstack([triangle, np.sqrt(sample_weight[part])[:, None] * rows[part][:, :-1]])
+        triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][:r]
     norms: Float = np.linalg.norm(triangle @ coefficients, axis=0)
     return norms

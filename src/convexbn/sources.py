@@ -12,6 +12,9 @@ import numpy as np
 from convexbn import datasets
 from convexbn.tables import read_table
 
+#: Shapes of the images of the bundled sets.
+IMAGES = {"digits": (8, 8, 1), "fashion-mnist": (28, 28, 1), "cifar-10": (32, 32, 3)}
+
 #: Share held out by default when a data set has no test part of its own.
 DEFAULT_TEST_SIZE = {"digits": 0.2, "fashion-mnist": 0.0, "cifar-10": 0.0}
 
@@ -39,6 +42,11 @@ class Source:
     y_test: np.ndarray | None = None
     feature_names: tuple[str, ...] | None = None
     target: str | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Height, width and channels, where the rows are known to be images."""
+        return IMAGES.get(self.name)
 
     def split(self, test_size: float | None, seed: int, *, task: str) -> Split:
         """Hold rows out (stratified for classes), or keep the official test part."""

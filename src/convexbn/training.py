@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 
 from convexbn import certificate
-from convexbn._typing import Float, FloatMatrix
+from convexbn._typing import Bool, Float, FloatMatrix
 from convexbn.certificate import Certificate
+from convexbn.convolution import Convolution, PatchMatrix
+from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.evidence import AllPatterns
 from convexbn.losses import Loss, LossKind, SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
+from convexbn.pooled_loss import PooledLoss
+from convexbn.pooled_program import PooledProgram
 from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.local_pricing import LocalPricing
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons
 from convexbn.solvers.proximal import Proximal
@@ -66,17 +71,20 @@ class TrainingSet:
     X : ndarray (n, d)
         Distinct rows in canonical order.
     loss : Loss
-        Loss bound to targets and weights of those rows.
+        Loss bound to targets and weights of those rows, as the rows that the first layer sees make its outputs.
     whitening : Whitening
         Whitened rows and statistics.
     fingerprint : str
         Hash of the canonical rows, targets and weights.
+    convolution : Convolution or None
+        Where the rows are images, of whose patches the first layer is made.
     """
 
     X: FloatMatrix
     loss: Loss
     whitening: Whitening
     fingerprint: str
+    convolution: Convolution | None = None
 
     @classmethod
     def prepare(
@@ -90,8 +98,9 @@ class TrainingSet:
         input_eps: float,
         merge_features: bool,
         spectral_filter: float | None = None,
+        convolution: Convolution | None = None,
     ) -> TrainingSet:
-        """Canonical order, merging and whitening.
+        """Canonical order, merging and whitening: of the rows, or of the patches of images.
 
         With ``merge_features`` (ReLU by formula) rows of equal features are merged whatever their targets, where the
         loss depends on their mean: averaged for the squared loss, soft labels for those of classes.
@@ -102,13 +111,26 @@ class TrainingSet:
         if merge_features and bound.depends_on_means:
             X, place = distinct_rows(X)
             bound = bound.merged(place, len(X))
-        whitening = whiten(X, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
-        return cls(X, bound, whitening, mark)
+        if convolution is not None:
+            bound = PooledLoss.of(bound, convolution.pool)
+        seen = _first_inputs(X, convolution)
+        whitening = whiten(seen, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
+        return cls(X, bound, whitening, mark, convolution)
+
+    @functools.cached_property
+    def inputs(self) -> Any:
+        """What the first layer sees: the rows, or the patches of the images."""
+        return _first_inputs(self.X, self.convolution)
+
+    def network(self, dense: BatchNormNetwork) -> BatchNormNetwork:
+        """A network on what the first layer sees as one on the rows."""
+        return dense if self.convolution is None else ConvolutionalNetwork.of(dense, self.convolution)
 
     @property
     def has_orthogonal_rows(self) -> bool:
         """Whether the whitened rows are square and unfiltered, which the formulas need."""
-        return self.whitening.rank == len(self.X) - 1 and not self.whitening.filtered
+        square = self.whitening.rank == len(self.X) - 1
+        return self.convolution is None and square and not self.whitening.filtered
 
     def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> TrainingSet:
         """The same rows on fewer directions, or filtered: one SVD serves them all, see ``Whitening.leading``."""
@@ -116,14 +138,18 @@ class TrainingSet:
 
     def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
         """The gated program on these rows."""
-        patterns = gate_patterns(self.X, self.whitening.mean, gates, gate_offsets)
+        return self._program(gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets), weight_decay)
+
+    def _program(self, patterns: Bool, weight_decay: float) -> GatedProgram:
+        if isinstance(self.loss, PooledLoss):
+            return PooledProgram.of(self.whitening.rows, patterns, self.loss, weight_decay)
         return GatedProgram(self.whitening.rows, patterns, self.loss, weight_decay)
 
     def draw_gates(
         self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
     ) -> tuple[Float, Float, GatedProgram]:
         """Sampled or given gates, of equal training patterns the first, (d, P) and (P,), and their program."""
-        n, d = self.X.shape
+        n, d = self.inputs.shape
         if isinstance(gates, str):
             check_memory(n, d, n_gates)
             drawn = self._trained_gates if gates == "trained" else functools.partial(sample_gates, gates)
@@ -131,9 +157,9 @@ class TrainingSet:
         else:
             directions, offsets = split_gates(np.asarray(gates, dtype=np.float64), d)
             check_memory(n, d, len(offsets))
-        patterns = gate_patterns(self.X, self.whitening.mean, directions, offsets)
+        patterns = gate_patterns(self.inputs, self.whitening.mean, directions, offsets)
         kept = first_of_each_pattern(patterns)
-        program = GatedProgram(self.whitening.rows, np.ascontiguousarray(patterns[:, kept]), self.loss, 1.0)
+        program = self._program(np.ascontiguousarray(patterns[:, kept]), 1.0)
         return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
 
     def _trained_gates(
@@ -161,9 +187,9 @@ class TrainingSet:
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
             except closed_form.NoFormulaError:
                 pass
-        dual = self.loss.negative_gradient(np.zeros_like(self.loss.targets))
-        rows = np.sqrt(self.loss.weights)[:, None] * self.whitening.rows
-        prover = AllPatterns(self.loss, rows, weight_decay=0.0, directions=rows[:0])
+        cases, q = self.loss.of_cases, self.whitening.rank + 1
+        dual = cases.negative_gradient(np.zeros_like(cases.targets))
+        prover = AllPatterns(self.loss, self.whitening.rows, weight_decay=0.0, directions=np.zeros((0, q)))
         return prover.dual_norm(dual, proved=proved)
 
 
@@ -193,7 +219,9 @@ def fit_gated(
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method: Solver = SOLVERS[choose_solver(solver, data.loss)](**settings)
     solution = method.solve(program, start, budget).finite()
-    network = BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
+    network = data.network(
+        BatchNormNetwork.from_blocks(data.whitening, solution.gate_index, solution.blocks, gates, gate_offsets)
+    )
     proof = certify(
         data, network, program.weight_decay, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True
     )
@@ -222,7 +250,8 @@ def fit_relu(
         solution = _relu_solver(data, tol, max_iter, width).solve(
             data.whitening.rows, data.loss, weight_decay, rng, replace(budget, time_limit=share), start
         )
-        network = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
+        dense = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
+        network = data.network(dense)
         history, stopped_by = solution.history, solution.stopped_by
     proof = certify(
         data, network, weight_decay, None,
@@ -232,12 +261,20 @@ def fit_relu(
     return Fit(network, proof, history, len(history))
 
 
-def _relu_solver(data: TrainingSet, tol: float, max_iter: int | None, width: int | None) -> NeuronPricing | ManyRows:
+def _first_inputs(X: FloatMatrix, convolution: Convolution | None) -> Any:
+    return X if convolution is None else PatchMatrix(X, convolution.geometry)
+
+
+def _relu_solver(
+    data: TrainingSet, tol: float, max_iter: int | None, width: int | None
+) -> NeuronPricing | LocalPricing | ManyRows:
     """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
     given: dict[str, Any] = {} if width is None else {"width": width}
     if data.whitening.rows.size > PRICING_ENTRIES:
         return ManyRows(**given) if max_iter is None else ManyRows(**given, descent=StochasticPhase(epochs=max_iter))
-    return NeuronPricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
+    maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
+    pricing = LocalPricing if maxima else NeuronPricing
+    return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
 
 
 def _relu_by_formula(data: TrainingSet, weight_decay: float) -> BatchNormNetwork | None:
@@ -277,14 +314,24 @@ def certify(
     }
     if program is None:
         return certificate.certify_relu(
-            data.whitening.rows, data.loss, data.X, weight_decay, **network.neurons(), **question, deadline=deadline
+            data.whitening.rows,
+            data.loss,
+            data.inputs,
+            weight_decay,
+            **network.neurons(),
+            **question,
+            deadline=deadline,
         )
     program = program.with_weight_decay(weight_decay)
-    return certificate.certify_gated(program, data.X, data.whitening.mean, **network.neurons(), **question)
+    return certificate.certify_gated(program, data.inputs, data.whitening.mean, **network.neurons(), **question)
 
 
 def choose_solver(solver: str, loss: Loss) -> str:
     """Resolve ``"auto"``: up to ``NEWTON_ROWS`` rows Newton on the group scales for the squared loss."""
+    if isinstance(loss, PooledLoss):
+        if solver not in ("auto", "proximal", "conic"):
+            raise ValueError(f"solver={solver!r} is for dense data: use 'proximal' with a convolution.")
+        return "proximal" if solver == "auto" else solver
     if solver != "auto":
         return solver
     if len(loss.targets) > NEWTON_ROWS:

@@ -72,10 +72,11 @@ def sentence_of(
     scope: str,
     stopped_by: str,
     restriction: str = "",
+    block_norm: str = "Frobenius",
 ) -> str:
     """Status, cause and remedy in words."""
     among = {
-        "these gates": "all networks with these gates (penalty: one Frobenius norm per gate)",
+        "these gates": f"all networks with these gates (penalty: one {block_norm} norm per gate)",
         "all patterns": "all batch-normalised ReLU networks of any width",
     }[scope] + restriction
     reason = STOPPED_BY[stopped_by]

@@ -15,12 +15,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.gram_basis import RESOLVED, basis_of, rank_of_standardised, spectrum
+from convexbn.gram_basis import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
+from convexbn.mapped_rows import MappedRows, is_mapped
 from convexbn.moments import blocks, moments
 
 #: Rows a block in the tall QR: one block costs well under a second, so that Ctrl-C is answered.
@@ -39,7 +41,7 @@ class Whitening:
 
     Attributes
     ----------
-    rows : ndarray (n, r + 1)
+    rows : ndarray (n, r + 1), or MappedRows
         Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row; the columns of
         ``diag(sqrt(w)) rows`` are orthogonal, of the norms ``filter`` and 1.
     mean : ndarray (d,)
@@ -66,7 +68,7 @@ class Whitening:
         used; None: a QR, orthonormal to rounding.
     """
 
-    rows: Float
+    rows: Any
     mean: Float
     projection: Float
     directions: Float
@@ -96,10 +98,15 @@ class Whitening:
         """
         phi = _kept_filter(self.singular_values, self.rank, rank, spectral_filter)
         k = len(phi)
+        projection = self.projection[:, :k] * phi
+        if isinstance(self.rows, MappedRows):
+            rows: Any = replace(self.rows, projection=projection)
+        else:
+            rows = np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]])
         return replace(
             self,
-            rows=np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]]),
-            projection=self.projection[:, :k] * phi,
+            rows=rows,
+            projection=projection,
             directions=self.directions[:, :k].copy(),
             filter=self.filter[:k] * phi,
         )
@@ -194,6 +201,11 @@ def whiten(
         found = _by_gram(X, weights, rank, spectral_filter, input_eps)
         if found is not None:
             return found
+        if is_mapped(X, X.shape[1]):
+            raise ValueError(
+                f"the {len(X)} patches do not vary enough in every direction to be whitened in blocks: keep fewer "
+                "directions with rank=, or shrink them with spectral_filter=."
+            )
     return _by_qr(np.asarray(X, dtype=np.float64), weights, rank, spectral_filter, input_eps)
 
 
@@ -260,10 +272,15 @@ def _by_gram(
             return None
         r, directions = r or resolved, directions[:, : len(phi)]
         back = directions / values[: len(phi)]
-    basis = basis_of(X, weights, np.ldexp(found.mean, found.exponents), _padded(back, kept, X.shape[1]))
+    based = projection_of if is_mapped(X, len(phi)) else basis_of
+    basis = based(X, weights, np.ldexp(found.mean, found.exponents), _padded(back, kept, X.shape[1]))
     if basis is None:
         return None
-    return columns.whitening(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)
+    whitening = columns.whitening(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)
+    if basis.rows is not None:
+        return whitening
+    constant = 1 / np.sqrt(whitening.total_weight)
+    return replace(whitening, rows=MappedRows(X, whitening.mean, whitening.projection, constant))
 
 
 @dataclass(frozen=True)
@@ -302,7 +319,7 @@ class _Columns:
 
     def whitening(
         self,
-        rows: Float,
+        rows: Float | None,
         back: Float,
         directions: Float,
         values: Float,
@@ -311,8 +328,9 @@ class _Columns:
         departure: float | None = None,
     ) -> Whitening:
         """The whitening of orthonormal columns ``(X - mean) back``, all but the last of ``rows``, and a filter."""
-        rows[:, :-1] *= phi
-        rows[:, -1] = 1 / np.sqrt(self.total)
+        if rows is not None:
+            rows[:, :-1] *= phi
+            rows[:, -1] = 1 / np.sqrt(self.total)
         _refuse_denormal(back, self.kept)
         d = len(self.mean)
         return Whitening(

@@ -62,8 +62,8 @@ def branch_and_bound(
     Parameters
     ----------
     V : ndarray (n, K)
-    A : ndarray (n, q)
-        Orthonormal columns, ``q <= 8``.
+    A : ndarray (n, q), or groups (n, G, q)
+        Orthonormal columns, ``q <= 8``. The hidden unit of a group is the largest of its rows, or 0.
     tolerance : float
         Stop when the bound is within this factor (less 1) of the best value found.
     max_nodes : int
@@ -85,12 +85,12 @@ def branch_and_bound(
     ValueError
         When ``q > 8``.
     """
-    n, q = A.shape
+    n, q = A.size // A.shape[-1], A.shape[-1]
     if q > MAX_RANK:
         raise ValueError(f"branch and bound is hopeless at rank {q} > {MAX_RANK}: use the relaxation bound.")
     scale = unit_scale(V)
     V = V / scale
-    if q <= 2:
+    if q <= 2 and A.ndim == 2:
         value, rounding, maximiser, work = plane(V, A)
         return Enclosure(value * scale, rounding * scale, work, (value - rounding) * scale, maximiser, "tolerance")
     start = np.eye(q)[:1] if start is None or len(start) == 0 else start
@@ -117,7 +117,7 @@ class _Search:
         self.lower, self.settled, self.nodes = 0.0, 0.0, 0
         self.best = normalise(start)[0]
         self.improve(normalise(start))
-        self.frontier = Frontier(A.shape[1])
+        self.frontier = Frontier(A.shape[-1])
         for problem in range(len(self.problems)):
             self.bound(rotated_orthants(self.best if middle is None else middle), problem, np.inf)
 

@@ -17,6 +17,10 @@ Several outputs: on the cone ``V'(A u)_+ = sum_j l_j f_j - sum_i e_i V_i`` with 
 unit vector ``c``, ``||F||^2 = (c'F)^2 + ||F - c c'F||^2``: the first by the bound of one output, the second, small on
 a small cone, by ``max_j phi_j / (d'g_j)`` for a convex function with values at most ``phi_j`` at the generators and
 any unit vector d, since the cone meets the unit ball inside the simplex ``d'u <= 1``.
+
+Hidden units that are maxima over groups of rows (max pooling) are convex and homogeneous as well: their values at the
+generators take the place of ``(T_ij)_+``, and of a group that is not linear on the cone the row that is largest in its
+middle is the ``a_i`` of the lower bound.
 """
 
 from __future__ import annotations
@@ -58,8 +62,10 @@ class Cones:
         Their places in ``A``; ``n`` is padding.
     at_generators : ndarray (B, q, m)
         ``T`` of those rows, transposed.
+    above : ndarray (B, q, m)
+        Their hidden units, ``(T)_+`` transposed, or the largest of the group.
     whole : ndarray (B, q, n)
-        ``(T)_+`` of all rows, transposed.
+        Hidden units of all rows.
     """
 
     generators: Float
@@ -67,6 +73,7 @@ class Cones:
     rows: Float
     index: Index
     at_generators: Float
+    above: Float
     whole: Float
 
     @property
@@ -83,17 +90,27 @@ class Cones:
 
 
 def prepare(generators: Float, A: Float) -> Cones:
-    """Evaluate the rows at the generators and single out those that cut each cone."""
-    T = generators @ A.T
-    T[np.abs(T) < _SNAP] = 0.0
-    cut = (T.max(axis=1) > 0) & (T.min(axis=1) < 0)
+    """Evaluate the rows (n, q), or groups (n, G, q), at the generators and single out those that cut each cone."""
+    T, chosen = _at_generators(generators, A)
+    whole = np.maximum(T.max(axis=-1) if T.ndim == 4 else T, 0)
+    T = T if chosen is None else np.take_along_axis(T, chosen[:, None, :, None], axis=3)[..., 0]
+    cut = (whole.max(axis=1) > 0) & ((whole - T).max(axis=1) > _SNAP)
     width = max(int(cut.sum(axis=1).max(initial=0)), 1)
     order = np.argsort(~cut, axis=1, kind="stable")[:, :width]
     inside = np.take_along_axis(cut, order, axis=1)
-    rows: Float = A[order] * inside[..., None]
+    members = (order,) if chosen is None else (order, np.take_along_axis(chosen, order, axis=1))
+    rows: Float = A[members] * inside[..., None]
     dual = np.linalg.inv(generators).transpose(0, 2, 1).astype(np.float64)
     index = np.where(inside, order, len(A))
-    return Cones(generators, dual, rows, index, generators @ rows.transpose(0, 2, 1), np.maximum(T, 0))
+    above = np.take_along_axis(whole, order[:, None], axis=2) * inside[:, None]
+    return Cones(generators, dual, rows, index, generators @ rows.transpose(0, 2, 1), above, whole)
+
+
+def _at_generators(generators: Float, A: Float) -> tuple[Float, Index | None]:
+    """``T`` (B, q, n); of groups (B, q, n, G), with the member that is largest in the middle of each cone (B, n)."""
+    T = np.tensordot(generators, A, (2, -1))
+    T[np.abs(T) < _SNAP] = 0.0
+    return T, None if A.ndim == 2 else T.sum(axis=1).argmax(axis=2)
 
 
 def one_output(cones: Cones, weights: Float) -> tuple[Float, Float]:
@@ -107,12 +124,12 @@ def one_output(cones: Cones, weights: Float) -> tuple[Float, Float]:
     """
     negative = np.maximum(-_crossing_weights(cones, weights), 0)
     # all rows interpolated, then the negative crossing ones taken out again
-    chords = _apply(cones.whole, weights) + _apply(np.maximum(cones.at_generators, 0), negative)
+    chords = _apply(cones.whole, weights) + _apply(cones.above, negative)
     residual, taken = _minimise(cones, chords, negative)
     norms = np.linalg.norm(residual, axis=1)
     # on thin cones the minimisation is slow, but the simplex around the cone's middle is small
-    simplex = _simplex_bound(cones, chords - _apply(cones.at_generators, taken))
-    bound = np.minimum(norms, simplex) + rounding(cones, np.abs(weights).sum(axis=1))
+    ends = (_simplex_bound(cones, chords - _apply(cones.at_generators, s)) for s in (taken, _at_first(cones, negative)))
+    bound = np.minimum(norms, np.minimum(*ends)) + rounding(cones, np.abs(weights).sum(axis=1))
     return bound, normalise(residual)
 
 
@@ -167,6 +184,7 @@ def worst_edge(cones: Cones, weights: Float, maximiser: Float) -> tuple[Index, F
     places = np.arange(len(cost))
     row = (above[places, first] * below[places, second] + above[places, second] * below[places, first]).argmax(axis=1)
     start, end = cones.at_generators[places, first, row], cones.at_generators[places, second, row]
+    uncut |= start * end >= 0  # a maximum passes from one member to another
     shares = np.where(uncut, 0.5, start / np.where(uncut, 1.0, start - end))
     return np.stack([first, second], axis=1), np.clip(shares, *_SHARES)
 
@@ -175,8 +193,8 @@ def _loss_factors(cones: Cones, weights: Float, maximiser: Float) -> tuple[Float
     """Factors (B, q, m) whose products over the ends of an edge are what each row loses on it."""
     coordinates = np.maximum(_apply(cones.dual, maximiser), 0)
     coordinates += _EVERYWHERE * coordinates.mean(axis=1, keepdims=True) + EPS
-    values = cones.at_generators * coordinates[..., None]
-    above, below = np.maximum(values, 0), np.maximum(-values, 0)
+    above = cones.above * coordinates[..., None]
+    below = above - cones.at_generators * coordinates[..., None]
     larger = np.maximum(above.sum(axis=1), below.sum(axis=1))
     above *= (np.abs(_crossing_weights(cones, weights)) / np.where(larger > 0, larger, 1.0))[:, None]
     return above, below
@@ -204,8 +222,8 @@ def _minimise(cones: Cones, chords: Float, upper: Float) -> tuple[Float, Float]:
     """Residual r of the bound and the s in it: projected gradients in s, coordinate descent in m, in turns."""
     dual, transposed = cones.dual, cones.rows.transpose(0, 2, 1)
     squares = (dual**2).sum(axis=2)
-    taken, m = np.zeros_like(upper), np.zeros_like(chords)
-    residual = _apply(dual.transpose(0, 2, 1), chords)
+    taken, m = _at_first(cones, upper), np.zeros_like(chords)
+    residual = _apply(dual.transpose(0, 2, 1), chords) - _apply(transposed, taken)
     for _ in range(_SWEEPS):
         for j in range(dual.shape[1]):
             slope = (dual[:, j] * residual).sum(axis=1) / squares[:, j]
@@ -218,6 +236,11 @@ def _minimise(cones: Cones, chords: Float, upper: Float) -> tuple[Float, Float]:
     return residual, taken
 
 
+def _at_first(cones: Cones, upper: Float) -> Float:
+    """All of ``s`` for the member of a group that is positive on the whole cone, where it nearly is the unit itself."""
+    return np.where(cones.at_generators.min(axis=1) >= 0, upper, 0.0)
+
+
 def _chords(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
     """``V'(A g_j)_+`` less half the largest errors (B, q, K); those halves (B, q, m); rows ``V_i`` of the errors.
 
@@ -225,7 +248,7 @@ def _chords(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
     any shares; half of it is taken off the chord, so that the error is of either sign and half as large.
     """
     padded = np.vstack([V, np.zeros((1, V.shape[1]))])[cones.index]
-    above, below = np.maximum(cones.at_generators, 0), np.maximum(-cones.at_generators, 0)
+    above, below = cones.above, cones.above - cones.at_generators
     P, N = above.sum(axis=1, keepdims=True), below.sum(axis=1, keepdims=True)
     share = N / np.where(P + N > 0, P + N, 1.0)
     half = 0.5 * (share * above + (1 - share) * below)

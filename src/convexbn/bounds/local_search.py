@@ -82,7 +82,7 @@ def local_maxima(
     """
     scale = unit_scale(V)
     V = V / scale
-    raw = normalise(rng.standard_normal((starts, A.shape[1])))
+    raw = normalise(rng.standard_normal((starts, A.shape[-1])))
     outputs = normalise(rng.standard_normal((starts, V.shape[1])))
     moved = _fixed_point(raw, outputs, V, A)
     keep = max(_FOLLOWED, _FOLLOWED_ENTRIES // A.size)
@@ -99,9 +99,28 @@ def local_maxima(
 
 def hidden_norms(directions: Float, V: Float, A: Float) -> Float:
     """``||V'(A u)_+||`` of every row ``u``."""
-    size = max(1, _HIDDEN_ENTRIES // len(A))
+    size = max(1, _HIDDEN_ENTRIES * A.shape[-1] // A.size)
     parts = (directions[start : start + size] for start in range(0, max(len(directions), 1), size))
-    return np.concatenate([np.linalg.norm(np.maximum(part @ A.T, 0) @ V, axis=1) for part in parts])
+    return np.concatenate([np.linalg.norm(hidden_units(part, A) @ V, axis=1) for part in parts])
+
+
+def hidden_units(directions: Float, A: Float) -> Float:
+    """``(A u)_+`` of every row ``u`` (m, q): (m, n); for groups of rows (n, G, q) the largest of each."""
+    response = np.tensordot(directions, A, (1, -1))
+    return np.maximum(response if A.ndim == 2 else response.max(axis=2), 0)
+
+
+def linear_parts(directions: Float, weights: Float, A: Float) -> Float:
+    """``sum_i weights_i D_i(u) a_i`` of every row ``u``, the gradient at fixed signs (and maxima): (m, q)."""
+    response = np.tensordot(directions, A, (1, -1))
+    if A.ndim == 2:
+        parts: Float = np.where(response > 0, weights, 0.0) @ A
+        return parts
+    places = response.argmax(axis=2)
+    weights = np.where(np.take_along_axis(response, places[..., None], axis=2)[..., 0] > 0, weights, 0.0)
+    chosen = A[np.arange(len(A)), places]  # (m, n, q)
+    gradient: Float = np.einsum("mn,mnq->mq", weights, chosen)
+    return gradient
 
 
 def normalise(rows: Float) -> Float:
@@ -134,7 +153,12 @@ def distinct(directions: Float, values: Float, keep: int) -> Float:
 
 
 def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
-    """Convex-concave ascent from every row, with a step onto the face of kinks that each iterate lies on."""
+    """Convex-concave ascent from every row, with a step onto the face of kinks that each iterate lies on.
+
+    On groups of rows only the steps of the fixed point are taken, as far as they rise.
+    """
+    if A.ndim == 3:
+        return _risen(directions, V, A, rounds)
     directions, values = directions.copy(), hidden_norms(directions, V, A)
     subgradients = np.zeros((len(directions), len(A)))
     rising, rests = np.arange(len(directions)), np.zeros(len(directions), dtype=int)
@@ -161,9 +185,22 @@ def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
 def _fixed_point(directions: Float, outputs: Float, V: Float, A: Float) -> Float:
     """Some steps of ``u <- A'D(u) V c, c <- V'(A u)_+``, rows normalised; the first with the given outputs."""
     for _ in range(_FIXED_POINT_STEPS):
-        active = directions @ A.T > 0
-        directions = normalise(np.where(active, outputs @ V.T, 0.0) @ A)
-        outputs = normalise(np.maximum(directions @ A.T, 0) @ V)
+        directions = normalise(linear_parts(directions, outputs @ V.T, A))
+        outputs = normalise(hidden_units(directions, A) @ V)
+    return directions
+
+
+def _risen(directions: Float, V: Float, A: Float, rounds: int) -> Float:
+    """Steps of the fixed point from every row, half as long each time that one would fall."""
+    values, length = hidden_norms(directions, V, A), np.ones((len(directions), 1))
+    for _ in range(rounds):
+        outputs = normalise(hidden_units(directions, A) @ V)
+        ahead = normalise(linear_parts(directions, outputs @ V.T, A))
+        moved = normalise(directions + length * (ahead - directions))
+        heights = hidden_norms(moved, V, A)
+        rose = heights > values
+        directions, values = np.where(rose[:, None], moved, directions), np.where(rose, heights, values)
+        length = np.where(rose[:, None], length, 0.5 * length)
     return directions
 
 

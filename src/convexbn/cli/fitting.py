@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from convexbn.cli.common import check_writable, number, quiet
-from convexbn.cli.options import auto_or_float, data_parser, huber_delta, network_parser, rank
+from convexbn.cli.options import auto_or_float, convolution, data_parser, huber_delta, network_parser, rank
 
 
 def add_parser(commands: Any) -> None:
@@ -45,6 +45,7 @@ def fit(options: argparse.Namespace) -> int:
             gates=options.gates,
             rank=options.rank,
             spectral_filter=options.spectral_filter,
+            convolution=convolution(options, source.image_shape),
             tol=options.tol,
             max_iter=options.max_iter,
             time_limit=options.time_limit,

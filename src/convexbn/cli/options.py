@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 #: Losses by their names here.
 LOSSES = ["squared", "huber", "squared_hinge", "logistic", "cross_entropy"]
@@ -31,12 +32,45 @@ def network_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--spectral-filter", type=float, metavar="TAU", help="shrink directions below TAU of the largest singular value"
     )
+    _add_convolution(parser)
     parser.add_argument("--tol", type=float, default=1e-6, help="relative gap that counts as optimal")
     parser.add_argument("--max-iter", type=int, metavar="N")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS")
     parser.add_argument("--task", choices=["auto", "classification", "regression"], default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the gates")
     return parser
+
+
+def _add_convolution(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--filter", type=int, metavar="SIZE", help="convolve images with filters of SIZE x SIZE pixels")
+    parser.add_argument("--stride", type=int, default=1, metavar="PIXELS", help="distance of the filters' places")
+    parser.add_argument("--padding", type=int, default=0, metavar="PIXELS", help="zeros around the images")
+    parser.add_argument("--pool", choices=["avg", "max"], default="avg", help="average or maximum of a region")
+    parser.add_argument(
+        "--regions", type=_regions, default=1, metavar="G", help="pool G x G regions of an image, or all: every place"
+    )
+    parser.add_argument("--image", metavar="HxWxC", help="shape of the images of a file, such as 28x28x1")
+
+
+def convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
+    """The convolutional layer that was asked for; None without ``--filter``."""
+    from convexbn.convolution import Convolution
+
+    if options.filter is None:
+        return None
+    if options.image is not None:
+        shape = tuple(int(size) for size in options.image.split("x"))
+    if shape is None:
+        raise ValueError("--filter needs the shape of the images: give --image, such as --image 28x28x1.")
+    pooling = {"avg": "average", "max": "max"}[options.pool]
+    return Convolution(
+        options.filter, stride=options.stride, padding=options.padding, pooling=pooling, regions=options.regions,
+        input_shape=shape,
+    )  # fmt: skip
+
+
+def _regions(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 def huber_delta(options: argparse.Namespace, task: str) -> dict[str, float]:

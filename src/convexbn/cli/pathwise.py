@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convexbn.cli.common import Terminated, check_writable, ending, number, say
-from convexbn.cli.options import data_parser, floats, huber_delta, network_parser, ranks
+from convexbn.cli.options import convolution, data_parser, floats, huber_delta, network_parser, ranks
 
 #: Pictures that can be drawn.
 _PICTURES = (".png", ".svg", ".pdf")
@@ -51,6 +51,7 @@ def path(options: argparse.Namespace) -> int:
         width=options.width,
         gates=options.gates,
         spectral_filter=options.spectral_filter,
+        convolution=convolution(options, source.image_shape),
         tol=options.tol,
         max_iter=options.max_iter,
         time_limit=options.time_limit,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from convexbn.audit import Audit, audit
+from convexbn.nn.convolution import ConvolutionalTail, is_convolutional, read_convolutional
 from convexbn.nn.tail import as_tensor, read_tail
 from convexbn.nn.translation import objective_of, trained_loss
 
@@ -25,10 +29,12 @@ def certify(
 ) -> Audit:
     """Certificate of a network that torch trained: objective, lower bound over all widths, gap and its cause.
 
-    The network ends in Linear, BatchNorm1d, ReLU, Linear. Of a deeper one these last two layers are judged, on the
-    features that the layers before compute in eval mode. The batch norm that is judged has the statistics of all rows
-    of ``X``, as in train mode on one batch; the loss in eval mode, with the stored statistics (averages over batches,
-    of unbiased variances), is reported beside. The module is neither run (a copy is) nor changed.
+    The network ends in Linear, BatchNorm1d, ReLU, Linear, or is one of Conv, BatchNorm, ReLU, pooling, Linear (without
+    a bias of the last), whose batch norm counts a row for every location: ``n`` of the weight decay is then ``N``. Of
+    a deeper one the last Linear, BatchNorm1d, ReLU, Linear are judged, on the features that the layers before compute
+    in eval mode. The batch norm that is judged has the statistics of all rows of ``X``, as in train mode on one batch;
+    the loss in eval mode, with the stored statistics (averages over batches, of unbiased variances), is reported
+    beside. The module is neither run (a copy is) nor changed.
 
     The objective is ``factor * sum of losses + weight decay / 2 * squares`` of batch norm's scale and offset and of the
     last layer, with the reduction of ``loss`` and the decay of ``optimizer``. Decay on layers before batch norm is not
@@ -84,9 +90,31 @@ def certify(
     >>> found.status.value, found.cause.value, found.relative_gap <= 1e-6
     ('CERTIFIED', 'none', True)
     """
-    tail, rows = read_tail(module), as_tensor(X)
+    rows = as_tensor(X)
+    if is_convolutional(module):
+        return _certify_convolutional(
+            read_convolutional(module, rows), rows, y, loss, optimizer, weight_decay,
+            tol=tol, time_limit=time_limit, random_state=random_state,
+        )  # fmt: skip
+    tail = read_tail(module)
     objective = objective_of(trained_loss(loss, y, tail.layers.output.shape[1]), tail, optimizer, weight_decay)
     return audit(
         tail.layers, tail.features(rows), objective,
         deep=bool(tail.before), tol=tol, time_limit=time_limit, random_state=random_state,
     )  # fmt: skip
+
+
+def _certify_convolutional(
+    tail: ConvolutionalTail, X: torch.Tensor, y: Any, loss: Any, optimizer: Any, weight_decay: float | None,
+    **effort: Any,
+) -> Audit:  # fmt: skip
+    """The same of a convolutional network, on the patches of its images."""
+    if np.abs(tail.layers.output_bias).max(initial=0.0) > 0:
+        raise ValueError(f"Linear '{tail.output}' has a bias, which is not judged after a convolution: train without.")
+    n_outputs = len(tail.layers.output_bias)
+    objective = objective_of(trained_loss(loss, y, n_outputs), tail, optimizer, weight_decay)
+    rows = tail.convolution.rows(X.numpy())
+    objective = replace(objective, rows_together=tail.convolution.geometry.n_locations)
+    if weight_decay is not None:
+        objective = replace(objective, hidden_decay=objective.hidden_decay * objective.rows_together)
+    return audit(tail.layers, rows, objective, convolution=tail.convolution, **effort)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from convexbn._typing import Float, FloatMatrix
+from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.layers import Layers, convertible, folded
 from convexbn.network import BatchNormNetwork
+from convexbn.nn.convolution import images_of, layers_of, output_weight, probe_images
 from convexbn.nn.gated import GatedModule
 from convexbn.probes import check_conversion
 
@@ -28,7 +30,9 @@ def to_module(
 ) -> nn.Module:
     """Plain torch module of a network, in eval mode and on the CPU.
 
-    The module is ``Sequential(Linear, BatchNorm1d, ReLU, Linear)``, and a ``GatedModule`` for gated networks. The
+    The module is ``Sequential(Linear, BatchNorm1d, ReLU, Linear)``, a ``GatedModule`` for gated networks, and of a
+    convolutional ReLU network ``Sequential(Conv2d, BatchNorm2d, ReLU, pooling, Flatten, Linear)``, or of signals
+    ``Conv1d`` and so on, which takes images (n, channels, height, width). The
     scale of batch norm holds ``eps`` exactly (mathematics, section 1d), and its buffers hold the biased variance: in
     train mode the whole training set gives the same outputs as eval mode and ``network.predict``. Its momentum is 0, so
     that a pass in train mode leaves the buffers; set it before training further. A network without neurons becomes
@@ -79,23 +83,30 @@ def to_module(
     if not 0 < eps < np.inf:
         raise ValueError(f"eps must be positive, got {eps}: torch refuses to train with others.")
     network = convertible(network)
+    image_network = network if isinstance(network, ConvolutionalNetwork) else None
+    if image_network is not None and network.gates is not None:
+        raise TypeError("a gated convolutional network is no plain torch module: train with activation='relu'.")
     hidden = _folded_layers(network, dtype) if fold else _normalised_layers(network, dtype, eps)
-    module = _assembled(network, hidden, _linear(network.output, None, dtype)).eval()
+    module = (_assembled if image_network is None else _convolutional)(network, hidden, dtype).eval()
 
     def converted(rows: FloatMatrix) -> FloatMatrix:
         with torch.no_grad():
-            outputs: FloatMatrix = module(torch.tensor(rows, device="cpu")).numpy()
+            inputs = torch.tensor(rows, device="cpu") if image_network is None else images_of(image_network, rows)
+            outputs: FloatMatrix = module(inputs).numpy()
         return outputs
 
-    rows = None if X is None else np.asarray(X, dtype=np.float64)
-    check_conversion(network, converted, _NUMBERS[dtype], rows, tol)
+    flat = X if X is None or image_network is None else image_network.convolution.rows(X)
+    rows = None if flat is None else np.asarray(flat, dtype=np.float64)
+    probes = None if image_network is None else probe_images(image_network)
+    check_conversion(network, converted, _NUMBERS[dtype], rows, tol, probes)
     return module
 
 
 def _normalised_layers(network: BatchNormNetwork, dtype: torch.dtype, eps: float) -> list[nn.Module]:
     layers = Layers.of(network, _NUMBERS[dtype], eps)
+    images = isinstance(network, ConvolutionalNetwork) and network.convolution.dimensions == 2
     batch_norm = _filled(
-        nn.BatchNorm1d(network.n_neurons, eps=eps, momentum=0.0, device="meta"),
+        (nn.BatchNorm2d if images else nn.BatchNorm1d)(network.n_neurons, eps=eps, momentum=0.0, device="meta"),
         weight=_tensor(layers.scale, dtype),
         bias=_tensor(layers.offset, dtype),
         running_mean=_tensor(layers.running_mean, dtype),
@@ -109,7 +120,15 @@ def _folded_layers(network: BatchNormNetwork, dtype: torch.dtype) -> list[nn.Mod
     return [_linear(*folded(network, _NUMBERS[dtype]), dtype)]
 
 
-def _assembled(network: BatchNormNetwork, hidden: list[nn.Module], output: nn.Module) -> nn.Module:
+def _convolutional(network: Any, hidden: list[nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The layers of a network on patches, the first affine map as a convolution."""
+    first: Any = hidden[0]
+    parts = layers_of(network, [first.weight.detach().T, first.bias.detach()], hidden[1] if len(hidden) > 1 else None)
+    return nn.Sequential(*parts, _linear(output_weight(network), None, dtype))
+
+
+def _assembled(network: BatchNormNetwork, hidden: list[nn.Module], dtype: torch.dtype) -> nn.Module:
+    output = _linear(network.output, None, dtype)
     if network.gates is None or network.gate_offsets is None:
         return nn.Sequential(*hidden, nn.ReLU(), output)
     gates = [_tensor(array, torch.float64) for array in (network.mean, network.gates, network.gate_offsets)]

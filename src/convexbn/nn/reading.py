@@ -10,6 +10,7 @@ from torch import nn
 
 from convexbn._typing import Float
 from convexbn.network import BatchNormNetwork
+from convexbn.nn.convolution import from_convolutional, is_convolutional
 from convexbn.nn.tail import Tail, as_tensor, kind_of, read_tail
 from convexbn.probes import probe_rows
 
@@ -21,6 +22,9 @@ def from_module(
     module: nn.Module, X: Any = None, *, n_effective: float | None = None, statistics: str = "stored"
 ) -> BatchNormNetwork:
     """Network of a torch module made of Linear, BatchNorm1d, ReLU, Linear, in any nesting.
+
+    Or of Conv, BatchNorm, ReLU, pooling, Linear: its ``X`` are images (n, channels, height, width), and the network is
+    a ``ConvolutionalNetwork`` with channels first.
 
     ReLU may be a call in ``forward``; Identity, Flatten and Dropout, which change nothing in eval mode, are skipped.
     Parameters of any floating type are taken as they are, in float64. Neurons keep their order and their norms. The
@@ -62,6 +66,10 @@ def from_module(
     """
     if statistics not in ("stored", "batch"):
         raise ValueError(f"statistics must be 'stored' or 'batch', got {statistics!r}.")
+    if is_convolutional(module):
+        if X is None:
+            raise ValueError("a convolutional module does not hold the shape of its images: give X.")
+        return from_convolutional(module, as_tensor(X), statistics)
     tail = read_tail(module)
     _check_two_layer(tail)
     layers, d = tail.layers, len(tail.layers.weight)

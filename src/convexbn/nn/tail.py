@@ -20,7 +20,7 @@ from convexbn.layers import Layers
 from convexbn.probes import output_error
 
 #: Layers that change nothing in eval mode, on rows of numbers.
-_NO_OPS = (nn.Identity, nn.Flatten, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
+NO_OPS = (nn.Identity, nn.Flatten, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 _ENDING = "only networks that end in Linear, BatchNorm1d, ReLU, Linear can be read"
 
@@ -105,8 +105,8 @@ def read_tail(module: nn.Module) -> Tail:
     TypeError, ValueError
         As ``from_module``, but for an output bias and for layers that come before.
     """
-    module = _unwrapped(module)
-    leaves = [(name, layer) for name, layer in _leaves(module, "") if type(layer) not in (*_NO_OPS, nn.ReLU)]
+    module = unwrapped(module)
+    leaves = [(name, layer) for name, layer in leaves_of(module, "") if type(layer) not in (*NO_OPS, nn.ReLU)]
     for place, kind in ((-1, nn.Linear), (-2, nn.BatchNorm1d), (-3, nn.Linear)):
         if len(leaves) < -place:
             raise TypeError(f"the {kind_of(module)} has no {kind.__name__} before its last {-1 - place}: {_ENDING}.")
@@ -119,35 +119,43 @@ def read_tail(module: nn.Module) -> Tail:
 
 def _layers(names: list[str], linear: Any, batch_norm: Any, output: Any) -> Layers:
     """Numbers of the three layers, checked."""
-    where = f"BatchNorm1d '{names[1]}'"
+    first, last = f"Linear '{names[0]}'", f"Linear '{names[2]}'"
+    weight = numbers_of(first, "weight", linear.weight).T
+    return read_layers(names, weight, linear, batch_norm, numbers_of(last, "weight", output.weight).T, output)
+
+
+def read_layers(names: list[str], weight: Float, linear: Any, batch_norm: Any, by_neuron: Float, output: Any) -> Layers:
+    """Numbers of the layers with given weights (d, m) and (m, K), checked."""
+    first, where, last = (
+        f"{kind_of(layer)} '{name}'" for name, layer in zip(names, (linear, batch_norm, output), strict=True)
+    )
     if batch_norm.weight is None:
         raise ValueError(f"{where} has no scale and shift: train it with affine=True.")
     if batch_norm.running_mean is None:
         raise ValueError(f"{where} has no stored statistics: train it with track_running_stats=True.")
-    first, last = f"Linear '{names[0]}'", f"Linear '{names[2]}'"
-    weight, output_weight = _numbers(first, "weight", linear.weight).T, _numbers(last, "weight", output.weight).T
     layers = Layers(
         weight=weight,
-        bias=np.zeros(weight.shape[1]) if linear.bias is None else _numbers(first, "bias", linear.bias),
-        running_mean=_numbers(where, "running_mean", batch_norm.running_mean),
-        running_var=_numbers(where, "running_var", batch_norm.running_var),
+        bias=np.zeros(weight.shape[1]) if linear.bias is None else numbers_of(first, "bias", linear.bias),
+        running_mean=numbers_of(where, "running_mean", batch_norm.running_mean),
+        running_var=numbers_of(where, "running_var", batch_norm.running_var),
         eps=float(batch_norm.eps),
-        scale=_numbers(where, "weight", batch_norm.weight),
-        offset=_numbers(where, "bias", batch_norm.bias),
-        output=output_weight,
-        output_bias=np.zeros(output_weight.shape[1]) if output.bias is None else _numbers(last, "bias", output.bias),
+        scale=numbers_of(where, "weight", batch_norm.weight),
+        offset=numbers_of(where, "bias", batch_norm.bias),
+        output=by_neuron,
+        output_bias=np.zeros(output.out_features) if output.bias is None else numbers_of(last, "bias", output.bias),
     )
     if not batch_norm.num_batches_tracked:
         raise ValueError(f"{where} is untrained (num_batches_tracked is 0): run batches through it in train mode.")
-    if not weight.shape[1] == len(layers.scale) == len(output_weight):
-        sizes = f"{weight.shape[1]}, {len(layers.scale)} and {len(output_weight)} features"
+    if not weight.shape[1] == len(layers.scale) == len(by_neuron):
+        sizes = f"{weight.shape[1]}, {len(layers.scale)} and {len(by_neuron)} features"
         raise ValueError(f"{first}, {where} and {last} do not follow one another: they have {sizes}; {_ENDING}.")
     if not ((layers.running_var >= 0) & (layers.running_var + layers.eps > 0)).all():
         raise ValueError(f"{where} has a running_var that is no variance: run batches through it in train mode.")
     return layers
 
 
-def _numbers(where: str, name: str, tensor: torch.Tensor) -> Float:
+def numbers_of(where: str, name: str, tensor: torch.Tensor) -> Float:
+    """Numbers of a parameter in float64, finite."""
     if tensor.is_meta or not tensor.is_floating_point():
         raise TypeError(f"{name} of {where} holds no real numbers: it is {tensor.dtype} on device {tensor.device}.")
     array: Float = tensor.detach().to(device="cpu", dtype=torch.float64, copy=True).numpy()
@@ -156,7 +164,7 @@ def _numbers(where: str, name: str, tensor: torch.Tensor) -> Float:
     return array
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """Return what DataParallel, its distributed kin and ``torch.compile`` wrap."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
@@ -169,13 +177,13 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         module = wrapped
 
 
-def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def leaves_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Layers in the order of their definition, one that is used twice in a Sequential twice."""
     children = [(key, child) for key, child in module._modules.items() if child is not None]
     if not children:
         yield name, module
     for key, child in children:
-        yield from _leaves(child, f"{name}.{key}" if name else key)
+        yield from leaves_of(child, f"{name}.{key}" if name else key)
 
 
 def _check_kind(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:

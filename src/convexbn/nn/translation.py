@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from convexbn.nn.convolution import ConvolutionalTail
 from convexbn.nn.tail import Tail, kind_of
 from convexbn.objective import LOSS_NAMES, TORCH_LOSSES, Objective, TrainedLoss
 
@@ -60,7 +61,9 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     )  # fmt: skip
 
 
-def objective_of(loss: TrainedLoss, tail: Tail, optimizer: Any, weight_decay: float | None) -> Objective:
+def objective_of(
+    loss: TrainedLoss, tail: Tail | ConvolutionalTail, optimizer: Any, weight_decay: float | None
+) -> Objective:
     """The objective of a weight decay of this package, or of an optimiser that holds the layers' parameters.
 
     Raises
@@ -90,7 +93,7 @@ def objective_of(loss: TrainedLoss, tail: Tail, optimizer: Any, weight_decay: fl
     return Objective.with_optimizer_decay(loss, scale, output, decays.get(f"{tail.output}.bias", 0.0))
 
 
-def _decays(tail: Tail, optimizer: Any) -> dict[str, float]:
+def _decays(tail: Tail | ConvolutionalTail, optimizer: Any) -> dict[str, float]:
     """Weight decay of batch norm and of the last layer, by parameter name."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")

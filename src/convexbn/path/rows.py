@@ -51,7 +51,7 @@ class PathData:
         filters = list(spectral_filters) or [model.spectral_filter]
         one_filter = filters[0] if len(filters) == 1 else None
         single = len(ranks) * len(filters) == 1
-        rank = _largest(ranks, np.shape(X)[1] if np.ndim(X) == 2 else 1) if not single else ranks[0]
+        rank = _largest(ranks, int(np.prod(np.shape(X)[1:]))) if not single else ranks[0]
         model = unfitted(model, rank=rank, spectral_filter=one_filter)
         largest, labels = model._prepared(X, y, sample_weight)
         alone = {(rank, one_filter): largest} if single else {}

@@ -46,6 +46,8 @@ class Conic:
             raise ImportError("solver='conic' needs Clarabel: pip install 'convexbn[reference]'.") from error
         if not isinstance(program.loss, SquaredLoss):
             raise TypeError("the conic reference solves the squared loss only; use solver='proximal' for others.")
+        if program.penalty != "Frobenius":
+            raise TypeError("the conic reference has one Frobenius norm a gate; use solver='proximal' for regions.")
         settings = clarabel.DefaultSettings()
         settings.verbose = False
         settings.max_iter = self.max_iter
@@ -67,7 +69,7 @@ def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
     eye = scipy.sparse.identity(K)
     columns: list[scipy.sparse.spmatrix] = [scipy.sparse.identity(n * K)]
     for i in range(m):
-        columns.append(-scipy.sparse.kron(root * program.patterns[:, [i]] * program.rows, eye))
+        columns.append(-scipy.sparse.kron(root * program.gated_rows(i), eye))
         columns.append(scipy.sparse.csc_matrix((n * K, 1)))
     # cone rows hold (t_i, S_i) = b - A x with b = 0
     order = np.arange(m * (q * K + 1)).reshape(m, -1)[:, np.r_[q * K, 0 : q * K]].ravel()

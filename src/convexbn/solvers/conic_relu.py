@@ -5,7 +5,8 @@
 One output: ``S_i = s_i - t_i`` with ``s_i, t_i`` in the cone of the cell, ``Omega_i = ||s_i|| + ||t_i||``. Several
 outputs: ``Omega_i`` is the cone's nuclear norm. A cone of the plane has two rays, the columns of ``R``, and there it
 is a semidefinite program: ``min 1/2 (<R'R, N> + tr Z)`` over psd ``[[N, T], [T', Z]]``, ``N >= 0``, ``S_i = R T``
-(mathematics, section 2a).
+(mathematics, section 2a). Outputs of patch rows are pooled; max pooling has regions of its own, on each of which the
+largest row of every group takes the place of ``D_i A`` (section 3).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse
 
-from convexbn._typing import Float
-from convexbn.arrangement import Cells, enumerate_patterns, facets
+from convexbn._typing import Float, Index
+from convexbn.arrangement import Cells, enumerate_max_regions, enumerate_patterns, facets
 from convexbn.losses import Loss, SquaredLoss
+from convexbn.pooled_loss import PooledLoss
 from convexbn.solvers.neurons import Neurons
 
 #: Share of the objective below which a neuron's penalty is what an interior point leaves of a zero.
@@ -35,7 +37,8 @@ class ConicSolution(NamedTuple):
     neurons : Neurons
         The network, balanced.
     dual : ndarray (n, K)
-        The dual point ``V``, ``max ||V'(A u)_+|| <= beta`` to the solver's accuracy.
+        The dual point ``V`` of the rows (or groups of max pooling), ``max ||V'(A u)_+|| <= beta`` to the solver's
+        accuracy.
     value : float
         The objective.
     """
@@ -68,7 +71,8 @@ class ConicRelu:
         rows : ndarray (n, q)
             Whitened rows.
         loss : Loss
-            Squared, with targets (n, K); several outputs need ``q = 2``.
+            Squared, with targets (n, K), pooled or not; several outputs need ``q = 2``, of max pooling there may be
+            one.
         weight_decay : float
 
         Returns
@@ -89,14 +93,19 @@ class ConicRelu:
         except ImportError as error:
             raise ImportError("the reference over all patterns needs CVXPY: pip install cvxpy clarabel.") from error
         q, K = rows.shape[1], loss.targets.shape[1]
-        if not isinstance(loss, SquaredLoss):
+        A, cases = loss.arranged(rows), loss.of_cases
+        if not isinstance(cases, SquaredLoss):
             raise TypeError("the conic reference solves the squared loss only.")
-        if K > 1 and q != 2:
+        if K > 1 and (q != 2 or A.ndim == 3):
             raise TypeError(f"the conic reference solves several outputs on 2 whitened columns only, not on {q}.")
-        cells = enumerate_patterns(rows, max_bytes=self.max_bytes)
-        blocks = _Vectors(cvxpy, rows, cells) if K == 1 else _PlaneCones(cvxpy, rows, cells, K)
-        fitted = cvxpy.Variable(loss.targets.shape)
-        residual = cvxpy.multiply(np.sqrt(loss.weights)[:, None], fitted - loss.targets)
+        blocks: _Vectors | _PlaneCones
+        if A.ndim == 3:
+            blocks = _Vectors(cvxpy, len(A), *_max_regions(A, self.max_bytes))
+        else:
+            cells = enumerate_patterns(A, max_bytes=self.max_bytes)
+            blocks = _Vectors(cvxpy, len(A), *_cells(A, cells)) if K == 1 else _PlaneCones(cvxpy, A, cells, K)
+        fitted = cvxpy.Variable((len(A), K))
+        residual = cvxpy.multiply(np.sqrt(cases.weights)[:, None], _seen(loss, fitted) - cases.targets)
         objective = 0.5 * cvxpy.sum_squares(residual) + weight_decay * blocks.penalty + loss.constant
         problem = cvxpy.Problem(cvxpy.Minimize(objective), [fitted == blocks.outputs, *blocks.constraints])
         with warnings.catch_warnings():
@@ -107,22 +116,58 @@ class ConicRelu:
         return ConicSolution(neurons, problem.constraints[0].dual_value, value)
 
 
+class _Linear(NamedTuple):
+    """Vectors (m, q), each with the cell and the row or inequality that it belongs to."""
+
+    cell: Index
+    row: Index
+    vectors: Float
+
+    def matrix(self, n_rows: int, n_cells: int) -> scipy.sparse.csc_array:
+        """On the vectors of all cells, one after the other."""
+        q = self.vectors.shape[1]
+        places = np.repeat(self.row, q), (self.cell[:, None] * q + np.arange(q)).ravel()
+        return scipy.sparse.csc_array((self.vectors.ravel(), places), shape=(n_rows, n_cells * q))
+
+
+def _cells(rows: Float, cells: Cells) -> tuple[int, _Linear, _Linear]:
+    """Number of cells, the rows that are open in each, and the inequalities of their cones."""
+    cell, row = np.nonzero(cells.patterns)
+    opened = _Linear(cell, row, rows[row])
+    cell, row = np.nonzero(facets(cells.patterns))
+    inward = np.where(cells.patterns[cell, row], 1.0, -1.0)[:, None] * rows[row]
+    return len(cells.patterns), opened, _Linear(cell, np.arange(len(row)), inward)
+
+
+def _max_regions(groups: Float, max_bytes: int) -> tuple[int, _Linear, _Linear]:
+    """The same of max pooling, where the largest row of each group is open."""
+    regions = enumerate_max_regions(groups, max_bytes=max_bytes)
+    region, group = np.nonzero(regions.members >= 0)
+    opened = _Linear(region, group, groups[group, regions.members[region, group]])
+    region, inward = regions.walls(groups)
+    return len(regions.members), opened, _Linear(region, np.arange(len(inward)), inward)
+
+
+def _seen(loss: Loss, fitted: Any) -> Any:
+    """What the terms of the loss see of the outputs of all rows, or groups, as an expression."""
+    if not isinstance(loss, PooledLoss):
+        return fitted
+    n, K = loss.of_images.targets.shape
+    matrix = loss.pooling.matrix if loss.pooling.linear else np.eye(loss.pooling.n_regions)
+    maps = (scipy.sparse.kron(scipy.sparse.eye_array(n), row[None, :]).tocsr() for row in matrix)
+    return sum(region @ fitted[:, r * K : (r + 1) * K] for r, region in enumerate(maps))
+
+
 class _Vectors:
     """One output: ``s_i`` and ``t_i`` (P, q) of the cells."""
 
-    def __init__(self, cvxpy: Any, rows: Float, cells: Cells) -> None:
-        count, (n, q) = len(cells.patterns), rows.shape
+    def __init__(self, cvxpy: Any, n: int, count: int, opened: _Linear, inward: _Linear) -> None:
+        q = opened.vectors.shape[1]
         self.s, self.t = cvxpy.Variable((count, q)), cvxpy.Variable((count, q))
         s, t = (cvxpy.vec(variable, order="C") for variable in (self.s, self.t))
-        cell, row = np.nonzero(cells.patterns)
-        columns = _block_columns(cell, q)
-        gated = scipy.sparse.csc_array((rows[row].ravel(), (np.repeat(row, q), columns)), shape=(n, count * q))
-        self.outputs = cvxpy.reshape(gated @ (s - t), (n, 1), order="C")
+        self.outputs = cvxpy.reshape(opened.matrix(n, count) @ (s - t), (n, 1), order="C")
         self.penalty = cvxpy.sum(cvxpy.norm(self.s, axis=1)) + cvxpy.sum(cvxpy.norm(self.t, axis=1))
-        cell, row = np.nonzero(facets(cells.patterns))
-        inward = np.where(cells.patterns[cell, row], 1.0, -1.0)[:, None] * rows[row]
-        places = np.repeat(np.arange(len(row)), q), _block_columns(cell, q)
-        walls = scipy.sparse.csc_array((inward.ravel(), places), shape=(len(row), count * q))
+        walls = inward.matrix(len(inward.row), count)
         self.constraints = [walls @ s >= 0, walls @ t >= 0]
 
     def neurons(self) -> Neurons:
@@ -155,11 +200,6 @@ class _PlaneCones:
             first += [R[:, p] + slope * R[:, 1 - p], R[:, 1 - p]]
             output += [M[p, 2:], M[1 - p, 2:] - slope * M[p, 2:]]
         return Neurons(np.array(first).T, np.array(output))
-
-
-def _block_columns(cell: np.ndarray, q: int) -> np.ndarray:
-    columns: np.ndarray = (cell[:, None] * q + np.arange(q)).ravel()
-    return columns
 
 
 def _rays(rows: Float, cells: Cells) -> Float:

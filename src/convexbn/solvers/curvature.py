@@ -8,6 +8,7 @@ import numpy as np
 
 from convexbn._typing import Float
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
+from convexbn.pooled_loss import PooledLoss
 
 #: Doubles of the derivative that are formed at a time.
 _BLOCK = 1 << 22
@@ -33,12 +34,13 @@ def gauss_newton(loss: Loss, outputs: Float, derivative: Callable[[Float, slice]
     """
     plain, outputs, decay = loss.at_best_bias(outputs)
     half = half_hessian(plain, outputs)
-    n, K = outputs.shape
+    n, _, K = half.shape
     total, coupling = np.zeros((size, size)), np.zeros((size, K))
-    length = max(1, _BLOCK // (K * max(size, 1)))
+    together = loss.rows_together
+    length = max(1, _BLOCK // (K * max(size, 1) * together)) * together
     for start in range(0, n, length):
         part = slice(start, start + length)
-        flat = derivative(half[part], part).reshape(-1, size)
+        flat = derivative(half[part], part).reshape(-1, together, K * size).sum(axis=1).reshape(-1, size)
         total += flat.T @ flat
         if decay is not None:
             coupling += flat.T @ half[part].transpose(0, 2, 1).reshape(-1, K)
@@ -55,14 +57,18 @@ def in_the_bias(half: Float, decay: float) -> Float:
 
 
 def half_hessian(loss: Loss, outputs: Float) -> Float:
-    """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``.
+    """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``; of a pooled loss the rows ``T'R`` (N, R K, K).
 
     Squared: ``I``. Logistic: ``p (1 - p)``. Softmax: ``diag(p) - p p' = (I - p 1') diag(p) (I - 1 p')``. Huber and
     squared hinge have a generalised one: 1 where they are quadratic, 0 where they are linear or zero.
     """
+    if isinstance(loss, PooledLoss):
+        half = half_hessian(loss.of_images, loss.pooling.gather(outputs))
+        columns = [loss.pooling.spread(column) for column in half.transpose(2, 0, 1)]
+        return np.stack(columns, axis=2)
     n, K = outputs.shape
-    half = _HALVES[type(loss)]
-    scaled: Float = np.sqrt(loss.weights)[:, None, None] * np.broadcast_to(half(loss, outputs), (n, K, K))
+    unweighted = _HALVES[type(loss)](loss, outputs)
+    scaled: Float = np.sqrt(loss.weights)[:, None, None] * np.broadcast_to(unweighted, (n, K, K))
     return scaled
 
 

@@ -15,11 +15,12 @@ import scipy.optimize
 
 from convexbn._typing import Float, FloatMatrix
 from convexbn.losses import Loss
+from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.neurons import Neurons, row_blocks
 
 
 def local_phase(
-    rows: FloatMatrix,
+    rows: FloatMatrix | MappedRows,
     loss: Loss,
     weight_decay: float,
     neurons: Neurons,
@@ -35,16 +36,15 @@ def local_phase(
     def value(x: Float) -> tuple[float, Float]:
         network = split(x.astype(rows.dtype, copy=False))
         total, ascent = 0.5 * weight_decay * float(x @ x), np.zeros(len(x))
-        for part in row_blocks(len(rows), shapes[0][1]):
-            here = loss.of_rows(part)
-            response = rows[part] @ network.first
-            hidden = np.maximum(response, 0)
-            outputs = (hidden @ network.output).astype(np.float64, copy=False)
-            dual = here.negative_gradient(outputs).astype(rows.dtype, copy=False)
-            back = (dual @ network.output.T) * (response > 0)
-            total += here.value(outputs)
-            ascent += np.concatenate([(rows[part].T @ back).ravel(), (hidden.T @ dual).ravel()])
-        return total + loss.constant, weight_decay * x - ascent
+        for part in row_blocks(len(rows), shapes[0][1], loss.rows_together):
+            here, block = loss.of_rows(part), rows[part]
+            hidden = np.maximum(block @ network.first, 0)
+            outputs = here.outputs(hidden, network.output).astype(np.float64, copy=False)
+            dual = here.of_cases.negative_gradient(outputs).astype(rows.dtype, copy=False)
+            back, by_output = here.pull_back(dual, hidden, network.output)
+            total += here.of_cases.value(outputs)
+            ascent += np.concatenate([(block.T @ (back * (hidden > 0))).ravel(), by_output.ravel()])
+        return total + loss.of_cases.constant, weight_decay * x - ascent
 
     def stop_when_late(intermediate_result: object) -> None:
         if deadline is not None and time.monotonic() >= deadline:
@@ -62,5 +62,7 @@ def random_neurons(rows: Float, loss: Loss, width: int, rng: np.random.Generator
     """Random directions and outputs, with masses at the size of the targets."""
     first = rng.standard_normal((rows.shape[1], width))
     output = rng.standard_normal((width, loss.targets.shape[1]))
-    dual = loss.negative_gradient(np.zeros_like(loss.targets)) / np.sqrt(loss.weights)[:, None]
-    return Neurons(first, output).with_masses(np.full(width, np.linalg.norm(dual) / width))
+    cases = loss.of_cases
+    dual = cases.negative_gradient(np.zeros_like(cases.targets)) / np.sqrt(cases.weights)[:, None]
+    size = np.linalg.norm(dual) * np.sqrt(loss.rows_together)
+    return Neurons(first, output).with_masses(np.full(width, size / width))

@@ -13,9 +13,10 @@ import numpy as np
 
 from convexbn._typing import Float
 from convexbn.losses import Loss
+from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.neurons import Neurons, merge, network_outputs
+from convexbn.solvers.neurons import Neurons, case_outputs, merge
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
 
@@ -42,7 +43,7 @@ class ManyRows:
 
     def solve(
         self,
-        rows: Float,
+        rows: Float | MappedRows,
         loss: Loss,
         weight_decay: float,
         rng: np.random.Generator,
@@ -71,16 +72,16 @@ class ManyRows:
             if reason is not None:
                 return ReluSolution(neurons.balanced(), reason, history)
         late = share is not None and time.monotonic() >= share
-        single, trained = rows.astype(np.float32), merge(neurons)
+        single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
         polished = local_phase(
-            single, loss, weight_decay, trained, max_iter=self.polish, deadline=budget.deadline
+            single, loss, weight_decay, merge(neurons), max_iter=self.polish, deadline=budget.deadline
         ).balanced()
-        value = loss.value(network_outputs(single, polished).astype(np.float64))
+        value = loss.of_cases.value(case_outputs(single, loss, polished))
         reason = self._reported(history, budget, value, weight_decay, polished)
         return ReluSolution(polished, reason or ("time_limit" if late else "max_iter"), history)
 
     def _beginning(
-        self, rows: Float, loss: Loss, rng: np.random.Generator, initial: Neurons | None
+        self, rows: Float | MappedRows, loss: Loss, rng: np.random.Generator, initial: Neurons | None
     ) -> tuple[StochasticPhase, Neurons]:
         """The descent and its start, cold or warm."""
         if initial is None or not len(initial.output):

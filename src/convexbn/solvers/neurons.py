@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn.losses import Loss
+from convexbn.mapped_rows import MappedRows
 
 #: Directions closer than this (cosine) with equal outputs are one neuron.
 _SAME = 1 - 1e-4
@@ -58,9 +60,17 @@ def network_outputs(rows: FloatMatrix, neurons: Neurons) -> Float:
     return np.concatenate([np.maximum(rows[part] @ neurons.first, 0) @ neurons.output for part in parts])
 
 
-def row_blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices of the rows, such that a hidden layer of this width is of bounded size."""
-    size = max(256, _BLOCK_ENTRIES // max(width, 1))
+def case_outputs(rows: FloatMatrix | MappedRows, loss: Loss, neurons: Neurons) -> Float:
+    """What the terms of the loss see of the network on the rows, in float64, in blocks of rows."""
+    parts = row_blocks(len(rows), neurons.first.shape[1], loss.rows_together)
+    hidden = (np.maximum(rows[part] @ neurons.first.astype(rows.dtype, copy=False), 0) for part in parts)
+    output = neurons.output.astype(rows.dtype, copy=False)
+    return np.concatenate([loss.outputs(block, output) for block in hidden]).astype(np.float64, copy=False)
+
+
+def row_blocks(n: int, width: int, together: int = 1) -> Iterator[slice]:
+    """Slices of the rows, such that a hidden layer of this width is of bounded size; ``together`` stay in one."""
+    size = -(-max(256, _BLOCK_ENTRIES // max(width, 1)) // together) * together
     for start in range(0, n, size):
         yield slice(start, start + size)
 

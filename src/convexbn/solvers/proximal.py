@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program import GatedProgram
 from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
 
 
@@ -49,10 +49,10 @@ class Proximal:
         while True:
             dual = loss.negative_gradient(at_y)
             gradient = program.correlations(dual)
-            feasible = min(1.0, beta / max(block_norms(gradient).max(), np.finfo(float).tiny))
+            feasible = min(1.0, beta / max(program.dual_norms(gradient).max(), np.finfo(float).tiny))
             bound = max(bound, loss.dual_value(feasible * dual))
             new, at_new, lipschitz = _step(program, y, at_y, dual, gradient, lipschitz)
-            objective = loss.value(at_new) + beta * float(block_norms(new).sum())
+            objective = loss.value(at_new) + beta * float(program.norms(new).sum())
             active = int(np.count_nonzero(new.any(axis=(1, 2))))
             history.append(Progress(len(history) + 1, objective, bound, active))
             # the certificate takes its dual point at the new outputs: leave it room
@@ -68,14 +68,6 @@ class Proximal:
             x, at_x, momentum = new, at_new, following
 
 
-def shrink(blocks: Float, threshold: float) -> Float:
-    """Proximal map of ``threshold * sum_i ||S_i||_F``: ``(1 - threshold / ||S_i||)_+ S_i``."""
-    norms = block_norms(blocks)
-    factors = np.maximum(1 - np.divide(threshold, norms, out=np.ones_like(norms), where=norms > 0), 0)
-    shrunk: Float = factors[:, None, None] * blocks
-    return shrunk
-
-
 def _step(
     program: GatedProgram, y: Float, at_y: Float, dual: Float, gradient: Float, lipschitz: float
 ) -> tuple[Float, Float, float]:
@@ -83,7 +75,7 @@ def _step(
     lipschitz *= 0.95
     value = program.loss.value(at_y)
     while True:
-        new = shrink(y + gradient / lipschitz, program.weight_decay / lipschitz)
+        new = program.shrink(y + gradient / lipschitz, program.weight_decay / lipschitz)
         at_new = _outputs(program, new)
         model = value - np.vdot(dual, at_new - at_y) + 0.5 * lipschitz * np.sum((new - y) ** 2)
         if not program.loss.value(at_new) > model + 1e-14 * abs(value):

@@ -9,6 +9,9 @@ with rows scaled by ``sqrt(W)``, ``W`` the total weight, and ``lam = beta / sqrt
 decay of the mean loss. Outputs are in units of ``loss.output_scale``, so that units of the targets do not matter. A
 step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose statistics are those of all
 rows; one that is trained with the statistics of each batch has their noise besides.
+
+Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
+their hidden units, which are written and read five times, stay in the cache.
 """
 
 from __future__ import annotations
@@ -19,17 +22,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.environment import Workers, workers
 from convexbn.losses import Loss
+from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.neurons import Neurons
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
 
-#: Rows that show how large the hidden layer is, and the share taken of the learning rate that is stable there, which
-#: is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
-_SAMPLE, _STABLE = 1000, 1.0
+#: Rows that show how large the hidden layer is, the fewest images, and the share taken of the learning rate that is
+#: stable there, which is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
+_SAMPLE, _FEWEST, _STABLE = 1000, 50, 1.0
+
+#: Hidden units of images that are formed at a time: 2 MB.
+_HIDDEN_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class StochasticPhase:
 
     def run(
         self,
-        rows: Float,
+        rows: Float | MappedRows,
         loss: Loss,
         weight_decay: float,
         start: Neurons,
@@ -65,25 +72,34 @@ class StochasticPhase:
 
         With a ``deadline``, a ``time.monotonic()``, the learning rate falls as fast as it needs to be there in time.
         """
-        n, root = len(rows), float(np.sqrt(loss.weights.sum()))
-        scaled = (root * rows).astype(np.float32)
-        largest = self.learning_rate
-        if loss.nearly_quadratic:
-            seen = scaled[rng.permutation(n)[:_SAMPLE]] @ (start.first / root / np.sqrt(loss.output_scale))
-            largest = min(largest, _STABLE * (1 + self.momentum) / (loss.curvature * _largest_square(seen)))
+        n, root = len(loss.of_cases.targets), float(np.sqrt(loss.weights.sum()))
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
         with workers() as threads:
-            layers = _Layers(start, threads, root, loss, decay=weight_decay / root, momentum=self.momentum)
+            cases = _Cases(rows, root, loss, -(-len(start.output) // threads.count))
+            largest = self._largest_rate(cases, start, rng)
+            decay = weight_decay * root / float(loss.of_cases.weights.sum())
+            layers = _Layers(start, threads, root, loss, decay=decay, momentum=self.momentum)
             for _ in range(self.epochs):
                 order, total = rng.permutation(n), 0.0
                 for first in range(0, n, self.batch_size):
-                    part, rate = order[first : first + self.batch_size], largest * shape(clock.tick())
-                    total += layers.step(scaled[part], loss.of_rows(part), rate)
+                    rate = largest * shape(clock.tick())
+                    total += layers.step(cases, order[first : first + self.batch_size], rate)
                     if clock.done >= 1:
                         break
-                yield layers.neurons, total + loss.constant
+                yield layers.neurons, total + loss.of_cases.constant
                 if clock.done >= 1:
                     return
+
+    def _largest_rate(self, cases: _Cases, start: Neurons, rng: np.random.Generator) -> float:
+        """The learning rate, or where the loss is nearly quadratic what is stable for the hidden layer."""
+        loss = cases.loss.of_cases
+        if not loss.nearly_quadratic:
+            return self.learning_rate
+        first = start.first / cases.root / np.sqrt(loss.output_scale)
+        sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // cases.loss.rows_together, _FEWEST)]
+        blocks = (np.maximum(rows @ first, 0) for rows, _ in cases.pieces(sample))
+        square = _largest_square(np.concatenate([cases.loss.pooled(hidden) for hidden in blocks]))
+        return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 
 
 def shape(done: float) -> float:
@@ -95,9 +111,10 @@ def shape(done: float) -> float:
 
 def random_start(directions: Float, loss: Loss, rng: np.random.Generator) -> Neurons:
     """Neurons along normal directions (q, m): hidden units of order one, outputs of the size that the loss asks for."""
-    q, m = directions.shape
-    first = directions * np.sqrt(2 * loss.weights.sum() / q * loss.output_scale)
-    return Neurons(first, rng.standard_normal((m, loss.targets.shape[1])) * np.sqrt(loss.output_scale / m))
+    (q, m), scale = directions.shape, loss.of_cases.output_scale
+    first = directions * np.sqrt(2 * loss.weights.sum() / q * scale)
+    regions = loss.targets.shape[1] // loss.of_cases.targets.shape[1]
+    return Neurons(first, rng.standard_normal((m, loss.targets.shape[1])) * np.sqrt(scale / (m * regions)))
 
 
 class _Clock:
@@ -117,10 +134,36 @@ class _Clock:
         return self.done
 
 
-def _largest_square(response: Float) -> float:
+def _largest_square(hidden: FloatMatrix) -> float:
     """Largest eigenvalue of the mean of ``h h'`` over the rows ``h`` of a hidden layer."""
-    hidden = np.maximum(response, 0)
     return float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)
+
+
+class _Cases:
+    """Rows times ``root`` in float32, and the loss on them: some cases at a time, whose hidden units stay in the cache.
+
+    Parameters
+    ----------
+    width : int
+        Neurons of a thread.
+    """
+
+    def __init__(self, rows: Float | MappedRows, root: float, loss: Loss, width: int) -> None:
+        self.root, self.loss, self.shape = root, loss, (-1, loss.rows_together, rows.shape[1])
+        self.at_once = len(rows) if loss.rows_together == 1 else _HIDDEN_ENTRIES // (loss.rows_together * width) or 1
+        self._rows = (
+            rows.in_single_precision(root) if isinstance(rows, MappedRows) else (root * rows).astype(np.float32)
+        )
+
+    def pieces(self, cases: Index) -> Iterator[tuple[FloatMatrix, Loss]]:
+        """Rows of some of the cases, and the terms that see them."""
+        for part in np.array_split(cases, -(-len(cases) // self.at_once)):
+            yield self._rows_of(part), self.loss.of_cases.of_rows(part)
+
+    def _rows_of(self, cases: Index) -> FloatMatrix:
+        if isinstance(self._rows, MappedRows):
+            return self._rows.of_images(cases)
+        return self._rows.reshape(self.shape)[cases].reshape(-1, self.shape[2])
 
 
 class _Layers:
@@ -129,20 +172,27 @@ class _Layers:
     def __init__(
         self, start: Neurons, threads: Workers, root: float, loss: Loss, *, decay: float, momentum: float
     ) -> None:
-        self.root, self.unit, self.threads = root, loss.output_scale, threads
+        self.root, self.unit, self.threads = root, loss.of_cases.output_scale, threads
         share = np.sqrt(self.unit)  # of the unit, in either layer
         self.parts = [
-            _Part(start.first[:, part] / (share * root), start.output[part] / share, decay / self.unit, momentum)
+            _Part(start.first[:, part] / (share * root), start.output[part] / share, loss, decay / self.unit, momentum)
             for part in np.array_split(np.arange(len(start.output)), threads.count)
         ]
 
-    def step(self, rows: FloatMatrix, batch: Loss, rate: float) -> float:
+    def step(self, cases: _Cases, batch: Index, rate: float) -> float:
         """One step of gradient descent with momentum and weight decay; returns the loss before it."""
+        total = float(cases.loss.of_cases.weights[batch].sum())
+        value = sum(self._ascend(rows, loss, total) for rows, loss in cases.pieces(batch))
+        self.threads.each(lambda part: part.move(np.float32(rate)), self.parts)
+        return value
+
+    def _ascend(self, rows: FloatMatrix, loss: Loss, total: float) -> float:
+        """Loss of some rows, whose negative gradients over the total weight of the batch are added up."""
         shares = np.array(self.threads.each(lambda part: part.forward(rows), self.parts))
         outputs: Float = self.unit * shares.sum(axis=0, dtype=np.float64)
-        dual = (batch.negative_gradient(outputs) / (self.unit * batch.weights.sum())).astype(np.float32)
-        self.threads.each(lambda part: part.backward(rows, dual, np.float32(rate)), self.parts)
-        return batch.value(outputs)
+        dual = (loss.negative_gradient(outputs) / (self.unit * total)).astype(np.float32)
+        self.threads.each(lambda part: part.backward(rows, dual), self.parts)
+        return loss.value(outputs)
 
     @property
     def neurons(self) -> Neurons:
@@ -153,27 +203,32 @@ class _Layers:
 
 
 class _Part:
-    """Some of the neurons, both layers and their velocities, in float32; what a step needs is kept between calls."""
+    """Some of the neurons, both layers, velocities and ascents, in float32; a step's hidden units are kept."""
 
-    def __init__(self, first: Float, output: Float, decay: float, momentum: float) -> None:
+    def __init__(self, first: Float, output: Float, loss: Loss, decay: float, momentum: float) -> None:
         self.first, self.output = (np.ascontiguousarray(weight, dtype=np.float32) for weight in (first, output))
         self.velocities = np.zeros_like(self.first), np.zeros_like(self.output)
-        self.decay, self.momentum = np.float32(decay), np.float32(momentum)
+        self.ascents = np.zeros_like(self.first), np.zeros_like(self.output)
+        self.loss, self.decay, self.momentum = loss, np.float32(decay), np.float32(momentum)
 
     def forward(self, rows: FloatMatrix) -> FloatMatrix:
         """Outputs of these neurons."""
         self.hidden = rows @ self.first
         np.maximum(self.hidden, 0, out=self.hidden)
-        outputs: FloatMatrix = self.hidden @ self.output
-        return outputs
+        return self.loss.outputs(self.hidden, self.output)
 
-    def backward(self, rows: FloatMatrix, dual: FloatMatrix, rate: np.float32) -> None:
-        """Move both layers, for the negative gradient in the outputs of the last call of ``forward``."""
-        back = dual @ self.output.T
+    def backward(self, rows: FloatMatrix, dual: FloatMatrix) -> None:
+        """Add to the ascents, for the negative gradient in the outputs of the last call of ``forward``."""
+        back, by_output = self.loss.pull_back(dual, self.hidden, self.output)
         back *= self.hidden > 0
-        ascents = rows.T @ back, self.hidden.T @ dual
-        for weight, velocity, ascent in zip((self.first, self.output), self.velocities, ascents, strict=True):
+        for ascent, found in zip(self.ascents, (rows.T @ back, by_output), strict=True):
+            ascent += found
+
+    def move(self, rate: np.float32) -> None:
+        """Move both layers along the ascents, which begin anew."""
+        for weight, velocity, ascent in zip((self.first, self.output), self.velocities, self.ascents, strict=True):
             velocity *= self.momentum
             velocity += ascent
             velocity -= np.multiply(weight, self.decay, out=ascent)
             weight += np.multiply(velocity, rate, out=ascent)
+            ascent[:] = 0

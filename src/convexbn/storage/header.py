@@ -11,7 +11,8 @@ import numpy as np
 
 from convexbn import __version__
 from convexbn.certificate import Certificate
-from convexbn.container import JSON
+from convexbn.container import JSON, FormatError
+from convexbn.convolution import Convolution
 from convexbn.storage import rules
 from convexbn.storage.rules import NOT_FINITE, none_or, require
 from convexbn.verdict import STOPPED_BY, Status
@@ -47,6 +48,17 @@ _SOURCE = rules.record(
 _CLASSES = rules.record(
     dtype=rules.matching(r"[<>|=]?[biufUO]\d*"),
     labels=rules.list_of(str, int, float, bool, least=2),
+)
+
+_SIZES = rules.either(rules.count, rules.list_of(int, least=1))
+_CONVOLUTION = rules.record(
+    kernel_size=_SIZES,
+    stride=_SIZES,
+    padding=_SIZES,
+    pooling=rules.one_of("average", "max"),
+    regions=rules.either(_SIZES, rules.one_of("all")),
+    input_shape=rules.none_or(rules.list_of(int, least=2)),
+    channels=rules.one_of("last", "first"),
 )
 
 _FIELDS: dict[str, rules.Rule] = {
@@ -118,12 +130,31 @@ def certificate(block: Mapping[str, Any]) -> Certificate:
 def parameters(model: Any) -> dict[str, Any]:
     """Parameters that JSON can hold; given gates are a tensor."""
     kept = {name: value for name, value in model.get_params().items() if name != "callback"}
+    if kept["convolution"] is not None:  # with the shape of its inputs, where it was fitted
+        layer = getattr(model, "network_", model).convolution
+        kept["convolution"] = {name: _listed(value) for name, value in asdict(layer).items()}
     if not isinstance(model.gates, str):
         del kept["gates"]
     if not isinstance(model.random_state, (int, np.integer)):
         kept["random_state"] = None
     plain: dict[str, Any] = _plain(kept)
     return plain
+
+
+def convolution(block: Any) -> Convolution | None:
+    """The convolutional layer of a saved estimator."""
+    if block is None:
+        return None
+    require(_CONVOLUTION(block), "convolution")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in block.items()}
+    try:
+        return Convolution(**values)
+    except ValueError:
+        raise FormatError("the field 'convolution' does not fit the rest") from None
+
+
+def _listed(value: Any) -> Any:
+    return [int(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _certificate_to_json(proof: Certificate) -> dict[str, Any]:

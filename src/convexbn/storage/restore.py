@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from convexbn.certificate import Certificate
+from convexbn.convolution import Convolution
+from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.network import BatchNormNetwork
 from convexbn.storage import header as headers
@@ -32,7 +34,11 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> Any:
     headers.check(header)
     model = _unfitted(header, arrays)
     tensors.check(arrays, gated=model.activation == "gated")
-    fitted = _fitted(arrays, header)
+    layer = model.convolution
+    require(layer is None or layer.input_shape is not None, "convolution")
+    require(layer is None or layer.geometry.patch_size == len(arrays["mean"]), "convolution")
+    require(layer is None or arrays["output"].shape[1] % layer.pool.n_regions == 0, "convolution")
+    fitted = _fitted(arrays, header, layer)
     for field, holds in _agreements(model, fitted):
         require(holds, field)
     model.__dict__.update(fitted)
@@ -41,10 +47,11 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> Any:
 
 def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
     """Estimator with the saved parameters, each checked by the estimator's own constraints."""
-    kind, parameters = _KINDS[header["estimator"]], header["parameters"]
+    kind, parameters = _KINDS[header["estimator"]], dict(header["parameters"])
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
     require(same_names(parameters, set(kind().get_params()) - {"callback", *given}), "parameters")
     require(given or isinstance(parameters["gates"], str), "parameters")
+    parameters["convolution"] = headers.convolution(parameters["convolution"])
     model = kind(**parameters, **given)
     try:
         model._validate_params()
@@ -53,7 +60,7 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> An
     return model
 
 
-def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: Convolution | None) -> dict[str, Any]:
     """Attributes of the fitted estimator; those that not every one has are left out where they are None."""
     names = header["feature_names"]
     sometimes = {
@@ -62,13 +69,14 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> dict
         "source_": header["source"],
         "_single_output": header["single_output"],
     }
+    dense = tensors.network(arrays, header["n_effective"])
     return {
-        "network_": tensors.network(arrays, header["n_effective"]),
+        "network_": dense if layer is None else ConvolutionalNetwork.of(dense, layer),
         "gates_": arrays.get("gates"),
         "gate_offsets_": arrays.get("gate_offsets"),
         "certificate_": headers.certificate(header["certificate"]),
         "history_": tensors.history(arrays["history"]),
-        "n_features_in_": len(arrays["mean"]),
+        "n_features_in_": len(arrays["mean"]) if layer is None else layer.geometry.n_features,
         "n_iter_": header["n_iter"],
         "rank_": header["rank"],
         "weight_decay_": header["weight_decay"],
@@ -80,15 +88,16 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> dict
 def _agreements(model: Any, fitted: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Names of fields, and whether they belong to the others."""
     network, history, n_classes = fitted["network_"], fitted["history_"], len(fitted.get("classes_", ()))
-    d, K = len(network.mean), network.output.shape[1]
+    regions = 1 if model.convolution is None else model.convolution.pool.n_regions
+    d, K = fitted["n_features_in_"], network.output.shape[1] // regions
     is_classifier = isinstance(model, ConvexBNClassifier)
     yield "classes", is_classifier == (n_classes > 0)
     yield "classes", not is_classifier or (1 if n_classes == 2 else n_classes) == K
     yield "single_output", is_classifier != ("_single_output" in fitted)
     yield "single_output", K == 1 or not fitted.get("_single_output")
     yield "parameters", K == 1 or model.loss != "logistic"
-    yield "feature_names", len(fitted.get("feature_names_in_", network.mean)) == d
-    yield "rank", fitted["rank_"] <= d
+    yield "feature_names", len(fitted.get("feature_names_in_", range(d))) == d
+    yield "rank", fitted["rank_"] <= len(network.mean)
     yield "n_iter", fitted["n_iter_"] == (history[-1].iteration if history else 0)
     yield "output", _is_balanced(network)
     for holds in _claims(fitted["certificate_"], model, network, fitted["weight_decay_"]):

@@ -94,6 +94,11 @@ def none_or(rule: Rule) -> Rule:
     return lambda value: value is None or rule(value)
 
 
+def either(*rules: Rule) -> Rule:
+    """What one of some rules allows."""
+    return lambda value: any(rule(value) for rule in rules)
+
+
 def record(**rules: Rule) -> Rule:
     """An object with exactly these fields, each under its own rule."""
 

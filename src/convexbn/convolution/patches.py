@@ -1,0 +1,104 @@
+"""The patches of images as a matrix whose rows are made when they are read.
+
+Whatever reads rows in blocks takes it for the matrix that it stands for, with one row a patch: of 60,000 images of
+28 x 28 pixels it would hold 35 million rows, 7 GB in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from convexbn._typing import Float, FloatMatrix
+from convexbn.convolution.geometry import Geometry
+
+
+class PatchMatrix:
+    """Patches (n Kp, h) of images (n, height, width, channels) of any real type.
+
+    Row ``i Kp + k`` is patch ``k`` of image ``i``, locations row by row; its numbers are in torch's order: channel,
+    then down, then across.
+
+    Parameters
+    ----------
+    images : ndarray (n, height * width * channels)
+        Flattened row by row, the channels of a pixel side by side.
+    geometry : Geometry
+
+    Examples
+    --------
+    >>> signals = np.array([[1, 2, 3], [4, 5, 6]])
+    >>> np.asarray(PatchMatrix(signals, Geometry((1, 3, 1), (1, 2), (1, 1), (0, 0), 1)))
+    array([[1, 2],
+           [2, 3],
+           [4, 5],
+           [5, 6]])
+    """
+
+    def __init__(self, images: FloatMatrix, geometry: Geometry) -> None:
+        self.flat, self.geometry = images, geometry
+        down, across = geometry.padding
+        pixels = images.reshape(-1, *geometry.image)
+        padded = np.pad(pixels, ((0, 0), (down, down), (across, across), (0, 0))) if down or across else pixels
+        windows = sliding_window_view(padded, geometry.kernel, axis=(1, 2))
+        self._windows = windows[:, :: geometry.stride[0], :: geometry.stride[1]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n Kp, h)``."""
+        return len(self.flat) * self.geometry.n_locations, self.geometry.patch_size
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """That of the images."""
+        return self.flat.dtype
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of an image, ``Kp``."""
+        return self.geometry.n_locations
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> FloatMatrix:
+        """A row, or the rows of a slice of step 1, of a mask or of places."""
+        count = self.geometry.n_locations
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            first = start // count
+            found = self.of_images(slice(first, -(-stop // count)))
+            return found[start - first * count : max(stop, start) - first * count]
+        places = np.asarray(index)
+        places = np.flatnonzero(places) if places.dtype == bool else places
+        image, location = np.divmod(places, count)
+        down, across = np.divmod(location, self.geometry.locations[1])
+        found = self._windows[image, down, across]
+        return found.reshape(*places.shape, self.geometry.patch_size)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> FloatMatrix:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def of_images(self, index: Any) -> FloatMatrix:
+        """Patches of some images, all of each: (b Kp, h)."""
+        patches: FloatMatrix = self._windows[index].reshape(-1, self.geometry.patch_size)
+        return patches
+
+    def min(self, axis: int | None = None, initial: float = np.inf) -> Float | float:
+        """Smallest number of each column (``axis=0``), or of all."""
+        return self._edge(np.minimum, axis, initial)
+
+    def max(self, axis: int | None = None, initial: float = -np.inf) -> Float | float:
+        """Largest number of each column (``axis=0``), or of all."""
+        return self._edge(np.maximum, axis, initial)
+
+    def _edge(self, extreme: np.ufunc, axis: int | None, initial: float) -> Float | float:
+        columns = extreme.reduce(self._windows, axis=(0, 1, 2)).ravel().astype(np.float64)
+        return columns if axis == 0 else float(extreme.reduce(columns, initial=initial))

@@ -1,0 +1,170 @@
+"""Pooling: what an image keeps of the hidden units at its locations, and the way back for gradients.
+
+Average pooling over regions is a matrix ``T`` (R, Kp) on the rows of an image; max pooling takes the largest row of
+each region. The output layer sees the ``R`` regions of every neuron, ``F_i = sum_j sum_r pooled_irj c_jr``, so that
+its weights are (m, R K): global pooling is ``R = 1``, a flattened layer has a region for every location.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from convexbn._typing import Bool, Float, FloatMatrix, Index
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Average or maximum over a grid of regions of the locations.
+
+    The regions are those of torch's adaptive pooling: of ``L`` locations region ``i`` of ``g`` are those from
+    ``floor(i L / g)`` up to ``ceil((i + 1) L / g)``, which overlap where ``g`` does not divide ``L``.
+
+    Attributes
+    ----------
+    kind : {"average", "max"}
+    locations : tuple of int
+        Down and across.
+    grid : tuple of int
+        Regions down and across.
+
+    Examples
+    --------
+    >>> Pooling("average", (1, 4), (1, 2)).matrix
+    array([[0.5, 0.5, 0. , 0. ],
+           [0. , 0. , 0.5, 0.5]])
+    """
+
+    kind: str
+    locations: tuple[int, int]
+    grid: tuple[int, int]
+
+    @property
+    def n_locations(self) -> int:
+        """``Kp``."""
+        return self.locations[0] * self.locations[1]
+
+    @property
+    def n_regions(self) -> int:
+        """``R``."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a matrix on the rows."""
+        return self.kind == "average" or self.flattened
+
+    @property
+    def flattened(self) -> bool:
+        """Whether every location is a region of its own, where average and maximum are one."""
+        return self.grid == self.locations
+
+    @functools.cached_property
+    def members(self) -> Bool:
+        """Which locations belong to a region: (R, Kp)."""
+        down, across = (_intervals(size, parts) for size, parts in zip(self.locations, self.grid, strict=True))
+        inside = down[:, None, :, None] & across[None, :, None, :]
+        return inside.reshape(self.n_regions, self.n_locations)
+
+    @functools.cached_property
+    def matrix(self) -> Float:
+        """``T`` (R, Kp) of average pooling."""
+        matrix: Float = self.members / self.members.sum(axis=1, keepdims=True)
+        return matrix
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """Largest ``||pooled rows|| / ||rows||`` of an image with nonnegative rows, rounded upwards."""
+        if self.linear:
+            return float(np.linalg.norm(self.matrix, 2)) * (1 + 1e-12)
+        return float(np.sqrt(self.members.sum(axis=0).max())) * (1 + 1e-12)
+
+    @functools.cached_property
+    def groups(self) -> Index:
+        """Locations of every region, the first again where it has fewer than the largest: (R, G)."""
+        size = int(self.members.sum(axis=1).max())
+        found = [np.flatnonzero(row) for row in self.members]
+        return np.stack([np.append(places, np.repeat(places[0], size - len(places))) for places in found])
+
+    def pool(self, hidden: FloatMatrix) -> FloatMatrix:
+        """Hidden units (n Kp, m) of images, pooled: (n, R, m)."""
+        images = self._by_image(hidden)
+        if self.flattened:
+            return images
+        if self.linear:
+            pooled: FloatMatrix = self.matrix.astype(hidden.dtype) @ images
+            return pooled
+        return np.stack([images[:, inside].max(axis=1) for inside in self.members], axis=1)
+
+    def unpool(self, pooled: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
+        """Gradient by the hidden units (n Kp, m) from that by the pooled ones (n, R, m).
+
+        A maximum that is attained at several locations gives its gradient to the first.
+        """
+        if self.flattened:
+            return pooled.reshape(hidden.shape)
+        if self.linear:
+            spread: FloatMatrix = self.matrix.T.astype(hidden.dtype) @ pooled
+            return spread.reshape(hidden.shape)
+        images = self._by_image(hidden)
+        gradient = np.zeros_like(images)
+        for r, inside in enumerate(self.members):
+            places = np.flatnonzero(inside)[images[:, inside].argmax(axis=1)][:, None]
+            taken = np.take_along_axis(gradient, places, axis=1)
+            np.put_along_axis(gradient, places, taken + pooled[:, r : r + 1], axis=1)
+        return gradient.reshape(hidden.shape)
+
+    def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
+        """Outputs (n, K) of hidden units (n Kp, m) and an output layer (m, R K)."""
+        pooled = self.pool(hidden)
+        outputs: FloatMatrix = pooled.reshape(len(pooled), self.n_regions * len(output)) @ self._by_region(output)
+        return outputs
+
+    def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
+        """``<dual, outputs>`` differentiated by the hidden units (n Kp, m) and by the output layer (m, R K)."""
+        flat = self._by_region(output)
+        pooled = (dual @ flat.T).reshape(len(dual), self.n_regions, len(output))
+        by_output = self.pool(hidden).reshape(len(dual), len(flat)).T @ dual
+        by_output = by_output.reshape(self.n_regions, *output.shape[:1], dual.shape[1]).transpose(1, 0, 2)
+        by_output = by_output.reshape(output.shape)
+        return self.unpool(pooled, hidden), by_output
+
+    def gather(self, outputs: FloatMatrix) -> FloatMatrix:
+        """``F_i = sum_r sum_k T_rk G_(ik),r`` of outputs (n Kp, R K) of the rows: (n, K)."""
+        images = outputs.reshape(-1, self.n_locations, self.n_regions, outputs.shape[1] // self.n_regions)
+        summed: FloatMatrix = np.einsum("rk,nkrc->nc", self.matrix, images, optimize=True)
+        return summed
+
+    def spread(self, dual: FloatMatrix) -> FloatMatrix:
+        """The adjoint: a dual point (n, K) of the outputs as one (n Kp, R K) of the rows."""
+        spread: FloatMatrix = np.einsum("rk,nc->nkrc", self.matrix, dual)
+        return spread.reshape(len(dual) * self.n_locations, -1)
+
+    def grouped(self, rows: Float) -> Float:
+        """Rows (n Kp, q) in the groups of max pooling: (n R, G, q)."""
+        images = self._by_image(rows)
+        return images[:, self.groups].reshape(-1, self.groups.shape[1], rows.shape[1])
+
+    def by_group(self, dual: Float) -> Float:
+        """A dual point (n, K) as one (n R, R K) of the groups: each region has outputs of its own."""
+        R, (n, K) = self.n_regions, dual.shape
+        grouped: Float = np.einsum("rs,nc->nrsc", np.eye(R), dual).reshape(n * R, R * K)
+        return grouped
+
+    def _by_region(self, output: FloatMatrix) -> FloatMatrix:
+        """An output layer (m, R K) as one (R m, K) of the pooled units."""
+        m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
+        return output.reshape(m, R, K).transpose(1, 0, 2).reshape(R * m, K)
+
+    def _by_image(self, rows: FloatMatrix) -> FloatMatrix:
+        """Rows (n Kp, m) of images, image by image: (n, Kp, m)."""
+        return rows.reshape(len(rows) // self.n_locations, self.n_locations, rows.shape[1])
+
+
+def _intervals(size: int, parts: int) -> Bool:
+    """Which of ``size`` places belong to the parts: (parts, size)."""
+    places, i = np.arange(size), np.arange(parts)[:, None]
+    inside: Bool = (places >= i * size // parts) & (places < -(-(i + 1) * size // parts))
+    return inside

@@ -1,0 +1,217 @@
+"""Convolutional networks through the doors: fit, predict, certify, save, path, command line."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+
+import convexbn
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, mapped_rows, training, whitening
+from convexbn.cli import main
+from convexbn.convolutional_network import ConvolutionalNetwork
+from convexbn.datasets import digits
+from convexbn.display import SpectrumDisplay
+from convexbn.solvers.many_rows import ManyRows
+from convexbn.solvers.stochastic_phase import StochasticPhase
+
+LAYER = Convolution(3, regions=2, input_shape=(8, 8, 1))
+
+
+@pytest.fixture(scope="module")
+def images():
+    data = digits()
+    return data.X[:120].reshape(-1, 8, 8, 1), data.y[:120], data.X[120:400], data.y[120:400]
+
+
+def fitted(images, layer=LAYER, **settings):
+    settings = {"n_gates": 12, "random_state": 0, "tol": 1e-3, **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ConvexBNClassifier(convolution=layer, **settings).fit(*images[:2])
+
+
+@pytest.fixture(scope="module")
+def gated(images):
+    return fitted(images)
+
+
+def by_hand(model, X):
+    """Outputs of a convolutional network, image by image and place by place."""
+    network, layer = model.network_, model.network_.convolution
+    geometry, pool = layer.geometry, layer.pool
+    kernel, (down, across) = geometry.kernel, geometry.locations
+    outputs = []
+    for image in X.reshape(-1, *geometry.image):
+        padded = np.pad(image, [(p, p) for p in geometry.padding] + [(0, 0)])
+        rows = []
+        for y, x in np.ndindex(down, across):
+            top, left = y * geometry.stride[0], x * geometry.stride[1]
+            patch = padded[top : top + kernel[0], left : left + kernel[1]].transpose(2, 0, 1).ravel() - network.mean
+            response = (network.gamma * (patch @ network.weight) + network.shift) / np.sqrt(network.n_effective)
+            opened = response > 0 if network.gates is None else patch @ network.gates + network.gate_offsets >= 0
+            rows.append(opened * response)
+        hidden = np.array(rows)
+        pooled = [(hidden[m].mean(0) if pool.kind == "average" else hidden[m].max(0)) for m in pool.members]
+        weights = network.output.reshape(network.n_neurons, pool.n_regions, -1)
+        outputs.append(np.einsum("rm,mrk->k", np.array(pooled), weights))
+    return np.array(outputs)
+
+
+def test_a_gated_network_is_certified_and_predicts_what_it_says(gated, images):
+    X, y, X_test, y_test = images
+    proof = gated.certificate_
+    assert proof.status == "CERTIFIED" and "nuclear norm per gate) with this convolution" in proof.sentence
+    assert proof.objective == pytest.approx(proof.weight_decay_objective, rel=1e-9)  # the nuclear norm is its neurons'
+    assert gated.score(X, y) == 1.0 and gated.score(X_test, y_test) > 0.8
+    np.testing.assert_allclose(gated.decision_function(X_test[:20]), by_hand(gated, X_test[:20]), atol=1e-12)
+    assert gated.transform(X_test[:3]).shape == (3, 4 * gated.network_.n_neurons)
+    assert len(gated.get_feature_names_out()) == 4 * gated.network_.n_neurons
+    again = gated.certify(X.reshape(len(X), -1), y)
+    assert again.objective == proof.objective and again.lower_bound == proof.lower_bound
+
+
+RELU = {
+    "average": Convolution(3, stride=2, padding=1),
+    "flattened": Convolution(4, stride=4, regions="all"),
+    "max": Convolution(3, stride=2, pooling="max", regions=2),
+}
+
+
+@pytest.mark.parametrize("name", RELU)
+def test_a_relu_network_predicts_what_it_says_and_is_bounded(name, images):
+    model = fitted((images[0][:40], images[1][:40]), RELU[name], activation="relu", width=10, max_iter=1, time_limit=2)
+    proof = model.certificate_
+    assert proof.scope == "all patterns" and 0 < proof.lower_bound <= proof.objective
+    np.testing.assert_allclose(model.decision_function(images[0][:9]), by_hand(model, images[0][:9]), atol=1e-12)
+
+
+def test_the_objective_is_that_of_the_network_by_hand(images):
+    X, y = images[0][:40], (images[1][:40] > 4).astype(float)
+    model = ConvexBNRegressor(convolution=Convolution(3, stride=2), n_gates=6, weight_decay=0.02, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(X, y)
+    loss = 0.5 * np.sum((by_hand(model, X)[:, 0] - y) ** 2)
+    network = model.network_
+    squares = sum(float(np.sum(part**2)) for part in (network.gamma, network.shift, network.output))
+    assert model.certificate_.weight_decay_objective == pytest.approx(loss + 0.5 * 0.02 * squares, rel=1e-9)
+    assert model.predict(X).shape == (40,)
+
+
+def test_sample_weights_are_repetition_and_the_order_does_not_matter(images):
+    X, y = images[0][:30], images[1][:30]
+    weights = np.random.default_rng(0).integers(1, 3, 30)
+    order = np.random.default_rng(1).permutation(int(weights.sum()))
+    settings = {"convolution": Convolution(3, stride=2), "n_gates": 5, "random_state": 0, "max_iter": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = ConvexBNClassifier(**settings).fit(X, y, weights)
+        other = ConvexBNClassifier(**settings).fit(np.repeat(X, weights, 0)[order], np.repeat(y, weights)[order])
+    assert one.fingerprint_ == other.fingerprint_
+    np.testing.assert_array_equal(one.network_.weight, other.network_.weight)
+
+
+def test_shapes_layouts_and_clones(gated, images):
+    X, y = images[:2]
+    assert clone(gated).convolution == gated.convolution
+    first = fitted((np.moveaxis(X, 3, 1), y), Convolution(3, regions=2, channels="first"))
+    np.testing.assert_array_equal(first.network_.weight, gated.network_.weight)
+    assert first.network_.convolution.input_shape == (1, 8, 8) and first.n_features_in_ == 64
+    flat = X.reshape(len(X), -1)
+    np.testing.assert_array_equal(first.predict(flat), gated.predict(X))
+    with pytest.raises(ValueError, match="give Convolution an input_shape"):
+        ConvexBNClassifier(convolution=Convolution(3)).fit(flat, y)
+    with pytest.raises(ValueError, match=r"X must have shape \(n, 8, 8, 1\)"):
+        gated.predict(X[:, :7])
+    with pytest.raises(ValueError, match="to_relu is for dense data"):
+        gated.to_relu(X, y)
+    with pytest.raises(ValueError, match="use 'proximal' with a convolution"):
+        fitted(images, solver="group_newton")
+    with pytest.raises(ValueError, match="use pooling='average'"):
+        fitted(images, Convolution(3, pooling="max"))
+    pytest.importorskip("onnx")
+    with pytest.raises(TypeError, match="not exported to ONNX"):
+        convexbn.onnx.export(gated.network_, "nowhere.onnx")
+
+
+def test_files_give_the_same_model_and_refuse_another_layer(gated, images, tmp_path):
+    gated.save(tmp_path / "model.safetensors")
+    loaded = convexbn.load(tmp_path / "model.safetensors")
+    assert isinstance(loaded.network_, ConvolutionalNetwork) and loaded.convolution == LAYER
+    np.testing.assert_array_equal(loaded.decision_function(images[2]), gated.decision_function(images[2]))
+    assert loaded.certify(*images[:2]) == gated.certify(*images[:2])
+    wrong = fitted((images[0][:30], images[1][:30]), max_iter=3)
+    wrong.network_ = ConvolutionalNetwork.of(wrong.network_, Convolution(4, input_shape=(8, 8, 1)))
+    with pytest.raises(ValueError, match="'convolution' does not fit"):
+        wrong.save(tmp_path / "wrong.safetensors")
+
+
+def test_paths_and_displays_take_images(images, tmp_path):
+    X, y = images[0][:60], images[1][:60]
+    model = ConvexBNClassifier(convolution=Convolution(3, stride=2), n_gates=5, random_state=0, max_iter=30, tol=1e-2)
+    path = convexbn.fit_path(model, X, y, ranks=[4, None], weight_decays=[0.5, 0.1], checkpoint=tmp_path / "p")
+    assert [point.model.rank_ for point in path] == [4, 4, 9, 9]
+    display = SpectrumDisplay.from_estimator(path.points[0].model, X)
+    assert len(display.singular_values) == 9 and display.energies[4:].sum() < 1e-12
+
+
+def test_the_command_line_fits_predicts_and_certifies(tmp_path, capsys):
+    out = str(tmp_path / "digits.safetensors")
+    settings = ["--filter", "3", "--stride", "2", "--pool", "avg", "--regions", "3", "--n-gates", "4"]
+    assert main(["fit", "digits", *settings, "--test-size", "0.9", "--tol", "1e-2", "--out", out, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["status"] == "CERTIFIED" and result["test_score"] > 0.7
+    assert main(["certify", out, "digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"] == result["objective"]
+    assert main(["predict", out, "digits", "--out", str(tmp_path / "p.csv")]) == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 1798
+    table = tmp_path / "t.csv"
+    table.write_text("a,b,c,d,y\n1,2,3,4,0\n4,3,2,1,1\n1,3,2,4,0\n4,2,3,1,1\n2,4,1,3,0\n")
+    file = ["fit", str(table), "--target", "y", "--filter", "2", "--out", out]
+    assert main(file) == 1 and "--image" in capsys.readouterr().err
+    assert main([*file, "--image", "2x2x1", "--n-gates", "3", "--task", "classification"]) == 0
+
+
+@pytest.mark.parametrize("pooling", ["average", "max"])
+def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling):
+    """Rows that are made when they are read, mini-batches, blocked statistics: the same network and certificate."""
+    layer = Convolution(3, regions=2, pooling=pooling, input_shape=(8, 8, 1))
+    X, y = images[0][:40] + np.random.default_rng(0).standard_normal((40, 8, 8, 1)), images[1][:40]
+    monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
+    settings = {"activation": "relu", "loss": "cross_entropy", "weight_decay": 3.0, "rank": 9, "width": 16}
+    models = []
+    for entries in (mapped_rows._KEPT_ENTRIES, 1000):
+        monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", entries)
+        monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+        models.append(fitted((X, y), layer, max_iter=3, **settings))
+    kept, mapped = (model.certificate_ for model in models)
+    assert len(models[0].history_) == 4 and kept.bound == mapped.bound == "orthant"
+    assert mapped.objective == pytest.approx(kept.objective, rel=1e-2)  # other whitened directions, by rotation
+    assert mapped.lower_bound == pytest.approx(kept.lower_bound, rel=1e-1)
+    again = models[1].certify(X, y)
+    assert again.objective == pytest.approx(mapped.objective, rel=1e-12)
+    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1 << 26)
+    assert models[1].certify(X, y).objective == pytest.approx(mapped.objective, rel=1e-8)
+
+
+def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):
+    X, y = images[0][:40] + np.random.default_rng(0).standard_normal((40, 8, 8, 1)), images[1][:40]
+    monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
+    settings = {"layer": Convolution(3, regions=2), "n_gates": 4, "rank": 5, "gates": "data", "max_iter": 30}
+    kept = fitted((X, y), **settings)
+    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1000)
+    mapped = fitted((X, y), **settings)
+    assert isinstance(mapped._prepared(X, y, None)[0].whitening.rows, mapped_rows.MappedRows)
+    assert mapped.certificate_.objective == pytest.approx(kept.certificate_.objective, rel=1e-6)
+    assert mapped.certificate_.lower_bound == pytest.approx(kept.certificate_.lower_bound, rel=1e-5)
+
+
+def test_mini_batches_end_near_the_descent_on_all_rows(images):
+    data = fitted((images[0][:60], images[1][:60]), max_iter=1)._prepared(images[0][:60], images[1][:60], None)[0]
+    rows, loss, rng = data.whitening.rows, data.loss, np.random.default_rng(0)
+    few = ManyRows(width=20, polish=0, descent=StochasticPhase(epochs=60, batch_size=20))
+    many = ManyRows(width=20, polish=300, descent=StochasticPhase(epochs=1))
+    found, best = (solver.solve(rows, loss, 5.0, rng).history[-1].objective for solver in (few, many))
+    assert best <= found <= 1.1 * best
