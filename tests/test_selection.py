@@ -249,5 +249,6 @@ def test_defaults_are_those_of_the_estimators():
     for ours, plain in ((ConvexBNClassifierCV(), ConvexBNClassifier()), (ConvexBNRegressorCV(), ConvexBNRegressor())):
         theirs = plain.get_params()
         assert {k: v for k, v in ours.get_params().items() if k in theirs}.items() <= theirs.items()
-        assert set(theirs) - set(ours.get_params()) == {"weight_decay", "rank", "spectral_filter", "callback"}
+        selected = {"weight_decay", "rank", "spectral_filter"}
+        assert set(theirs) - set(ours.get_params()) == selected | {"callback", "convolution"}
         assert selection._SelectionCV._parameter_constraints.keys() <= ours._parameter_constraints.keys()

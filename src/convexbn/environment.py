@@ -22,13 +22,11 @@ Result = TypeVar("Result")
 #: Rows up to which one BLAS thread is used.
 SINGLE_THREAD_ROWS = 3000
 
-_in_control = threading.Lock()
-
 
 @contextmanager
 def solving(n_rows: int) -> Iterator[None]:
     """Surround the solve of a problem of this size."""
-    threads = _one_thread() if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
+    threads = _one_thread if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
     with np.errstate(all="ignore"), threads:
         yield
 
@@ -49,21 +47,42 @@ class Workers:
 def workers() -> Iterator[Workers]:
     """As many threads of our own as BLAS had, which has one meanwhile: ours sleep while they wait."""
     count = max((library["num_threads"] for library in _controller().select(user_api="blas").info()), default=1)
-    with _one_thread(), ThreadPoolExecutor(count) as pool:
+    with _one_thread, ThreadPoolExecutor(count) as pool:
         yield Workers(pool, count)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One BLAS thread, set and given back by the first fit that is inside; its companions leave it alone."""
-    if not _in_control.acquire(blocking=False):
-        yield
-        return
-    try:
-        with _controller().limit(limits=1, user_api="blas"):
-            yield
-    finally:
-        _in_control.release()
+class _OneThread:
+    """One BLAS thread while anybody is inside: set by the first who comes, given back by the last who goes."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limiter: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._limiter = _controller().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                _release_control()
+                self._limiter.restore_original_limits()
+                _release_control()
+
+
+def _release_control() -> None:
+    """Let any thread set OpenBLAS's limit, which newer threadpoolctl leaves to the thread that set it first."""
+    import threadpoolctl
+
+    clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
+
+
+_one_thread = _OneThread()
 
 
 @cache
