@@ -1,6 +1,6 @@
 """Pictures of paths and spectra: what is drawn is what was computed."""
 
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 

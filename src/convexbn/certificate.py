@@ -25,6 +25,9 @@ from convexbn.verdict import Status, restriction_to, sentence_of, status_of, tol
 _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
 
+#: Steps of a golden section: the interval shrinks by 1e-10.
+_SECTIONS = 48
+
 #: Hidden activations held at once.
 _ENTRIES = 1 << 22
 
@@ -346,14 +349,24 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     """
     largest = weight_decay / dual_norm if dual_norm > 0 else 1.0
     high = min(largest, 2.0)  # beyond twice the residual nothing is won near an optimum
-    low = 0.0
-    best = max(loss.dual_value(t * dual) for t in (0.0, min(1.0, high), high))
-    for _ in range(48):
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        at_left, at_right = loss.dual_value(left * dual), loss.dual_value(right * dual)
-        best = max(best, at_left, at_right)
-        low, high = (low, right) if at_left >= at_right else (left, high)
-    return best
+    tried = [loss.dual_value(t * dual) for t in (0.0, min(1.0, high), high)]
+
+    def value(t: float) -> float:
+        tried.append(loss.dual_value(t * dual))
+        return tried[-1]
+
+    low, left, right = 0.0, (1 - _GOLDEN) * high, _GOLDEN * high
+    at_left, at_right = value(left), value(right)
+    for _ in range(_SECTIONS):
+        if at_left >= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - _GOLDEN * (high - low)
+            at_left = value(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + _GOLDEN * (high - low)
+            at_right = value(right)
+    return max(tried)
 
 
 def _checked_gates(

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
+from scipy.linalg.lapack import dpotrf, dpotrs
 
 from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.losses import SquaredLoss
@@ -279,29 +280,39 @@ def bounded_quadratic(hessian: Float, slope: Float, start: Float) -> Float:
     z = np.maximum(start, 0.1 * start.mean())
     multiplier = np.maximum(np.abs(slope), 0.1 * np.abs(slope).mean()) + np.finfo(float).tiny
     for _ in range(60):
-        gradient = hessian @ z + linear
-        if z @ multiplier <= 1e-14 * (z @ (np.abs(gradient - linear) + np.abs(linear))):
+        curved = hessian @ z
+        gradient = curved + linear
+        if z @ multiplier <= 1e-14 * (z @ (np.abs(curved) + np.abs(linear))):
             break
-        factor = scipy.linalg.cho_factor(hessian + np.diag(multiplier / z), lower=True, check_finite=False)
-        step = scipy.linalg.cho_solve(factor, -gradient, check_finite=False)
-        dual_step = -multiplier - multiplier / z * step
+        barrier = multiplier / z
+        solve = _factorised(hessian, barrier)
+        step = solve(-gradient)
+        dual_step = -multiplier - barrier * step
         length = _largest_step(z, step, multiplier, dual_step)
         mean = z @ multiplier / len(z)
         ahead = (z + length * step) @ (multiplier + length * dual_step) / len(z)
         centring = ((ahead / mean) ** 3 * mean - step * dual_step) / z
-        step = scipy.linalg.cho_solve(factor, centring - gradient, check_finite=False)
-        dual_step = centring - multiplier - multiplier / z * step
+        step = solve(centring - gradient)
+        dual_step = centring - multiplier - barrier * step
         length = 0.995 * _largest_step(z, step, multiplier, dual_step)
         z, multiplier = z + length * step, multiplier + length * dual_step
     curvature = np.trace(hessian) / len(z)
     return np.where(z * curvature > multiplier, z, 0.0)
 
 
+def _factorised(hessian: Float, barrier: Float) -> Callable[[Float], Float]:
+    """Solver for ``hessian + diag(barrier)`` of LAPACK itself: checks would take longer than some dozens of scales."""
+    system = np.array(hessian, order="F")
+    system.ravel("K")[:: len(system) + 1] += barrier
+    factor, info = dpotrf(system, lower=1, clean=0, overwrite_a=1)
+    if info:
+        raise np.linalg.LinAlgError("the Hessian of the group scales is not positive definite.")
+    return lambda right: dpotrs(factor, right, lower=1)[0]
+
+
 def _largest_step(z: Float, step: Float, multiplier: Float, dual_step: Float) -> float:
-    """Largest length up to 1 that keeps ``z`` and its multiplier nonnegative."""
-    values, steps = np.concatenate([z, multiplier]), np.concatenate([step, dual_step])
-    shrinking = steps < 0
-    return float(min(1.0, (-values[shrinking] / steps[shrinking]).min(initial=np.inf)))
+    """Largest length up to 1 that keeps the positive ``z`` and multipliers nonnegative."""
+    return float(1 / max(1.0, (-step / z).max(), (-dual_step / multiplier).max()))
 
 
 def _ratio(numerator: Float, denominator: Float) -> Float:

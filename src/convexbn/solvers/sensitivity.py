@@ -22,7 +22,7 @@ from convexbn.solvers.solution import Solution
 from convexbn.solvers.subspace import Subspace
 
 #: Relative gaps to which a solver is asked, in turn, until the polished solution is optimal to `_ACCURATE`.
-_TOLERANCES = (1e-5, 1e-8, 1e-11)
+_TOLERANCES = (1e-4, 1e-8, 1e-11)
 
 #: Relative residual that derivatives may rest on, and that beyond which there are none.
 _ACCURATE, _TOO_ROUGH = 1e-9, 1e-6

@@ -10,6 +10,9 @@ decay of the mean loss. Outputs are in units of ``loss.output_scale``, so that u
 step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose statistics are those of all
 rows; one that is trained with the statistics of each batch has their noise besides.
 
+Neurons are dealt out to threads, which meet once a batch, to add their outputs: with the residual that follows each
+finishes the step before, moves its weights, and begins the next.
+
 Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
 their hidden units, which are written and read five times, stay in the cache.
 """
@@ -79,14 +82,15 @@ class StochasticPhase:
             largest = self._largest_rate(cases, start, rng)
             decay = weight_decay * root / float(loss.of_cases.weights.sum())
             layers = _Layers(start, threads, root, loss, decay=decay, momentum=self.momentum)
+            outputs = np.zeros_like(loss.of_cases.targets)
             for _ in range(self.epochs):
-                order, total = rng.permutation(n), 0.0
-                for first in range(0, n, self.batch_size):
-                    rate = largest * shape(clock.tick())
-                    total += layers.step(cases, order[first : first + self.batch_size], rate)
-                    if clock.done >= 1:
-                        break
-                yield layers.neurons, total + loss.of_cases.constant
+                order, seen = rng.permutation(n), 0
+                while seen < n and clock.done < 1:
+                    batch = order[seen : seen + self.batch_size]
+                    layers.step(cases, batch, largest * shape(clock.tick()), outputs)
+                    seen += len(batch)
+                layers.settle()
+                yield layers.neurons, loss.of_cases.of_rows(order[:seen]).value(outputs[order[:seen]])
                 if clock.done >= 1:
                     return
 
@@ -97,7 +101,7 @@ class StochasticPhase:
             return self.learning_rate
         first = start.first / cases.root / np.sqrt(loss.output_scale)
         sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // cases.loss.rows_together, _FEWEST)]
-        blocks = (np.maximum(rows @ first, 0) for rows, _ in cases.pieces(sample))
+        blocks = (np.maximum(rows @ first, 0) for _, rows in cases.pieces(sample))
         square = _largest_square(np.concatenate([cases.loss.pooled(hidden) for hidden in blocks]))
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 
@@ -155,15 +159,27 @@ class _Cases:
             rows.in_single_precision(root) if isinstance(rows, MappedRows) else (root * rows).astype(np.float32)
         )
 
-    def pieces(self, cases: Index) -> Iterator[tuple[FloatMatrix, Loss]]:
-        """Rows of some of the cases, and the terms that see them."""
+    def pieces(self, cases: Index) -> Iterator[tuple[Index, FloatMatrix]]:
+        """Some of the cases, as many as are taken at once, and their rows."""
         for part in np.array_split(cases, -(-len(cases) // self.at_once)):
-            yield self._rows_of(part), self.loss.of_cases.of_rows(part)
+            yield part, self._rows_of(part)
 
     def _rows_of(self, cases: Index) -> FloatMatrix:
         if isinstance(self._rows, MappedRows):
             return self._rows.of_images(cases)
         return self._rows.reshape(self.shape)[cases].reshape(-1, self.shape[2])
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """What a gradient is made of: rows, negative gradient in their outputs times the learning rate, and that rate.
+
+    The rate is that of the step which the gradient completes, ``None`` where more of its batch is to come.
+    """
+
+    rows: FloatMatrix
+    dual: FloatMatrix
+    rate: float | None
 
 
 class _Layers:
@@ -173,26 +189,34 @@ class _Layers:
         self, start: Neurons, threads: Workers, root: float, loss: Loss, *, decay: float, momentum: float
     ) -> None:
         self.root, self.unit, self.threads = root, loss.of_cases.output_scale, threads
+        self._residual: _Residual | None = None
         share = np.sqrt(self.unit)  # of the unit, in either layer
         self.parts = [
             _Part(start.first[:, part] / (share * root), start.output[part] / share, loss, decay / self.unit, momentum)
             for part in np.array_split(np.arange(len(start.output)), threads.count)
         ]
 
-    def step(self, cases: _Cases, batch: Index, rate: float) -> float:
-        """One step of gradient descent with momentum and weight decay; returns the loss before it."""
-        total = float(cases.loss.of_cases.weights[batch].sum())
-        value = sum(self._ascend(rows, loss, total) for rows, loss in cases.pieces(batch))
-        self.threads.each(lambda part: part.move(np.float32(rate)), self.parts)
-        return value
+    def step(self, cases: _Cases, batch: Index, rate: float, outputs: Float) -> None:
+        """One step of gradient descent with momentum and weight decay; the outputs before it are written to theirs.
 
-    def _ascend(self, rows: FloatMatrix, loss: Loss, total: float) -> float:
-        """Loss of some rows, whose negative gradients over the total weight of the batch are added up."""
-        shares = np.array(self.threads.each(lambda part: part.forward(rows), self.parts))
-        outputs: Float = self.unit * shares.sum(axis=0, dtype=np.float64)
-        dual = (loss.negative_gradient(outputs) / (self.unit * total)).astype(np.float32)
-        self.threads.each(lambda part: part.backward(rows, dual), self.parts)
-        return loss.value(outputs)
+        Its last part is left to the next step, or to ``settle``.
+        """
+        loss, counted = cases.loss.of_cases, 0
+        total = self.unit * float(loss.weights[batch].sum())
+        for part, rows in cases.pieces(batch):
+            shares = np.array(self._turn(rows))
+            outputs[part] = self.unit * shares.sum(axis=0, dtype=np.float64)
+            dual = loss.of_rows(part).negative_gradient(outputs[part]) * (rate / total)
+            counted += len(part)
+            self._residual = _Residual(rows, dual.astype(np.float32), rate if counted == len(batch) else None)
+
+    def settle(self) -> None:
+        """Do what is left of the last step."""
+        self._turn(None)
+
+    def _turn(self, rows: FloatMatrix | None) -> list[FloatMatrix]:
+        residual, self._residual = self._residual, None
+        return self.threads.each(lambda part: part.turn(residual, rows), self.parts)
 
     @property
     def neurons(self) -> Neurons:
@@ -203,32 +227,38 @@ class _Layers:
 
 
 class _Part:
-    """Some of the neurons, both layers, velocities and ascents, in float32; a step's hidden units are kept."""
+    """Some of the neurons: both layers and their last steps, in float32; hidden units are kept from turn to turn."""
 
     def __init__(self, first: Float, output: Float, loss: Loss, decay: float, momentum: float) -> None:
         self.first, self.output = (np.ascontiguousarray(weight, dtype=np.float32) for weight in (first, output))
-        self.velocities = np.zeros_like(self.first), np.zeros_like(self.output)
-        self.ascents = np.zeros_like(self.first), np.zeros_like(self.output)
-        self.loss, self.decay, self.momentum = loss, np.float32(decay), np.float32(momentum)
+        self.steps = np.zeros_like(self.first), np.zeros_like(self.output)
+        self.ascents: list[FloatMatrix] = []  # of the batch so far, times the learning rate
+        self.loss, self.decay, self.momentum, self.rate = loss, decay, momentum, 1.0
 
-    def forward(self, rows: FloatMatrix) -> FloatMatrix:
-        """Outputs of these neurons."""
+    def turn(self, residual: _Residual | None, rows: FloatMatrix | None) -> FloatMatrix:
+        """Finish the turn before by its residual, then give the outputs of these neurons on new rows."""
+        if residual is not None:
+            self._ascend(residual.rows, residual.dual)
+            if residual.rate is not None:
+                self._move(residual.rate)
+        if rows is None:
+            return np.zeros(0)
         self.hidden = rows @ self.first
         np.maximum(self.hidden, 0, out=self.hidden)
         return self.loss.outputs(self.hidden, self.output)
 
-    def backward(self, rows: FloatMatrix, dual: FloatMatrix) -> None:
-        """Add to the ascents, for the negative gradient in the outputs of the last call of ``forward``."""
+    def _ascend(self, rows: FloatMatrix, dual: FloatMatrix) -> None:
         back, by_output = self.loss.pull_back(dual, self.hidden, self.output)
         back *= self.hidden > 0
-        for ascent, found in zip(self.ascents, (rows.T @ back, by_output), strict=True):
-            ascent += found
+        found = [rows.T @ back, by_output]
+        self.ascents = [a + b for a, b in zip(self.ascents, found, strict=True)] if self.ascents else found
 
-    def move(self, rate: np.float32) -> None:
-        """Move both layers along the ascents, which begin anew."""
-        for weight, velocity, ascent in zip((self.first, self.output), self.velocities, self.ascents, strict=True):
-            velocity *= self.momentum
-            velocity += ascent
-            velocity -= np.multiply(weight, self.decay, out=ascent)
-            weight += np.multiply(velocity, rate, out=ascent)
-            ascent[:] = 0
+    def _move(self, rate: float) -> None:
+        """A step is ``momentum`` times the last one at the new rate, and the ascent less the weight decay."""
+        kept, decay = np.float32(self.momentum * rate / self.rate), np.float32(rate * self.decay)
+        for weight, step, ascent in zip((self.first, self.output), self.steps, self.ascents, strict=True):
+            step *= kept
+            step += ascent
+            step -= np.multiply(weight, decay, out=ascent)
+            weight += step
+        self.ascents, self.rate = [], rate
