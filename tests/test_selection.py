@@ -17,6 +17,7 @@ from convexbn import (
     ConvexBNClassifierCV,
     ConvexBNRegressor,
     ConvexBNRegressorCV,
+    Convolution,
     load,
     max_weight_decay,
     selection,
@@ -78,6 +79,18 @@ def test_scores_of_a_regressor_equal_a_plain_loop_within_the_gaps():
         model = ConvexBNRegressorCV(**settings(tol=1e-8, cv=folds, n_jobs=2)).fit(X, targets)
     expected = loop(ConvexBNRegressor(tol=1e-8, random_state=0), X, targets, folds)
     assert np.allclose(splits(model), expected, rtol=0, atol=1e-3)
+
+
+def test_scores_of_a_convolution_equal_a_plain_loop():
+    layer, images = Convolution(kernel_size=3, regions=2), X[:, :, None]  # 90 signals of length 6
+    grid = {"n_gates": [5], "rank": [2, None], "weight_decay": [5.0, 0.5]}
+    model = ConvexBNRegressorCV(
+        convolution=layer, weight_decays=[5.0, 0.5], ranks=[2, None], n_gates=5, random_state=0, tol=1e-8, cv=3
+    ).fit(images, Y)
+    folds = list(KFold(3).split(images))
+    expected = loop(ConvexBNRegressor(convolution=layer, tol=1e-8, random_state=0), images, Y, folds, grid)
+    assert np.allclose(splits(model), expected, rtol=0, atol=1e-3)
+    assert model.transform(images).shape[1] == len(model.get_feature_names_out())
     assert np.all(model.cv_results_["max_relative_gap"] <= 1e-8)
 
 

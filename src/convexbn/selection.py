@@ -25,6 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from convexbn._typing import Float, FloatMatrix
 from convexbn.certificate import Certificate
+from convexbn.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.path import RegularisationPath
 from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
@@ -60,6 +61,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         loss: str = "squared",
         gates: str | FloatMatrix = "data",
         width: int | None = None,
+        convolution: Convolution | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
         max_iter: int | None = None,
@@ -77,6 +79,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.loss = loss
         self.gates = gates
         self.width = width
+        self.convolution = convolution
         self.solver = solver
         self.tol = tol
         self.max_iter = max_iter
@@ -180,7 +183,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     @property
     def _n_features_out(self) -> int:
-        return int(self.network_.n_neurons)
+        return int(self._best._n_features_out)
 
 
 class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
@@ -199,7 +202,7 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         Candidates of ``spectral_filter``, such as ``[None, 0.03, 0.1, 0.3]``. None: no filter.
     n_gates : int or array-like of int, default=100
         Number of gates, or candidates.
-    activation, loss, gates, width, solver, tol, max_iter, time_limit, random_state
+    activation, loss, gates, width, convolution, solver, tol, max_iter, time_limit, random_state
         As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
     cv : int, splitter, iterable of (train, test) or None, default=None
         As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
@@ -251,7 +254,7 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
 
     Parameters
     ----------
-    weight_decays, ranks, spectral_filters, n_gates, activation, gates, width, solver
+    weight_decays, ranks, spectral_filters, n_gates, activation, gates, width, convolution, solver
         As in :class:`ConvexBNClassifierCV`.
     loss, huber_delta
         As in :class:`ConvexBNRegressor`.
@@ -294,6 +297,7 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
         huber_delta: float = 1.0,
         gates: str | FloatMatrix = "data",
         width: int | None = None,
+        convolution: Convolution | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
         max_iter: int | None = None,
@@ -305,8 +309,8 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
     ) -> None:
         super().__init__(
             weight_decays=weight_decays, ranks=ranks, spectral_filters=spectral_filters, n_gates=n_gates,
-            activation=activation, loss=loss, gates=gates, width=width, solver=solver, tol=tol, max_iter=max_iter,
-            time_limit=time_limit, random_state=random_state, cv=cv, scoring=scoring, n_jobs=n_jobs,
+            activation=activation, loss=loss, gates=gates, width=width, convolution=convolution, solver=solver, tol=tol,
+            max_iter=max_iter, time_limit=time_limit, random_state=random_state, cv=cv, scoring=scoring, n_jobs=n_jobs,
         )  # fmt: skip
         self.huber_delta = huber_delta
 
