@@ -29,6 +29,7 @@ from convexbn.certificate import Certificate
 from convexbn.convolution import Convolution
 from convexbn.environment import solving
 from convexbn.losses import LOSSES, LossKind, loss_kind, softmax
+from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, fingerprint
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
@@ -206,8 +207,17 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(X)):
             return self._training_set(X, Y, weights, input_eps, layer), labels
 
-    def _solved(self, data: TrainingSet, budget: Budget, start: Any = None) -> dict[str, Any]:
-        """Fitted attributes on a training set; from a ``Solution`` of the gated program or ``Neurons`` if given."""
+    def _solved(
+        self,
+        data: TrainingSet,
+        budget: Budget,
+        start: Any = None,
+        drawn: tuple[Float, Float, GatedProgram] | None = None,
+    ) -> dict[str, Any]:
+        """Fitted attributes on a training set; from a ``Solution`` of the gated program or ``Neurons`` if given.
+
+        ``drawn`` are the gates, where they are known already.
+        """
         random_state = _own_random_state(self.random_state)
         with solving(len(data.X)):
             if self.activation == "relu":
@@ -218,7 +228,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
                     start=start,
                 )  # fmt: skip
                 return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
-            gates, offsets, program = data.draw_gates(self.gates, self.n_gates, random_state)
+            gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
             weight_decay = self._resolved(program.max_weight_decay)
             fit = training.fit_gated(
                 data, program.with_weight_decay(weight_decay), gates, offsets,
@@ -231,8 +241,12 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(data.X)):
             if self.activation == "relu":
                 return data.max_weight_decay_relu(proved=proved)
-            program = data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))[2]
-            return program.max_weight_decay()
+            return self._drawn(data)[2].max_weight_decay()
+
+    def _drawn(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
+        """Gates, their offsets and program, the same each time where ``random_state`` is an integer."""
+        with solving(len(data.X)):
+            return data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
 
     def _resolved(self, largest: Callable[[], float]) -> float:
         """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""

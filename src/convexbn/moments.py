@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._typing import Bool, Float, FloatMatrix
+from convexbn.powers import times_power
 
 #: Bytes of a block of rows in float64.
 BLOCK_BYTES = 1 << 26
@@ -88,8 +89,7 @@ def _read_floats(X: FloatMatrix, weights: Float, centre: Float, exponents: np.nd
     gram, sums = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1])
     for part, block in blocks(X):
         root = np.sqrt(weights[part])
-        rows = np.ldexp(block, -exponents)
-        rows -= centre
+        rows = times_power(block, -exponents) - centre
         rows *= root[:, None]
         gram += rows.T @ rows
         sums += root @ rows

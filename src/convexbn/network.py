@@ -9,6 +9,7 @@ import numpy as np
 
 from convexbn._typing import Float, FloatMatrix, Index
 from convexbn.patterns import distinct_gates, gate_patterns
+from convexbn.powers import times_power
 from convexbn.whitening import Whitening, centre
 
 #: Hidden activations held at once when predicting (rows times neurons).
@@ -75,7 +76,7 @@ class BatchNormNetwork:
 
     def _hidden(self, X: FloatMatrix, distinct: tuple[Float, Float, Index] | None) -> Float:
         centred, exponent = centre(X, self.mean)
-        response = np.ldexp(centred @ self.weight, exponent)
+        response = times_power(centred @ self.weight, exponent)
         response = (self.gamma * response + self.shift) / np.sqrt(self.n_effective)
         if distinct is None:
             opened = response > 0

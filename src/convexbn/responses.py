@@ -16,6 +16,7 @@ import scipy.linalg
 from convexbn._typing import Float, FloatMatrix
 from convexbn.mapped_rows import MappedRows, is_mapped
 from convexbn.moments import blocks, moments
+from convexbn.powers import times_power
 
 #: Columns of the span beyond those that are expected.
 _SPARE = 8
@@ -133,7 +134,7 @@ def _kept_basis(
     rows = np.full((len(X), span.shape[1] + 1), 1 / np.sqrt(total))
     basis = rows[:, :-1]
     for part, block in blocks(X):
-        basis[part] = (np.ldexp(block, -exponents) - first) @ span
+        basis[part] = (times_power(block, -exponents) - first) @ span
     centre = sample_weight @ basis / total
     basis -= centre
     again = sample_weight @ basis / total  # offsets leave a mean behind: centre twice

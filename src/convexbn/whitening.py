@@ -24,6 +24,7 @@ from convexbn._typing import Float, FloatMatrix
 from convexbn.gram_basis import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
 from convexbn.mapped_rows import MappedRows, is_mapped
 from convexbn.moments import blocks, moments
+from convexbn.powers import times_power
 
 #: Rows a block in the tall QR: one block costs well under a second, so that Ctrl-C is answered.
 BLOCK_ROWS = 4096
@@ -121,7 +122,7 @@ class Whitening:
         rows = np.full((len(X), self.rank + 1), 1 / np.sqrt(self.total_weight))
         for part, block in blocks(X):
             centred, exponent = centre(block, self.mean)
-            rows[part, :-1] = np.ldexp(centred @ self.projection, exponent)
+            rows[part, :-1] = times_power(centred @ self.projection, exponent)
         return rows
 
     def coordinates(self, responses: Float, sample_weight: Float) -> Float:
@@ -351,7 +352,7 @@ class _Columns:
 def _unit_columns(X: FloatMatrix) -> tuple[Float, np.ndarray]:
     """Scale each column by a power of two into [-1, 1]: exact, and safe from overflow and underflow."""
     exponents = np.frexp(np.abs(X).max(axis=0))[1]
-    return np.ldexp(X, -exponents), exponents
+    return times_power(X, -exponents), exponents
 
 
 def _constant_and_triangle(root: Float, Z: Float) -> tuple[Float, Float]:

@@ -17,6 +17,7 @@ from convexbn.path.rows import PathData
 from convexbn.path.start import start_of
 from convexbn.solvers.solution import Budget
 from convexbn.storage import paths
+from convexbn.training import TrainingSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +188,7 @@ class RegularisationPath(Iterator[PathPoint]):
         self._model, self._data = model, data
         self._weight_decays, self._score, self._checkpoint = weight_decays, score, checkpoint
         self._given, self._written = 0, -1
+        self._last: tuple[Any, TrainingSet, Any] | None = None
         self.points = [PathPoint(*point) for point in checkpoint.points] if checkpoint is not None else []
         self._keep()
 
@@ -231,8 +233,15 @@ class RegularisationPath(Iterator[PathPoint]):
     def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
         """One point from the one before it."""
         model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
-        data = self._data.at(model)
+        data, drawn = self._prepared(model)
         start = start_of(data, model, [point.model for point in self.points[-2:]])
-        fitted = model._solved(data, Budget(model.time_limit, model.callback), start)
+        fitted = model._solved(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))
+
+    def _prepared(self, model: Any) -> tuple[TrainingSet, Any]:
+        """Training rows of a point and its gates, those of the point before where the rank is the same."""
+        if self._last is None or self._last[0] != model.rank:
+            data = self._data.at(model)
+            self._last = model.rank, data, None if model.activation == "relu" else model._drawn(data)
+        return self._last[1:]

@@ -78,10 +78,10 @@ class Subspace:
     def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
         """Solve the program, warm-started from the blocks of ``start``."""
         budget = budget or Budget()
-        zero = zero_solution(program, budget)
+        descent = _Descent(program, start)
+        zero = None if descent.below_zero else zero_solution(program, budget)
         if zero is not None:
             return zero
-        descent = _Descent(program, start)
         history: list[Progress] = []
         stalled = False
         while True:
@@ -133,6 +133,12 @@ class _Descent:
         self.objective = self.loss.value(self.outputs) + self.beta * float(self.norms.sum())
         self.dual = self.loss.negative_gradient(self.outputs)
         self.correlations = _in_range((kernels or self.kernels).correlations, self.dual)
+
+    @property
+    def below_zero(self) -> bool:
+        """Whether the point has a lower objective than zero, which then is no optimum."""
+        at_zero = self.loss.value(np.zeros_like(self.outputs))
+        return bool(self.norms.any()) and self.objective < at_zero * (1 - _SINGLE)
 
     @property
     def gap(self) -> float:
