@@ -7,9 +7,12 @@ import pytest
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, training
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
+from convexbn.output_bias import WithOutputBias
+from convexbn.solvers import neurons
+from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.neurons import network_outputs
+from convexbn.solvers.neurons import Neurons, case_outputs, network_outputs
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start, shape
 from convexbn.whitening import whiten
@@ -151,3 +154,16 @@ def test_estimators_take_it_on_many_rows(monkeypatch):
     with pytest.warns(match="GAP_OPEN"):
         few = ConvexBNClassifier(activation="relu", loss="logistic", max_iter=2, random_state=0).fit(X, labels)
     assert few.n_iter_ == 3
+
+
+def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):
+    rng = np.random.default_rng(3)
+    rows, labels = rng.standard_normal((700, 4)), np.eye(3)[rng.integers(3, size=700)]
+    loss = WithOutputBias.of(CrossEntropyLoss(labels, rng.uniform(0.5, 2, 700)), 0.1)
+    start = Neurons(rng.standard_normal((4, 6)), rng.standard_normal((6, 3)))
+    at_once = local_phase(rows, loss, 1.0, start, max_iter=5)
+    monkeypatch.setattr(neurons, "_BLOCK_ENTRIES", 6 * 256)
+    in_blocks = local_phase(rows, loss, 1.0, start, max_iter=5)
+    assert np.allclose(in_blocks.first, at_once.first, rtol=1e-6, atol=1e-9)
+    outputs, parts = case_outputs(rows, loss, at_once), (slice(0, 300), slice(300, 700))
+    assert sum(loss.of_rows(part).value(outputs[part]) for part in parts) <= loss.value(outputs)

@@ -46,6 +46,9 @@ class Loss:
     #: Whether rows of equal outputs depend on their targets through the mean alone.
     depends_on_means: ClassVar[bool] = True
 
+    #: Whether the loss is the sum of those of its rows.
+    separable: ClassVar[bool] = True
+
     #: Whether ``l`` keeps its curvature where gradient descent goes: steps beyond what is stable then diverge.
     nearly_quadratic: ClassVar[bool] = False
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import ClassVar
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._typing import Float, Index
 from convexbn.losses import Loss
 from convexbn.solvers.curvature import half_hessian, in_the_bias
 
@@ -42,6 +43,8 @@ class WithOutputBias(Loss):
     >>> loss.best_bias(np.zeros((2, 1))), loss.value(np.zeros((2, 1)))
     (array([2.]), 1.0)
     """
+
+    separable: ClassVar[bool] = False
 
     inner: Loss = field(kw_only=True)
     decay: float = field(kw_only=True)
@@ -73,6 +76,11 @@ class WithOutputBias(Loss):
             return self.inner.dual_value(dual) - float(total @ total) / (2 * self.decay) * (1 + 8 * _EPS)
         rounding = (32 + len(dual)) * _EPS * np.abs(dual).sum()
         return self.inner.dual_value(dual) if np.abs(total).max() <= rounding else -np.inf
+
+    def of_rows(self, part: Index | slice) -> WithOutputBias:
+        """The terms of some rows, with a bias of their own and their share of its decay: together no more than all."""
+        inner = self.inner.of_rows(part)
+        return WithOutputBias.of(inner, self.decay * float(inner.weights.sum() / self.weights.sum()))
 
     def at_best_bias(self, outputs: Float) -> tuple[Loss, Float, float | None]:
         """``L``, outputs with the best bias, and its decay."""

@@ -48,6 +48,9 @@ PRICING_ENTRIES = 1 << 20
 #: The descent whose neurons are trained gates, and rows that it sees at least, each as often as it takes.
 GATES_DESCENT, GATES_ROWS = StochasticPhase(epochs=8, learning_rate=0.2), 250_000
 
+#: The descent on images: one is as many patches, which agree on a class.
+IMAGES_DESCENT = StochasticPhase(batch_size=100, learning_rate=0.4)
+
 #: Share of a time limit that the ReLU solver may take before the proof begins.
 SOLVER_SHARE = 0.5
 
@@ -168,8 +171,10 @@ class TrainingSet:
         """First layers of so many ReLU neurons after a short mini-batch descent: (d, P), (P,)."""
         directions = sample_directions(n_gates, whitening, random_state)
         untrained = self.gated_program(*gates_along(whitening, directions))
-        rng, n = np.random.default_rng(random_state.randint(2**31)), len(self.X)
-        descent = replace(GATES_DESCENT, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // n))).run(
+        rng, n = np.random.default_rng(random_state.randint(2**31)), len(whitening.rows)
+        settings = GATES_DESCENT if self.convolution is None else IMAGES_DESCENT
+        epochs = max(GATES_DESCENT.epochs, -(-GATES_ROWS // n))
+        descent = replace(settings, epochs=epochs).run(
             whitening.rows, self.loss, AUTO_FRACTION * untrained.max_weight_decay(),
             random_start(directions, self.loss, rng), rng,
         )  # fmt: skip
@@ -271,7 +276,8 @@ def _relu_solver(
     """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
     given: dict[str, Any] = {} if width is None else {"width": width}
     if data.whitening.rows.size > PRICING_ENTRIES:
-        return ManyRows(**given) if max_iter is None else ManyRows(**given, descent=StochasticPhase(epochs=max_iter))
+        descent = StochasticPhase() if data.convolution is None else IMAGES_DESCENT
+        return ManyRows(**given, descent=descent if max_iter is None else replace(descent, epochs=max_iter))
     maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
     pricing = LocalPricing if maxima else NeuronPricing
     return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
