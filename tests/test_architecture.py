@@ -16,7 +16,8 @@ CHECKOUT = Path(__file__).parents[1]
 
 #: A module or package may import from earlier lines and from within itself.
 LAYERS = [
-    ["_typing", "environment", "powers"],
+    ["_typing", "environment"],
+    ["powers"],
     ["moments", "convolution", "excess_risk"],
     ["gram_basis", "mapped_rows"],
     ["whitening", "losses"],
