@@ -33,13 +33,13 @@ CIFAR = {"kernel_size": 6, "stride": 2, "padding": 0, "regions": 3}
 TASKS = {
     # a ReLU network on whitened patches
     "fashion": {"data": "fashion", "layer": FASHION, "decay": 3e-3, "width": 300, "epochs": 10},
-    "cifar": {"data": "cifar", "layer": CIFAR, "decay": 1e-3, "width": 800, "epochs": 8, "rank": 80, "filter": 0.02},
+    "cifar": {"data": "cifar", "layer": CIFAR, "decay": 1e-3, "width": 600, "epochs": 6, "rank": 80, "filter": 0.02},
     # gated networks, certified for their gates
     "fashion-gated": {"data": "fashion", "layer": FASHION | {"stride": 4}, "gates": 60, "rank": 12, "fraction": 0.01},
     "cifar-gated": {"data": "cifar", "layer": CIFAR | {"stride": 4}, "gates": 60, "rank": 30, "fraction": 0.01},
     # batch norm in torch on raw pixels, the same shape, for the time of ours
     "fashion-torch": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 300, "rate": 0.1, "time": 180},
-    "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 800, "rate": 0.1, "time": 360},
+    "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 600, "rate": 0.1, "time": 300},
 }
 
 #: What whitening, truncation and pooling do, at the settings of the first tasks but for one.

@@ -26,7 +26,7 @@ def instance(n=2000, d=6, K=1, seed=0):
 
 
 def losses():
-    rows, targets = instance(n=600, d=4, K=3)
+    rows, targets = instance(n=300, d=4, K=3)
     ones = np.ones(len(rows))
     yield rows, SquaredLoss(targets, ones)
     yield rows, HuberLoss(targets, ones, delta=0.5)

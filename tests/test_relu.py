@@ -95,12 +95,12 @@ def test_classification_by_every_loss(loss, n_classes):
     assert model.predict_proba(X).shape == (60, n_classes)
 
 
-def test_iris_within_the_gaps_that_are_promised():
+@pytest.mark.parametrize(("fraction", "gap"), [(0.1, 0.01), (0.02, 0.05)])
+def test_iris_within_the_gaps_that_are_promised(fraction, gap):
     X, y = load_iris(return_X_y=True)
     largest = np.sqrt(50)  # max_weight_decay: a neuron that is open on one class
-    for fraction, gap in ((0.1, 0.01), (0.02, 0.05)):
-        model = classifier(weight_decay=fraction * largest, tol=gap).fit(X, y)
-        assert model.certificate_.status is Status.CERTIFIED, model.certificate_.sentence
+    model = classifier(weight_decay=fraction * largest, tol=gap).fit(X, y)
+    assert model.certificate_.status is Status.CERTIFIED, model.certificate_.sentence
 
 
 def test_valid_and_estimated_gap_are_told_apart():

@@ -204,7 +204,7 @@ def test_scale_of_the_targets_does_not_matter(sampled, exponent):
 
 def test_iterations_stay_few():
     """Counts guard the speed: the preconditioner and the new lengths save most iterations of proximal gradients."""
-    program = draw(n=2000, q=20, K=5, P=60, fraction=0.01)
+    program = draw(n=1000, q=15, K=4, P=40, fraction=0.01)
     solution = Subspace(tol=1e-3).solve(program)
     slow = Proximal(tol=1e-3).solve(program)
     assert solution.stopped_by == "tolerance" and solution.n_iter < 0.25 * slow.n_iter, (solution.n_iter, slow.n_iter)

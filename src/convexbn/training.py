@@ -276,8 +276,10 @@ def _relu_solver(
     """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
     given: dict[str, Any] = {} if width is None else {"width": width}
     if data.whitening.rows.size > PRICING_ENTRIES:
-        descent = StochasticPhase() if data.convolution is None else IMAGES_DESCENT
-        return ManyRows(**given, descent=descent if max_iter is None else replace(descent, epochs=max_iter))
+        descent = StochasticPhase()
+        if data.convolution is not None:  # on all patches an iteration of the polish takes as long as an epoch
+            descent, given = IMAGES_DESCENT, given | {"polish": 0}
+        return ManyRows(**given, descent=replace(descent, epochs=max_iter or descent.epochs))
     maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
     pricing = LocalPricing if maxima else NeuronPricing
     return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))

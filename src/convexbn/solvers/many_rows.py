@@ -33,7 +33,7 @@ class ManyRows:
     width : int, default=1000
         Neurons.
     polish : int, default=5
-        Iterations of L-BFGS on all rows, in float32.
+        Iterations of L-BFGS on all rows, in float32; 0 for none.
     descent : StochasticPhase
     """
 
@@ -73,9 +73,10 @@ class ManyRows:
                 return ReluSolution(neurons.balanced(), reason, history)
         late = share is not None and time.monotonic() >= share
         single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
-        polished = local_phase(
-            single, loss, weight_decay, merge(neurons), max_iter=self.polish, deadline=budget.deadline
-        ).balanced()
+        merged = merge(neurons)
+        if self.polish:
+            merged = local_phase(single, loss, weight_decay, merged, max_iter=self.polish, deadline=budget.deadline)
+        polished = merged.balanced()
         value = loss.of_cases.value(case_outputs(single, loss, polished))
         reason = self._reported(history, budget, value, weight_decay, polished)
         return ReluSolution(polished, reason or ("time_limit" if late else "max_iter"), history)
