@@ -169,7 +169,7 @@ def _spectrum(seed: int, factors: int, size: int) -> list[Row]:
 
 STUDY = Study(
     name="understanding-bn",
-    title="Batch norm allows learning rates that are 30 times larger",
+    title="What batch norm does to learning rates, activations and gradients",
     source="Bjorck, Gomes, Selman, Weinberger, Understanding Batch Normalization, NeurIPS 2018 (arXiv 1806.02375)",
     departures=(
         "A perceptron of 20 hidden layers of width 100 on 5,000 Fashion-MNIST images of 14 x 14 pixels, 4 epochs of "
