@@ -186,3 +186,13 @@ def test_channels_may_come_first():
     np.testing.assert_array_equal(first.rows(X), last.rows(np.moveaxis(X, 1, -1)))
     assert first.geometry == last.geometry
     assert Convolution(2, channels="first").for_inputs(X).input_shape == (3, 6, 5)
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (3, 2), (2, 2), (14, 14), (1, 7)])
+def test_averages_are_the_matrix_of_the_pooling(grid):
+    pooling, rng = Pooling("average", (14, 14), grid), np.random.default_rng(0)
+    hidden, gradient = rng.standard_normal((3 * 196, 5)), rng.standard_normal((3, pooling.n_regions, 5))
+    images = hidden.reshape(3, 196, 5)
+    assert np.allclose(pooling.pool(hidden), pooling.matrix @ images, rtol=0, atol=1e-14)
+    spread = (pooling.matrix.T @ gradient).reshape(hidden.shape)
+    assert np.allclose(pooling.unpool(gradient, hidden), spread, rtol=0, atol=1e-14)

@@ -94,7 +94,7 @@ class Pooling:
         if self.flattened:
             return images
         if self.linear:
-            pooled: FloatMatrix = self.matrix.astype(hidden.dtype) @ images
+            pooled: FloatMatrix = self._averages(images) if self._fine else self.matrix.astype(hidden.dtype) @ images
             return pooled
         return np.stack([images[:, inside].max(axis=1) for inside in self.members], axis=1)
 
@@ -105,6 +105,11 @@ class Pooling:
         """
         if self.flattened:
             return pooled.reshape(hidden.shape)
+        if self.linear and self._fine:
+            down, across = self._cells
+            cells = pooled.reshape(len(pooled), self.grid[0], 1, self.grid[1], 1, -1) / (down * across)
+            shape = (len(pooled), self.grid[0], down, self.grid[1], across, hidden.shape[1])
+            return np.broadcast_to(cells, shape).reshape(hidden.shape)
         if self.linear:
             spread: FloatMatrix = self.matrix.T.astype(hidden.dtype) @ pooled
             return spread.reshape(hidden.shape)
@@ -152,6 +157,25 @@ class Pooling:
         R, (n, K) = self.n_regions, dual.shape
         grouped: Float = np.einsum("rs,nc->nrsc", np.eye(R), dual).reshape(n * R, R * K)
         return grouped
+
+    @property
+    def _cells(self) -> tuple[int, int]:
+        """Locations of a region down and across, where the grid divides them."""
+        return self.locations[0] // self.grid[0], self.locations[1] // self.grid[1]
+
+    @functools.cached_property
+    def _fine(self) -> bool:
+        """Whether regions do not overlap and have fewer locations than there are regions: sums beat a product."""
+        divides = all(size % parts == 0 for size, parts in zip(self.locations, self.grid, strict=True))
+        return divides and self.n_locations <= self.n_regions**2
+
+    def _averages(self, images: FloatMatrix) -> FloatMatrix:
+        """Means over the regions of a fine grid: (n, Kp, m) -> (n, R, m)."""
+        down, across = self._cells
+        cells = images.reshape(len(images), self.grid[0], down, self.grid[1], across, -1)
+        total = sum(cells[:, :, i, :, j] for i in range(down) for j in range(across))
+        averages: FloatMatrix = np.asarray(total / (down * across)).reshape(len(images), self.n_regions, -1)
+        return averages
 
     def _by_region(self, output: FloatMatrix) -> FloatMatrix:
         """An output layer (m, R K) as one (R m, K) of the pooled units."""
