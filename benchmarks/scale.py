@@ -140,7 +140,7 @@ def sgd_cifar_tries(seed, rates, decays, epochs):
 
 
 #: Of the network that SGD trains on raw pixels.
-SGD_CIFAR = {"width": 1000, "decay": 2e-3, "rate": 0.1, "epochs": 20, "batch": 500}
+SGD_CIFAR = {"width": 1000, "decay": 1e-3, "rate": 0.2, "epochs": 20, "batch": 500}
 
 
 def few_600(seed, folder):
