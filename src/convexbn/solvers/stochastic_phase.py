@@ -15,6 +15,9 @@ finishes the step before, moves its weights, and begins the next.
 
 Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
 their hidden units, which are written and read five times, stay in the cache.
+
+On two cores with 158 GFLOP/s in float32 a step of 250 rows in 201 directions runs at 74 (1000 neurons) to 91 GFLOP/s
+(2000), one of 100 images with 196 patches in 81 directions at 62 to 87 (800 filters).
 """
 
 from __future__ import annotations
@@ -90,7 +93,8 @@ class StochasticPhase:
                     layers.step(cases, batch, largest * shape(clock.tick()), outputs)
                     seen += len(batch)
                 layers.settle()
-                yield layers.neurons, loss.of_cases.of_rows(order[:seen]).value(outputs[order[:seen]])
+                value = loss.of_cases.of_rows(order[:seen]).value(outputs[order[:seen]])
+                yield layers.neurons, value + loss.of_cases.constant
                 if clock.done >= 1:
                     return
 
