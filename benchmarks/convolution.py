@@ -32,7 +32,7 @@ CIFAR = {"kernel_size": 6, "stride": 2, "padding": 0, "regions": 3}
 
 TASKS = {
     # a ReLU network on whitened patches
-    "fashion": {"data": "fashion", "layer": FASHION, "decay": 3e-3, "width": 300, "epochs": 10},
+    "fashion": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 300, "epochs": 10},
     "cifar": {"data": "cifar", "layer": CIFAR, "decay": 1e-3, "width": 600, "epochs": 6, "rank": 80, "filter": 0.02},
     # gated networks, certified for their gates
     "fashion-gated": {"data": "fashion", "layer": FASHION | {"stride": 4, "regions": 4}, "gates": 30, "rank": 12},

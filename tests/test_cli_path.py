@@ -1,6 +1,7 @@
 """``convexbn path``: a line a point, checkpoints, signals, pictures, and what is refused before any work."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -117,7 +118,8 @@ def long_path(folder, *options):
     np.savez(folder / "long.npz", X=rows, y=rows[:, 0] ** 2 + 3 * rows[:, 1])
     arguments = [folder / "long.npz", "--target", "y", "--weight-decays", "1e9,1e8,1e-6", "--tol", "0", *options]
     line = [sys.executable, "-m", "convexbn", "path", *map(str, arguments), "--max-iter", str(10**9)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # more threads than cores spin while others wait for them
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone)
     assert process.stdout.readline().startswith("1/3 ") and process.stdout.readline().startswith("2/3 ")
     return process
 
