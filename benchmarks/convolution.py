@@ -190,32 +190,37 @@ def kernel():
     """Descent on images in float32 beside its products alone, on one thread."""
     import numpy as np
 
+    square = np.ones((1500, 1500), dtype=np.float32)
+    found = {"task": "kernel", "square product, GFLOP/s": 2 * 1500**3 / best(lambda: square @ square) / 1e9}
+    return found | kernel_of("fashion", (28, 28, 1)) | kernel_of("cifar", (32, 32, 3))
+
+
+def kernel_of(name, shape):
+    """GFLOP/s of one epoch on 500 random images of a shape."""
+    import numpy as np
+
     from convexbn import training
     from convexbn.losses import CrossEntropyLoss
     from convexbn.pooled_loss import PooledLoss
     from convexbn.solvers.stochastic_phase import random_start
     from convexbn.whitening import whiten
 
-    found = {"task": "kernel"}
-    for name, shape in (("fashion", (28, 28, 1)), ("cifar", (32, 32, 3))):
-        rng, m, count = np.random.default_rng(0), TASKS[name]["width"], 500
-        layer = layer_of(TASKS[name], shape)
-        images = rng.integers(0, 256, (count, int(np.prod(shape)))).astype(np.uint8)
-        images_loss = CrossEntropyLoss(np.eye(10)[rng.integers(10, size=count)], np.ones(count))
-        loss = PooledLoss.of(images_loss, layer.pool)
-        rows = whiten(training.PatchMatrix(images, layer.geometry), loss.weights).rows
-        (N, q), start = rows.shape, random_start(rng.standard_normal((rows.shape[1], m)), loss, rng)
-        epoch = best(lambda: next(training.IMAGES_DESCENT.run(rows, loss, 0.1, start, rng)))  # noqa: B023
-        A, W = rng.standard_normal((20_000, q)).astype(np.float32), rng.standard_normal((q, m)).astype(np.float32)
-        H = A @ W
-        products = best(lambda: (A @ W, A.T @ H))  # noqa: B023
-        found |= {
-            f"{name}: patches of an image x directions x filters": f"{N // count} x {q} x {m}",
-            f"{name}: descent, GFLOP/s": 4 * N * q * m / epoch / 1e9,
-            f"{name}: its two large products alone, GFLOP/s": 8e4 * q * m / products / 1e9,
-        }
-    square = np.ones((1500, 1500), dtype=np.float32)
-    return found | {"square product, GFLOP/s": 2 * 1500**3 / best(lambda: square @ square) / 1e9}
+    rng, m, count = np.random.default_rng(0), TASKS[name]["width"], 500
+    layer = layer_of(TASKS[name], shape)
+    images = rng.integers(0, 256, (count, int(np.prod(shape)))).astype(np.uint8)
+    images_loss = CrossEntropyLoss(np.eye(10)[rng.integers(10, size=count)], np.ones(count))
+    loss = PooledLoss.of(images_loss, layer.pool)
+    rows = whiten(training.PatchMatrix(images, layer.geometry), loss.weights).rows
+    (N, q), start = rows.shape, random_start(rng.standard_normal((rows.shape[1], m)), loss, rng)
+    epoch = best(lambda: next(training.IMAGES_DESCENT.run(rows, loss, 0.1, start, rng)))
+    A, W = rng.standard_normal((20_000, q)).astype(np.float32), rng.standard_normal((q, m)).astype(np.float32)
+    H = A @ W
+    products = best(lambda: (A @ W, A.T @ H))
+    return {
+        f"{name}: patches of an image x directions x filters": f"{N // count} x {q} x {m}",
+        f"{name}: descent, GFLOP/s": 4 * N * q * m / epoch / 1e9,
+        f"{name}: its two large products alone, GFLOP/s": 8e4 * q * m / products / 1e9,
+    }
 
 
 def child(arguments, settings, seed):
