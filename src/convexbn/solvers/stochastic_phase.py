@@ -18,7 +18,7 @@ their hidden units, which are written and read five times, stay in the cache.
 
 On two cores with 158 GFLOP/s in float32 a step of 250 rows in 201 directions runs at 74 (1000 neurons) to 91 GFLOP/s
 (2000). On one core with 93, images of 196 patches run at 45 (109 directions, 600 filters, 3 x 3 regions; their two
-products alone at 63) and at 19 (50, 300, 7 x 7; 55), where pooling takes the rest: ``benchmarks/convolution.py kernel``.
+products alone at 63) and at 19 (50, 300, 7 x 7; 55), where pooling takes the rest (``benchmarks/convolution.py``).
 """
 
 from __future__ import annotations
