@@ -69,7 +69,9 @@ def test_pooling_reads_regions_and_its_gradient_is_its_derivative(pooling):
     outputs, dual = pooling.outputs(hidden, output), rng.standard_normal((n, K))
     flat = output.reshape(m, pooling.n_regions, K)
     np.testing.assert_allclose(outputs, np.einsum("nrm,mrk->nk", pooled, flat), rtol=1e-13)
-    by_hidden, by_output = pooling.pull_back(dual, hidden, output)
+    loss = PooledLoss.of(SquaredLoss(np.zeros((n, K)), np.ones(n)), pooling)
+    by_hidden, by_output = loss.pull_back(dual, hidden, output)
+    np.testing.assert_array_equal(loss.by_neuron(loss.by_region(output)), output)
     along, step = rng.standard_normal(hidden.shape), 1e-6
     change = (pooling.outputs(hidden + step * along, output) - outputs) / step
     assert np.sum(dual * change) == pytest.approx(np.sum(by_hidden * along), rel=1e-5, abs=1e-6)

@@ -8,8 +8,9 @@ import pytest
 from sklearn.base import clone
 
 import convexbn
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, mapped_rows, training, whitening
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, mapped_rows, moments, training, whitening
 from convexbn.cli import main
+from convexbn.convolution import PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.datasets import digits
 from convexbn.display import SpectrumDisplay
@@ -182,10 +183,12 @@ def test_the_command_line_fits_predicts_and_certifies(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("pooling", ["average", "max"])
-def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling):
+@pytest.mark.parametrize("dtype", [np.float64, np.uint8])
+def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, dtype):
     """Rows that are made when they are read, mini-batches, blocked statistics: the same network and certificate."""
     layer = Convolution(3, regions=2, pooling=pooling, input_shape=(8, 8, 1))
-    X, y = images[0][:40] + np.random.default_rng(0).standard_normal((40, 8, 8, 1)), images[1][:40]
+    noise = np.random.default_rng(0).standard_normal((40, 8, 8, 1))
+    X, y = np.abs(10 * (images[0][:40] + noise)).astype(dtype), images[1][:40]
     monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
     settings = {"activation": "relu", "loss": "cross_entropy", "weight_decay": 3.0, "rank": 9, "width": 16}
     models = []
@@ -194,13 +197,30 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling):
         monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
         models.append(fitted((X, y), layer, max_iter=3, **settings))
     kept, mapped = (model.certificate_ for model in models)
-    assert len(models[0].history_) == 4 and kept.bound == mapped.bound == "orthant"
+    assert len(models[0].history_) == 3 and kept.bound == mapped.bound == "orthant"
     assert mapped.objective == pytest.approx(kept.objective, rel=1e-2)  # other whitened directions, by rotation
     assert mapped.lower_bound == pytest.approx(kept.lower_bound, rel=1e-1)
     again = models[1].certify(X, y)
     assert again.objective == pytest.approx(mapped.objective, rel=1e-12)
     monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1 << 26)
     assert models[1].certify(X, y).objective == pytest.approx(mapped.objective, rel=1e-8)
+
+
+def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(images, monkeypatch):
+    X, y, reads = images[0].astype(np.uint8), images[1], []
+    read = PatchMatrix.of_images
+    monkeypatch.setattr(PatchMatrix, "of_images", lambda self, i: (reads.append(len(found := read(self, i))), found)[1])
+    monkeypatch.setattr(moments, "BLOCK_BYTES", 1)  # what a first mean is taken of
+    monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
+    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1000)
+    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
+    model = fitted((X, y), **settings, weight_decay=1.0, max_iter=epochs)
+    data = model._prepared(X, y, None)[0]
+    assert isinstance(data.whitening.rows, mapped_rows.MappedRows) and data.whitening.departure < 1e-11
+    reads.clear()
+    model.fit(X, y)
+    assert sum(reads) / len(data.inputs) == pytest.approx(1 + epochs + 2, rel=0.05)  # and a few single rows
 
 
 def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):

@@ -20,6 +20,7 @@ from convexbn.patterns import distinct_gates, gate_patterns
 from convexbn.pooled_loss import PooledLoss
 from convexbn.program import GatedProgram
 from convexbn.responses import Responses
+from convexbn.solvers.neurons import Neurons, case_outputs
 from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -93,11 +94,11 @@ class Statistics:
     mean: Float
     n_effective: float
 
-    def first_layer(self, responses: Responses, gamma: Float, shift: Float, total: float) -> Float:
-        """First-layer columns of the network with these statistics, on the rows of its responses: (r + 1, m)."""
+    def scales(self, responses: Responses, gamma: Float, shift: Float, total: float) -> tuple[Float, Float]:
+        """What the network with these statistics has for ``gamma`` and ``shift`` on its normalised responses."""
         scale = gamma * responses.norms / np.sqrt(self.n_effective)
         constant = (gamma * responses.offsets + shift) * np.sqrt(total / self.n_effective)
-        return np.vstack([scale * responses.coefficients, constant])
+        return scale, constant
 
 
 def certify_gated(
@@ -165,7 +166,7 @@ def certify_gated(
     blocks = _summed(np.vstack([gamma * coordinates, shift]), output, place, len(used))
     proof = judge(
         program.loss,
-        outputs_of(np.vstack([gamma * responses.coefficients, shift]), patterns),
+        outputs_of(_first_layer(responses, gamma, shift), patterns),
         program.weight_decay,
         penalty=float(program.norms(blocks).sum()),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -181,7 +182,7 @@ def certify_gated(
     if not np.array_equal(statistics.mean, mean):
         first = np.unique(place, return_index=True)[1]
         patterns = gate_patterns(X, statistics.mean, gates[:, first], gate_offsets[first])
-    stored = outputs_of(statistics.first_layer(responses, gamma, shift, total), patterns)
+    stored = outputs_of(_first_layer(responses, *statistics.scales(responses, gamma, shift, total)), patterns)
     return _with_statistics(proof, program.loss, stored, program.weight_decay, _plain_penalty(gamma, shift, output))
 
 
@@ -254,9 +255,10 @@ def certify_relu(
     lengths[lengths == 0] = 1.0  # a direction on which the rows do not vary still has its scale
     directions = np.vstack([gamma * coordinates, shift]).T
     prover = AllPatterns(loss, rows, weight_decay, directions, tolerance, deadline)
+    outputs = case_outputs(responses.rows, loss, Neurons(_first_layer(responses, gamma, shift), output))
     proof = judge(
         loss.of_cases,
-        _relu_outputs(responses.rows, loss, np.vstack([gamma * responses.coefficients, shift]), output),
+        outputs,
         weight_decay,
         penalty=float(np.hypot(gamma * lengths, shift) @ np.linalg.norm(output, axis=1)),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -269,7 +271,11 @@ def certify_relu(
     )
     if statistics is None:
         return proof
-    stored = _relu_outputs(responses.rows, loss, statistics.first_layer(responses, gamma, shift, total), output)
+    scale, constant = statistics.scales(responses, gamma, shift, total)
+    apart = loss.hidden_norm * float(np.hypot(scale - gamma, constant - shift) @ np.linalg.norm(output, axis=1))
+    if _loss_moves_at_most(loss.of_cases, outputs, apart) <= _allowed(proof):
+        return proof
+    stored = case_outputs(responses.rows, loss, Neurons(_first_layer(responses, scale, constant), output))
     return _with_statistics(proof, loss.of_cases, stored, weight_decay, _plain_penalty(gamma, shift, output))
 
 
@@ -397,13 +403,6 @@ def _summed(first: Float, output: Float, place: Index, count: int) -> Float:
     return np.array([first[:, part] @ output[part] for part in parts]).reshape(count, len(first), output.shape[1])
 
 
-def _relu_outputs(rows: Float | MappedRows, loss: Loss, first: Float, output: Float) -> Float:
-    """What the terms of the loss see of ``(rows first)_+`` and an output layer, in blocks of rows."""
-    size = -(-max(64, _ENTRIES // max(first.shape[1], 1)) // loss.rows_together) * loss.rows_together
-    parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-    return np.concatenate([loss.outputs(np.maximum(rows[part] @ first, 0), output) for part in parts])
-
-
 def _restriction(loss: Loss, q: int, truncated: bool, spectral_filter: Float | None) -> str:
     """How the program differs from the plain one on dense data, in words."""
     layer = " with this convolution and pooling" if isinstance(loss, PooledLoss) else ""
@@ -415,8 +414,23 @@ def _with_statistics(
 ) -> Certificate:
     """The certificate, NUMERICAL where the network with its stored statistics has other outputs, by their loss."""
     judged = proof.weight_decay_objective - weight_decay * plain_penalty
-    allowed = max(proof.tolerance, _SAME_LOSS) * proof.weight_decay_objective
-    return downgraded(proof, "statistics") if abs(loss.value(outputs) - judged) > allowed else proof
+    return downgraded(proof, "statistics") if abs(loss.value(outputs) - judged) > _allowed(proof) else proof
+
+
+def _allowed(proof: Certificate) -> float:
+    """How far the loss of the network with its stored statistics may be from the one that is judged."""
+    return max(proof.tolerance, _SAME_LOSS) * proof.weight_decay_objective
+
+
+def _loss_moves_at_most(loss: Loss, outputs: Float, distance: float) -> float:
+    """Change of the loss when the outputs move by a weighted norm: no loss has more curvature than 1."""
+    slope = float(np.linalg.norm(loss.negative_gradient(outputs) / np.sqrt(loss.weights)[:, None]))
+    return slope * distance + distance**2
+
+
+def _first_layer(responses: Responses, scale: Float, constant: Float) -> Float:
+    """First-layer columns on the rows of normalised responses: (r + 1, m)."""
+    return np.vstack([scale * responses.coefficients, constant])
 
 
 def _whitened(rows: Float | MappedRows, weights: Float, responses: Responses, phi: Float | None) -> tuple[Float, bool]:

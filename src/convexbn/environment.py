@@ -8,7 +8,7 @@ they wait), and win little on an idle one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -49,6 +49,17 @@ def workers() -> Iterator[Workers]:
     count = max((library["num_threads"] for library in _controller().select(user_api="blas").info()), default=1)
     with _one_thread, ThreadPoolExecutor(count) as pool:
         yield Workers(pool, count)
+
+
+def dealt(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Results of ``work`` on the items in their order, as many at a time as there are threads."""
+    waiting = list(items)
+    if len(waiting) == 1:
+        yield work(waiting[0])
+        return
+    with workers() as threads:
+        for start in range(0, len(waiting), threads.count):
+            yield from threads.each(work, waiting[start : start + threads.count])
 
 
 class _OneThread:

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.moments import blocks
+from convexbn.moments import Moments, blocks
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10
@@ -81,16 +81,16 @@ def basis_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> 
     return None
 
 
-def projection_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Basis | None:
-    """The same without the rows, which are read from ``X`` again for every correction."""
+def projection_of(X: FloatMatrix, weights: Float, found: Moments, projection: Float) -> Basis | None:
+    """The same without the rows, which are read from ``X`` again for every correction, or not at all.
+
+    An exact Gram matrix tells the departure of ``(X - mean) projection`` as well as the rows do.
+    """
     for _ in range(3):
-        gram, sums = np.zeros((projection.shape[1],) * 2), np.zeros(projection.shape[1])
-        for part, block in blocks(X):
-            root = np.sqrt(weights[part])
-            columns = ((block - mean) @ projection) * root[:, None]
-            gram += columns.T @ columns
-            sums += root @ columns
-        gram -= np.outer(sums, sums) / weights.sum()
+        if found.exact is None:
+            gram = _gram_of_projected(X, weights, np.ldexp(found.mean, found.exponents), projection)
+        else:
+            gram = (projection.T @ (found.exact @ projection)).astype(np.float64)
         departure = float(np.linalg.norm(gram - np.eye(len(gram))))
         if departure <= _ORTHONORMAL:
             return Basis(None, projection, departure)
@@ -99,6 +99,18 @@ def projection_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float
         values, vectors = scipy.linalg.eigh(gram)
         projection = projection @ ((vectors / np.sqrt(values)) @ vectors.T)
     return None
+
+
+def _gram_of_projected(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Float:
+    """Gram matrix of the centred columns ``(X - mean) projection``, block by block."""
+    gram, sums = np.zeros((projection.shape[1],) * 2), np.zeros(projection.shape[1])
+    for part, block in blocks(X):
+        root = np.sqrt(weights[part])
+        columns = ((block - mean) @ projection) * root[:, None]
+        gram += columns.T @ columns
+        sums += root @ columns
+    gram -= np.outer(sums, sums) / weights.sum()
+    return gram
 
 
 def _weighted_gram(columns: Float, weights: Float) -> Float:

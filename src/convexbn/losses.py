@@ -80,16 +80,30 @@ class Loss:
         return self
 
     def pooled(self, hidden: FloatMatrix) -> FloatMatrix:
-        """Hidden units (n, m) as the output layer sees them."""
+        """Hidden units (n, m) as the output layer sees them, (n, R m) for ``R`` regions of each neuron, here one."""
         return hidden
 
+    def unpooled(self, gradient: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
+        """Gradient by the hidden units from that by the pooled ones."""
+        return gradient
+
+    def by_region(self, output: FloatMatrix) -> FloatMatrix:
+        """An output layer (m, R K), one row a neuron, as one (R m, K) of the pooled units."""
+        return output
+
+    def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
+        """The way back: (R m, K) as (m, R K)."""
+        return regional
+
     def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
-        """What the terms see of hidden units (n, m) and an output layer (m, K)."""
-        return hidden @ output
+        """What the terms see of hidden units (n, m) and an output layer (m, R K)."""
+        outputs: FloatMatrix = self.pooled(hidden) @ self.by_region(output)
+        return outputs
 
     def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
         """``<dual, outputs(hidden, output)>`` differentiated by both."""
-        return dual @ output.T, hidden.T @ dual
+        by_hidden = self.unpooled(dual @ self.by_region(output).T, hidden)
+        return by_hidden, self.by_neuron(self.pooled(hidden).T @ dual)
 
     def spread(self, dual: Float) -> Float:
         """A dual point of what the terms see as one of the hidden units."""

@@ -2,8 +2,9 @@
 
 Rows are centred near their mean while they are read, so that an offset costs no digits. Rows of one-byte integers are
 multiplied in float32, twice as fast as in float64, and *exactly*: while the diagonal of a block's Gram matrix stays
-below 2^24, all its partial sums are integers that float32 holds. Where there are few columns, and so many rows to a
-block that they would have to be cut up, float64 is exact at once.
+below 2^24, all its partial sums are integers that float32 holds. With few columns, those of patches, the exact matrix
+is kept in extended precision, where there is such a thing: what would be another pass over the rows is then a product
+with it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ BLOCK_BYTES = 1 << 26
 #: Integers up to this, and sums of them, are exact in float32.
 _EXACT = 2.0**24
 
-#: Columns up to which one-byte integers are multiplied in float64.
-_FEW_COLUMNS = 256
+#: Columns up to which an exact Gram matrix is kept, and the precision that it takes.
+_FEW_COLUMNS = 600
+_EXTENDED = np.longdouble if np.finfo(np.longdouble).eps < 1e-18 else None
+
+#: Entries of one-byte integers that are multiplied at a time, and the fewest rows.
+_INTEGER_ENTRIES, _INTEGER_ROWS = 1 << 18, 1024
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -41,12 +46,15 @@ class Moments:
         Columns that hold two different values.
     exponents : ndarray (d,) of int
         Floats lie in [-1, 1] in these units; 0 for one-byte integers.
+    exact : ndarray (d, d) of longdouble, or None
+        The Gram matrix of few columns of one-byte integers of weight 1, which no rounding has touched but the last.
     """
 
     mean: Float
     gram: Float
     varies: Bool
     exponents: np.ndarray
+    exact: np.ndarray | None = None
 
 
 def moments(X: FloatMatrix, weights: Float) -> Moments:
@@ -68,11 +76,14 @@ def moments(X: FloatMatrix, weights: Float) -> Moments:
         centre = np.rint(centre) if integers else centre
         gram, sums = read(X, weights, centre, exponents)
         shift = sums / total
+        exact = None
+        if integers and _EXTENDED is not None and len(gram) <= _FEW_COLUMNS and weights.max() == 1:
+            exact = gram - np.outer(sums.astype(_EXTENDED), sums.astype(_EXTENDED)) / _EXTENDED(total)
         gram -= np.outer(sums, shift)
         # beyond the deviation a centre costs digits: rows that are sorted are read again
         near = shift**2 <= np.maximum(gram.diagonal(), 0) / total + (8 * _EPS * centre) ** 2
         if integers or near.all():
-            return Moments(centre + shift, gram, low < high, exponents)
+            return Moments(centre + shift, gram, low < high, exponents, exact)
         centre = centre + shift
 
 
@@ -97,26 +108,24 @@ def _read_floats(X: FloatMatrix, weights: Float, centre: Float, exponents: np.nd
 
 
 def _read_integers(X: FloatMatrix, weights: Float, centre: Float, exponents: np.ndarray) -> tuple[Float, Float]:
-    """The same, exact for weights of 1; what weights exceed 1 by is added in float64."""
-    gram, sums = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1])
-    size = max(64, BLOCK_BYTES // (8 * X.shape[1]))
-    for start in range(0, len(X), size):
-        rows: FloatMatrix = X[start : start + size].astype(np.float32 if X.shape[1] > _FEW_COLUMNS else np.float64)
-        rows -= centre.astype(rows.dtype)
-        _add_exactly(rows, gram, sums)
+    """The same, exact for weights of 1; what weights exceed 1 by is added in float64.
+
+    As many rows at a time as float32 adds up without rounding: the diagonal of the product tells.
+    """
+    gram, sums, middle = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1]), centre.astype(np.float32)
+    start, size = 0, max(_INTEGER_ROWS, _INTEGER_ENTRIES // X.shape[1])
+    while start < len(X):
+        rows = X[start : start + size].astype(np.float32)
+        rows -= middle
+        product = rows.T @ rows
+        if product.diagonal().max() >= _EXACT:
+            size //= 2
+            continue
+        gram += product
+        sums += np.ones(len(rows), dtype=np.float32) @ rows
+        start += size
     heavy = weights > 1
     if heavy.any():
         more, more_sums = _read_floats(X[heavy], weights[heavy] - 1, centre, exponents)
         gram, sums = gram + more, sums + more_sums
     return gram, sums
-
-
-def _add_exactly(rows: np.ndarray, gram: Float, sums: Float) -> None:
-    """Add products and sums of integer rows, as many rows at a time as float32 adds up without rounding."""
-    if rows.dtype == np.float32 and np.einsum("ij,ij->j", rows, rows).max() >= _EXACT:
-        half = len(rows) // 2
-        _add_exactly(rows[:half], gram, sums)
-        _add_exactly(rows[half:], gram, sums)
-        return
-    gram += rows.T @ rows
-    sums += np.ones(len(rows), dtype=rows.dtype) @ rows

@@ -63,15 +63,20 @@ class PooledLoss(Loss):
     def pooled(self, hidden: FloatMatrix) -> FloatMatrix:
         """Pooled hidden units, region by region: (n, R m)."""
         pooled = self.pooling.pool(hidden)
-        return pooled.reshape(len(pooled), -1)
+        return pooled.reshape(len(pooled), self.pooling.n_regions * hidden.shape[1])
 
-    def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
-        """Pooled hidden units times the output layer (m, R K): (n, K)."""
-        return self.pooling.outputs(hidden, output)
+    def unpooled(self, gradient: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
+        """Gradient by the hidden units from that by the pooled ones."""
+        return self.pooling.unpool(gradient.reshape(len(gradient), self.pooling.n_regions, hidden.shape[1]), hidden)
 
-    def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
-        """``<dual, outputs(hidden, output)>`` differentiated by both."""
-        return self.pooling.pull_back(dual, hidden, output)
+    def by_region(self, output: FloatMatrix) -> FloatMatrix:
+        """An output layer (m, R K) as one (R m, K) of the pooled units."""
+        return self.pooling.by_region(output)
+
+    def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
+        """The way back: (R m, K) as (m, R K)."""
+        R, K = self.pooling.n_regions, regional.shape[1]
+        return regional.reshape(R, len(regional) // R, K).transpose(1, 0, 2).reshape(len(regional) // R, R * K)
 
     def spread(self, dual: Float) -> Float:
         """``T'V`` on the rows; for max pooling ``V`` on the groups."""

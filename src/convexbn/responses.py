@@ -15,7 +15,7 @@ import scipy.linalg
 
 from convexbn._typing import Float, FloatMatrix
 from convexbn.mapped_rows import MappedRows, is_mapped
-from convexbn.moments import blocks, moments
+from convexbn.moments import Moments, blocks, moments
 from convexbn.powers import times_power
 
 #: Columns of the span beyond those that are expected.
@@ -44,12 +44,15 @@ class Responses:
         Zero for a direction on which the rows do not vary.
     norms, offsets : ndarray (m,)
         ``||C X w_j||``, and ``(mu - mean)'w_j`` where a mean other than that of the rows was given.
+    covariances : ndarray (d, m), or None
+        ``X' C X w_j / ||C X w_j||`` where the Gram matrix is exact.
     """
 
     rows: Float | MappedRows
     coefficients: Float
     norms: Float
     offsets: Float
+    covariances: np.ndarray | None = None
 
     @classmethod
     @np.errstate(all="ignore")
@@ -78,17 +81,27 @@ class Responses:
         first, exponents = _units(X)
         scaled = np.ldexp(weight, exponents[:, None])
         lengths = np.frexp(np.abs(scaled).max(axis=0, initial=0.0))[1]
-        span, coefficients = _spanned(np.ldexp(scaled, -lengths), rank)
-        based = _mapped_basis if is_mapped(X, span.shape[1]) else _kept_basis
-        rows, centre = based(X, span, sample_weight, first, exponents)
-        norms = _norms(rows, coefficients, sample_weight)
+        plain = np.ldexp(scaled, -lengths)
+        span, coefficients = _spanned(plain, rank)
+        gram = covariances = None
+        rows: Float | MappedRows
+        if is_mapped(X, span.shape[1]):
+            found = moments(X, sample_weight)
+            rows, centre = _mapped_basis(X, span, found, sample_weight, first, exponents)
+            gram = found.exact
+        else:
+            rows, centre = _kept_basis(X, span, sample_weight, first, exponents)
+        if gram is None:
+            norms = _norms(rows, coefficients, sample_weight)
+        else:
+            norms, covariances = _by_gram(gram, np.ldexp(plain, -exponents[:, None]))
         with np.errstate(all="ignore"):
             unit = np.where(norms > 0, coefficients / np.where(norms > 0, norms, 1.0), 0.0)
         offsets = np.zeros(len(norms))
         if mean is not None:
             offsets = centre @ coefficients
-            offsets += (first - np.ldexp(mean, -exponents)) @ np.ldexp(scaled, -lengths)
-        return cls(rows, unit, np.ldexp(norms, lengths), np.ldexp(offsets, lengths))
+            offsets += (first - np.ldexp(mean, -exponents)) @ plain
+        return cls(rows, unit, np.ldexp(norms, lengths), np.ldexp(offsets, lengths), covariances)
 
     @property
     def normalized(self) -> Float:
@@ -96,8 +109,16 @@ class Responses:
         normalized: Float = self.rows[:][:, :-1] @ self.coefficients
         return normalized
 
+    @property
+    def _seen(self) -> Any:
+        """The matrix that the rows are made of when they are read."""
+        return self.rows.X if isinstance(self.rows, MappedRows) else None
+
     def products(self, rows: Any, sample_weight: Float) -> Float:
         """``A' diag(w) C X w_j / ||C X w_j||`` for rows ``[A, constant]`` (n, q), without the responses: (q - 1, m)."""
+        if self.covariances is not None and isinstance(rows, MappedRows) and rows.X is self._seen:
+            found: Float = (rows.projection.T @ self.covariances).astype(np.float64)
+            return found
         products = np.zeros((rows.shape[1] - 1, len(self.coefficients)))
         for part, block in blocks(rows):
             products += (sample_weight[part, None] * block[:, :-1]).T @ self.rows[part][:, :-1]
@@ -143,13 +164,19 @@ def _kept_basis(
 
 
 def _mapped_basis(
-    X: Any, span: Float, sample_weight: Float, first: Float, exponents: np.ndarray
+    X: Any, span: Float, found: Moments, sample_weight: Float, first: Float, exponents: np.ndarray
 ) -> tuple[MappedRows, Float]:
     """The same for rows that are made when they are read."""
-    found = moments(X, sample_weight)
     mean = np.ldexp(found.mean, found.exponents)
     rows = MappedRows(X, mean, np.ldexp(span, -exponents[:, None]), 1 / np.sqrt(sample_weight.sum()))
     return rows, (np.ldexp(mean, -exponents) - first) @ span
+
+
+def _by_gram(gram: np.ndarray, weight: Float) -> tuple[Float, np.ndarray]:
+    """``||C X w_j||`` and ``X' C X w_j / ||C X w_j||`` by the exact Gram matrix of the columns, without the rows."""
+    covariances = gram @ weight
+    norms = np.sqrt(np.maximum(np.einsum("ij,ij->j", weight, covariances), 0)).astype(np.float64)
+    return norms, covariances / np.where(norms > 0, norms, np.inf)
 
 
 def _norms(rows: Float | MappedRows, coefficients: Float, sample_weight: Float) -> Float:

@@ -79,6 +79,8 @@ class TrainingSet:
         Whitened rows and statistics.
     fingerprint : str
         Hash of the canonical rows, targets and weights.
+    inputs : ndarray (n, d), or PatchMatrix
+        What the first layer sees: the rows, or the patches of the images.
     convolution : Convolution or None
         Where the rows are images, of whose patches the first layer is made.
     """
@@ -87,6 +89,7 @@ class TrainingSet:
     loss: Loss
     whitening: Whitening
     fingerprint: str
+    inputs: Any
     convolution: Convolution | None = None
 
     @classmethod
@@ -116,14 +119,9 @@ class TrainingSet:
             bound = bound.merged(place, len(X))
         if convolution is not None:
             bound = PooledLoss.of(bound, convolution.pool)
-        seen = _first_inputs(X, convolution)
-        whitening = whiten(seen, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
-        return cls(X, bound, whitening, mark, convolution)
-
-    @functools.cached_property
-    def inputs(self) -> Any:
-        """What the first layer sees: the rows, or the patches of the images."""
-        return _first_inputs(self.X, self.convolution)
+        inputs: Any = X if convolution is None else PatchMatrix(X, convolution.geometry)
+        whitening = whiten(inputs, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
+        return cls(X, bound, whitening, mark, inputs, convolution)
 
     def network(self, dense: BatchNormNetwork) -> BatchNormNetwork:
         """A network on what the first layer sees as one on the rows."""
@@ -264,10 +262,6 @@ def fit_relu(
     )  # fmt: skip
     history = history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]
     return Fit(network, proof, history, len(history))
-
-
-def _first_inputs(X: FloatMatrix, convolution: Convolution | None) -> Any:
-    return X if convolution is None else PatchMatrix(X, convolution.geometry)
 
 
 def _relu_solver(

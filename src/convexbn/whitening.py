@@ -273,8 +273,11 @@ def _by_gram(
             return None
         r, directions = r or resolved, directions[:, : len(phi)]
         back = directions / values[: len(phi)]
-    based = projection_of if is_mapped(X, len(phi)) else basis_of
-    basis = based(X, weights, np.ldexp(found.mean, found.exponents), _padded(back, kept, X.shape[1]))
+    projection = _padded(back, kept, X.shape[1])
+    if is_mapped(X, len(phi)):
+        basis = projection_of(X, weights, found, projection)
+    else:
+        basis = basis_of(X, weights, np.ldexp(found.mean, found.exponents), projection)
     if basis is None:
         return None
     whitening = columns.whitening(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)

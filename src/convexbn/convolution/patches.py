@@ -42,8 +42,11 @@ class PatchMatrix:
         down, across = geometry.padding
         pixels = images.reshape(-1, *geometry.image)
         padded = np.pad(pixels, ((0, 0), (down, down), (across, across), (0, 0))) if down or across else pixels
-        windows = sliding_window_view(padded, geometry.kernel, axis=(1, 2))
-        self._windows = windows[:, :: geometry.stride[0], :: geometry.stride[1]]
+        places = np.arange(padded[:1].size).reshape(padded.shape[1:])
+        windows = sliding_window_view(places, geometry.kernel, axis=(0, 1))
+        strided = windows[:: geometry.stride[0], :: geometry.stride[1]]
+        self._padded = padded.reshape(len(padded), -1)
+        self._places = strided.reshape(self.geometry.n_locations, geometry.patch_size)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,20 +79,18 @@ class PatchMatrix:
             first = start // count
             found = self.of_images(slice(first, -(-stop // count)))
             return found[start - first * count : max(stop, start) - first * count]
-        places = np.asarray(index)
-        places = np.flatnonzero(places) if places.dtype == bool else places
-        image, location = np.divmod(places, count)
-        down, across = np.divmod(location, self.geometry.locations[1])
-        found = self._windows[image, down, across]
-        return found.reshape(*places.shape, self.geometry.patch_size)
+        rows = np.asarray(index)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        image, location = np.divmod(rows, count)
+        return self._padded[image[..., None], self._places[location]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> FloatMatrix:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def of_images(self, index: Any) -> FloatMatrix:
         """Patches of some images, all of each: (b Kp, h)."""
-        patches: FloatMatrix = self._windows[index].reshape(-1, self.geometry.patch_size)
-        return patches
+        patches = np.take(self._padded[index], self._places.ravel(), axis=1)
+        return patches.reshape(-1, self.geometry.patch_size)
 
     def min(self, axis: int | None = None, initial: float = np.inf) -> Float | float:
         """Smallest number of each column (``axis=0``), or of all."""
@@ -100,5 +101,6 @@ class PatchMatrix:
         return self._edge(np.maximum, axis, initial)
 
     def _edge(self, extreme: np.ufunc, axis: int | None, initial: float) -> Float | float:
-        columns = extreme.reduce(self._windows, axis=(0, 1, 2)).ravel().astype(np.float64)
+        pixels = extreme.reduce(self._padded, axis=0)
+        columns = extreme.reduce(pixels[self._places], axis=0).astype(np.float64)
         return columns if axis == 0 else float(extreme.reduce(columns, initial=initial))

@@ -94,7 +94,7 @@ class Pooling:
         if self.flattened:
             return images
         if self.linear:
-            pooled: FloatMatrix = self._averages(images) if self._fine else self.matrix.astype(hidden.dtype) @ images
+            pooled: FloatMatrix = self._averages(images) if self._divides else self.matrix.astype(hidden.dtype) @ images
             return pooled
         return np.stack([images[:, inside].max(axis=1) for inside in self.members], axis=1)
 
@@ -105,7 +105,7 @@ class Pooling:
         """
         if self.flattened:
             return pooled.reshape(hidden.shape)
-        if self.linear and self._fine:
+        if self.linear and self._divides:
             down, across = self._cells
             cells = pooled.reshape(len(pooled), self.grid[0], 1, self.grid[1], 1, -1) / (down * across)
             shape = (len(pooled), self.grid[0], down, self.grid[1], across, hidden.shape[1])
@@ -124,17 +124,13 @@ class Pooling:
     def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
         """Outputs (n, K) of hidden units (n Kp, m) and an output layer (m, R K)."""
         pooled = self.pool(hidden)
-        outputs: FloatMatrix = pooled.reshape(len(pooled), self.n_regions * len(output)) @ self._by_region(output)
+        outputs: FloatMatrix = pooled.reshape(len(pooled), self.n_regions * len(output)) @ self.by_region(output)
         return outputs
 
-    def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
-        """``<dual, outputs>`` differentiated by the hidden units (n Kp, m) and by the output layer (m, R K)."""
-        flat = self._by_region(output)
-        pooled = (dual @ flat.T).reshape(len(dual), self.n_regions, len(output))
-        by_output = self.pool(hidden).reshape(len(dual), len(flat)).T @ dual
-        by_output = by_output.reshape(self.n_regions, *output.shape[:1], dual.shape[1]).transpose(1, 0, 2)
-        by_output = by_output.reshape(output.shape)
-        return self.unpool(pooled, hidden), by_output
+    def by_region(self, output: FloatMatrix) -> FloatMatrix:
+        """An output layer (m, R K) as one (R m, K) of the pooled units."""
+        m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
+        return output.reshape(m, R, K).transpose(1, 0, 2).reshape(R * m, K)
 
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
         """``F_i = sum_r sum_k T_rk G_(ik),r`` of outputs (n Kp, R K) of the rows: (n, K)."""
@@ -164,23 +160,17 @@ class Pooling:
         return self.locations[0] // self.grid[0], self.locations[1] // self.grid[1]
 
     @functools.cached_property
-    def _fine(self) -> bool:
-        """Whether regions do not overlap and have fewer locations than there are regions: sums beat a product."""
-        divides = all(size % parts == 0 for size, parts in zip(self.locations, self.grid, strict=True))
-        return divides and self.n_locations <= self.n_regions**2
+    def _divides(self) -> bool:
+        """Whether the regions are equal cells, which do not overlap: sums beat a product."""
+        return all(size % parts == 0 for size, parts in zip(self.locations, self.grid, strict=True))
 
     def _averages(self, images: FloatMatrix) -> FloatMatrix:
-        """Means over the regions of a fine grid: (n, Kp, m) -> (n, R, m)."""
+        """Means over equal cells: (n, Kp, m) -> (n, R, m)."""
         down, across = self._cells
-        cells = images.reshape(len(images), self.grid[0], down, self.grid[1], across, -1)
-        total = sum(cells[:, :, i, :, j] for i in range(down) for j in range(across))
-        averages: FloatMatrix = np.asarray(total / (down * across)).reshape(len(images), self.n_regions, -1)
+        cells = images.reshape(len(images), self.grid[0], down, self.grid[1], across, images.shape[2])
+        averages: FloatMatrix = cells.sum(axis=(2, 4)).reshape(len(images), self.n_regions, images.shape[2])
+        averages /= down * across
         return averages
-
-    def _by_region(self, output: FloatMatrix) -> FloatMatrix:
-        """An output layer (m, R K) as one (R m, K) of the pooled units."""
-        m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
-        return output.reshape(m, R, K).transpose(1, 0, 2).reshape(R * m, K)
 
     def _by_image(self, rows: FloatMatrix) -> FloatMatrix:
         """Rows (n Kp, m) of images, image by image: (n, Kp, m)."""

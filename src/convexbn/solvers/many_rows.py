@@ -71,15 +71,16 @@ class ManyRows:
             reason = self._reported(history, budget, seen, weight_decay, neurons)
             if reason is not None:
                 return ReluSolution(neurons.balanced(), reason, history)
-        late = share is not None and time.monotonic() >= share
-        single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
+        end = "time_limit" if share is not None and time.monotonic() >= share else "max_iter"
         merged = merge(neurons)
-        if self.polish:
-            merged = local_phase(single, loss, weight_decay, merged, max_iter=self.polish, deadline=budget.deadline)
-        polished = merged.balanced()
+        if not self.polish:
+            return ReluSolution(merged.balanced(), end, history)
+        single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
+        polished = local_phase(
+            single, loss, weight_decay, merged, max_iter=self.polish, deadline=budget.deadline
+        ).balanced()
         value = loss.of_cases.value(case_outputs(single, loss, polished))
-        reason = self._reported(history, budget, value, weight_decay, polished)
-        return ReluSolution(polished, reason or ("time_limit" if late else "max_iter"), history)
+        return ReluSolution(polished, self._reported(history, budget, value, weight_decay, polished) or end, history)
 
     def _beginning(
         self, rows: Float | MappedRows, loss: Loss, rng: np.random.Generator, initial: Neurons | None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn.environment import dealt
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 
@@ -17,8 +18,8 @@ _SAME = 1 - 1e-4
 #: Mass relative to the largest below which a neuron is dropped.
 _NEGLIGIBLE = 1e-5
 
-#: Entries of the hidden layer that are formed at a time.
-_BLOCK_ENTRIES = 1 << 22
+#: Entries of the hidden layer that are formed at a time: 4 MB in float64.
+_BLOCK_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,15 @@ def network_outputs(rows: FloatMatrix, neurons: Neurons) -> Float:
 
 
 def case_outputs(rows: FloatMatrix | MappedRows, loss: Loss, neurons: Neurons) -> Float:
-    """What the terms of the loss see of the network on the rows, in float64, in blocks of rows."""
-    parts = row_blocks(len(rows), neurons.first.shape[1], loss.rows_together)
-    hidden = (np.maximum(rows[part] @ neurons.first.astype(rows.dtype, copy=False), 0) for part in parts)
-    output = neurons.output.astype(rows.dtype, copy=False)
-    return np.concatenate([loss.outputs(block, output) for block in hidden]).astype(np.float64, copy=False)
+    """What the terms of the loss see of the network on the rows, in float64, in blocks of rows that threads share."""
+    first, output = (weight.astype(rows.dtype, copy=False) for weight in (neurons.first, neurons.output))
+
+    def outputs(part: slice) -> FloatMatrix:
+        hidden: FloatMatrix = rows[part] @ first
+        return loss.outputs(np.maximum(hidden, 0, out=hidden), output)
+
+    parts = row_blocks(len(rows), len(output), loss.rows_together)
+    return np.concatenate(list(dealt(outputs, parts))).astype(np.float64, copy=False)
 
 
 def row_blocks(n: int, width: int, together: int = 1) -> Iterator[slice]:

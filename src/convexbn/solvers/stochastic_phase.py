@@ -10,9 +10,6 @@ decay of the mean loss. Outputs are in units of ``loss.output_scale``, so that u
 step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose statistics are those of all
 rows; one that is trained with the statistics of each batch has their noise besides.
 
-Neurons are dealt out to threads, which meet once a batch, to add their outputs: with the residual that follows each
-finishes the step before, moves its weights, and begins the next.
-
 Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
 their hidden units, which are written and read five times, stay in the cache.
 
@@ -29,10 +26,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
-from convexbn.environment import Workers, workers
+from convexbn._typing import Float, FloatMatrix
+from convexbn.environment import workers
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
+from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent
 from convexbn.solvers.neurons import Neurons
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
@@ -41,9 +39,6 @@ _WARM_UP, _FIRST = 0.25, 0.04
 #: Rows that show how large the hidden layer is, the fewest images, and the share taken of the learning rate that is
 #: stable there, which is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
 _SAMPLE, _FEWEST, _STABLE = 1000, 50, 1.0
-
-#: Hidden units of images that are formed at a time: 2 MB.
-_HIDDEN_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,11 @@ class StochasticPhase:
         n, root = len(loss.of_cases.targets), float(np.sqrt(loss.weights.sum()))
         clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
         with workers() as threads:
-            cases = _Cases(rows, root, loss, -(-len(start.output) // threads.count))
+            cases = Cases(rows, root, loss)
             largest = self._largest_rate(cases, start, rng)
-            decay = weight_decay * root / float(loss.of_cases.weights.sum())
-            layers = _Layers(start, threads, root, loss, decay=decay, momentum=self.momentum)
+            decay = weight_decay * root / float(loss.of_cases.weights.sum()) / loss.of_cases.output_scale
+            dealt = DealtNeurons if loss.rows_together == 1 else DealtImages
+            layers = dealt(start, threads, loss, Descent(root, decay, self.momentum))
             outputs = np.zeros_like(loss.of_cases.targets)
             for _ in range(self.epochs):
                 order, seen = rng.permutation(n), 0
@@ -99,14 +95,14 @@ class StochasticPhase:
                 if clock.done >= 1:
                     return
 
-    def _largest_rate(self, cases: _Cases, start: Neurons, rng: np.random.Generator) -> float:
+    def _largest_rate(self, cases: Cases, start: Neurons, rng: np.random.Generator) -> float:
         """The learning rate, or where the loss is nearly quadratic what is stable for the hidden layer."""
         loss = cases.loss.of_cases
         if not loss.nearly_quadratic:
             return self.learning_rate
         first = start.first / cases.root / np.sqrt(loss.output_scale)
         sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // cases.loss.rows_together, _FEWEST)]
-        blocks = (np.maximum(rows @ first, 0) for _, rows in cases.pieces(sample))
+        blocks = (np.maximum(rows @ first, 0) for _, rows in cases.pieces(sample, len(start.output)))
         square = _largest_square(np.concatenate([cases.loss.pooled(hidden) for hidden in blocks]))
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 
@@ -146,124 +142,3 @@ class _Clock:
 def _largest_square(hidden: FloatMatrix) -> float:
     """Largest eigenvalue of the mean of ``h h'`` over the rows ``h`` of a hidden layer."""
     return float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)
-
-
-class _Cases:
-    """Rows times ``root`` in float32, and the loss on them: some cases at a time, whose hidden units stay in the cache.
-
-    Parameters
-    ----------
-    width : int
-        Neurons of a thread.
-    """
-
-    def __init__(self, rows: Float | MappedRows, root: float, loss: Loss, width: int) -> None:
-        self.root, self.loss, self.shape = root, loss, (-1, loss.rows_together, rows.shape[1])
-        self.at_once = len(rows) if loss.rows_together == 1 else _HIDDEN_ENTRIES // (loss.rows_together * width) or 1
-        self._rows = (
-            rows.in_single_precision(root) if isinstance(rows, MappedRows) else (root * rows).astype(np.float32)
-        )
-
-    def pieces(self, cases: Index) -> Iterator[tuple[Index, FloatMatrix]]:
-        """Some of the cases, as many as are taken at once, and their rows."""
-        for part in np.array_split(cases, -(-len(cases) // self.at_once)):
-            yield part, self._rows_of(part)
-
-    def _rows_of(self, cases: Index) -> FloatMatrix:
-        if isinstance(self._rows, MappedRows):
-            return self._rows.of_images(cases)
-        return self._rows.reshape(self.shape)[cases].reshape(-1, self.shape[2])
-
-
-@dataclass(frozen=True)
-class _Residual:
-    """What a gradient is made of: rows, negative gradient in their outputs times the learning rate, and that rate.
-
-    The rate is that of the step which the gradient completes, ``None`` where more of its batch is to come.
-    """
-
-    rows: FloatMatrix
-    dual: FloatMatrix
-    rate: float | None
-
-
-class _Layers:
-    """The network, its neurons dealt out to threads, for rows scaled by ``root`` and outputs in units of the loss."""
-
-    def __init__(
-        self, start: Neurons, threads: Workers, root: float, loss: Loss, *, decay: float, momentum: float
-    ) -> None:
-        self.root, self.unit, self.threads = root, loss.of_cases.output_scale, threads
-        self._residual: _Residual | None = None
-        share = np.sqrt(self.unit)  # of the unit, in either layer
-        self.parts = [
-            _Part(start.first[:, part] / (share * root), start.output[part] / share, loss, decay / self.unit, momentum)
-            for part in np.array_split(np.arange(len(start.output)), threads.count)
-        ]
-
-    def step(self, cases: _Cases, batch: Index, rate: float, outputs: Float) -> None:
-        """One step of gradient descent with momentum and weight decay; the outputs before it are written to theirs.
-
-        Its last part is left to the next step, or to ``settle``.
-        """
-        loss, counted = cases.loss.of_cases, 0
-        total = self.unit * float(loss.weights[batch].sum())
-        for part, rows in cases.pieces(batch):
-            shares = np.array(self._turn(rows))
-            outputs[part] = self.unit * shares.sum(axis=0, dtype=np.float64)
-            dual = loss.of_rows(part).negative_gradient(outputs[part]) * (rate / total)
-            counted += len(part)
-            self._residual = _Residual(rows, dual.astype(np.float32), rate if counted == len(batch) else None)
-
-    def settle(self) -> None:
-        """Do what is left of the last step."""
-        self._turn(None)
-
-    def _turn(self, rows: FloatMatrix | None) -> list[FloatMatrix]:
-        residual, self._residual = self._residual, None
-        return self.threads.each(lambda part: part.turn(residual, rows), self.parts)
-
-    @property
-    def neurons(self) -> Neurons:
-        """The network on unscaled rows, in float64."""
-        first = np.hstack([part.first for part in self.parts]).astype(np.float64)
-        output = np.vstack([part.output for part in self.parts]).astype(np.float64)
-        return Neurons(np.sqrt(self.unit) * self.root * first, np.sqrt(self.unit) * output)
-
-
-class _Part:
-    """Some of the neurons: both layers and their last steps, in float32; hidden units are kept from turn to turn."""
-
-    def __init__(self, first: Float, output: Float, loss: Loss, decay: float, momentum: float) -> None:
-        self.first, self.output = (np.ascontiguousarray(weight, dtype=np.float32) for weight in (first, output))
-        self.steps = np.zeros_like(self.first), np.zeros_like(self.output)
-        self.ascents: list[FloatMatrix] = []  # of the batch so far, times the learning rate
-        self.loss, self.decay, self.momentum, self.rate = loss, decay, momentum, 1.0
-
-    def turn(self, residual: _Residual | None, rows: FloatMatrix | None) -> FloatMatrix:
-        """Finish the turn before by its residual, then give the outputs of these neurons on new rows."""
-        if residual is not None:
-            self._ascend(residual.rows, residual.dual)
-            if residual.rate is not None:
-                self._move(residual.rate)
-        if rows is None:
-            return np.zeros(0)
-        self.hidden = rows @ self.first
-        np.maximum(self.hidden, 0, out=self.hidden)
-        return self.loss.outputs(self.hidden, self.output)
-
-    def _ascend(self, rows: FloatMatrix, dual: FloatMatrix) -> None:
-        back, by_output = self.loss.pull_back(dual, self.hidden, self.output)
-        back *= self.hidden > 0
-        found = [rows.T @ back, by_output]
-        self.ascents = [a + b for a, b in zip(self.ascents, found, strict=True)] if self.ascents else found
-
-    def _move(self, rate: float) -> None:
-        """A step is ``momentum`` times the last one at the new rate, and the ascent less the weight decay."""
-        kept, decay = np.float32(self.momentum * rate / self.rate), np.float32(rate * self.decay)
-        for weight, step, ascent in zip((self.first, self.output), self.steps, self.ascents, strict=True):
-            step *= kept
-            step += ascent
-            step -= np.multiply(weight, decay, out=ascent)
-            weight += step
-        self.ascents, self.rate = [], rate

@@ -1,0 +1,208 @@
+"""A network in mini-batch gradient descent, in float32, and how its work is dealt out to threads.
+
+Threads meet once a batch. Rows that are kept share wide layers: neurons are dealt out, whose outputs are added up; with
+the residual that follows each finishes the step before, moves its weights, and begins the next. Images share small
+filters, and each has as many rows as it has patches: they are dealt out themselves, and what is added up is the
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from convexbn._typing import Float, FloatMatrix, Index
+from convexbn.environment import Workers
+from convexbn.losses import Loss
+from convexbn.mapped_rows import MappedRows
+from convexbn.solvers.neurons import Neurons
+
+#: Hidden units of images that are formed at a time: 2 MB.
+_HIDDEN_ENTRIES = 1 << 19
+
+
+class Cases:
+    """Rows times ``root`` in float32, and the loss on them.
+
+    Parameters
+    ----------
+    rows : ndarray (n, q), or MappedRows
+    root : float
+    loss : Loss
+    """
+
+    def __init__(self, rows: Float | MappedRows, root: float, loss: Loss) -> None:
+        self.root, self.loss, self.shape = root, loss, (-1, loss.rows_together, rows.shape[1])
+        self._rows = (
+            rows.in_single_precision(root) if isinstance(rows, MappedRows) else (root * rows).astype(np.float32)
+        )
+
+    def rows(self, cases: Index) -> FloatMatrix:
+        """The rows of some cases: one each, or all patches of each image."""
+        if isinstance(self._rows, MappedRows):
+            return self._rows.of_images(cases)
+        return self._rows.reshape(self.shape)[cases].reshape(-1, self.shape[2])
+
+    def pieces(self, cases: Index, width: int) -> Iterator[tuple[Index, FloatMatrix]]:
+        """Some of the cases, so many that their hidden units stay in the cache, and their rows."""
+        at_once = _HIDDEN_ENTRIES // (self.loss.rows_together * width) or 1
+        for part in np.array_split(cases, -(-len(cases) // at_once)):
+            yield part, self.rows(part)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What steps have in common: ``root`` scales the rows, weight decay and momentum are those of the mean loss."""
+
+    root: float
+    weight_decay: float
+    momentum: float
+
+
+class Weights:
+    """Both layers of some neurons and their last steps: ``first`` (q, m), ``output`` (R m, K), region by region."""
+
+    def __init__(self, start: Neurons, loss: Loss, descent: Descent) -> None:
+        share, self._loss, self._descent = float(np.sqrt(loss.of_cases.output_scale)), loss, descent
+        self._share = share  # of the unit of outputs, in either layer
+        self.first = np.ascontiguousarray(start.first / (share * descent.root), dtype=np.float32)
+        self.output = np.ascontiguousarray(loss.by_region(start.output / share), dtype=np.float32)
+        self._steps, self._rate = (np.zeros_like(self.first), np.zeros_like(self.output)), 1.0
+
+    def hidden(self, rows: FloatMatrix) -> FloatMatrix:
+        """Hidden units of rows."""
+        hidden: FloatMatrix = rows @ self.first
+        return np.maximum(hidden, 0, out=hidden)
+
+    def ascent(
+        self, rows: FloatMatrix, hidden: FloatMatrix, pooled: FloatMatrix, dual: FloatMatrix
+    ) -> list[FloatMatrix]:
+        """``<dual, outputs>`` differentiated by both layers."""
+        back = self._loss.unpooled(dual @ self.output.T, hidden)
+        back *= hidden > 0
+        return [rows.T @ back, pooled.T @ dual]
+
+    def move(self, ascents: list[FloatMatrix], rate: float) -> None:
+        """A step is ``momentum`` times the last one at the new rate, and ``rate`` times ascent less weight decay.
+
+        The ascents have the rate in them.
+        """
+        kept = np.float32(self._descent.momentum * rate / self._rate)
+        decay = np.float32(rate * self._descent.weight_decay)
+        for weight, step, ascent in zip((self.first, self.output), self._steps, ascents, strict=True):
+            step *= kept
+            step += ascent
+            step -= np.multiply(weight, decay, out=ascent)
+            weight += step
+        self._rate = rate
+
+    @property
+    def neurons(self) -> Neurons:
+        """The layers on unscaled rows, in float64."""
+        first, output = self.first.astype(np.float64), self._loss.by_neuron(self.output).astype(np.float64)
+        return Neurons(self._share * self._descent.root * first, self._share * output)
+
+
+class DealtNeurons:
+    """The network, its neurons dealt out to threads."""
+
+    def __init__(self, start: Neurons, threads: Workers, loss: Loss, descent: Descent) -> None:
+        self._threads, self._unit = threads, loss.of_cases.output_scale
+        self._residual: _Residual | None = None
+        self._parts = [
+            _Part(Weights(start.chosen(part), loss, descent))
+            for part in np.array_split(np.arange(len(start.output)), threads.count)
+        ]
+
+    def step(self, cases: Cases, batch: Index, rate: float, outputs: Float) -> None:
+        """One step of gradient descent with momentum and weight decay; the outputs before it are written to theirs.
+
+        Its last part is left to the next step, or to ``settle``.
+        """
+        rows, loss = cases.rows(batch), cases.loss
+        outputs[batch] = self._unit * np.array(self._turn(rows)).sum(axis=0, dtype=np.float64)
+        dual = loss.of_rows(batch).negative_gradient(outputs[batch])
+        dual *= rate / (self._unit * float(loss.weights[batch].sum()))
+        self._residual = _Residual(rows, dual.astype(np.float32), rate)
+
+    def settle(self) -> None:
+        """Do what is left of the last step."""
+        self._turn(None)
+
+    @property
+    def neurons(self) -> Neurons:
+        """The network on unscaled rows, in float64."""
+        parts = [part.weights.neurons for part in self._parts]
+        return Neurons(np.hstack([part.first for part in parts]), np.vstack([part.output for part in parts]))
+
+    def _turn(self, rows: FloatMatrix | None) -> list[FloatMatrix]:
+        residual, self._residual = self._residual, None
+        return self._threads.each(lambda part: part.turn(residual, rows), self._parts)
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """What a step is made of: rows, negative gradient in their outputs times the learning rate, and that rate."""
+
+    rows: FloatMatrix
+    dual: FloatMatrix
+    rate: float
+
+
+class _Part:
+    """Some of the neurons; their hidden units are kept from turn to turn."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._hidden: FloatMatrix = np.zeros((0, 0), dtype=np.float32)
+
+    def turn(self, residual: _Residual | None, rows: FloatMatrix | None) -> FloatMatrix:
+        """Finish the turn before by its residual, then give the outputs of these neurons on new rows."""
+        if residual is not None:
+            ascents = self.weights.ascent(residual.rows, self._hidden, self._hidden, residual.dual)
+            self.weights.move(ascents, residual.rate)
+        if rows is None:
+            return np.zeros(0)
+        self._hidden = self.weights.hidden(rows)
+        outputs: FloatMatrix = self._hidden @ self.weights.output
+        return outputs
+
+
+class DealtImages:
+    """The network, the images of each batch dealt out to threads."""
+
+    def __init__(self, start: Neurons, threads: Workers, loss: Loss, descent: Descent) -> None:
+        self._threads, self._unit, self._width = threads, loss.of_cases.output_scale, len(start.output)
+        self._weights = Weights(start, loss, descent)
+
+    def step(self, cases: Cases, batch: Index, rate: float, outputs: Float) -> None:
+        """One step of gradient descent with momentum and weight decay; the outputs before it are written to theirs."""
+        scale = rate / (self._unit * float(cases.loss.of_cases.weights[batch].sum()))
+        shares = np.array_split(batch, min(self._threads.count, len(batch)))
+        found = self._threads.each(lambda share: self._ascents(cases, share, scale, outputs), shares)
+        self._weights.move([np.sum(parts, axis=0) for parts in zip(*found, strict=True)], rate)
+
+    def settle(self) -> None:
+        """Nothing is left of a step."""
+
+    @property
+    def neurons(self) -> Neurons:
+        """The network on unscaled rows, in float64."""
+        return self._weights.neurons
+
+    def _ascents(self, cases: Cases, share: Index, scale: float, outputs: Float) -> list[FloatMatrix]:
+        """Gradients of some images, a few at a time."""
+        loss, weights = cases.loss, self._weights
+        ascents: list[FloatMatrix] = [np.zeros_like(weights.first), np.zeros_like(weights.output)]
+        for part, rows in cases.pieces(share, self._width):
+            hidden = weights.hidden(rows)
+            pooled = loss.pooled(hidden)
+            outputs[part] = self._unit * (pooled @ weights.output).astype(np.float64)
+            dual = scale * loss.of_cases.of_rows(part).negative_gradient(outputs[part])
+            for total, ascent in zip(
+                ascents, weights.ascent(rows, hidden, pooled, dual.astype(np.float32)), strict=True
+            ):
+                total += ascent
+        return ascents
