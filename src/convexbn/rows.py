@@ -12,8 +12,8 @@ import numpy as np
 
 from convexbn._typing import Float, FloatMatrix, Index
 
-#: Rows hashed at once.
-_BLOCK = 4096
+#: Rows read at once, and entries that are hashed at once: 1 MB, which stays in the cache.
+_BLOCK, _HASHED_ENTRIES = 4096, 1 << 17
 
 
 def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, Index]:
@@ -31,9 +31,11 @@ def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, In
     hashes = _row_hashes(*keys)
     order = np.argsort(hashes, kind="stable") if ties is None else np.lexsort((ties, hashes))
     changed = np.ones(len(order), dtype=bool)
-    for start in range(1, len(order), _BLOCK):
-        here, before = order[start : start + _BLOCK], order[start - 1 : start + _BLOCK - 1][: len(order) - start]
-        changed[start : start + _BLOCK] = np.any([(key[here] != key[before]).any(axis=1) for key in keys], axis=0)
+    alike = 1 + np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    for start in range(0, len(alike), _BLOCK):
+        places = alike[start : start + _BLOCK]
+        here, before = order[places], order[places - 1]
+        changed[places] = np.any([(key[here] != key[before]).any(axis=1) for key in keys], axis=0)
     return order, np.flatnonzero(changed)
 
 
@@ -77,11 +79,12 @@ def _row_hashes(*keys: FloatMatrix) -> np.ndarray:
     """One 64-bit hash a row of all keys, exact integer arithmetic: independent of order, blocks, threads and types."""
     width, n = sum(key.shape[1] for key in keys), len(keys[0])
     odd = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) * 2 + 1
-    hashes = np.empty(n, dtype=np.uint64)
-    for start in range(0, n, _BLOCK):
-        stacked = np.hstack([np.asarray(key[start : start + _BLOCK], dtype=np.float64) for key in keys])
-        block = np.ascontiguousarray(stacked).view(np.uint64)
-        mixed = (block ^ (block >> np.uint64(32))) * odd
+    hashes, size = np.empty(n, dtype=np.uint64), max(1, _HASHED_ENTRIES // max(width, 1))
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        mixed = np.hstack([np.asarray(key[part], dtype=np.float64) for key in keys]).view(np.uint64)
+        mixed ^= mixed >> np.uint64(32)
+        mixed *= odd
         mixed ^= mixed >> np.uint64(29)
-        hashes[start : start + _BLOCK] = mixed.sum(axis=1, dtype=np.uint64)
+        hashes[part] = mixed.sum(axis=1, dtype=np.uint64)
     return hashes
