@@ -480,3 +480,16 @@ def test_certificate_of_blocks_is_the_value_of_the_program():
     value = 0.5 * np.sum((outputs - program.loss.targets) ** 2)
     expected = value + program.weight_decay * np.linalg.norm(solution.blocks, axis=(1, 2)).sum()
     assert proof.objective == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("kind", list(LOSSES))
+@pytest.mark.parametrize("size", [1e-9, 1e-2, 1.0])
+def test_a_loss_moves_at_most_by_its_bound(kind, size):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        outputs, weights = 3 * rng.standard_normal((8, 3)), rng.uniform(0.1, 4, 8)
+        loss = LOSSES[kind](targets_for(kind, 8, 3, rng), weights)
+        step = size * rng.standard_normal((8, 3))
+        moved = abs(loss.value(outputs + step) - loss.value(outputs))
+        distance = np.linalg.norm(np.sqrt(weights)[:, None] * step)
+        assert moved <= certificate._loss_moves_at_most(loss, outputs, distance) + 1e-13 * loss.value(outputs)

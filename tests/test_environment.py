@@ -1,0 +1,37 @@
+"""Work that threads share: results in order, BLAS as it was before."""
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+from convexbn.environment import dealt, workers
+
+
+def blas_threads():
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_dealt_work_comes_back_in_order_with_one_blas_thread(count):
+    before, seen = blas_threads(), []
+
+    def work(i):
+        seen.append(blas_threads())
+        return i * i
+
+    assert list(dealt(work, range(count))) == [i * i for i in range(count)]
+    assert blas_threads() == before
+    assert count < 2 or all(threads == {1} for threads in seen)
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    before = blas_threads()
+    with pytest.raises(ZeroDivisionError):
+        list(dealt(lambda i: 1 // i, [2, 1, 0, 3]))
+    assert blas_threads() == before
+
+
+def test_workers_take_every_item():
+    with workers() as threads:
+        assert threads.each(lambda i: i + 1, list(range(5))) == [1, 2, 3, 4, 5]
+        assert np.array_equal(threads.each(np.sum, [np.ones(3), np.ones(4)]), [3, 4])
