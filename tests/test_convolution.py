@@ -190,6 +190,17 @@ def test_channels_may_come_first():
     assert Convolution(2, channels="first").for_inputs(X).input_shape == (3, 6, 5)
 
 
+@pytest.mark.parametrize("grid", [(2, 2), (2, 1), (3, 3)])  # cells, and regions that overlap
+def test_the_first_of_equal_maxima_has_the_gradient(grid):
+    pooling, rng = Pooling("max", (4, 4), grid), np.random.default_rng(0)
+    hidden, gradient = rng.integers(0, 2, (6 * 16, 3)).astype(float), rng.standard_normal((6, pooling.n_regions, 3))
+    expected = np.zeros((6, 16, 3))
+    for i, r, j in np.ndindex(gradient.shape):
+        inside = np.flatnonzero(pooling.members[r])
+        expected[i, inside[hidden.reshape(6, 16, 3)[i, inside, j].argmax()], j] += gradient[i, r, j]
+    np.testing.assert_allclose(pooling.unpool(gradient, hidden), expected.reshape(hidden.shape), rtol=1e-14)
+
+
 @pytest.mark.parametrize("grid", [(7, 7), (3, 2), (2, 2), (14, 14), (1, 7)])
 def test_averages_are_the_matrix_of_the_pooling(grid):
     pooling, rng = Pooling("average", (14, 14), grid), np.random.default_rng(0)

@@ -93,9 +93,14 @@ class Pooling:
         images = self._by_image(hidden)
         if self.flattened:
             return images
+        if self._divides:
+            cells = self._in_cells(images)
+            total: FloatMatrix = cells.sum(axis=(2, 4)) if self.linear else cells.max(axis=(2, 4))
+            total = total / self._cell_size if self.linear else total
+            return total.reshape(len(images), self.n_regions, hidden.shape[1])
         if self.linear:
-            pooled: FloatMatrix = self._averages(images) if self._divides else self.matrix.astype(hidden.dtype) @ images
-            return pooled
+            averages: FloatMatrix = self.matrix.astype(hidden.dtype) @ images
+            return averages
         return np.stack([images[:, inside].max(axis=1) for inside in self.members], axis=1)
 
     def unpool(self, pooled: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
@@ -105,15 +110,16 @@ class Pooling:
         """
         if self.flattened:
             return pooled.reshape(hidden.shape)
-        if self.linear and self._divides:
-            down, across = self._cells
-            cells = pooled.reshape(len(pooled), self.grid[0], 1, self.grid[1], 1, -1) / (down * across)
-            shape = (len(pooled), self.grid[0], down, self.grid[1], across, hidden.shape[1])
-            return np.broadcast_to(cells, shape).reshape(hidden.shape)
+        images = self._by_image(hidden)
+        if self._divides:
+            cells = self._in_cells(images)
+            by_cell = pooled.reshape(len(pooled), self.grid[0], 1, self.grid[1], 1, hidden.shape[1])
+            if self.linear:
+                return np.broadcast_to(by_cell / self._cell_size, cells.shape).reshape(hidden.shape)
+            return _to_the_first(by_cell, cells).reshape(hidden.shape)
         if self.linear:
             spread: FloatMatrix = self.matrix.T.astype(hidden.dtype) @ pooled
             return spread.reshape(hidden.shape)
-        images = self._by_image(hidden)
         gradient = np.zeros_like(images)
         for r, inside in enumerate(self.members):
             places = np.flatnonzero(inside)[images[:, inside].argmax(axis=1)][:, None]
@@ -154,27 +160,35 @@ class Pooling:
         grouped: Float = np.einsum("rs,nc->nrsc", np.eye(R), dual).reshape(n * R, R * K)
         return grouped
 
-    @property
-    def _cells(self) -> tuple[int, int]:
-        """Locations of a region down and across, where the grid divides them."""
-        return self.locations[0] // self.grid[0], self.locations[1] // self.grid[1]
-
     @functools.cached_property
     def _divides(self) -> bool:
-        """Whether the regions are equal cells, which do not overlap: sums beat a product."""
+        """Whether the regions are equal cells, which do not overlap."""
         return all(size % parts == 0 for size, parts in zip(self.locations, self.grid, strict=True))
 
-    def _averages(self, images: FloatMatrix) -> FloatMatrix:
-        """Means over equal cells: (n, Kp, m) -> (n, R, m)."""
-        down, across = self._cells
-        cells = images.reshape(len(images), self.grid[0], down, self.grid[1], across, images.shape[2])
-        averages: FloatMatrix = cells.sum(axis=(2, 4)).reshape(len(images), self.n_regions, images.shape[2])
-        averages /= down * across
-        return averages
+    @property
+    def _cell_size(self) -> int:
+        """Locations of a cell."""
+        return self.n_locations // self.n_regions
+
+    def _in_cells(self, images: FloatMatrix) -> FloatMatrix:
+        """Images (n, Kp, m) in equal cells: (n, cells down, rows of a cell, cells across, columns of a cell, m)."""
+        down, across = (size // parts for size, parts in zip(self.locations, self.grid, strict=True))
+        return images.reshape(len(images), self.grid[0], down, self.grid[1], across, images.shape[2])
 
     def _by_image(self, rows: FloatMatrix) -> FloatMatrix:
         """Rows (n Kp, m) of images, image by image: (n, Kp, m)."""
         return rows.reshape(len(rows) // self.n_locations, self.n_locations, rows.shape[1])
+
+
+def _to_the_first(pooled: FloatMatrix, cells: FloatMatrix) -> FloatMatrix:
+    """Gradients of maxima at the first place in each cell that attains it, zero elsewhere."""
+    gradient, top = np.empty_like(cells), cells.max(axis=(2, 4))
+    still = np.ones(top.shape, dtype=bool)
+    for i, j in np.ndindex(cells.shape[2], cells.shape[4]):
+        first = (cells[:, :, i, :, j] == top) & still
+        still &= ~first
+        np.multiply(pooled[:, :, 0, :, 0], first, out=gradient[:, :, i, :, j])
+    return gradient
 
 
 def _intervals(size: int, parts: int) -> Bool:

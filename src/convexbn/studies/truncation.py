@@ -30,6 +30,9 @@ _METHODS = {
 #: Rows up to which the convex program is the gated one, with a certified gap; beyond, ReLU descent on whitened rows.
 _GATED_ROWS = 2000
 
+#: Seconds that ReLU descent and the search for a bound after it may take; the descent takes a fraction.
+_RELU_SECONDS = 60
+
 #: Passes of SGD over the data: few and many.
 _EPOCHS = {200: (20, 40), 600: (40, 80), 2000: (15, 30), 10_000: (6, 12)}
 _EPOCHS_OF_ALL = (8, 16)
@@ -135,7 +138,7 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
         "filtered": _tries(given, (0.1, 0.3, 0.03, 1.0) if gated else (0.05, 0.1), decays[:2]),
     }
     shared: dict[str, Any] = {"random_state": given["seed"], "tol": 1e-3}
-    shared |= {"n_gates": 60} if gated else {"activation": "relu", "width": 300, "time_limit": 200}
+    shared |= {"n_gates": 60} if gated else {"activation": "relu", "width": 300, "time_limit": _RELU_SECONDS}
     for one, other in settings[given["method"]]:
         decay = np.sqrt(len(X)) * (one if given["method"] == "convex" else other)
         rank = one if given["method"] == "truncated" else None
