@@ -167,3 +167,16 @@ def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):
     assert np.allclose(in_blocks.first, at_once.first, rtol=1e-6, atol=1e-9)
     outputs, parts = case_outputs(rows, loss, at_once), (slice(0, 300), slice(300, 700))
     assert sum(loss.of_rows(part).value(outputs[part]) for part in parts) <= loss.value(outputs)
+
+
+@pytest.mark.parametrize("kind", [0, 4])
+def test_a_descent_that_diverges_begins_again_slower(kind):
+    rows, loss = list(losses())[kind]
+    rate = {"learning_rate": 1e6} if kind == 4 else {"learning_rate": 1e6, "momentum": 1e5}
+    rng = np.random.default_rng(0)
+    start = random_start(rng.standard_normal((rows.shape[1], 20)), loss, rng)
+    with np.errstate(all="ignore"):
+        *_, (found, value) = StochasticPhase(epochs=5, **rate).run(rows, loss, 1.0, start, rng)
+        assert value <= 10 * loss.value(np.zeros_like(loss.targets)) and np.isfinite(found.masses).all()
+        late = list(StochasticPhase(epochs=5, **rate).run(rows, loss, 1.0, start, rng, time.monotonic()))
+    assert len(late) <= 1

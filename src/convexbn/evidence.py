@@ -37,6 +37,9 @@ _SPREAD_ENTRIES = 1 << 24
 #: Entries from which on it takes few starts and no steps beyond the fixed point, which is still some seconds.
 _MANY_ENTRIES = 1 << 20
 
+#: Steps beyond the fixed point, and entries up to which all are taken; on more the search would take minutes.
+_ROUNDS, _ROUNDS_ENTRIES = 30, 1 << 18
+
 
 class Evidence(NamedTuple):
     """A dual point with a valid upper bound of its dual norm, rounding included, and where that comes from."""
@@ -124,7 +127,7 @@ class AllPatterns:
 
     def _local_maxima(self, V: Float) -> tuple[Float, Float]:
         many = self.rows.size > _MANY_ENTRIES
-        starts, rounds = (30, 0) if many else (300, 30)
+        starts, rounds = (30, 0) if many else (300, min(_ROUNDS, _ROUNDS * _ROUNDS_ENTRIES // self.rows.size))
         rng = np.random.default_rng(0)
         spread = self.loss.spread(V)
         return bounds.local_maxima(spread, self._A, starts, rng, initial=self.directions, rounds=rounds)

@@ -36,6 +36,10 @@ from convexbn.solvers.neurons import Neurons
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
 
+#: Loss of an epoch relative to that of outputs of zero from which on it counts as diverged, and what the learning rate
+#: is then divided by.
+_DIVERGED, _SLOWER = 10.0, 4.0
+
 #: Rows that show how large the hidden layer is, the fewest images, and the share taken of the learning rate that is
 #: stable there, which is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
 _SAMPLE, _FEWEST, _STABLE = 1000, 50, 1.0
@@ -73,27 +77,48 @@ class StochasticPhase:
         """Train given neurons; yields the network after each epoch and the loss on its way.
 
         With a ``deadline``, a ``time.monotonic()``, the learning rate falls as fast as it needs to be there in time.
+        Where it diverges all begins again at a smaller learning rate.
         """
-        n, root = len(loss.of_cases.targets), float(np.sqrt(loss.weights.sum()))
-        clock = _Clock(self.epochs * -(-n // self.batch_size), deadline)
+        cases, root = loss.of_cases, float(np.sqrt(loss.weights.sum()))
+        decay = weight_decay * root / float(cases.weights.sum()) / cases.output_scale
+        descent = Descent(root, decay, self.momentum)
+        dealt = DealtNeurons if loss.rows_together == 1 else DealtImages
         with workers() as threads:
-            cases = Cases(rows, root, loss)
-            largest = self._largest_rate(cases, start, rng)
-            decay = weight_decay * root / float(loss.of_cases.weights.sum()) / loss.of_cases.output_scale
-            dealt = DealtNeurons if loss.rows_together == 1 else DealtImages
-            layers = dealt(start, threads, loss, Descent(root, decay, self.momentum))
-            outputs = np.zeros_like(loss.of_cases.targets)
-            for _ in range(self.epochs):
-                order, seen = rng.permutation(n), 0
-                while seen < n and clock.done < 1:
-                    batch = order[seen : seen + self.batch_size]
-                    layers.step(cases, batch, largest * shape(clock.tick()), outputs)
-                    seen += len(batch)
-                layers.settle()
-                value = loss.of_cases.of_rows(order[:seen]).value(outputs[order[:seen]])
-                yield layers.neurons, value + loss.of_cases.constant
-                if clock.done >= 1:
+            scaled, most = Cases(rows, root, loss), _DIVERGED * cases.value(np.zeros_like(cases.targets))
+            largest, late = self._largest_rate(scaled, start, rng), False
+            while not late:
+                clock = _Clock(self.epochs * -(-len(cases.targets) // self.batch_size), deadline)
+                for neurons, value in self._epochs(dealt(start, threads, loss, descent), scaled, largest, clock, rng):
+                    late = clock.late
+                    if not (value <= most and np.isfinite(neurons.masses).all()):
+                        largest /= _SLOWER
+                        break
+                    yield neurons, value
+                else:
                     return
+
+    def _epochs(
+        self,
+        layers: DealtNeurons | DealtImages,
+        cases: Cases,
+        largest: float,
+        clock: _Clock,
+        rng: np.random.Generator,
+    ) -> Iterator[tuple[Neurons, float]]:
+        """The network after each epoch and the loss on its way, at a largest learning rate."""
+        loss = cases.loss.of_cases
+        outputs = np.zeros_like(loss.targets)
+        for _ in range(self.epochs):
+            order, seen = rng.permutation(len(outputs)), 0
+            while seen < len(outputs) and clock.done < 1:
+                batch = order[seen : seen + self.batch_size]
+                layers.step(cases, batch, largest * shape(clock.tick()), outputs)
+                seen += len(batch)
+            layers.settle()
+            value = loss.of_rows(order[:seen]).value(outputs[order[:seen]])
+            yield layers.neurons, value + loss.constant
+            if clock.done >= 1:
+                return
 
     def _largest_rate(self, cases: Cases, start: Neurons, rng: np.random.Generator) -> float:
         """The learning rate, or where the loss is nearly quadratic what is stable for the hidden layer."""
@@ -137,6 +162,11 @@ class _Clock:
             self.done = max(self.done, min(spent, 1.0))
         self._ticks += 1
         return self.done
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
 
 def _largest_square(hidden: FloatMatrix) -> float:
