@@ -32,14 +32,14 @@ CIFAR = {"kernel_size": 6, "stride": 2, "padding": 0, "regions": 3}
 
 TASKS = {
     # a ReLU network on whitened patches
-    "fashion": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 300, "epochs": 10},
-    "cifar": {"data": "cifar", "layer": CIFAR, "decay": 1e-3, "width": 600, "epochs": 6, "rank": 80, "filter": 0.02},
+    "fashion": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 300, "epochs": 8, "filter": 0.1},
+    "cifar": {"data": "cifar", "layer": CIFAR, "decay": 3e-4, "width": 300, "epochs": 10, "rank": 80, "filter": 0.02},
     # gated networks, certified for their gates
     "fashion-gated": {"data": "fashion", "layer": FASHION | {"stride": 4, "regions": 4}, "gates": 30, "rank": 12},
     "cifar-gated": {"data": "cifar", "layer": CIFAR | {"stride": 4}, "gates": 30, "rank": 30},
-    # batch norm in torch on raw pixels, the same shape, for the time of ours
-    "fashion-torch": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 300, "rate": 0.1, "time": 180},
-    "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 600, "rate": 0.1, "time": 300},
+    # batch norm in torch on raw pixels, the same shape, for the CPU time of ours
+    "fashion-torch": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 300, "rate": 0.1, "time": 240},
+    "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 300, "rate": 0.1, "time": 300},
 }
 
 #: What whitening, truncation and pooling do, at the settings of the first tasks but for one.
@@ -138,7 +138,7 @@ def gated_fit(settings, shape, X, y, X_test, y_test, seed):
 
 
 def torch_fit(settings, shape, X, y, X_test, y_test, seed):
-    """Conv2d, BatchNorm2d, ReLU, pooling, Linear by SGD with momentum on raw pixels for ``time`` seconds."""
+    """Conv2d, BatchNorm2d, ReLU, pooling, Linear by SGD with momentum on raw pixels for ``time`` CPU seconds."""
     import numpy as np
     import torch
 
@@ -152,14 +152,14 @@ def torch_fit(settings, shape, X, y, X_test, y_test, seed):
         torch.nn.Linear(m * layer.pool.n_regions, 10),
     )  # fmt: skip
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0, momentum=0.9, weight_decay=settings["decay"])
-    started, limit, epochs, rng = time.perf_counter(), settings["time"], 0, np.random.default_rng(seed)
+    started, limit, epochs, rng = time.process_time(), settings["time"], 0, np.random.default_rng(seed)
 
     def tensor(rows):
         return torch.tensor(rows.reshape(-1, *shape)).permute(0, 3, 1, 2).float() / 255
 
-    while (spent := time.perf_counter() - started) < limit:
+    while (spent := time.process_time() - started) < limit:
         for part in np.array_split(rng.permutation(len(X)), max(1, len(X) // 100)):
-            done = min((time.perf_counter() - started) / limit, 1.0)
+            done = min((time.process_time() - started) / limit, 1.0)
             rate = min(done / 0.25, 0.5 * (1 + np.cos(np.pi * max(done - 0.25, 0) / 0.75)))
             optimizer.param_groups[0]["lr"] = settings["rate"] * max(rate, 1e-3)
             optimizer.zero_grad()
@@ -170,7 +170,7 @@ def torch_fit(settings, shape, X, y, X_test, y_test, seed):
     with torch.no_grad():
         parts = [module(tensor(X_test[i : i + 500])).argmax(1).numpy() for i in range(0, len(X_test), 500)]
     return {
-        "training seconds": spent,
+        "training CPU seconds": spent,
         "test accuracy": float(np.mean(np.concatenate(parts) == y_test)),
         "iterations": epochs,
     }

@@ -49,7 +49,7 @@ PRICING_ENTRIES = 1 << 20
 GATES_DESCENT, GATES_ROWS = StochasticPhase(epochs=8, learning_rate=0.2), 250_000
 
 #: The descent on images: one is as many patches, which agree on a class.
-IMAGES_DESCENT = StochasticPhase(batch_size=100, learning_rate=0.4)
+IMAGES_DESCENT = StochasticPhase(batch_size=100)
 
 #: Share of a time limit that the ReLU solver may take before the proof begins.
 SOLVER_SHARE = 0.5
