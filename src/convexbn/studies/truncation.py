@@ -5,6 +5,7 @@ Every method has the same number of tries, chosen among by their accuracy on 2,0
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -127,7 +128,9 @@ def _tries(given: Any, first: tuple[Any, ...], second: tuple[Any, ...]) -> list[
 
 def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]:
     """Weight decays, and ranks or filters, of one certified program or of ReLU descent."""
-    from convexbn import ConvexBNClassifier, fit_path
+    from convexbn import ConvexBNClassifier
+    from convexbn.path.regularisation import RegularisationPath
+    from convexbn.path.rows import PathData
 
     (X, y), validation, test = rows
     gated = len(X) <= _GATED_ROWS
@@ -139,16 +142,23 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
     }
     shared: dict[str, Any] = {"random_state": given["seed"], "tol": 1e-3}
     shared |= {"n_gates": 60} if gated else {"activation": "relu", "width": 300, "time_limit": _RELU_SECONDS}
+    whitened: dict[Any, PathData] = {}
     for one, other in settings[given["method"]]:
         decay = np.sqrt(len(X)) * (one if given["method"] == "convex" else other)
         rank = one if given["method"] == "truncated" else None
         tau = one if given["method"] == "filtered" else None
         model = ConvexBNClassifier(spectral_filter=tau, **shared)
-        path = fit_path(model, X, y, weight_decays=[float(decay)], ranks=[rank], validation=validation)
-        (point,) = list(path)
+        if (rank, tau) not in whitened:
+            whitened = {(rank, tau): PathData.of(model, [rank], X, y, None)}
+        score = functools.partial(_score, validation)
+        (point,) = RegularisationPath(model, whitened[rank, tau], [float(decay)], [rank], score=score)
         yield _Try(
             _told(decay, rank, tau, point), float(point.score or 0), point.model.score(*test), _energies(point, X)
         )
+
+
+def _score(rows: tuple[FloatMatrix, np.ndarray], model: Any) -> float:
+    return float(model.score(*rows))
 
 
 def _told(decay: float, rank: Any, tau: float | None, point: Any) -> str:
