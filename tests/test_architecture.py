@@ -22,7 +22,7 @@ LAYERS = [
     ["gram_basis", "mapped_rows"],
     ["whitening", "losses"],
     ["responses", "pooled_loss"],
-    ["patterns", "rows", "arrangement", "realisation"],
+    ["patterns", "rows", "arrangement", "realisation", "relu_outputs"],
     ["program"],
     ["pooled_program", "bounds"],
     ["evidence", "verdict"],

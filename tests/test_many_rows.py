@@ -5,10 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, relu_outputs, training
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.output_bias import WithOutputBias
-from convexbn.solvers import neurons
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing
@@ -162,7 +161,7 @@ def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):
     loss = WithOutputBias.of(CrossEntropyLoss(labels, rng.uniform(0.5, 2, 700)), 0.1)
     start = Neurons(rng.standard_normal((4, 6)), rng.standard_normal((6, 3)))
     at_once = local_phase(rows, loss, 1.0, start, max_iter=5)
-    monkeypatch.setattr(neurons, "_BLOCK_ENTRIES", 6 * 256)
+    monkeypatch.setattr(relu_outputs, "_BLOCK_ENTRIES", 6 * 256)
     in_blocks = local_phase(rows, loss, 1.0, start, max_iter=5)
     assert np.allclose(in_blocks.first, at_once.first, rtol=1e-6, atol=1e-9)
     outputs, parts = case_outputs(rows, loss, at_once), (slice(0, 300), slice(300, 700))

@@ -19,8 +19,8 @@ from convexbn.mapped_rows import MappedRows
 from convexbn.patterns import distinct_gates, gate_patterns
 from convexbn.pooled_loss import PooledLoss
 from convexbn.program import GatedProgram
+from convexbn.relu_outputs import relu_outputs
 from convexbn.responses import Responses
-from convexbn.solvers.neurons import Neurons, case_outputs
 from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -255,7 +255,7 @@ def certify_relu(
     lengths[lengths == 0] = 1.0  # a direction on which the rows do not vary still has its scale
     directions = np.vstack([gamma * coordinates, shift]).T
     prover = AllPatterns(loss, rows, weight_decay, directions, tolerance, deadline)
-    outputs = case_outputs(responses.rows, loss, Neurons(_first_layer(responses, gamma, shift), output))
+    outputs = relu_outputs(responses.rows, loss, _first_layer(responses, gamma, shift), output)
     proof = judge(
         loss.of_cases,
         outputs,
@@ -275,7 +275,7 @@ def certify_relu(
     apart = loss.hidden_norm * float(np.hypot(scale - gamma, constant - shift) @ np.linalg.norm(output, axis=1))
     if _loss_moves_at_most(loss.of_cases, outputs, apart) <= _allowed(proof):
         return proof
-    stored = case_outputs(responses.rows, loss, Neurons(_first_layer(responses, scale, constant), output))
+    stored = relu_outputs(responses.rows, loss, _first_layer(responses, scale, constant), output)
     return _with_statistics(proof, loss.of_cases, stored, weight_decay, _plain_penalty(gamma, shift, output))
 
 

@@ -18,7 +18,8 @@ import scipy.optimize
 from convexbn._typing import Float, FloatMatrix
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
-from convexbn.solvers.neurons import Neurons, case_outputs, row_blocks
+from convexbn.relu_outputs import row_blocks
+from convexbn.solvers.neurons import Neurons, case_outputs
 
 
 def local_phase(

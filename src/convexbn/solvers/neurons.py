@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from convexbn._typing import Bool, Float, FloatMatrix, Index
-from convexbn.environment import dealt
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
+from convexbn.relu_outputs import relu_outputs, row_blocks
 
 #: Directions closer than this (cosine) with equal outputs are one neuron.
 _SAME = 1 - 1e-4
 
 #: Mass relative to the largest below which a neuron is dropped.
 _NEGLIGIBLE = 1e-5
-
-#: Entries of the hidden layer that are formed at a time: 4 MB in float64.
-_BLOCK_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -62,22 +58,8 @@ def network_outputs(rows: FloatMatrix, neurons: Neurons) -> Float:
 
 
 def case_outputs(rows: FloatMatrix | MappedRows, loss: Loss, neurons: Neurons) -> Float:
-    """What the terms of the loss see of the network on the rows, in float64, in blocks of rows that threads share."""
-    first, output = (weight.astype(rows.dtype, copy=False) for weight in (neurons.first, neurons.output))
-
-    def outputs(part: slice) -> FloatMatrix:
-        hidden: FloatMatrix = rows[part] @ first
-        return loss.outputs(np.maximum(hidden, 0, out=hidden), output)
-
-    parts = row_blocks(len(rows), len(output), loss.rows_together)
-    return np.concatenate(list(dealt(outputs, parts))).astype(np.float64, copy=False)
-
-
-def row_blocks(n: int, width: int, together: int = 1) -> Iterator[slice]:
-    """Slices of the rows, such that a hidden layer of this width is of bounded size; ``together`` stay in one."""
-    size = -(-max(256, _BLOCK_ENTRIES // max(width, 1)) // together) * together
-    for start in range(0, n, size):
-        yield slice(start, start + size)
+    """What the terms of the loss see of the network on the rows, in float64."""
+    return relu_outputs(rows, loss, neurons.first, neurons.output)
 
 
 def merge(neurons: Neurons) -> Neurons:
