@@ -11,11 +11,13 @@ step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the ne
 rows; one that is trained with the statistics of each batch has their noise besides.
 
 Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
-their hidden units, which are written and read five times, stay in the cache.
+their hidden units, which are written and read five times, stay in the cache. What threads share is said in
+``minibatch_layers``.
 
 On two cores with 158 GFLOP/s in float32 a step of 250 rows in 201 directions runs at 74 (1000 neurons) to 91 GFLOP/s
-(2000). On one core with 93, images of 196 patches run at 45 (109 directions, 600 filters, 3 x 3 regions; their two
-products alone at 63) and at 19 (50, 300, 7 x 7; 55), where pooling takes the rest (``benchmarks/convolution.py``).
+(2000). On one core with 93, images of 196 patches run at 47 (109 directions, 300 filters, 3 x 3 regions; their two
+products alone at 70) and at 33 (50, 200, 7 x 7; 60): what is left is made of patches, rectifiers and pooling
+(``benchmarks/convolution.py kernel``).
 """
 
 from __future__ import annotations

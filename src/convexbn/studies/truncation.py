@@ -310,7 +310,7 @@ STUDY = Study(
         "means of two draws on 600 rows, one draw beyond."
     ),
     needs=("torch",),
-    minutes=(0.3, 40),
+    minutes=(0.3, 100),
     cells=cells,
     run=run,
     findings=findings,
