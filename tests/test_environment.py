@@ -35,3 +35,9 @@ def test_workers_take_every_item():
     with workers() as threads:
         assert threads.each(lambda i: i + 1, list(range(5))) == [1, 2, 3, 4, 5]
         assert np.array_equal(threads.each(np.sum, [np.ones(3), np.ones(4)]), [3, 4])
+
+
+def test_threads_have_the_flags_of_the_caller():
+    with np.errstate(over="ignore", divide="raise"), workers() as threads:
+        flags = threads.each(lambda _: np.geterr(), range(4))
+    assert all(one == flags[0] for one in flags) and flags[0]["divide"] == "raise"

@@ -38,8 +38,17 @@ class Workers:
         self._pool, self.count = pool, count
 
     def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of ``work`` on the items, in their order; the caller's thread takes the first."""
-        rest = [self._pool.submit(work, item) for item in items[1:]]
+        """Results of ``work`` on the items, in their order; the caller's thread takes the first.
+
+        Floating-point flags are those of the caller in all threads.
+        """
+        flags = np.geterr()
+
+        def with_flags(item: Item) -> Result:
+            with np.errstate(**flags):
+                return work(item)
+
+        rest = [self._pool.submit(with_flags, item) for item in items[1:]]
         return [work(items[0]), *(future.result() for future in rest)]
 
 
