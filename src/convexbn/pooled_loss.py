@@ -75,8 +75,7 @@ class PooledLoss(Loss):
 
     def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
         """The way back: (R m, K) as (m, R K)."""
-        R, K = self.pooling.n_regions, regional.shape[1]
-        return regional.reshape(R, len(regional) // R, K).transpose(1, 0, 2).reshape(len(regional) // R, R * K)
+        return self.pooling.by_neuron(regional)
 
     def spread(self, dual: Float) -> Float:
         """``T'V`` on the rows; for max pooling ``V`` on the groups."""

@@ -138,6 +138,11 @@ class Pooling:
         m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
         return output.reshape(m, R, K).transpose(1, 0, 2).reshape(R * m, K)
 
+    def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
+        """The way back: (R m, K) as (m, R K)."""
+        m, R, K = len(regional) // self.n_regions, self.n_regions, regional.shape[1]
+        return regional.reshape(R, m, K).transpose(1, 0, 2).reshape(m, R * K)
+
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
         """``F_i = sum_r sum_k T_rk G_(ik),r`` of outputs (n Kp, R K) of the rows: (n, K)."""
         images = outputs.reshape(-1, self.n_locations, self.n_regions, outputs.shape[1] // self.n_regions)
