@@ -306,9 +306,9 @@ STUDY = Study(
         "the filter and the weight decay are chosen on 2,000 validation images, and so are SGD's learning rate, decay"
         " and epochs, with the same number of tries for all methods: eight up to 2,000 rows, four on 10,000, two on "
         "all. Up to 2,000 rows the convex program has 60 gates and is certified to 1e-3; beyond, it is the ReLU "
-        "network of width 300 that descent on whitened rows trains within 21 seconds on a shared core, which is not certified: "
-        "on all rows, and on 10,000 of CIFAR-10, that is less than its 20 passes for all directions and for the filter, so "
-        "that what truncation is worth there is partly a shorter training. SGD: one hidden layer of "
+        "network of width 300 that descent on whitened rows trains within 21 seconds on a shared core, which is not "
+        "certified: on all rows, and on 10,000 of CIFAR-10, that is less than its 20 passes for all directions and for "
+        "the filter, so that what truncation is worth there is partly a shorter training. SGD: one hidden layer of "
         "200 neurons, batches of 100, momentum 0.9, squared loss on one-hot targets. Raw pixels, no augmentation; "
         "means of two draws on 600 rows, one draw beyond."
     ),
