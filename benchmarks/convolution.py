@@ -70,9 +70,19 @@ def images_of(name, folder, count, validate):
     return shape, data.X[train], data.y[train], *test
 
 
+def with_mirror_images(X, y, shape):
+    """Every image and what a mirror shows, left and right exchanged."""
+    import numpy as np
+
+    mirrored = X.reshape(-1, *shape)[:, :, ::-1].reshape(X.shape)
+    return np.concatenate([X, mirrored]), np.concatenate([y, y])
+
+
 def run(settings, seed, folder, count, validate):
     """One run; the figures."""
     shape, X, y, X_test, y_test = images_of(settings["data"], folder, count, validate)
+    if settings.get("mirror"):
+        X, y = with_mirror_images(X, y, shape)
     fit = torch_fit if "rate" in settings else gated_fit if "gates" in settings else relu_fit
     found = fit(settings, shape, X, y, X_test, y_test, seed)
     return found | {
