@@ -70,13 +70,13 @@ def relu(seed, folder):
 
 
 def relu_cifar(seed, folder):
-    """CIFAR-10, a ReLU network on 200 directions; decay, rank and width by validation."""
-    return relu_fit(cifar(), seed, decay=4e-3, rank=200, width=3000, max_iter=20)
+    """CIFAR-10, a ReLU network on 200 filtered directions; decay, rank, filter and width by validation."""
+    return relu_fit(cifar(), seed, decay=3e-3, rank=200, spectral_filter=0.03, width=2000, max_iter=15)
 
 
 def relu_cifar_whole(seed, folder):
-    """The same on 800 directions: what truncation is good for."""
-    return relu_fit(cifar(), seed, decay=4e-3, rank=800, width=3000, max_iter=20)
+    """The same on 800 directions without a filter: what truncation is good for."""
+    return relu_fit(cifar(), seed, decay=3e-3, rank=800, width=2000, max_iter=15)
 
 
 def sgd_cifar(seed, folder):

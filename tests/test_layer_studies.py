@@ -4,6 +4,8 @@ import pytest
 
 from convexbn.studies import study
 
+pytestmark = pytest.mark.xdist_group("layer studies")  # one process runs each study once
+
 
 def rows_of(name, change):
     """Lines of the cells of the quick form, each changed, or left out where the change is None."""

@@ -168,6 +168,18 @@ def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):
     assert sum(loss.of_rows(part).value(outputs[part]) for part in parts) <= loss.value(outputs)
 
 
+def test_a_start_far_above_outputs_of_zero_is_no_divergence():
+    """Random outputs for ten classes: thirteen times the loss of zeros, and no learning rate is too large for that."""
+    rows, _ = instance(n=40)
+    loss = SquaredLoss(np.eye(10)[np.arange(40) % 10], np.ones(40))
+    rng = np.random.default_rng(0)
+    start = random_start(rng.standard_normal((rows.shape[1], 20)), loss, rng)
+    start = Neurons(start.first, 3 * start.output)
+    assert loss.value(network_outputs(rows, start)) > 20 * loss.value(np.zeros_like(loss.targets))
+    found = list(StochasticPhase(epochs=200).run(rows, loss, 1.0, start, rng))
+    assert len(found) == 200 and found[-1][1] < loss.value(np.zeros_like(loss.targets))
+
+
 @pytest.mark.parametrize("kind", [0, 4])
 def test_a_descent_that_diverges_begins_again_slower(kind):
     rows, loss = list(losses())[kind]

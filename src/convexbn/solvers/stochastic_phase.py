@@ -32,15 +32,15 @@ from convexbn._typing import Float, FloatMatrix
 from convexbn.environment import workers
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
-from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent
+from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent, Weights
 from convexbn.solvers.neurons import Neurons
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
 
-#: Loss of an epoch relative to that of outputs of zero from which on it counts as diverged, and what the learning rate
-#: is then divided by.
-_DIVERGED, _SLOWER = 10.0, 4.0
+#: Loss of an epoch, relative to that of outputs of zero and to that of the start, above both of which it has diverged,
+#: and what the learning rate is then divided by.
+_OF_ZERO, _OF_START, _SLOWER = 10.0, 2.0, 4.0
 
 #: Rows that show how large the hidden layer is, the fewest images, and the share taken of the learning rate that is
 #: stable there, which is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
@@ -86,7 +86,9 @@ class StochasticPhase:
         descent = Descent(root, decay, self.momentum)
         dealt = DealtNeurons if loss.rows_together == 1 else DealtImages
         with workers() as threads:
-            scaled, most = Cases(rows, root, loss), _DIVERGED * cases.value(np.zeros_like(cases.targets))
+            scaled = Cases(rows, root, loss)
+            of_start = _loss_of(Weights(start, loss, descent), scaled)
+            most = max(_OF_ZERO * cases.value(np.zeros_like(cases.targets)), _OF_START * of_start)
             largest, late = self._largest_rate(scaled, start, rng), False
             while not late:
                 clock = _Clock(self.epochs * -(-len(cases.targets) // self.batch_size), deadline)
@@ -128,7 +130,7 @@ class StochasticPhase:
         if not loss.nearly_quadratic:
             return self.learning_rate
         first = start.first / cases.root / np.sqrt(loss.output_scale)
-        sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // cases.loss.rows_together, _FEWEST)]
+        sample = rng.permutation(len(loss.targets))[: _sample_size(cases)]
         blocks = (np.maximum(rows @ first, 0) for _, rows in cases.pieces(sample, len(start.output)))
         square = _largest_square(np.concatenate([cases.loss.pooled(hidden) for hidden in blocks]))
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
@@ -147,6 +149,21 @@ def random_start(directions: Float, loss: Loss, rng: np.random.Generator) -> Neu
     first = directions * np.sqrt(2 * loss.weights.sum() / q * scale)
     regions = loss.targets.shape[1] // loss.of_cases.targets.shape[1]
     return Neurons(first, rng.standard_normal((m, loss.targets.shape[1])) * np.sqrt(scale / (m * regions)))
+
+
+def _sample_size(cases: Cases) -> int:
+    return max(_SAMPLE // cases.loss.rows_together, _FEWEST)
+
+
+def _loss_of(weights: Weights, cases: Cases) -> float:
+    """Loss of a network, estimated on cases at even distances."""
+    loss = cases.loss.of_cases
+    sample = np.linspace(0, len(loss.targets) - 1, min(_sample_size(cases), len(loss.targets))).astype(int)
+    blocks = (rows for _, rows in cases.pieces(sample, len(weights.first.T)))
+    pooled = np.concatenate([cases.loss.pooled(weights.hidden(rows)) for rows in blocks])
+    part = loss.of_rows(sample)
+    value = part.value(loss.output_scale * (pooled @ weights.output).astype(np.float64))
+    return value * float(loss.weights.sum() / part.weights.sum())
 
 
 class _Clock:
