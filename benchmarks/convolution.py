@@ -51,10 +51,10 @@ TASKS = {
 #: What whitening, truncation and pooling do, at the settings of the first tasks but for one.
 TABLE = {
     "fashion": [
-        {}, {"filter": 1e3}, {"filter": None}, {"rank": 12}, {"regions": 1}, {"regions": 4}, {"pooling": "max"},
+        {}, {"filter": 1.0}, {"filter": None}, {"rank": 12}, {"regions": 1}, {"regions": 4}, {"pooling": "max"},
     ],
     "cifar": [
-        {}, {"filter": 1e3}, {"filter": None}, {"rank": 20}, {"regions": 1}, {"regions": 2}, {"regions": 4},
+        {}, {"filter": 1.0}, {"filter": None}, {"rank": 20}, {"regions": 1}, {"regions": 2}, {"regions": 4},
         {"pooling": "max"},
     ],
 }  # fmt: skip
