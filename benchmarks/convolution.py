@@ -44,7 +44,7 @@ TASKS = {
     },
     "cifar-gated": {"data": "cifar", "layer": CIFAR | {"stride": 4}, "gates": 20, "rank": 30, "time": 900},
     # batch norm in torch on raw pixels, the same shape, for the CPU time of ours
-    "fashion-torch": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 200, "rate": 0.1, "time": 550},
+    "fashion-torch": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 200, "rate": 0.05, "time": 550},
     "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 300, "rate": 0.1, "time": 330},
 }
 

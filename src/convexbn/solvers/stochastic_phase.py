@@ -16,8 +16,8 @@ their hidden units, which are written and read five times, stay in the cache. Wh
 
 On two cores with 158 GFLOP/s in float32 a step of 250 rows in 201 directions runs at 74 (1000 neurons) to 91 GFLOP/s
 (2000). On one core with 93, images of 196 patches run at 47 (109 directions, 300 filters, 3 x 3 regions; their two
-products alone at 70) and at 33 (50, 200, 7 x 7; 60): what is left is made of patches, rectifiers and pooling
-(``benchmarks/convolution.py kernel``).
+products alone at 70); beside another job, with 73, at 37 (70), and images of 784 patches at 26 (50, 200, 7 x 7; 41):
+what is left is made of patches, rectifiers and pooling (``benchmarks/convolution.py kernel``).
 """
 
 from __future__ import annotations
