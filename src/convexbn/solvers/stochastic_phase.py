@@ -86,14 +86,14 @@ class StochasticPhase:
         descent = Descent(root, decay, self.momentum)
         dealt = DealtNeurons if loss.rows_together == 1 else DealtImages
         with workers() as threads:
-            scaled = Cases(rows, root, loss)
-            of_start = _loss_of(Weights(start, loss, descent), scaled)
-            most = max(_OF_ZERO * cases.value(np.zeros_like(cases.targets)), _OF_START * of_start)
+            scaled, most = Cases(rows, root, loss), _OF_ZERO * cases.value(np.zeros_like(cases.targets))
             largest, late = self._largest_rate(scaled, start, rng), False
             while not late:
                 clock = _Clock(self.epochs * -(-len(cases.targets) // self.batch_size), deadline)
                 for neurons, value in self._epochs(dealt(start, threads, loss, descent), scaled, largest, clock, rng):
                     late = clock.late
+                    if not value <= most:
+                        most = max(most, _OF_START * _loss_of(Weights(start, loss, descent), scaled))
                     if not (value <= most and np.isfinite(neurons.masses).all()):
                         largest /= _SLOWER
                         break
