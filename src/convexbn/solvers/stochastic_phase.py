@@ -32,8 +32,8 @@ from convexbn._typing import Float, FloatMatrix
 from convexbn.environment import workers
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
-from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent, Weights
-from convexbn.solvers.neurons import Neurons
+from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent
+from convexbn.solvers.neurons import Neurons, case_outputs
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
@@ -93,7 +93,7 @@ class StochasticPhase:
                 for neurons, value in self._epochs(dealt(start, threads, loss, descent), scaled, largest, clock, rng):
                     late = clock.late
                     if not value <= most:
-                        most = max(most, _OF_START * _loss_of(Weights(start, loss, descent), scaled))
+                        most = max(most, _OF_START * cases.value(case_outputs(rows, loss, start)))
                     if not (value <= most and np.isfinite(neurons.masses).all()):
                         largest /= _SLOWER
                         break
@@ -130,7 +130,7 @@ class StochasticPhase:
         if not loss.nearly_quadratic:
             return self.learning_rate
         first = start.first / cases.root / np.sqrt(loss.output_scale)
-        sample = rng.permutation(len(loss.targets))[: _sample_size(cases)]
+        sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // cases.loss.rows_together, _FEWEST)]
         blocks = (np.maximum(rows @ first, 0) for _, rows in cases.pieces(sample, len(start.output)))
         square = _largest_square(np.concatenate([cases.loss.pooled(hidden) for hidden in blocks]))
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
@@ -149,21 +149,6 @@ def random_start(directions: Float, loss: Loss, rng: np.random.Generator) -> Neu
     first = directions * np.sqrt(2 * loss.weights.sum() / q * scale)
     regions = loss.targets.shape[1] // loss.of_cases.targets.shape[1]
     return Neurons(first, rng.standard_normal((m, loss.targets.shape[1])) * np.sqrt(scale / (m * regions)))
-
-
-def _sample_size(cases: Cases) -> int:
-    return max(_SAMPLE // cases.loss.rows_together, _FEWEST)
-
-
-def _loss_of(weights: Weights, cases: Cases) -> float:
-    """Loss of a network, estimated on cases at even distances."""
-    loss = cases.loss.of_cases
-    sample = np.linspace(0, len(loss.targets) - 1, min(_sample_size(cases), len(loss.targets))).astype(int)
-    blocks = (rows for _, rows in cases.pieces(sample, len(weights.first.T)))
-    pooled = np.concatenate([cases.loss.pooled(weights.hidden(rows)) for rows in blocks])
-    part = loss.of_rows(sample)
-    value = part.value(loss.output_scale * (pooled @ weights.output).astype(np.float64))
-    return value * float(loss.weights.sum() / part.weights.sum())
 
 
 class _Clock:
