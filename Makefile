@@ -10,7 +10,7 @@ demo: .venv/.demo
 
 test: lint types
 	SCIPY_ARRAY_API=1 $(BIN)/python -m pytest tests/test_estimator_checks.py -k array_api
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup  # a process a core: more threads would wait
 
 lint: .venv/.test
 	$(BIN)/ruff check src tests benchmarks examples

@@ -107,15 +107,19 @@ def layer_of(settings, shape):
 
 
 def fitted(settings, shape, X, y, X_test, y_test, **parameters):
-    """Train one of our networks and score it."""
+    """Train one of our networks and score it.
+
+    ``decay`` is that of an optimiser of the mean loss, ``beta = decay * n / sqrt(n Kp)``.
+    """
     import warnings
 
     from convexbn import ConvexBNClassifier
 
     warnings.simplefilter("ignore")
-    trace = []
+    trace, layer = [], layer_of(settings, shape)
     model = ConvexBNClassifier(
-        convolution=layer_of(settings, shape), rank=settings.get("rank"), spectral_filter=settings.get("filter"),
+        convolution=layer, weight_decay=settings["decay"] * (len(X) / layer.geometry.n_locations) ** 0.5,
+        rank=settings.get("rank"), spectral_filter=settings.get("filter"),
         callback=lambda report: trace.append((time.perf_counter() - STARTED, report.objective)), **parameters,
     )  # fmt: skip
     started = time.perf_counter()
@@ -136,17 +140,15 @@ def fitted(settings, shape, X, y, X_test, y_test, **parameters):
 
 
 def relu_fit(settings, shape, X, y, X_test, y_test, seed):
-    """Cross-entropy; ``decay`` is that of an optimiser of the mean loss: beta = decay * n / sqrt(n Kp)."""
-    locations = layer_of(settings, shape).geometry.n_locations
-    beta = settings["decay"] * (len(X) / locations) ** 0.5
+    """Cross-entropy."""
     return fitted(
-        settings, shape, X, y, X_test, y_test, activation="relu", loss="cross_entropy", weight_decay=beta,
-        width=settings["width"], max_iter=settings["epochs"], random_state=seed,
+        settings, shape, X, y, X_test, y_test, activation="relu", loss="cross_entropy", width=settings["width"],
+        max_iter=settings["epochs"], random_state=seed,
     )  # fmt: skip
 
 
 def gated_fit(settings, shape, X, y, X_test, y_test, seed):
-    """Squared loss, trained gates; the weight decay is the estimator's own, a fraction of the largest."""
+    """Squared loss, trained gates."""
     return fitted(
         settings, shape, X, y, X_test, y_test, gates="trained", n_gates=settings["gates"], random_state=seed,
         tol=1e-2, time_limit=settings["time"],

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from sklearn.base import clone
+from threadpoolctl import threadpool_limits
 
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, mapped_rows, moments, training, whitening
@@ -182,6 +183,14 @@ def test_the_command_line_fits_predicts_and_certifies(tmp_path, capsys):
     assert main([*file, "--image", "2x2x1", "--n-gates", "3", "--task", "classification"]) == 0
 
 
+@pytest.fixture
+def two_threads():
+    """Threads of ours are as many as BLAS had."""
+    with threadpool_limits(2, user_api="blas"):
+        yield
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("pooling", ["average", "max"])
 @pytest.mark.parametrize("dtype", [np.float64, np.uint8])
 def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, dtype):

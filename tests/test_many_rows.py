@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, relu_outputs, training
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
@@ -15,6 +16,13 @@ from convexbn.solvers.neurons import Neurons, case_outputs, network_outputs
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start, shape
 from convexbn.whitening import whiten
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Threads of ours are as many as BLAS had."""
+    with threadpool_limits(2, user_api="blas"):
+        yield
 
 
 def instance(n=2000, d=6, K=1, seed=0):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from convexbn import ConvexBNClassifier, moments
+from convexbn.gram_basis import spectrum
 from convexbn.moments import Moments
 from convexbn.responses import Responses
 from convexbn.whitening import whiten
@@ -109,7 +110,8 @@ def test_top_directions_are_those_of_the_dense_svd(dtype, kind, k):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"rank": 0.95}, {"spectral_filter": 0.05}, {"rank": 8, "spectral_filter": 0.2}]
+    "settings",
+    [{}, {"rank": 0.95}, {"spectral_filter": 0.05}, {"rank": 8, "spectral_filter": 0.2}, {"spectral_filter": 1e9}],
 )
 def test_both_ways_of_whitening_agree(settings, monkeypatch):
     X = images()
@@ -122,6 +124,21 @@ def test_both_ways_of_whitening_agree(settings, monkeypatch):
     assert np.allclose(by_gram.filter, by_qr.filter, rtol=1e-10)
     assert by_gram.rank_cut == pytest.approx(by_qr.rank_cut, rel=1e-12)
     assert residual(by_gram.rows @ by_gram.rows.T[:, :50] - by_qr.rows @ by_qr.rows.T[:, :50], N) < THRESHOLD
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 40])
+@pytest.mark.parametrize("size", [1e-90, 1.0, 1e90])
+def test_the_spectrum_and_its_leading_vectors_are_those_of_a_full_decomposition(d, size):
+    X = size * np.random.default_rng(d).standard_normal((60, d))
+    X[:, : d // 2] = X[:, d // 2 : d // 2 * 2] + 1e-9 * X[:, : d // 2]  # near pairs
+    s = np.linalg.svd(X, compute_uv=False)
+    gram = X.T @ X
+    for k in {1, (d + 1) // 2, d}:
+        values, vectors = spectrum(gram.copy(), lambda found, k=k: k if len(found) == d else 0)
+        assert np.allclose(values, s, atol=3e-8 * s[0]) and vectors.shape == (d, k)
+        assert np.linalg.norm(vectors.T @ vectors - np.eye(k)) < 1e-12
+        left = (gram @ vectors - vectors * values[:k] ** 2) / s[0] ** 2
+        assert np.linalg.norm(left) < 1e-13 * d
 
 
 def test_blocks_and_order_change_rounding_alone(monkeypatch):

@@ -8,10 +8,12 @@ is computed from the data, its departure from orthonormality measured and remove
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+from scipy.linalg import lapack
 
 from convexbn._typing import Float, FloatMatrix
 from convexbn.moments import Moments, blocks
@@ -53,10 +55,27 @@ def rank_of_standardised(gram: Float, norms: Float) -> int | None:
     return size
 
 
-def spectrum(gram: Float) -> tuple[Float, Float]:
-    """Singular values of the centred data, largest first, and right singular vectors in columns."""
-    values, vectors = scipy.linalg.eigh(gram, driver="evd", check_finite=False)
-    return np.sqrt(np.maximum(values[::-1], 0)), vectors[:, ::-1]
+def spectrum(gram: Float, kept: Callable[[Float], int]) -> tuple[Float, Float]:
+    """Singular values of the centred data, largest first, and the right singular vectors of the leading ones.
+
+    One reduction to tridiagonal form, ``4/3 d^3`` flops, half of them in products with vectors, gives all values; then
+    ``kept`` says how many vectors are wanted, one at least, ``2 d^2`` flops each. 200 of 3,072 take half the time of
+    all.
+    """
+    if len(gram) == 1:
+        return np.sqrt(np.maximum(gram[0], 0)), np.ones((1, 1))
+    room, _ = lapack.dsytrd_lwork(len(gram), lower=1)
+    reflectors, diagonal, beside, factors, _ = lapack.dsytrd(gram, lower=1, lwork=int(room))
+    values = scipy.linalg.eigh_tridiagonal(diagonal, beside, eigvals_only=True, lapack_driver="sterf")
+    values = np.sqrt(np.maximum(values[::-1], 0))
+    leading = (len(gram) - max(kept(values), 1), len(gram) - 1)
+    _, vectors = scipy.linalg.eigh_tridiagonal(
+        diagonal, beside, select="i", select_range=leading, lapack_driver="stemr"
+    )
+    below = np.asfortranarray(reflectors[1:, :-1])  # a QR's reflectors, which leave the first entry alone
+    _, room, _ = lapack.dormqr("L", "N", below, factors, vectors[1:], lwork=-1)
+    vectors[1:], _, _ = lapack.dormqr("L", "N", below, factors, vectors[1:], lwork=int(room[0]))
+    return values, vectors[:, ::-1]
 
 
 def basis_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Basis | None:

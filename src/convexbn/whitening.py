@@ -262,13 +262,14 @@ def _by_gram(
     if rank is None and spectral_filter is None:
         if r is None:
             return None
-        values, directions = spectrum(gram / norms / norms[:, None])
+        values, directions = spectrum(gram / norms / norms[:, None], len)
         back, phi = directions / values / norms[:, None], np.ones(r)
         back = np.ldexp(back, -exponents[:, None])
     else:
-        values, directions = spectrum(np.ldexp(gram, exponents + exponents[:, None]))
-        resolved = int(np.count_nonzero(values**2 > RESOLVED * values[0] ** 2))
+        scaled = np.ldexp(gram, exponents + exponents[:, None])
+        values, directions = spectrum(scaled, lambda s: len(_kept_filter(s, len(s), rank, spectral_filter)))
         phi = _kept_filter(values, len(values), rank, spectral_filter)
+        resolved = int(np.count_nonzero(values**2 > RESOLVED * values[0] ** 2))
         if len(phi) + (r is None) > resolved:  # also: is there anything beyond?
             return None
         r, directions = r or resolved, directions[:, : len(phi)]
