@@ -38,14 +38,22 @@ TASKS = {
     "fashion-gated": {
         "data": "fashion",
         "layer": FASHION | {"stride": 4, "regions": 4},
+        "decay": 3e-3,
         "gates": 20,
         "rank": 12,
         "time": 900,
     },
-    "cifar-gated": {"data": "cifar", "layer": CIFAR | {"stride": 4}, "gates": 20, "rank": 30, "time": 900},
+    "cifar-gated": {
+        "data": "cifar",
+        "layer": CIFAR | {"stride": 4},
+        "decay": 3e-3,
+        "gates": 20,
+        "rank": 30,
+        "time": 900,
+    },
     # batch norm in torch on raw pixels, the same shape, for the CPU time of ours
     "fashion-torch": {"data": "fashion", "layer": FASHION, "decay": 5e-4, "width": 200, "rate": 0.05, "time": 550},
-    "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 300, "rate": 0.1, "time": 330},
+    "cifar-torch": {"data": "cifar", "layer": CIFAR, "decay": 5e-4, "width": 300, "rate": 0.2, "time": 330},
 }
 
 #: What whitening, truncation and pooling do, at the settings of the first tasks but for one.
