@@ -38,7 +38,7 @@ TASKS = {
     "fashion-gated": {
         "data": "fashion",
         "layer": FASHION | {"stride": 4, "regions": 4},
-        "decay": 3e-3,
+        "decay": 1e-2,
         "gates": 20,
         "rank": 12,
         "time": 900,

@@ -251,3 +251,80 @@ def test_mini_batches_end_near_the_descent_on_all_rows(images):
     many = ManyRows(width=20, polish=300, descent=StochasticPhase(epochs=1))
     found, best = (solver.solve(rows, loss, 5.0, rng).history[-1].objective for solver in (few, many))
     assert best <= found <= 1.1 * best
+
+
+@pytest.mark.parametrize("given", [LAYER, Convolution(3, regions=2)])
+def test_a_path_is_scored_on_validation_images_and_resumes(images, given, tmp_path, monkeypatch):
+    X, y, others, answers = images
+    model = ConvexBNClassifier(convolution=given, n_gates=6, rank=5, random_state=0, tol=1e-3)
+    question = {"weight_decays": [20.0, 5.0], "validation": (others, answers), "checkpoint": tmp_path / "path"}
+    path = convexbn.fit_path(model, X, y, **question)
+    first = next(path)
+    assert first.score == first.model.score(others, answers)
+    again = list(convexbn.fit_path(model, X, y, **question))
+    assert len(again) == 2 and again[0].score == first.score
+    np.testing.assert_array_equal(again[0].model.predict(others), first.model.predict(others))
+    with pytest.raises(ValueError, match="class"):
+        convexbn.fit_path(model, X, y, validation=(others, answers + 100))
+    with pytest.raises(ValueError, match="pair"):
+        convexbn.fit_path(model, X, y, validation=others)
+
+
+@pytest.mark.parametrize("pooling", ["average", "max"])
+@pytest.mark.parametrize("settings", [{"gates": "trained"}, {"activation": "relu", "width": 8, "max_iter": 4}])
+def test_one_location_is_dense_data(images, monkeypatch, pooling, settings):
+    """A filter of the size of the image sees rows: descent takes its one patch an image."""
+    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    model = fitted(images, Convolution(8, pooling=pooling), rank=5, weight_decay=1.0, time_limit=2, **settings)
+    assert model.network_.convolution.geometry.n_locations == 1
+    np.testing.assert_allclose(model.decision_function(images[2][:5]), by_hand(model, images[2][:5]), rtol=1e-9)
+    assert model.certificate_.lower_bound <= model.certificate_.objective
+
+
+def test_a_report_tells_of_filters(tmp_path):
+    file = tmp_path / "model.safetensors"
+    line = ["--filter", "3", "--regions", "2", "--rank", "5", "--n-gates", "5", "--tol", "1e-2", "--out", str(file)]
+    assert main(["fit", "digits", *line]) == 0
+    assert main(["report", str(file), "digits", "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "filters of 3 x 3" in page and "of channel 0" in page
+
+
+@pytest.mark.parametrize("option", [["--pool", "max"], ["--regions", "3"], ["--stride", "2"], ["--image", "8x8x1"]])
+def test_options_of_filters_need_one(option, tmp_path, capsys):
+    assert main(["fit", "digits", *option, "--out", str(tmp_path / "model")]) == 1
+    assert "give --filter SIZE" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_archives_of_images_know_their_shape(images, tmp_path):
+    file, out = tmp_path / "images.npz", tmp_path / "model.safetensors"
+    np.savez(file, X=images[0], y=images[1])
+    shared = [str(file), "--target", "y", "--n-gates", "5", "--rank", "5", "--tol", "1e-2", "--task", "classification"]
+    assert main(["fit", *shared, "--filter", "3", "--out", str(out)]) == 0
+    model = convexbn.load(out)
+    assert model.network_.convolution.input_shape == (8, 8, 1)
+    assert model.score(images[0].reshape(len(images[0]), -1), images[1]) == model.score(images[0], images[1])
+
+
+def test_what_is_no_image_is_told_in_a_sentence(images):
+    X, y = images[0][:40], images[1][:40]
+    layer = Convolution(3, input_shape=[8, 8, 1])
+    assert fitted((X, y), layer, rank=3).network_.convolution.input_shape == (8, 8, 1)
+    wrong = X.copy()
+    wrong[2, 3, 4, 0] = np.nan
+    model = ConvexBNClassifier(convolution=layer, n_gates=3)
+    for rows, match in ((wrong, r"index \[2, 3, 4, 0\]"), (None, "shape"), (X[:0], "0 sample")):
+        with pytest.raises(ValueError, match=match):
+            clone(model).fit(rows, y[: 0 if rows is not None and not len(rows) else None])
+    for shape in (36, (8.0, 8.0, 1), "8x8", (8, 8, 0)):
+        with pytest.raises(ValueError, match="input_shape must have"):
+            Convolution(3, input_shape=shape)
+    with pytest.raises(ValueError, match="kernel_size must be an integer"):
+        Convolution(True)
+
+
+def test_the_largest_weight_decay_of_a_convolution(images):
+    X, y = images[0][:60], images[1][:60]
+    largest = convexbn.max_weight_decay(X, y, convolution=LAYER, n_gates=5, random_state=0)
+    below, at = (fitted((X, y), n_gates=5, weight_decay=share * largest) for share in (0.99, 1.0))
+    assert below.network_.n_neurons and not at.network_.n_neurons

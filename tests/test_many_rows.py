@@ -199,3 +199,14 @@ def test_a_descent_that_diverges_begins_again_slower(kind):
         assert value <= 10 * loss.value(np.zeros_like(loss.targets)) and np.isfinite(found.masses).all()
         late = list(StochasticPhase(epochs=5, **rate).run(rows, loss, 1.0, start, rng, time.monotonic()))
     assert len(late) <= 1
+
+
+def test_no_epochs_are_no_training(monkeypatch):
+    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((400, 6))
+    with pytest.warns(match="GAP_OPEN"):
+        model = ConvexBNRegressor(
+            activation="relu", width=5, max_iter=0, time_limit=2, random_state=0, weight_decay=1.0
+        ).fit(X, X[:, 0])
+    assert model.n_iter_ == 1

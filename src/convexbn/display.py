@@ -179,6 +179,8 @@ class PathDisplay:
         """Draw the score, where there is one, the neurons and the gap, one above the other; returns self."""
         import matplotlib.pyplot as plt
 
+        if not self.points:
+            raise ValueError("there are no points to draw: ask the path for one at least.")
         scored = any(point.score is not None for point in self.points)
         if axes is None:
             axes = plt.subplots(2 + scored, 1, figsize=(6, 2.2 * (2 + scored)), sharex=True, layout="constrained")[1]

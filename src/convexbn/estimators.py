@@ -33,7 +33,7 @@ from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, fingerprint
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
-from convexbn.validation import checked_data, checked_rows
+from convexbn.validation import check_finite, checked_data, checked_rows, refuse_containers
 from convexbn.verdict import Status
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         with solving(len(X)):
-            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer(None))
+            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
             program = None if self.gates_ is None else data.gated_program(self.gates_, self.gate_offsets_)
             return training.certify(
                 data, self.network_, self.weight_decay_, program,
@@ -159,7 +159,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             raise ValueError("to_relu is for dense data: train a convolutional ReLU network with activation='relu'.")
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         with solving(len(X)):
-            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer(None))
+            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
             if data.fingerprint != self.fingerprint_:
                 raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
             return to_relu(
@@ -201,7 +201,8 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 
     def _prepared(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of the rows, checked; and the fitted attributes that tell of ``y``."""
-        layer = self._layer(X)
+        refuse_containers("X", X)
+        layer = None if self.convolution is None else self.convolution.for_inputs(X)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         Y, labels = self._encode_new(y)
         with solving(len(X)):
@@ -265,11 +266,12 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
             "fingerprint_": data.fingerprint,
         }
 
-    def _layer(self, X: Any) -> Convolution | None:
-        """The convolution with the shape of its inputs: that of given ones, or with None that of the fit."""
-        if self.convolution is None:
-            return None
-        layer: Convolution = self.network_.convolution if X is None else self.convolution.for_inputs(X)
+    @property
+    def _layer(self) -> Convolution | None:
+        """The convolution with the shape of the inputs of the fit; before it, as it was given."""
+        if self.convolution is None or not hasattr(self, "network_"):
+            return self.convolution
+        layer: Convolution = self.network_.convolution
         return layer
 
     def _training_set(
@@ -301,7 +303,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool
     ) -> tuple[FloatMatrix, Any, Float, float]:
         numeric = isinstance(self, RegressorMixin)
-        X = self._as_rows(X, None if reset else self._layer(None))
+        X = self._as_rows(X, self.convolution if reset else self._layer)
         X, y, weights, input_eps = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
         if not weights.all():  # as if the rows of weight zero were not there
             X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
@@ -309,13 +311,16 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 
     def _checked_rows(self, X: Any) -> Float:
         check_is_fitted(self)
-        return checked_rows(self, self._as_rows(X, self._layer(None)))
+        return checked_rows(self, self._as_rows(X, self._layer))
 
-    def _as_rows(self, X: Any, layer: Convolution | None) -> Any:
-        """Images of several axes as rows; what is no array is left to scikit-learn's checks."""
-        if self.convolution is None:
+    @staticmethod
+    def _as_rows(X: Any, layer: Convolution | None) -> Any:
+        """Images of several axes as finite rows."""
+        if layer is None:
             return X
-        return (layer or self.convolution.for_inputs(X)).rows(X)
+        refuse_containers("X", X)
+        check_finite("X", X)
+        return layer.for_inputs(X).rows(X)
 
     @property
     def _n_features_out(self) -> int:
@@ -462,7 +467,9 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
-            raise ValueError(f"The classifier needs samples of at least 2 classes; all are of class {classes[0]!r}.")
+            raise ValueError(
+                f"The classifier needs samples of at least 2 classes; all are of class {classes.tolist()[0]!r}."
+            )
         if self.loss == "logistic" and len(classes) > 2:
             raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
         return self._encode(y, classes), {"classes_": classes}
@@ -589,6 +596,7 @@ def max_weight_decay(
     n_gates: int = 100,
     rank: int | float | None = None,
     spectral_filter: float | None = None,
+    convolution: Convolution | None = None,
     sample_weight: Any = None,
     random_state: Any = None,
 ) -> float | tuple[float, float]:
@@ -596,12 +604,12 @@ def max_weight_decay(
 
     Parameters
     ----------
-    X : array-like (n, d)
+    X : array-like (n, d), or images of several axes with a convolution
         Features.
     y : array-like (n,) or (n, K)
         Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats
         and matrices are targets.
-    activation, loss, huber_delta, gates, n_gates, rank, spectral_filter, sample_weight, random_state
+    activation, loss, huber_delta, gates, n_gates, rank, spectral_filter, convolution, sample_weight, random_state
         As in the estimators.
 
     Returns
@@ -623,7 +631,7 @@ def max_weight_decay(
     model = ConvexBNClassifier() if is_class else ConvexBNRegressor(huber_delta=huber_delta)
     model.set_params(
         activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank, spectral_filter=spectral_filter,
-        random_state=random_state,
+        convolution=convolution, random_state=random_state,
     )  # fmt: skip
     model._validate_params()
     data, _ = model._prepared(X, y, sample_weight)

@@ -29,7 +29,7 @@ _BRANCHING_SHARE = 0.6
 _ENCLOSED = 1e-5
 
 #: Entries ``n q`` up to which a local search takes a second.
-_QUICK_ENTRIES = 1 << 16
+_QUICK_ENTRIES = 1 << 14
 
 #: Entries of a dual point on the rows, regions and outputs from which on only the orthant bound is taken.
 _SPREAD_ENTRIES = 1 << 24

@@ -11,7 +11,9 @@ import numpy as np
 import convexbn
 from convexbn._typing import Float
 from convexbn.certificate import Certificate
+from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.display import CertificateDisplay, PathDisplay, SpectrumDisplay
+from convexbn.moments import moments
 from convexbn.page import Html, facts, page, paragraph, picture, shown, styled, table
 
 #: Classes up to which a confusion table is readable, points of a scatter plot, and neurons that are listed.
@@ -66,9 +68,27 @@ class Subject:
         """Whether targets are classes."""
         return hasattr(self.model, "classes_")
 
+    @property
+    def layer(self) -> Convolution | None:
+        """The convolution of the network."""
+        return getattr(self.model.network_, "convolution", None)
+
     def feature(self, index: int) -> str:
-        """Name of a feature, of bounded length."""
+        """Name of what a weight of the first layer belongs to: a feature, of bounded length, or a place of a patch."""
+        if self.layer is not None:
+            geometry = self.layer.geometry
+            channel, down, across = np.unravel_index(index, (geometry.image[2], *geometry.kernel))
+            place = f"place {across}" if self.layer.dimensions == 1 else f"row {down}, column {across}"
+            return f"{place} of channel {channel}"
         return f"feature {index}" if self.feature_names is None else _short(self.feature_names[index])
+
+    def deviations(self) -> Float:
+        """Deviation of every feature, or of every place of the patches."""
+        if self.layer is None:
+            return np.asarray(self.X.std(axis=0, dtype=np.float64))
+        patches: Any = PatchMatrix(self.X, self.layer.geometry)
+        gram = moments(patches, np.ones(len(patches))).gram
+        return np.sqrt(gram.diagonal() / len(patches))
 
 
 def report(subject: Subject, points: Sequence[Any] = ()) -> bytes:
@@ -163,6 +183,10 @@ def _program(subject: Subject) -> dict[str, object]:
         "spectral filter": "none" if model.spectral_filter is None else f"{model.spectral_filter:g} of the largest",
         "tolerance": f"{model.tol:g}",
     }
+    if (layer := subject.layer) is not None:
+        told["convolution"] = f"filters of {' x '.join(map(str, layer.geometry.kernel[-layer.dimensions :]))}"
+        told["locations"] = layer.geometry.n_locations
+        told["pooling"] = f"{layer.pooling} of {layer.pool.n_regions} regions"
     return told if model.gates_ is None else told | {"gates": model.gates_.shape[1]}
 
 
@@ -179,7 +203,7 @@ def _network(subject: Subject) -> Iterator[Html]:
         axes.plot(np.arange(1, len(masses) + 1), np.maximum(masses[order], 1e-300), ".-", lw=0.8)
         axes.set(xlabel="neuron, by norm", ylabel="norm of first layer times output", yscale="log")
         yield picture("How the network is spread over its neurons", axes.figure)
-        influence = np.abs(network.weight * _deviations(subject.X)[:, None])
+        influence = np.abs(network.weight * subject.deviations()[:, None])
         yield table([_neuron(subject, j, masses[j], influence[:, j]) for j in order[:_NEURONS]])
 
 
@@ -192,11 +216,6 @@ def _neuron(subject: Subject, j: int, mass: float, influence: Float) -> dict[str
         "neuron": int(j), "norm": float(mass), "scale": float(network.gamma[j]), "shift": float(network.shift[j]),
         "heaviest features": heaviest,
     }  # fmt: skip
-
-
-def _deviations(X: np.ndarray) -> Float:
-    """Deviation of every feature."""
-    return np.asarray(X.std(axis=0, dtype=np.float64))
 
 
 def _predictions(subject: Subject) -> Iterator[Html]:

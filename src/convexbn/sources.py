@@ -42,11 +42,7 @@ class Source:
     y_test: np.ndarray | None = None
     feature_names: tuple[str, ...] | None = None
     target: str | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, ...] | None:
-        """Height, width and channels, where the rows are known to be images."""
-        return IMAGES.get(self.name)
+    image_shape: tuple[int, ...] | None = None  # where the rows are known to be images or signals
 
     def split(self, test_size: float | None, seed: int, *, task: str) -> Split:
         """Hold rows out (stratified for classes), or keep the official test part."""
@@ -96,14 +92,16 @@ def read_source(
         if target is not None and features is None and not need_target:
             raise ValueError(f"--target is for files; {data} brings its own labels.")
         bundled = _bundled(data, data_home)
-        return Source(data, bundled.X, bundled.y, bundled.X_test, bundled.y_test)
+        return Source(data, bundled.X, bundled.y, bundled.X_test, bundled.y_test, image_shape=IMAGES[data])
     if need_target and target is None:
         raise ValueError("--target is required for a file: name the column to compare with.")
     if not os.path.exists(data):
         raise FileNotFoundError(f"{data!r} is neither a file nor one of {', '.join(DEFAULT_TEST_SIZE)}")
     table = read_table(data, target, features)
     name = os.path.basename(data)
-    return Source(name, table.features, table.target, feature_names=table.feature_names, target=target)
+    return Source(
+        name, table.features, table.target, feature_names=table.feature_names, target=target, image_shape=table.shape
+    )
 
 
 def _bundled(name: str, data_home: str | None) -> datasets.Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -249,7 +250,8 @@ def fit_relu(
 ) -> Fit:
     """Train over all patterns, by formula where there is one and by pricing elsewhere, and have the network judged.
 
-    Of a time limit pricing takes ``SOLVER_SHARE`` at most; the proof has the rest.
+    Of a time limit pricing takes ``SOLVER_SHARE`` at most; the proof has the rest, and no time after a callback has
+    asked to stop.
     """
     network, history, stopped_by = _relu_by_formula(data, weight_decay), [], "formula"
     if network is None:
@@ -262,8 +264,8 @@ def fit_relu(
         network = data.network(dense)
         history, stopped_by = solution.history, solution.stopped_by
     proof = certify(
-        data, network, weight_decay, None,
-        tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
+        data, network, weight_decay, None, tol=tol, stopped_by=stopped_by, own_rows=True,
+        deadline=time.monotonic() if stopped_by == "callback" else budget.deadline,
     )  # fmt: skip
     history = history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]
     return Fit(network, proof, history, len(history))
@@ -280,7 +282,7 @@ def _relu_solver(
             given |= {"polish": SHORT_POLISH}
         if data.convolution is not None:  # on all patches an iteration of the polish takes as long as an epoch
             descent, given = IMAGES_DESCENT, given | {"polish": 0}
-        return ManyRows(**given, descent=replace(descent, epochs=max_iter or descent.epochs))
+        return ManyRows(**given, descent=replace(descent, epochs=descent.epochs if max_iter is None else max_iter))
     maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
     pricing = LocalPricing if maxima else NeuronPricing
     return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))

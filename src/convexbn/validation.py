@@ -25,7 +25,7 @@ def checked_data(
         Sparse matrices, ``np.matrix``, complex or other things that are not numbers.
     """
     for name, array in (("X", X), ("y", y), ("sample_weight", sample_weight)):
-        _refuse_containers(name, array)
+        refuse_containers(name, array)
     for name, array in (("y", y), ("sample_weight", sample_weight)):
         check_finite(name, array)
     X, y = _validated(
@@ -45,7 +45,7 @@ def checked_data(
 
 def checked_rows(estimator: Any, X: Any) -> FloatMatrix:
     """Rows to predict, of float64 or a smaller type as they came."""
-    _refuse_containers("X", X)
+    refuse_containers("X", X)
     return _at_most_float64(_validated(estimator, X, reset=False))
 
 
@@ -69,7 +69,8 @@ def check_finite(name: str, array: Any) -> None:
             return
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
-        where = f"row {wrong[0][0]}" + "".join(f", column {column}" for column in wrong[0][1:])
+        place = wrong[0].tolist()
+        where = f"index {place}" if len(place) > 2 else f"row {place[0]}" + "".join(f", column {c}" for c in place[1:])
         is_nan = np.isnan(values[tuple(wrong[0])])
         cause = "NaN" if is_nan else "infinity or a value too large for dtype('float64')"
         raise ValueError(f"Input {name} contains {cause}; first at {where}.")
@@ -89,7 +90,8 @@ def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     return result
 
 
-def _refuse_containers(name: str, array: Any) -> None:
+def refuse_containers(name: str, array: Any) -> None:
+    """Refuse sparse and masked data."""
     if scipy.sparse.issparse(array):
         raise TypeError(
             f"Sparse data was passed for {name}, but dense data is required: batch norm centres the columns. "

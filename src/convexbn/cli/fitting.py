@@ -58,7 +58,7 @@ def fit(options: argparse.Namespace) -> int:
     model.source_ = split.description
     model.save(options.out)
     result = _result(model, split, seconds)
-    print(json.dumps(result) if options.json else _summary(result, model.certificate_.sentence, options.out))
+    print(json.dumps(result) if options.json else _summary(result, split, model.certificate_.sentence, options.out))
     return 0
 
 
@@ -81,8 +81,8 @@ def _result(model: Any, split: Any, seconds: float) -> dict[str, Any]:
     }
 
 
-def _summary(result: dict[str, Any], sentence: str, out: str) -> str:
-    test = "none held out" if result["test_score"] is None else _shown(result["test_score"], ".4f")
+def _summary(result: dict[str, Any], split: Any, sentence: str, out: str) -> str:
+    test = "none held out" if split.X_test is None else _shown(result["test_score"], ".4f")
     return (
         f"{result['status']} ({result['scope']}): {sentence}\n"
         f"objective {_shown(result['objective'], '.9g')}   lower bound {_shown(result['lower_bound'], '.9g')}   "

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+#: Options that a convolution has, and what pools a region by its name here.
+_OF_FILTERS = ("stride", "padding", "pool", "regions", "image")
+_POOLING = {"avg": "average", "max": "max"}
+
 #: Losses by their names here.
 LOSSES = ["squared", "huber", "squared_hinge", "logistic", "cross_entropy"]
 
@@ -43,34 +47,45 @@ def network_parser() -> argparse.ArgumentParser:
 
 def _add_convolution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--filter", type=int, metavar="SIZE", help="convolve images with filters of SIZE x SIZE pixels")
-    parser.add_argument("--stride", type=int, default=1, metavar="PIXELS", help="distance of the filters' places")
-    parser.add_argument("--padding", type=int, default=0, metavar="PIXELS", help="zeros around the images")
-    parser.add_argument("--pool", choices=["avg", "max"], default="avg", help="average or maximum of a region")
+    parser.add_argument("--stride", type=int, metavar="PIXELS", help="distance of the filters' places, 1 by default")
+    parser.add_argument("--padding", type=int, metavar="PIXELS", help="zeros around the images")
+    parser.add_argument("--pool", choices=list(_POOLING), help="average (the default) or maximum of a region")
     parser.add_argument(
-        "--regions", type=_regions, default=1, metavar="G", help="pool G x G regions of an image, or all: every place"
+        "--regions",
+        type=_regions,
+        metavar="G",
+        help="pool G x G regions of an image, one by default, or all: every place",
     )
-    parser.add_argument("--image", metavar="HxWxC", help="shape of the images of a file, such as 28x28x1")
+    parser.add_argument(
+        "--image", type=_image_shape, metavar="HxWxC", help="shape of the images of a file, such as 28x28x1"
+    )
 
 
 def convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
     """The convolutional layer that was asked for; None without ``--filter``."""
     from convexbn.convolution import Convolution
 
+    given = {name: value for name in _OF_FILTERS if (value := getattr(options, name)) is not None}
     if options.filter is None:
+        if given:
+            raise ValueError(f"--{next(iter(given))} is for convolutions: give --filter SIZE with it.")
         return None
-    if options.image is not None:
-        shape = tuple(int(size) for size in options.image.split("x"))
+    shape = given.pop("image", shape)
     if shape is None:
         raise ValueError("--filter needs the shape of the images: give --image, such as --image 28x28x1.")
-    pooling = {"avg": "average", "max": "max"}[options.pool]
-    return Convolution(
-        options.filter, stride=options.stride, padding=options.padding, pooling=pooling, regions=options.regions,
-        input_shape=shape,
-    )  # fmt: skip
+    pooling = _POOLING[given.pop("pool", "avg")]
+    return Convolution(options.filter, pooling=pooling, input_shape=shape, **given)
 
 
 def _regions(text: str) -> int | str:
     return text if text == "all" else int(text)
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 28x28x1") from None
 
 
 def huber_delta(options: argparse.Namespace, task: str) -> dict[str, float]:

@@ -65,11 +65,15 @@ class Convolution:
             value = getattr(self, name)
             if name == "regions" and value == "all":
                 continue
-            if not all(isinstance(item, (int, np.integer)) and item >= least for item in _items(value)):
+            if not _are_integers(_items(value), least):
                 raise ValueError(f"{name} must be an integer from {least}, or one a dimension; got {value!r}.")
         if self.input_shape is not None:
-            if len(self.input_shape) not in (2, 3):
-                raise ValueError(f"input_shape must have 2 numbers (signals) or 3 (images), got {self.input_shape}.")
+            shape = _items(self.input_shape)
+            if len(shape) not in (2, 3) or not _are_integers(shape, 1):
+                raise ValueError(
+                    f"input_shape must have 2 integers (signals) or 3 (images) from 1, got {self.input_shape!r}."
+                )
+            object.__setattr__(self, "input_shape", tuple(int(size) for size in shape))
             _ = self.pool
 
     @property
@@ -110,7 +114,7 @@ class Convolution:
         if X.shape[1:] == flat:
             flattened: FloatMatrix = X
         else:
-            flattened = (X if self.channels == "last" else np.moveaxis(X, 1, -1)).reshape(len(X), -1)
+            flattened = (X if self.channels == "last" else np.moveaxis(X, 1, -1)).reshape(len(X), *flat)
         return flattened
 
     def for_inputs(self, X: Any) -> Convolution:
@@ -138,6 +142,10 @@ class Convolution:
         if len(values) != self.dimensions:
             raise ValueError(f"{name} must have {self.dimensions} numbers for this input_shape, got {given}.")
         return (neutral, values[0]) if self.dimensions == 1 else (values[0], values[1])
+
+
+def _are_integers(values: tuple[Any, ...], least: int) -> bool:
+    return all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= least for v in values)
 
 
 def _items(value: Any) -> tuple[Any, ...]:

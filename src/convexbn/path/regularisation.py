@@ -127,7 +127,9 @@ def fit_path(
     grid_of_ranks = checked_values(model, "rank", ranks)
     data = PathData.of(model, grid_of_ranks, X, y, sample_weight)
     if validation is not None:
-        data.model._checked_data(*validation, None, reset=False)
+        if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
+            raise ValueError("validation must be a pair (X, y) of rows and targets.")
+        data.model._encode_known(data.model._checked_data(*validation, None, reset=False)[1])
     given = None if weight_decays is None else checked_weight_decays(weight_decays)
     file = None
     if checkpoint is not None:

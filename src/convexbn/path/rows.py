@@ -60,6 +60,7 @@ class PathData:
             alone[None, None] = plain._prepared(X, y, sample_weight)[0]
         columns = ("n_features_in_", "feature_names_in_")
         labels |= {name: value for name, value in vars(model).items() if name in columns}
+        vars(model).update(labels, convolution=largest.convolution)  # what validation rows are checked against
         return cls(largest, model, alone, labels)
 
     def at(self, model: Any) -> TrainingSet:

@@ -84,7 +84,7 @@ class StochasticPhase:
         cases, root = loss.of_cases, float(np.sqrt(loss.weights.sum()))
         decay = weight_decay * root / float(cases.weights.sum()) / cases.output_scale
         descent = Descent(root, decay, self.momentum)
-        dealt = DealtNeurons if loss.rows_together == 1 else DealtImages
+        dealt = DealtNeurons if loss.of_cases is loss else DealtImages
         with workers() as threads:
             scaled, most = Cases(rows, root, loss), _OF_ZERO * cases.value(np.zeros_like(cases.targets))
             largest, late = self._largest_rate(scaled, start, rng), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -88,7 +89,7 @@ def check_question(path: str | os.PathLike[str], stored: Mapping[str, Any], aske
     """Refuse to go on with a path whose data or settings were others, naming the first part that differs."""
     for name in {**stored, **asked}:
         before, now = stored.get(name), asked.get(name)
-        if repr(before) != repr(now):
+        if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
             change = "" if name in _HASHES else f" (it was {before!r} and is {now!r})"
             raise ValueError(
                 f"{os.fspath(path)!r} is the checkpoint of another path: {name} differs{change}. "

@@ -55,7 +55,8 @@ def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[
     """Find the matrix and the target in an open archive, and read them."""
     members = _members(archive)
     name = _matrix_name(members)
-    rows, width = members[name].shape
+    rows, *shape = members[name].shape
+    width = prod(shape)
     if not rows:
         raise TableError(f"array {name!r} has no rows; add at least one")
     if target is not None and (target not in members or members[target].shape != (rows,)):
@@ -64,12 +65,12 @@ def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[
     check_memory(8 * rows * width)
     names = [f"x{index}" for index in range(width)]
     chosen = choose(names, None, features)
-    matrix = _matrix(_array(archive, members[name]))
+    matrix = _matrix(_array(archive, members[name]).reshape(rows, width))
     if features is not None:
         position = {column: index for index, column in enumerate(names)}
         matrix = matrix[:, [position[wanted] for wanted in chosen]]
     labels = None if target is None else declared(_array(archive, members[target]), target)
-    return Table(matrix, chosen, labels, target)
+    return Table(matrix, chosen, labels, target, tuple(shape) if len(shape) > 1 else None)
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, _Member]:
@@ -101,8 +102,12 @@ def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[
 
 
 def _matrix_name(members: dict[str, _Member]) -> str:
-    """Return the name of the array that holds the features: X, or the only two-dimensional one."""
-    matrices = [name for name, member in members.items() if len(member.shape) == 2]
+    """Return the name of the array that holds the features: X, maybe of images or signals, or the only matrix."""
+    matrices = [
+        name
+        for name, member in members.items()
+        if len(member.shape) == 2 or (name == "X" and len(member.shape) in (3, 4))
+    ]
     if "X" not in matrices and len(matrices) != 1:
         raise TableError(
             f"has {len(matrices)} two-dimensional arrays, none called 'X'; call the features 'X' (its arrays "

@@ -48,12 +48,15 @@ class Table:
         Class labels (int64 or text) or values (int64 or float64).
     target_name : str or None
         The name of the target.
+    shape : tuple of int or None
+        Shape of a row where it is an image or a signal, ``(height, width, channels)`` or ``(length, channels)``.
     """
 
     features: NDArray[np.float64]
     feature_names: tuple[str, ...]
     target: NDArray[Any] | None
     target_name: str | None
+    shape: tuple[int, ...] | None = None
 
 
 def choose(names: Sequence[str], target: str | None, features: Sequence[str] | None) -> tuple[str, ...]:
