@@ -88,3 +88,8 @@ def test_a_network_without_neurons_has_no_energy():
     model = regressor(weight_decay=1e9).fit(X, Y)
     display = SpectrumDisplay.from_estimator(model, X)
     assert not display.energies.any() and display.plot().figure_ is not None
+
+
+def test_no_points_are_refused():
+    with pytest.raises(ValueError, match="no points"):
+        PathDisplay([]).plot()

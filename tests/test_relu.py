@@ -132,6 +132,14 @@ def test_a_callback_stops_the_rounds():
     assert model.certificate_.status in (Status.INTERRUPTED, Status.CERTIFIED)
 
 
+def test_after_a_callback_no_bound_is_tried_but_the_cheapest():
+    X = rows(900, 20)
+    with pytest.warns(ConvergenceWarning, match="INTERRUPTED"):
+        model = regressor(callback=lambda progress: True, weight_decay=1.0, width=20).fit(X, values_of(X))
+    proof = model.certificate_
+    assert proof.bound == "orthant" and proof.estimated_gap is None and proof.lower_bound <= proof.objective
+
+
 @pytest.mark.parametrize("K", [1, 2])
 def test_zero_is_optimal_above_the_largest_weight_decay(K):
     X = rows()
