@@ -57,11 +57,16 @@ def gated_cross_entropy(seed, folder):
     return gated_fit(seed, folder, loss="cross_entropy", tol=1e-2)
 
 
-def gated_cifar(seed, folder):
+def gated_cifar(seed, folder, gates="trained", n_gates=500):
     """CIFAR-10, 200 directions, 500 trained gates, softmax cross-entropy, certified to 1e-2; decay by validation."""
     return fit(
-        cifar(), seed, loss="cross_entropy", decay=0.016, rank=200, gates="trained", n_gates=500, tol=1e-2,
+        cifar(), seed, loss="cross_entropy", decay=0.016, rank=200, gates=gates, n_gates=n_gates, tol=1e-2,
     )  # fmt: skip
+
+
+def gated_cifar_whitened(seed, folder):
+    """The same with isotropic gates, as many as take the time of the trained ones."""
+    return gated_cifar(seed, folder, gates="whitened", n_gates=520)
 
 
 def gated_squared_hinge(seed, folder):
@@ -192,6 +197,7 @@ TASKS = {
     "gated": gated, "gated-now": gated_now, "gated-whitened": gated_whitened,
     "gated-whitened-more": gated_whitened_more, "gated-data": gated_data,
     "gated-cross-entropy": gated_cross_entropy, "gated-squared-hinge": gated_squared_hinge, "gated-cifar": gated_cifar,
+    "gated-cifar-whitened": gated_cifar_whitened,
     "relu": relu, "relu-cifar": relu_cifar, "relu-cifar-whole": relu_cifar_whole, "batch-noise": batch_noise,
     "sgd-cifar": sgd_cifar, "sgd-cifar-tuning": sgd_cifar_tuning, "sgd-cifar-tuning-long": sgd_cifar_tuning_long,
     "few-600": few_600, "few-2000": few_2000, "path": path,
