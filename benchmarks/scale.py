@@ -76,12 +76,12 @@ def gated_squared_hinge(seed, folder):
 
 def relu(seed, folder):
     """Fashion-MNIST, a ReLU network on 200 filtered directions; decay, rank, filter and epochs by validation."""
-    return relu_fit(fashion_mnist_in(folder), seed, decay=1e-3, rank=200, spectral_filter=0.05, width=1000, max_iter=40)
+    return relu_fit(fashion_mnist_in(folder), seed, decay=5e-4, rank=200, spectral_filter=0.15, width=1000, max_iter=40)
 
 
 def relu_cifar(seed, folder):
     """CIFAR-10, a ReLU network on 200 filtered directions; decay, rank, filter and width by validation."""
-    return relu_fit(cifar(), seed, decay=3e-3, rank=200, spectral_filter=0.03, width=2000, max_iter=15)
+    return relu_fit(cifar(), seed, decay=3e-3, rank=200, spectral_filter=0.03, width=1500, max_iter=15)
 
 
 def relu_cifar_whole(seed, folder):

@@ -49,10 +49,10 @@ PRICING_ENTRIES = 1 << 20
 #: The descent whose neurons are trained gates, and rows that it sees at least, each as often as it takes.
 GATES_DESCENT, GATES_ROWS = StochasticPhase(epochs=8, learning_rate=0.2), 250_000
 
-#: Rows beyond which an epoch has so many steps that it does more for the objective than the polish in its time, and the
-#: iterations of the polish there: on CIFAR-10 two lower the objective by .4 per cent in the time of two and a half
-#: epochs, of which the last three of 15 lower it by 1.7.
-FEW_STEPS_ROWS, SHORT_POLISH = 20_000, 2
+#: Rows beyond which an epoch has so many steps that the polish takes no more than a fifth of the descent's time, which
+#: one iteration for this many epochs is: on CIFAR-10 two lower the objective by .4 per cent in the time of two and a
+#: half epochs, of which the last three of 15 lower it by 1.7.
+FEW_STEPS_ROWS, EPOCHS_A_POLISH = 20_000, 8
 
 #: The descent on images: one is as many patches, which agree on a class.
 IMAGES_DESCENT = StochasticPhase(batch_size=100)
@@ -277,12 +277,13 @@ def _relu_solver(
     """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
     given: dict[str, Any] = {} if width is None else {"width": width}
     if data.whitening.rows.size > PRICING_ENTRIES:
-        descent = StochasticPhase()
-        if len(data.whitening.rows) > FEW_STEPS_ROWS:
-            given |= {"polish": SHORT_POLISH}
+        descent = StochasticPhase() if data.convolution is None else IMAGES_DESCENT
+        epochs = descent.epochs if max_iter is None else max_iter
         if data.convolution is not None:  # on all patches an iteration of the polish takes as long as an epoch
-            descent, given = IMAGES_DESCENT, given | {"polish": 0}
-        return ManyRows(**given, descent=replace(descent, epochs=descent.epochs if max_iter is None else max_iter))
+            given |= {"polish": 0}
+        elif len(data.whitening.rows) > FEW_STEPS_ROWS:
+            given |= {"polish": -(-epochs // EPOCHS_A_POLISH)}
+        return ManyRows(**given, descent=replace(descent, epochs=epochs))
     maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
     pricing = LocalPricing if maxima else NeuronPricing
     return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))
