@@ -277,6 +277,7 @@ def test_an_unknown_gap_is_not_printed_as_zero():
     result |= {"n_neurons": 0, "rank": 2}
     for objective in (1.5, None):
         text = fitting._summary(result | {"objective": objective, "train_score": objective}, "No valid bound.", "m")
+        assert "none held out" in text and "test score unknown" in fitting._summary(result, "", "m", held_out=True)
         assert "relative gap 0" not in text and text.startswith("NUMERICAL")
 
 

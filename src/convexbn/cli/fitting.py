@@ -58,7 +58,8 @@ def fit(options: argparse.Namespace) -> int:
     model.source_ = split.description
     model.save(options.out)
     result = _result(model, split, seconds)
-    print(json.dumps(result) if options.json else _summary(result, split, model.certificate_.sentence, options.out))
+    held_out, sentence = split.X_test is not None, model.certificate_.sentence
+    print(json.dumps(result) if options.json else _summary(result, sentence, options.out, held_out=held_out))
     return 0
 
 
@@ -81,8 +82,8 @@ def _result(model: Any, split: Any, seconds: float) -> dict[str, Any]:
     }
 
 
-def _summary(result: dict[str, Any], split: Any, sentence: str, out: str) -> str:
-    test = "none held out" if split.X_test is None else _shown(result["test_score"], ".4f")
+def _summary(result: dict[str, Any], sentence: str, out: str, *, held_out: bool = False) -> str:
+    test = _shown(result["test_score"], ".4f") if held_out else "none held out"
     return (
         f"{result['status']} ({result['scope']}): {sentence}\n"
         f"objective {_shown(result['objective'], '.9g')}   lower bound {_shown(result['lower_bound'], '.9g')}   "
