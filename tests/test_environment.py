@@ -14,7 +14,7 @@ def blas_threads():
 @pytest.fixture(autouse=True)
 def two_threads():
     with threadpool_limits(2, user_api="blas"):
-        assert blas_threads() == {2}
+        assert 2 in blas_threads()
         yield
 
 
