@@ -254,7 +254,7 @@ def test_mini_batches_end_near_the_descent_on_all_rows(images):
 
 
 @pytest.mark.parametrize("given", [LAYER, Convolution(3, regions=2)])
-def test_a_path_is_scored_on_validation_images_and_resumes(images, given, tmp_path, monkeypatch):
+def test_a_path_is_scored_on_validation_images_and_resumes(images, given, tmp_path):
     X, y, others, answers = images
     model = ConvexBNClassifier(convolution=given, n_gates=6, rank=5, random_state=0, tol=1e-3)
     question = {"weight_decays": [20.0, 5.0], "validation": (others, answers), "checkpoint": tmp_path / "path"}

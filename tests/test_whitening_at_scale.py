@@ -134,7 +134,7 @@ def test_the_spectrum_and_its_leading_vectors_are_those_of_a_full_decomposition(
     s = np.linalg.svd(X, compute_uv=False)
     gram = X.T @ X
     for k in {1, (d + 1) // 2, d}:
-        values, vectors = spectrum(gram.copy(), lambda found, k=k: k if len(found) == d else 0)
+        values, vectors = spectrum(gram.copy(), lambda found, k=k: k)
         assert np.allclose(values, s, atol=3e-8 * s[0]) and vectors.shape == (d, k)
         assert np.linalg.norm(vectors.T @ vectors - np.eye(k)) < 1e-12
         left = (gram @ vectors - vectors * values[:k] ** 2) / s[0] ** 2
