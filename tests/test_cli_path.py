@@ -81,7 +81,10 @@ def test_the_same_command_goes_on_and_another_is_refused(data, tmp_path, capsys)
     assert (tmp_path / "points").read_bytes() == content and len(load_path(tmp_path / "points")) == 6
     assert run(*arguments, "--tol", "1e-7") == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and "checkpoint of another path: tol differs (it was 1e-06 and is 1e-07)" in captured.err
+    assert (
+        captured.out == ""
+        and "checkpoint of another path, which differs in tol (it was 1e-06 and is 1e-07)" in captured.err
+    )
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

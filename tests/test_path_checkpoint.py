@@ -139,19 +139,29 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("part", CHANGES)
-def test_another_question_is_refused_by_the_part_that_differs(part, tmp_path):
+def test_another_question_is_refused_by_the_parts_that_differ(part, tmp_path):
     file = tmp_path / "path"
     list(fit_path(classifier(), X, LABELS, weight_decays=[1.0], checkpoint=file))
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"path' is the checkpoint of another path: {part} differs"):
+    with pytest.raises(ValueError, match=f"path' is the checkpoint of another path, which differs in (.*, )?{part}"):
         CHANGES[part](file)
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["path"]
+
+
+def test_all_parts_that_differ_are_named(tmp_path):
+    list(fit_path(classifier(), X, LABELS, weight_decays=[1.0], checkpoint=tmp_path / "path"))
+    named = r"differs in X, random_state \(it was 0 and is 1\), validation rows\. Ask"
+    with pytest.raises(ValueError, match=named):
+        fit_path(
+            classifier(random_state=1), changed(X), LABELS, weight_decays=[1.0], validation=(X, LABELS),
+            checkpoint=tmp_path / "path",
+        )  # fmt: skip
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
     next(start(tmp_path / "path"))
     monkeypatch.setattr(path_checkpoint, "__version__", "9.9")
-    with pytest.raises(ValueError, match=r"version differs \(it was '.*' and is '9.9'\)"):
+    with pytest.raises(ValueError, match=r"differs in version \(it was '.*' and is '9.9'\)\."):
         start(tmp_path / "path")
 
 

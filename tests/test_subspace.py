@@ -15,7 +15,7 @@ from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.subspace import Subspace
-from convexbn.training import NEWTON_ROWS, choose_solver
+from convexbn.training import FEW_ROWS, NEWTON_ROWS, choose_solver
 from convexbn.verdict import Status
 from instances import LOSS_NAMES, targets_for
 
@@ -227,7 +227,12 @@ def _interrupt(report):
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)
-def test_estimators_take_it_for_many_rows(loss):
-    few, many = (LOSSES[loss](np.zeros((n, 2)), np.ones(n)) for n in (NEWTON_ROWS, NEWTON_ROWS + 1))
-    assert choose_solver("auto", many) == "subspace" and choose_solver("proximal", many) == "proximal"
-    assert choose_solver("auto", few) == ("group_newton" if loss == "squared" else "proximal")
+def test_estimators_take_it_where_newton_is_dear(loss):
+    def choice(n, q=21, P=100, asked="auto"):
+        rows, patterns = np.zeros((n, q)), np.zeros((n, P), dtype=bool)
+        return choose_solver(asked, GatedProgram(rows, patterns, LOSSES[loss](np.zeros((n, 2)), np.ones(n)), 1.0))
+
+    few = "group_newton" if loss == "squared" else "subspace"
+    assert choice(FEW_ROWS) == few and choice(NEWTON_ROWS, q=900) == few  # many columns: products are dear as well
+    assert choice(FEW_ROWS + 1) == choice(NEWTON_ROWS + 1, q=900) == "subspace"
+    assert choice(NEWTON_ROWS + 1, asked="proximal") == "proximal"

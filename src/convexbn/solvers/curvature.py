@@ -11,7 +11,7 @@ from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, Squ
 from convexbn.pooled_loss import PooledLoss
 
 #: Doubles of the derivative that are formed at a time.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 19
 
 #: Eigenvalues of the second derivative in an output bias below this, relative, are 0: the softmax does not see a
 #: common bias.

@@ -86,15 +86,17 @@ def read(path: str | os.PathLike[str]) -> StoredPath:
 
 
 def check_question(path: str | os.PathLike[str], stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to go on with a path whose data or settings were others, naming the first part that differs."""
+    """Refuse to go on with a path whose data or settings were others, naming the parts that differ."""
+    changes = []
     for name in {**stored, **asked}:
         before, now = stored.get(name), asked.get(name)
         if json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
-            change = "" if name in _HASHES else f" (it was {before!r} and is {now!r})"
-            raise ValueError(
-                f"{os.fspath(path)!r} is the checkpoint of another path: {name} differs{change}. "
-                "Ask for the same again to go on, or name another file."
-            )
+            changes.append(name if name in _HASHES else f"{name} (it was {before!r} and is {now!r})")
+    if changes:
+        raise ValueError(
+            f"{os.fspath(path)!r} is the checkpoint of another path, which differs in {', '.join(changes)}. "
+            "Ask for the same again to go on, or name another file."
+        )
 
 
 class _Parts:
