@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from convexbn.certificate import certify_blocks
 from convexbn.losses import LOSSES, SquaredLoss
@@ -13,7 +14,7 @@ from convexbn.solvers import sketched_hessian
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.solution import Budget, Solution
 from convexbn.solvers.subspace import Subspace
 from convexbn.training import FEW_ROWS, NEWTON_ROWS, choose_solver
 from convexbn.verdict import Status
@@ -220,6 +221,27 @@ def test_stopping_early_keeps_what_was_reached(sampled):
         assert proof.status in (Status.GAP_OPEN, Status.INTERRUPTED) and proof.objective <= start
     with pytest.raises(KeyboardInterrupt):
         Subspace().solve(program, budget=Budget(callback=_interrupt))
+
+
+def test_a_line_search_that_runs_out_of_evaluations_keeps_its_best_point(monkeypatch):
+    """L-BFGS-B then returns where it began: on a saturated loss, where steps are far too long, every search did."""
+    minimize = scipy.optimize.minimize
+
+    def forgetful(function, x, **settings):
+        found = minimize(function, x, **settings)
+        found.x = x
+        return found
+
+    monkeypatch.setattr(scipy.optimize, "minimize", forgetful)
+    assert Subspace().solve(draw(fraction=0.1)).stopped_by == "tolerance"
+
+
+def test_a_start_where_the_loss_is_flat_is_left():
+    program = draw(n=15, q=10, K=1, P=5, loss="logistic", fraction=1e-3)
+    blocks = np.random.default_rng(15).standard_normal((5, 10, 1))
+    blocks *= 300 / np.abs(program.outputs(np.arange(5), blocks)).max()
+    solution = Subspace().solve(program, Solution(np.arange(5), blocks, "start"))
+    assert proof_of(program, solution, 1e-6).status is Status.CERTIFIED
 
 
 def _interrupt(report):

@@ -202,7 +202,10 @@ class _Descent:
         blocks = self.blocks[live]
         slope = self.beta * self.norms[live] - np.einsum("mqk,mqk->m", blocks, self.correlations[live])
         hessian = factor_hessian(self.kernels, live, blocks, self.outputs, self.rng)
-        factors[live] = bounded_quadratic(hessian, slope, np.ones(len(live)))
+        try:
+            factors[live] = bounded_quadratic(hessian, slope, np.ones(len(live)))
+        except np.linalg.LinAlgError:  # where a loss saturates its curvature is that of rounding
+            factors[live] = 1.0
         return factors
 
     def step(self) -> bool:
@@ -273,15 +276,22 @@ class _Descent:
         at_zero, slope = value_and_slope(np.zeros((columns.shape[1], K)))
         unit = float(np.linalg.norm(metric.T @ slope)) or 1.0  # in these units a Newton step is 1
 
+        lowest, best = at_zero, np.zeros((columns.shape[1], K))
+
         def scaled(x: Float) -> tuple[float, Float]:
-            value, slope = value_and_slope(unit * metric @ x.reshape(-1, K))
+            nonlocal lowest, best
+            combination: Float = unit * metric @ x.reshape(-1, K)
+            value, slope = value_and_slope(combination)
+            if value < lowest:  # L-BFGS forgets what it found in a line search that its evaluations end
+                lowest, best = value, combination
             return (value - at_zero) / unit**2, (metric.T @ slope).ravel() / unit
 
         found = scipy.optimize.minimize(
             scaled, np.zeros(metric.shape[1] * K), jac=True, method="L-BFGS-B", options={"maxfun": _EVALUATIONS}
         )
-        combination: Float = unit * metric @ found.x.reshape(-1, K)
-        return combination
+        if found.nfev > 2 * _EVALUATIONS:  # a far too long step: the curvature of a loss that saturates has changed
+            self.age = _STALE
+        return best
 
     def _metric(self, columns: Float, outputs: Float) -> Float:
         """``T`` with ``T' H T = I`` for the Hessian of every output in its combination; dependent columns left out."""
