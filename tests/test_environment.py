@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from convexbn.environment import dealt, workers
+from convexbn.environment import dealt, numpy_alone, solving, workers
 
 
 def blas_threads():
@@ -48,3 +48,19 @@ def test_threads_have_the_flags_of_the_caller():
     with np.errstate(over="ignore", divide="raise"), workers() as threads:
         flags = threads.each(lambda _: np.geterr(), range(4))
     assert all(one == flags[0] for one in flags) and flags[0]["divide"] == "raise"
+
+
+def test_numpy_alone_has_threads_whoever_comes_and_goes_meanwhile():
+    def now():
+        return {library["filepath"]: library["num_threads"] for library in threadpool_info()}
+
+    before = now()
+    alone = {path: 1 if "scipy.libs" in path else threads for path, threads in before.items()}
+    first, second = solving(100), numpy_alone()
+    first.__enter__()
+    second.__enter__()
+    assert blas_threads() == {1}
+    first.__exit__(None, None, None)  # not in the order of a stack, as it happens among threads
+    assert now() == alone
+    second.__exit__(None, None, None)
+    assert now() == before

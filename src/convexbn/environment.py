@@ -8,10 +8,12 @@ they wait), and win little on an idle one.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,9 +28,18 @@ SINGLE_THREAD_ROWS = 3000
 @contextmanager
 def solving(n_rows: int) -> Iterator[None]:
     """Surround the solve of a problem of this size."""
-    threads = _one_thread if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
+    threads = _threads.single("all") if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
     with np.errstate(all="ignore"), threads:
         yield
+
+
+def numpy_alone() -> AbstractContextManager[None]:
+    """Surround work in which products of numpy and small factorisations of scipy take turns.
+
+    The wheels of either have a BLAS of their own, whose threads spin for a while after each call: those of one against
+    those of the other took two to four times as long as one thread, on an idle machine.
+    """
+    return _threads.single("scipy")
 
 
 class Workers:
@@ -56,7 +67,7 @@ class Workers:
 def workers() -> Iterator[Workers]:
     """As many threads of our own as BLAS had, which has one meanwhile: ours sleep while they wait."""
     count = max((library["num_threads"] for library in _controller().select(user_api="blas").info()), default=1)
-    with _one_thread, ThreadPoolExecutor(count) as pool:
+    with _threads.single("all"), ThreadPoolExecutor(count) as pool:
         yield Workers(pool, count)
 
 
@@ -71,26 +82,33 @@ def dealt(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Res
             yield from threads.each(work, waiting[start : start + threads.count])
 
 
-class _OneThread:
-    """One BLAS thread while anybody is inside: set by the first who comes, given back by the last who goes."""
+class _Threads:
+    """BLAS threads while anybody is inside: one in all libraries, or in scipy's alone; then those of before."""
 
     def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._limiter: Any = None
+        self._lock, self._inside, self._before = threading.Lock(), Counter[str](), list[int]()
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._limiter = _controller().limit(limits=1, user_api="blas")
-            self._inside += 1
+    @contextmanager
+    def single(self, of: str) -> Iterator[None]:
+        """One thread of the libraries ``"all"`` or ``"scipy"``."""
+        self._change(of, 1)
+        try:
+            yield
+        finally:
+            self._change(of, -1)
 
-    def __exit__(self, *exception: object) -> None:
+    def _change(self, of: str, by: int) -> None:
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                _release_control()
-                self._limiter.restore_original_limits()
-                _release_control()
+            libraries = _controller().select(user_api="blas").lib_controllers
+            if not self._inside.total():
+                self._before = [library.num_threads for library in libraries]
+            self._inside[of] += by
+            _release_control()
+            for library, before in zip(libraries, self._before, strict=True):
+                its_own = Path(library.filepath).parent.name.startswith("scipy")
+                alone = self._inside["all"] or (its_own and self._inside["scipy"])
+                library.set_num_threads(1 if alone else before)
+            _release_control()
 
 
 def _release_control() -> None:
@@ -102,7 +120,7 @@ def _release_control() -> None:
         clear(force=True)
 
 
-_one_thread = _OneThread()
+_threads = _Threads()
 
 
 @cache

@@ -17,6 +17,7 @@ from convexbn._typing import Bool, Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
+from convexbn.environment import numpy_alone
 from convexbn.evidence import AllPatterns
 from convexbn.losses import Loss, LossKind, SquaredLoss
 from convexbn.network import BatchNormNetwork
@@ -336,7 +337,8 @@ def certify(
             deadline=deadline,
         )
     program = program.with_weight_decay(weight_decay)
-    return certificate.certify_gated(program, data.inputs, data.whitening.mean, **network.neurons(), **question)
+    with numpy_alone():
+        return certificate.certify_gated(program, data.inputs, data.whitening.mean, **network.neurons(), **question)
 
 
 def choose_solver(solver: str, program: GatedProgram) -> str:

@@ -23,6 +23,7 @@ import scipy.linalg
 import scipy.optimize
 
 from convexbn._typing import Float, FloatMatrix
+from convexbn.environment import numpy_alone
 from convexbn.program import GatedProgram, block_norms
 from convexbn.solvers.group_newton import bounded_quadratic
 from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
@@ -77,7 +78,10 @@ class Subspace:
 
     def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
         """Solve the program, warm-started from the blocks of ``start``."""
-        budget = budget or Budget()
+        with numpy_alone():
+            return self._solved(program, start, budget or Budget())
+
+    def _solved(self, program: GatedProgram, start: Solution | None, budget: Budget) -> Solution:
         descent = _Descent(program, start)
         zero = None if descent.below_zero else zero_solution(program, budget)
         if zero is not None:
