@@ -249,6 +249,15 @@ def test_ctrl_c_ends_a_fit_within_a_second(solver, n, d, P):
     assert rest.split() == ["interrupted", "False"] and process.returncode == 0
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises, as in the foreground: a shell starts its jobs in the background with the signal ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_in_the_middle_of_newton_raises_from_fit():
     model = regressor(callback=lambda progress: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
