@@ -345,7 +345,7 @@ def choose_solver(solver: str, program: GatedProgram) -> str:
     """Resolve ``"auto"``: descent in subspaces, and for the squared loss on few rows Newton on the group scales.
 
     Newton takes some five factorisations of size ``n``, descent to 1e-6 some sixty pairs of products with the rows.
-    On twelve data sets of 500 to 5,000 rows either is the faster on its side of the line, or level.
+    Either is the faster on its side of the line, or level, on the twelve data sets of ``benchmarks/choice.py``.
     """
     if isinstance(program.on_rows, PooledLoss):
         if solver not in ("auto", "proximal", "conic"):
