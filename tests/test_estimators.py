@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate import certify_blocks
+from convexbn.program import GatedProgram
 from convexbn.solvers.solution import Progress
 
 
@@ -734,6 +735,16 @@ def test_stored_statistics_that_are_not_those_of_the_rows_are_never_certified(ch
     wrong = value + amount if name == "mean" else value * amount
     model.network_ = dataclasses.replace(model.network_, **{name: wrong})
     assert model.certify(X, y).status is not Status.CERTIFIED
+
+
+def test_outputs_with_stored_statistics_are_made_only_where_they_may_differ(monkeypatch):
+    X = rows()
+    model = regressor(weight_decay=0.1).fit(X, values_of(X))
+    made, outputs_on = [], GatedProgram.outputs_on
+    monkeypatch.setattr(GatedProgram, "outputs_on", lambda *args: made.append(args) or outputs_on(*args))
+    assert model.certify(X, values_of(X)).status is Status.CERTIFIED and len(made) == 1
+    model.network_ = dataclasses.replace(model.network_, n_effective=61.0)
+    assert model.certify(X, values_of(X)).status is Status.NUMERICAL and len(made) == 3
 
 
 def test_an_offset_that_spoils_the_stored_mean_is_not_certified():

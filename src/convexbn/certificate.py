@@ -164,9 +164,10 @@ def certify_gated(
 
     coordinates, outside = _whitened(program.rows, weights, responses, spectral_filter)
     blocks = _summed(np.vstack([gamma * coordinates, shift]), output, place, len(used))
+    outputs = outputs_of(_first_layer(responses, gamma, shift), patterns)
     proof = judge(
         program.loss,
-        outputs_of(_first_layer(responses, gamma, shift), patterns),
+        outputs,
         program.weight_decay,
         penalty=float(program.norms(blocks).sum()),
         plain_penalty=_plain_penalty(gamma, shift, output),
@@ -179,10 +180,15 @@ def certify_gated(
     )
     if statistics is None:
         return proof
-    if not np.array_equal(statistics.mean, mean):
+    scale, constant = statistics.scales(responses, gamma, shift, total)
+    if np.array_equal(statistics.mean, mean):
+        moved = _outputs_move_at_most(program.on_rows, scale - gamma, constant - shift, output)
+        if _loss_moves_at_most(program.loss, outputs, moved) <= _allowed(proof):
+            return proof
+    else:
         first = np.unique(place, return_index=True)[1]
         patterns = gate_patterns(X, statistics.mean, gates[:, first], gate_offsets[first])
-    stored = outputs_of(_first_layer(responses, *statistics.scales(responses, gamma, shift, total)), patterns)
+    stored = outputs_of(_first_layer(responses, scale, constant), patterns)
     return _with_statistics(proof, program.loss, stored, program.weight_decay, _plain_penalty(gamma, shift, output))
 
 
@@ -272,8 +278,8 @@ def certify_relu(
     if statistics is None:
         return proof
     scale, constant = statistics.scales(responses, gamma, shift, total)
-    apart = loss.hidden_norm * float(np.hypot(scale - gamma, constant - shift) @ np.linalg.norm(output, axis=1))
-    if _loss_moves_at_most(loss.of_cases, outputs, apart) <= _allowed(proof):
+    moved = _outputs_move_at_most(loss, scale - gamma, constant - shift, output)
+    if _loss_moves_at_most(loss.of_cases, outputs, moved) <= _allowed(proof):
         return proof
     stored = relu_outputs(responses.rows, loss, _first_layer(responses, scale, constant), output)
     return _with_statistics(proof, loss.of_cases, stored, weight_decay, _plain_penalty(gamma, shift, output))
@@ -426,6 +432,11 @@ def _loss_moves_at_most(loss: Loss, outputs: Float, distance: float) -> float:
     """Change of the loss when the outputs move by a weighted norm: no loss has more curvature than 1."""
     slope = float(np.linalg.norm(loss.negative_gradient(outputs) / np.sqrt(loss.weights)[:, None]))
     return slope * distance + distance**2
+
+
+def _outputs_move_at_most(loss: Loss, scale: Float, constant: Float, output: Float) -> float:
+    """Weighted norm by which the outputs move when scales and constants of the neurons move by so much."""
+    return loss.hidden_norm * float(np.hypot(scale, constant) @ np.linalg.norm(output, axis=1))
 
 
 def _first_layer(responses: Responses, scale: Float, constant: Float) -> Float:
