@@ -431,7 +431,7 @@ def _allowed(proof: Certificate) -> float:
 def _loss_moves_at_most(loss: Loss, outputs: Float, distance: float) -> float:
     """Change of the loss when the outputs move by a weighted norm: no loss has more curvature than 1."""
     slope = float(np.linalg.norm(loss.negative_gradient(outputs) / np.sqrt(loss.weights)[:, None]))
-    return slope * distance + distance**2
+    return (slope + distance) * distance  # a power would raise where it overflows
 
 
 def _outputs_move_at_most(loss: Loss, scale: Float, constant: Float, output: Float) -> float:
