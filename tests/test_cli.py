@@ -328,6 +328,7 @@ def test_good_tables_of_other_dialects(tmp_path, capsys):
         (["--weight-decay", "-1"], "weight_decay"),
         (["--weight-decay", "nan"], "weight_decay"),
         (["--n-gates", "0"], "n_gates"),
+        (["--n-starts", "0"], "n_starts"),
         (["--n-gates", "1000000000000"], "bytes"),
         (["--rank", "0"], "rank"),
         (["--rank", "1.5"], "rank"),

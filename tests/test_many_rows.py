@@ -141,8 +141,60 @@ def test_a_warm_start_takes_fewer_epochs_and_is_no_worse():
     loss, beta = SquaredLoss(targets, np.ones(len(rows))), 2.0
     cold = ManyRows(width=100).solve(rows, loss, beta, np.random.default_rng(0))
     warm = ManyRows(width=100).solve(rows, loss, beta, np.random.default_rng(1), initial=cold.neurons)
-    assert len(warm.history) == 5
+    assert len(warm.history) == 13
     assert objective(rows, loss, beta, warm.neurons) <= 1.01 * objective(rows, loss, beta, cold.neurons)
+
+
+def test_warm_starts_along_a_path_are_as_good_as_cold_ones():
+    """At a large weight decay nearly all neurons die, and the next point needs others."""
+    rows, targets = instance(K=3)
+    loss, solver = SquaredLoss(targets, np.ones(len(rows))), ManyRows(width=100)
+    largest = np.linalg.norm(rows.T @ loss.negative_gradient(np.zeros_like(targets)))
+    point = Neurons(rows[:2].T, 1e-3 * np.ones((2, 3)))
+    for share in (0.3, 0.1, 0.03):
+        beta = share * largest
+        point = solver.solve(rows, loss, beta, np.random.default_rng(0), initial=point).neurons
+        cold = solver.solve(rows, loss, beta, np.random.default_rng(1)).neurons
+        assert objective(rows, loss, beta, point) <= 1.01 * objective(rows, loss, beta, cold)
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_the_mean_of_some_descents_has_at_most_the_mean_of_their_objectives(kind):
+    rows, loss = list(losses())[kind]
+    beta = 0.05 * np.linalg.norm(loss.negative_gradient(np.zeros_like(loss.targets)))
+    rng = np.random.default_rng(0)
+    alone = [ManyRows(width=20, polish=0).solve(rows, loss, beta, rng) for _ in range(3)]
+    found = ManyRows(width=20, polish=0, n_starts=3).solve(rows, loss, beta, np.random.default_rng(0))
+    outputs = np.mean([network_outputs(rows, one.neurons) for one in alone], axis=0)
+    np.testing.assert_allclose(
+        network_outputs(rows, found.neurons), outputs, rtol=0, atol=1e-12 * np.abs(outputs).max()
+    )
+    mean = np.mean([objective(rows, loss, beta, one.neurons) for one in alone])
+    assert objective(rows, loss, beta, found.neurons) <= mean * (1 + 1e-12)
+    assert [p.objective for p in found.history] == [p.objective for one in alone for p in one.history]
+    polished = ManyRows(width=20, polish=5, n_starts=3).solve(rows, loss, beta, np.random.default_rng(0))
+    assert objective(rows, loss, beta, polished.neurons) <= objective(rows, loss, beta, found.neurons) * (1 + 1e-6)
+
+
+def test_descents_share_the_time_and_a_warm_start_is_one_of_them():
+    rows, targets = instance()
+    loss = SquaredLoss(targets, np.ones(len(rows)))
+    endless = ManyRows(width=50, n_starts=2, polish=0, descent=StochasticPhase(epochs=10**6))
+    both = endless.solve(rows, loss, 1.0, np.random.default_rng(0), Budget(1.0))
+    assert both.stopped_by == "time_limit" and 50 < len(both.neurons.output) <= 100
+    warm = ManyRows(width=50, n_starts=2).solve(rows, loss, 1.0, np.random.default_rng(0), initial=both.neurons)
+    assert len(warm.history) == 13
+
+
+def test_a_callback_in_a_later_descent_leaves_it_out():
+    rows, targets = instance()
+    loss = SquaredLoss(targets, np.ones(len(rows)))
+    first = ManyRows(width=20, polish=0).solve(rows, loss, 1.0, np.random.default_rng(0)).neurons
+    stopped = ManyRows(width=20, n_starts=3).solve(
+        rows, loss, 1.0, np.random.default_rng(0), Budget(callback=lambda report: report.iteration == 22)
+    )
+    assert stopped.stopped_by == "callback" and len(stopped.history) == 22
+    np.testing.assert_array_equal(stopped.neurons.output, first.output)
 
 
 def test_estimators_take_it_on_many_rows(monkeypatch):
@@ -161,6 +213,11 @@ def test_estimators_take_it_on_many_rows(monkeypatch):
     with pytest.warns(match="GAP_OPEN"):
         few = ConvexBNClassifier(activation="relu", loss="logistic", max_iter=2, random_state=0).fit(X, labels)
     assert few.n_iter_ == 3
+    with pytest.warns(match="GAP_OPEN"):
+        mean = ConvexBNClassifier(
+            activation="relu", loss="logistic", width=9, n_starts=3, max_iter=2, random_state=0
+        ).fit(X, labels)
+    assert mean.n_iter_ == 7 and 9 < mean.network_.n_neurons <= 27
 
 
 def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):

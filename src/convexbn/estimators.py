@@ -48,6 +48,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "width": [Interval(Integral, 1, None, closed="left"), None],
+        "n_starts": [Interval(Integral, 1, None, closed="left")],
         "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
@@ -69,6 +70,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         n_gates: int = 100,
         gates: str | FloatMatrix = "data",
         width: int | None = None,
+        n_starts: int = 1,
         rank: int | float | None = None,
         spectral_filter: float | None = None,
         convolution: Convolution | None = None,
@@ -85,6 +87,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         self.n_gates = n_gates
         self.gates = gates
         self.width = width
+        self.n_starts = n_starts
         self.rank = rank
         self.spectral_filter = spectral_filter
         self.convolution = convolution
@@ -225,8 +228,8 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
                 weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
                 fit = training.fit_relu(
                     data, weight_decay,
-                    tol=self.tol, max_iter=self.max_iter, width=self.width, budget=budget, random_state=random_state,
-                    start=start,
+                    tol=self.tol, max_iter=self.max_iter, width=self.width, n_starts=self.n_starts, budget=budget,
+                    random_state=random_state, start=start,
                 )  # fmt: skip
                 return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
             gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
@@ -356,6 +359,9 @@ class ConvexBNClassifier(ClassifierMixin, _ConvexBN):
     width : int or None, default=None
         Neurons that ReLU training starts with: None for 200, and 1000 where the whitened rows have more than a million
         entries. There mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).
+    n_starts : int, default=1
+        Mini-batch descents, each of ``width`` neurons from a random start, whose mean is the network: the program is
+        convex, so its objective is at most the mean of theirs. Two take twice the time.
     rank : int, float in (0, 1] or None, default=None
         Keep all directions, the top ``rank``, or the fewest with this share of the variance, of the centred,
         unscaled data.
@@ -493,7 +499,7 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
 
     Parameters
     ----------
-    activation, weight_decay, n_gates, gates, width, rank, spectral_filter, convolution, solver
+    activation, weight_decay, n_gates, gates, width, n_starts, rank, spectral_filter, convolution, solver
         As in :class:`ConvexBNClassifier`.
     tol, max_iter, time_limit, random_state, callback
         As in :class:`ConvexBNClassifier`.
@@ -532,6 +538,7 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
         n_gates: int = 100,
         gates: str | FloatMatrix = "data",
         width: int | None = None,
+        n_starts: int = 1,
         rank: int | float | None = None,
         spectral_filter: float | None = None,
         convolution: Convolution | None = None,
@@ -544,8 +551,8 @@ class ConvexBNRegressor(RegressorMixin, _ConvexBN):
     ) -> None:
         super().__init__(
             activation=activation, loss=loss, weight_decay=weight_decay, n_gates=n_gates, gates=gates, width=width,
-            rank=rank, spectral_filter=spectral_filter, convolution=convolution, solver=solver, tol=tol,
-            max_iter=max_iter, time_limit=time_limit, random_state=random_state, callback=callback,
+            n_starts=n_starts, rank=rank, spectral_filter=spectral_filter, convolution=convolution, solver=solver,
+            tol=tol, max_iter=max_iter, time_limit=time_limit, random_state=random_state, callback=callback,
         )  # fmt: skip
         self.huber_delta = huber_delta
 

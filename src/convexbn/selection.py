@@ -61,6 +61,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         loss: str = "squared",
         gates: str | FloatMatrix = "data",
         width: int | None = None,
+        n_starts: int = 1,
         convolution: Convolution | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
@@ -79,6 +80,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.loss = loss
         self.gates = gates
         self.width = width
+        self.n_starts = n_starts
         self.convolution = convolution
         self.solver = solver
         self.tol = tol
@@ -202,7 +204,7 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         Candidates of ``spectral_filter``, such as ``[None, 0.03, 0.1, 0.3]``. None: no filter.
     n_gates : int or array-like of int, default=100
         Number of gates, or candidates.
-    activation, loss, gates, width, convolution, solver, tol, max_iter, time_limit, random_state
+    activation, loss, gates, width, n_starts, convolution, solver, tol, max_iter, time_limit, random_state
         As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
     cv : int, splitter, iterable of (train, test) or None, default=None
         As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
@@ -254,7 +256,7 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
 
     Parameters
     ----------
-    weight_decays, ranks, spectral_filters, n_gates, activation, gates, width, convolution, solver
+    weight_decays, ranks, spectral_filters, n_gates, activation, gates, width, n_starts, convolution, solver
         As in :class:`ConvexBNClassifierCV`.
     loss, huber_delta
         As in :class:`ConvexBNRegressor`.
@@ -297,6 +299,7 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
         huber_delta: float = 1.0,
         gates: str | FloatMatrix = "data",
         width: int | None = None,
+        n_starts: int = 1,
         convolution: Convolution | None = None,
         solver: str = "auto",
         tol: float = 1e-6,
@@ -309,8 +312,9 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
     ) -> None:
         super().__init__(
             weight_decays=weight_decays, ranks=ranks, spectral_filters=spectral_filters, n_gates=n_gates,
-            activation=activation, loss=loss, gates=gates, width=width, convolution=convolution, solver=solver, tol=tol,
-            max_iter=max_iter, time_limit=time_limit, random_state=random_state, cv=cv, scoring=scoring, n_jobs=n_jobs,
+            activation=activation, loss=loss, gates=gates, width=width, n_starts=n_starts, convolution=convolution,
+            solver=solver, tol=tol, max_iter=max_iter, time_limit=time_limit, random_state=random_state, cv=cv,
+            scoring=scoring, n_jobs=n_jobs,
         )  # fmt: skip
         self.huber_delta = huber_delta
 

@@ -248,6 +248,7 @@ def fit_relu(
     budget: Budget,
     random_state: np.random.RandomState,
     width: int | None = None,
+    n_starts: int = 1,
     start: Neurons | None = None,
 ) -> Fit:
     """Train over all patterns, by formula where there is one and by pricing elsewhere, and have the network judged.
@@ -259,7 +260,7 @@ def fit_relu(
     if network is None:
         rng = np.random.default_rng(random_state.randint(2**31))
         share = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
-        solution = _relu_solver(data, tol, max_iter, width).solve(
+        solution = _relu_solver(data, tol, max_iter, width, n_starts).solve(
             data.whitening.rows, data.loss, weight_decay, rng, replace(budget, time_limit=share), start
         )
         dense = BatchNormNetwork.from_neurons(data.whitening, solution.neurons.first, solution.neurons.output)
@@ -274,9 +275,9 @@ def fit_relu(
 
 
 def _relu_solver(
-    data: TrainingSet, tol: float, max_iter: int | None, width: int | None
+    data: TrainingSet, tol: float, max_iter: int | None, width: int | None, n_starts: int
 ) -> NeuronPricing | LocalPricing | ManyRows:
-    """Pricing, or on many rows mini-batch descent, of which an iteration is an epoch."""
+    """Pricing, or on many rows mini-batch descents, of which an iteration is an epoch."""
     given: dict[str, Any] = {} if width is None else {"width": width}
     if data.whitening.rows.size > PRICING_ENTRIES:
         descent = StochasticPhase() if data.convolution is None else IMAGES_DESCENT
@@ -285,7 +286,7 @@ def _relu_solver(
             given |= {"polish": 0}
         elif len(data.whitening.rows) > FEW_STEPS_ROWS:
             given |= {"polish": -(-epochs // EPOCHS_A_POLISH)}
-        return ManyRows(**given, descent=replace(descent, epochs=epochs))
+        return ManyRows(**given, n_starts=n_starts, descent=replace(descent, epochs=epochs))
     maxima = isinstance(data.loss, PooledLoss) and not data.loss.pooling.linear
     pricing = LocalPricing if maxima else NeuronPricing
     return pricing(tol=PRICING_TOL * tol, **given, **({} if max_iter is None else {"max_iter": max_iter}))

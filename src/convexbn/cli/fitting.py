@@ -42,6 +42,7 @@ def fit(options: argparse.Namespace) -> int:
             weight_decay=options.weight_decay,
             n_gates=options.n_gates,
             width=options.width,
+            n_starts=options.n_starts,
             gates=options.gates,
             rank=options.rank,
             spectral_filter=options.spectral_filter,

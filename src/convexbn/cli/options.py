@@ -32,6 +32,13 @@ def network_parser() -> argparse.ArgumentParser:
     parser.add_argument("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
     parser.add_argument("--n-gates", type=int, default=100, metavar="P")
     parser.add_argument("--width", type=int, metavar="M", help="neurons that relu training starts with")
+    parser.add_argument(
+        "--n-starts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="descents of relu training on many rows, of which it takes the mean",
+    )
     parser.add_argument("--gates", choices=["data", "whitened", "trained"], default="data")
     parser.add_argument(
         "--spectral-filter", type=float, metavar="TAU", help="shrink directions below TAU of the largest singular value"

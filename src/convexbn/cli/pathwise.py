@@ -49,6 +49,7 @@ def path(options: argparse.Namespace) -> int:
         **huber_delta(options, split.task),
         n_gates=options.n_gates,
         width=options.width,
+        n_starts=options.n_starts,
         gates=options.gates,
         spectral_filter=options.spectral_filter,
         convolution=convolution(options, source.image_shape),

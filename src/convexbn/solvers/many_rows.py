@@ -1,4 +1,4 @@
-"""ReLU networks on many rows: mini-batch descent, merging, a full-batch polish.
+"""ReLU networks on many rows: mini-batch descents, merging, their mean, a full-batch polish.
 
 Pricing and Newton's method take seconds an iteration there, so that what is returned is a good network, not an
 optimum: its certificate says how good.
@@ -6,6 +6,7 @@ optimum: its certificate says how good.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -16,28 +17,36 @@ from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.neurons import Neurons, case_outputs, merge
+from convexbn.solvers.neurons import Neurons, case_outputs, mean, merge
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
 
-#: Share of a time limit that the descent may take before the polish begins.
+#: Share of a time limit that the descents may take before the polish begins.
 _DESCENT_SHARE = 0.7
+
+#: Share of the epochs that a warm start takes. On a path of 20 weight decays on 10,000 images the objectives are within
+#: .2 per cent of those of cold starts down to a thirtieth of the largest decay, 2 per cent above at a fiftieth and 16
+#: at a hundredth; with a fifth of the epochs at a third of the learning rate 7 per cent above at an eighteenth already.
+_WARM = 0.6
 
 
 @dataclass(frozen=True)
 class ManyRows:
-    """Mini-batch descent, merging, and full-batch L-BFGS.
+    """Mini-batch descents, merging, their mean, and full-batch L-BFGS.
 
     Parameters
     ----------
     width : int, default=1000
-        Neurons.
+        Neurons of a descent.
+    n_starts : int, default=1
+        Descents, each from a random start.
     polish : int, default=5
         Iterations of L-BFGS on all rows, in float32; 0 for none.
     descent : StochasticPhase
     """
 
     width: int = 1000
+    n_starts: int = 1
     polish: int = 5
     descent: StochasticPhase = field(default_factory=StochasticPhase)
 
@@ -60,36 +69,57 @@ class ManyRows:
         rng : numpy.random.Generator
         budget : Budget, optional
         initial : Neurons, optional
-            A warm start, which is trained for a fifth of the epochs at a third of the learning rate.
+            A warm start in place of the random ones, filled up to ``width`` with random neurons whose outputs are
+            zero; it takes fewer epochs.
         """
         budget = budget or Budget()
-        share = None if budget.time_limit is None else budget.started + _DESCENT_SHARE * budget.time_limit
-        descent, start = self._beginning(rows, loss, rng, initial)
         history: list[Progress] = []
-        neurons = start
-        for neurons, seen in descent.run(rows, loss, weight_decay, start, rng, share):
-            reason = self._reported(history, budget, seen, weight_decay, neurons)
-            if reason is not None:
-                return ReluSolution(neurons.balanced(), reason, history)
-        end = "time_limit" if share is not None and time.monotonic() >= share else "max_iter"
-        merged = merge(neurons)
-        if not self.polish:
-            return ReluSolution(merged.balanced(), end, history)
+        networks, reason = self._descended(rows, loss, weight_decay, rng, budget, initial, history)
+        network = mean(networks)
+        deadline = budget.until(_DESCENT_SHARE)
+        end = reason or ("time_limit" if deadline is not None and time.monotonic() >= deadline else "max_iter")
+        if reason or not self.polish:
+            return ReluSolution(network.balanced(), end, history)
         single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
         polished = local_phase(
-            single, loss, weight_decay, merged, max_iter=self.polish, deadline=budget.deadline
+            single, loss, weight_decay, network, max_iter=self.polish, deadline=budget.deadline
         ).balanced()
         value = loss.of_cases.value(case_outputs(single, loss, polished))
         return ReluSolution(polished, self._reported(history, budget, value, weight_decay, polished) or end, history)
 
-    def _beginning(
-        self, rows: Float | MappedRows, loss: Loss, rng: np.random.Generator, initial: Neurons | None
-    ) -> tuple[StochasticPhase, Neurons]:
-        """The descent and its start, cold or warm."""
-        if initial is None or not len(initial.output):
-            return self.descent, random_start(rng.standard_normal((rows.shape[1], self.width)), loss, rng)
-        epochs, rate = max(1, self.descent.epochs // 5), self.descent.learning_rate / 3
-        return replace(self.descent, epochs=epochs, learning_rate=rate), initial
+    def _descended(
+        self,
+        rows: Float | MappedRows,
+        loss: Loss,
+        weight_decay: float,
+        rng: np.random.Generator,
+        budget: Budget,
+        initial: Neurons | None,
+        history: list[Progress],
+    ) -> tuple[list[Neurons], str | None]:
+        """The network of each descent that has ended, or of the first if none has; and why all have to stop."""
+        descent, starts = self.descent, list[Neurons | None]([None] * self.n_starts)
+        if initial is not None and len(initial.output):
+            descent = replace(descent, epochs=math.ceil(_WARM * descent.epochs))
+            starts = [initial]
+        networks: list[Neurons] = []
+        for turn, given in enumerate(starts, start=1):
+            start = self._start(rows, loss, rng, given)
+            deadline, neurons = budget.until(_DESCENT_SHARE * turn / len(starts)), start
+            for neurons, seen in descent.run(rows, loss, weight_decay, start, rng, deadline):
+                reason = self._reported(history, budget, seen, weight_decay, neurons)
+                if reason is not None:
+                    return networks or [neurons], reason
+            networks.append(merge(neurons))
+        return networks, None
+
+    def _start(self, rows: Float | MappedRows, loss: Loss, rng: np.random.Generator, given: Neurons | None) -> Neurons:
+        """Random neurons, or those that are given and as many random ones as they lack."""
+        missing = self.width - (0 if given is None else len(given.output))
+        if given is not None and missing <= 0:
+            return given
+        drawn = random_start(rng.standard_normal((rows.shape[1], missing)), loss, rng)
+        return drawn if given is None else given.joined(Neurons(drawn.first, np.zeros_like(drawn.output)))
 
     def _reported(
         self, history: list[Progress], budget: Budget, value: float, weight_decay: float, neurons: Neurons
@@ -97,4 +127,4 @@ class ManyRows:
         """Add to the history and ask whether to stop."""
         objective = value + weight_decay * float(neurons.masses.sum())
         history.append(Progress(len(history) + 1, objective, 0.0, len(neurons.output)))
-        return budget.stop_reason(history[-1], tol=0.0, max_iter=self.descent.epochs + 1)
+        return budget.stop_reason(history[-1], tol=0.0, max_iter=self.n_starts * self.descent.epochs + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,12 @@ def network_outputs(rows: FloatMatrix, neurons: Neurons) -> Float:
 def case_outputs(rows: FloatMatrix | MappedRows, loss: Loss, neurons: Neurons) -> Float:
     """What the terms of the loss see of the network on the rows, in float64."""
     return relu_outputs(rows, loss, neurons.first, neurons.output)
+
+
+def mean(networks: Sequence[Neurons]) -> Neurons:
+    """One network whose outputs are the mean of theirs: its objective is convex, so at most the mean of theirs."""
+    first, output = (np.hstack([n.first for n in networks]), np.vstack([n.output for n in networks]))
+    return Neurons(first / np.sqrt(len(networks)), output / np.sqrt(len(networks)))
 
 
 def merge(neurons: Neurons) -> Neurons:

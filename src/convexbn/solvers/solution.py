@@ -46,7 +46,11 @@ class Budget:
     @property
     def deadline(self) -> float | None:
         """``time.monotonic()`` at which the time limit is over, None without one."""
-        return None if self.time_limit is None else self.started + self.time_limit
+        return self.until(1.0)
+
+    def until(self, share: float) -> float | None:
+        """``time.monotonic()`` at which a share of the time limit is over, None without one."""
+        return None if self.time_limit is None else self.started + share * self.time_limit
 
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
         """Why to stop now (a key of ``verdict.STOPPED_BY``), or None to go on."""
