@@ -82,7 +82,7 @@ def relu(seed, folder):
 
 def relu_cifar(seed, folder):
     """CIFAR-10, two ReLU networks on 200 filtered directions; decay, rank, filter, width and number by validation."""
-    settings = {"rank": 200, "spectral_filter": 0.03, "width": 1000, "n_starts": 2, "max_iter": 11}
+    settings = {"rank": 200, "spectral_filter": 0.03, "width": 1250, "n_starts": 2, "max_iter": 8}
     return relu_fit(cifar(), seed, decay=3e-3, **settings)
 
 
@@ -105,7 +105,7 @@ def sgd_cifar(seed, folder):
 
 
 def batch_noise(seed, folder):
-    """CIFAR-10, one network on whitened rows with the statistics of each batch, by torch, and with those of all rows."""
+    """CIFAR-10, a network on whitened rows with the statistics of each batch, by torch, and with those of all rows."""
     import numpy as np
     import torch
 

@@ -8,7 +8,7 @@ is computed from the data, its departure from orthonormality measured and remove
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import scipy.linalg
 from scipy.linalg import lapack
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.moments import Moments, blocks
+from convexbn.moments import Moments, blocks, gram_of
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10
@@ -122,19 +122,19 @@ def projection_of(X: FloatMatrix, weights: Float, found: Moments, projection: Fl
 
 def _gram_of_projected(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Float:
     """Gram matrix of the centred columns ``(X - mean) projection``, block by block."""
-    gram, sums = np.zeros((projection.shape[1],) * 2), np.zeros(projection.shape[1])
-    for part, block in blocks(X):
-        root = np.sqrt(weights[part])
-        columns = ((block - mean) @ projection) * root[:, None]
-        gram += columns.T @ columns
-        sums += root @ columns
+    sums = np.zeros(projection.shape[1])
+
+    def parts() -> Iterator[Float]:
+        for part, block in blocks(X):
+            root = np.sqrt(weights[part])
+            columns = ((block - mean) @ projection) * root[:, None]
+            sums[:] += root @ columns
+            yield columns
+
+    gram = gram_of(parts(), len(sums))
     gram -= np.outer(sums, sums) / weights.sum()
     return gram
 
 
 def _weighted_gram(columns: Float, weights: Float) -> Float:
-    gram = np.zeros((columns.shape[1],) * 2)
-    for part, block in blocks(columns):
-        scaled = np.sqrt(weights[part])[:, None] * block
-        gram += scaled.T @ scaled
-    return gram
+    return gram_of((np.sqrt(weights[part])[:, None] * block for part, block in blocks(columns)), columns.shape[1])
