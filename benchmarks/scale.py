@@ -416,7 +416,7 @@ def arguments():
 
 
 def main():
-    """Run the tasks, print medians over seeds, and write all figures as JSON if asked to."""
+    """Run the tasks, print medians over seeds, and write the figures as JSON if asked to."""
     asked = arguments()
     if asked.one:
         one(asked.tasks[0], asked.seeds[0], asked.folder)
@@ -429,8 +429,8 @@ def main():
             if isinstance(figure, int | float) and name != "seed":
                 print(f"    {name:16} {statistics.median(figures[name] for figures in runs):.4g}")
         print_trace(runs[0])
-    if asked.json:
-        asked.json.write_text(json.dumps(circumstances(asked) | {"tasks": results}, indent=1) + "\n")
+        if asked.json:  # after every task: what is finished is kept
+            asked.json.write_text(json.dumps(circumstances(asked) | {"tasks": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
