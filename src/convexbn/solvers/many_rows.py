@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -98,7 +99,8 @@ class ManyRows:
         history: list[Progress],
     ) -> tuple[list[Neurons], str | None]:
         """The network of each descent that has ended, or of the first if none has; and why all have to stop."""
-        descent, starts = self.descent, list[Neurons | None]([None] * self.n_starts)
+        descent = self.descent
+        starts: Sequence[Neurons | None] = [None] * self.n_starts
         if initial is not None and len(initial.output):
             descent = replace(descent, epochs=math.ceil(_WARM * descent.epochs))
             starts = [initial]
