@@ -10,12 +10,14 @@ with it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import blas
 
 from convexbn._typing import Bool, Float, FloatMatrix
+from convexbn.environment import numpy_alone
 from convexbn.powers import times_power
 
 #: Bytes of a block of rows in float64. It stays in the cache while it is centred and multiplied; 64 MB took up to six
@@ -31,6 +33,9 @@ _EXTENDED = np.longdouble if np.finfo(np.longdouble).eps < 1e-18 else None
 
 #: Entries of one-byte integers that are multiplied at a time, and the fewest rows.
 _INTEGER_ENTRIES, _INTEGER_ROWS = 1 << 18, 1024
+
+#: Columns up to which two threads of scipy's BLAS lose more with one another than they win.
+_NARROW = 256
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -104,8 +109,9 @@ def gram_of(parts: Iterable[Float], size: int) -> Float:
     3,072 columns takes longer than the product.
     """
     upper = np.zeros((size, size), order="F")
-    for rows in parts if size else ():  # BLAS takes no matrix without columns
-        upper = blas.dsyrk(1.0, rows.T, beta=1.0, c=upper, overwrite_c=1)
+    with numpy_alone() if size <= _NARROW else nullcontext():
+        for rows in parts if size else ():  # BLAS takes no matrix without columns
+            upper = blas.dsyrk(1.0, rows.T, beta=1.0, c=upper, overwrite_c=1)
     return _mirrored(upper)
 
 
