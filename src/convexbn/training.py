@@ -327,18 +327,18 @@ def certify(
         "stopped_by": stopped_by,
         "statistics": certificate.Statistics(network.mean, network.n_effective) if own_rows else None,
     }
-    if program is None:
-        return certificate.certify_relu(
-            data.whitening.rows,
-            data.loss,
-            data.inputs,
-            weight_decay,
-            **network.neurons(),
-            **question,
-            deadline=deadline,
-        )
-    program = program.with_weight_decay(weight_decay)
     with numpy_alone():
+        if program is None:
+            return certificate.certify_relu(
+                data.whitening.rows,
+                data.loss,
+                data.inputs,
+                weight_decay,
+                **network.neurons(),
+                **question,
+                deadline=deadline,
+            )
+        program = program.with_weight_decay(weight_decay)
         return certificate.certify_gated(program, data.inputs, data.whitening.mean, **network.neurons(), **question)
 
 
