@@ -8,7 +8,7 @@ is computed from the data, its departure from orthonormality measured and remove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import scipy.linalg
 from scipy.linalg import lapack
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.moments import Moments, blocks, gram_of
+from convexbn.moments import Moments, blocks, weighted_sums
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10
@@ -86,7 +86,7 @@ def basis_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> 
         columns[part] = (block - mean) @ projection
     for _ in range(3):
         columns -= weights @ columns / total
-        gram = _weighted_gram(columns, weights)
+        gram, _ = weighted_sums(((weights[part], block) for part, block in blocks(columns)), columns.shape[1])
         departure = float(np.linalg.norm(gram - np.eye(len(gram))))
         if departure <= _ORTHONORMAL:
             return Basis(rows, projection, departure)
@@ -122,19 +122,7 @@ def projection_of(X: FloatMatrix, weights: Float, found: Moments, projection: Fl
 
 def _gram_of_projected(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> Float:
     """Gram matrix of the centred columns ``(X - mean) projection``, block by block."""
-    sums = np.zeros(projection.shape[1])
-
-    def parts() -> Iterator[Float]:
-        for part, block in blocks(X):
-            root = np.sqrt(weights[part])
-            columns = ((block - mean) @ projection) * root[:, None]
-            sums[:] += root @ columns
-            yield columns
-
-    gram = gram_of(parts(), len(sums))
+    projected = ((weights[part], (block - mean) @ projection) for part, block in blocks(X))
+    gram, sums = weighted_sums(projected, projection.shape[1])
     gram -= np.outer(sums, sums) / weights.sum()
     return gram
-
-
-def _weighted_gram(columns: Float, weights: Float) -> Float:
-    return gram_of((np.sqrt(weights[part])[:, None] * block for part, block in blocks(columns)), columns.shape[1])

@@ -102,17 +102,20 @@ def blocks(X: FloatMatrix) -> Iterator[tuple[slice, Float]]:
         yield part, np.asarray(X[part], dtype=np.float64)
 
 
-def gram_of(parts: Iterable[Float], size: int) -> Float:
-    """``sum rows' rows`` over parts of rows in float64: (size, size).
+def weighted_sums(parts: Iterable[tuple[Float, Float]], size: int) -> tuple[Float, Float]:
+    """``sum w x x'`` (size, size) and ``sum w x`` (size,) over parts of weights and rows, in float64.
 
     BLAS adds up one triangle, in place: numpy's product makes both and copies one to the other, which on few rows of
     3,072 columns takes longer than the product.
     """
-    upper = np.zeros((size, size), order="F")
+    upper, sums = np.zeros((size, size), order="F"), np.zeros(size)
     with numpy_alone() if size <= _NARROW else nullcontext():
-        for rows in parts if size else ():  # BLAS takes no matrix without columns
-            upper = blas.dsyrk(1.0, rows.T, beta=1.0, c=upper, overwrite_c=1)
-    return _mirrored(upper)
+        for weights, rows in parts if size else ():  # BLAS takes no matrix without columns
+            root = np.sqrt(weights)
+            scaled = rows * root[:, None]
+            sums += np.einsum("n,nd->d", root, scaled)  # threads of two BLAS would wait for each other
+            upper = blas.dsyrk(1.0, scaled.T, beta=1.0, c=upper, overwrite_c=1)
+    return _mirrored(upper), sums
 
 
 def _mirrored(upper: Float) -> Float:
@@ -122,17 +125,8 @@ def _mirrored(upper: Float) -> Float:
 
 def _read_floats(X: FloatMatrix, weights: Float, centre: Float, exponents: np.ndarray) -> tuple[Float, Float]:
     """``sum w (x - c)(x - c)'`` and ``sum w (x - c)`` in float64."""
-    sums = np.zeros(X.shape[1])
-
-    def parts() -> Iterator[Float]:
-        for part, block in blocks(X):
-            root = np.sqrt(weights[part])
-            rows = times_power(block, -exponents) - centre
-            rows *= root[:, None]
-            sums[:] += np.einsum("n,nd->d", root, rows)  # threads of two BLAS would wait for each other
-            yield rows
-
-    return gram_of(parts(), X.shape[1]), sums
+    centred = ((weights[part], times_power(block, -exponents) - centre) for part, block in blocks(X))
+    return weighted_sums(centred, X.shape[1])
 
 
 def _read_integers(X: FloatMatrix, weights: Float, centre: Float, exponents: np.ndarray) -> tuple[Float, Float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,8 @@ def case_outputs(rows: FloatMatrix | MappedRows, loss: Loss, neurons: Neurons) -
 
 def mean(networks: Sequence[Neurons]) -> Neurons:
     """One network whose outputs are the mean of theirs: its objective is convex, so at most the mean of theirs."""
-    first, output = (np.hstack([n.first for n in networks]), np.vstack([n.output for n in networks]))
-    return Neurons(first / np.sqrt(len(networks)), output / np.sqrt(len(networks)))
+    together, root = functools.reduce(Neurons.joined, networks), np.sqrt(len(networks))
+    return Neurons(together.first / root, together.output / root)
 
 
 def merge(neurons: Neurons) -> Neurons:
