@@ -50,6 +50,19 @@ def relu(case, m=7):
 
 
 @pytest.mark.parametrize("kind", ["gated", "relu"])
+def test_arrays_are_contiguous_copies(kind):
+    case = draw()
+    network = gated(case) if kind == "gated" else relu(case)[0]
+    strided = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+    strided = {k: v[..., ::-1][..., ::-1] if isinstance(v, np.ndarray) else v for k, v in strided.items()}
+    for copied in (network, BatchNormNetwork(**strided)):
+        arrays = [value for value in vars(copied).values() if isinstance(value, np.ndarray)]
+        assert len(arrays) == (8 if kind == "gated" else 5)
+        assert all(array.flags.c_contiguous and array.flags.owndata for array in arrays)
+    assert not np.shares_memory(network.mean, case[1].mean)
+
+
+@pytest.mark.parametrize("kind", ["gated", "relu"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norms_are_balanced_and_responses_have_unit_variance(kind, weighted):
     case = draw(weighted=weighted)

@@ -51,6 +51,12 @@ class BatchNormNetwork:
     gate_offsets: Float | None = None
     gate_index: Index | None = None
 
+    def __post_init__(self) -> None:
+        # BLAS rounds by the layout of its operands: a loaded network must compute what the saved one did
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.ndarray):
+                object.__setattr__(self, field.name, np.array(value, order="C"))
+
     @property
     def n_features(self) -> int:
         """Numbers of a row that it is used on."""
