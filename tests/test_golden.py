@@ -1,0 +1,128 @@
+"""Recorded optima: what ``fit`` found before stays within the certified gaps, and bit for bit while no sum changes.
+
+``python tests/test_golden.py`` records the values of this machine in golden.json, beside those of others.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
+
+RECORD = Path(__file__).with_name("golden.json")
+ARRAYS = ("weight", "gamma", "shift", "output", "mean", "gates", "gate_offsets", "gate_index")
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+
+
+def digits(n, images=False):
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(return_X_y=True)
+    return (X.reshape(-1, 8, 8, 1) if images else X)[:n], y[:n]
+
+
+def diabetes(n, d):
+    from sklearn.datasets import load_diabetes
+
+    X, y = load_diabetes(return_X_y=True)
+    return X[:n, :d], (y[:n] - y.mean()) / y.std()
+
+
+def iris(d):
+    from sklearn.datasets import load_iris
+
+    X, y = load_iris(return_X_y=True)
+    return X[::2, :d], y[::2]
+
+
+def models():
+    """Name, estimator and data of every model, one of each solver and kind of program."""
+    gated, relu = {"random_state": 0}, {"activation": "relu", "random_state": 0}
+    classify, regress, conv = ConvexBNClassifier, ConvexBNRegressor, Convolution(4, stride=2, regions=1)
+    return {
+        "group newton": (classify(**gated, n_gates=60), digits(600)),
+        "subspace": (classify(**gated, n_gates=40, loss="cross_entropy", weight_decay=1.0), digits(500)),
+        "proximal": (regress(**gated, n_gates=40, solver="proximal", weight_decay=3.0, tol=1e-5), diabetes(442, 10)),
+        "huber": (regress(**gated, n_gates=40, loss="huber"), diabetes(442, 10)),
+        "rank, filter": (classify(**gated, n_gates=60, rank=20, spectral_filter=0.1, gates="whitened"), digits(600)),
+        "formula": (classify(**relu), digits(40)),
+        "pricing": (classify(**relu), iris(2)),
+        "every cell": (regress(**relu, weight_decay=0.5), diabetes(30, 2)),
+        "convolution": (classify(**gated, n_gates=10, convolution=conv), digits(60, images=True)),
+        "regions": (
+            classify(**gated, n_gates=6, convolution=Convolution(4, stride=2, regions=2), tol=1e-4),
+            digits(60, images=True),
+        ),
+    }
+
+
+def measured(names):
+    """Objective, certified bound and a hash of the weights of every model."""
+    known, found = models(), {}
+    for name in names:
+        model, (X, y) = known[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(X, y)
+        digest = hashlib.sha256()
+        for array in (getattr(model.network_, key) for key in ARRAYS):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        proof = model.certificate_
+        found[name] = [proof.objective, proof.lower_bound, digest.hexdigest()[:16]]
+    return found
+
+
+def machine():
+    """Kernels that decide the last bits."""
+    import scipy
+    from threadpoolctl import threadpool_info
+
+    kernels = sorted({library["architecture"] for library in threadpool_info() if library["user_api"] == "blas"})
+    return f"{'+'.join(kernels)}, numpy {np.__version__}, scipy {scipy.__version__}"
+
+
+def in_one_thread():
+    done = subprocess.run(
+        [sys.executable, __file__, "--print"], env=os.environ | ONE_THREAD, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1500:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def now():
+    return in_one_thread()
+
+
+@pytest.mark.parametrize("name", models())
+def test_the_recorded_optimum_is_within_the_certified_gap(now, name):
+    record = json.loads(RECORD.read_text())
+    (objective, lower, _) = now["models"][name]
+    for _machine, values in record.items():
+        recorded, recorded_lower, _ = values[name]
+        assert lower <= recorded * (1 + 1e-12) and recorded_lower <= objective * (1 + 1e-12)
+        assert abs(objective - recorded) <= max(objective - lower, recorded - recorded_lower) + 1e-12 * recorded
+
+
+@pytest.mark.parametrize("name", models())
+def test_the_weights_are_those_that_were_recorded(now, name):
+    record = json.loads(RECORD.read_text()).get(now["machine"])
+    if record is None:
+        pytest.skip(f"nothing is recorded for {now['machine']}")
+    assert now["models"][name][2] == record[name][2]
+
+
+if __name__ == "__main__":
+    result = {"machine": machine(), "models": measured(models())}
+    if sys.argv[1:] == ["--print"]:
+        print(json.dumps(result))
+    else:
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        RECORD.write_text(json.dumps(record | {result["machine"]: result["models"]}, indent=1) + "\n")
