@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from convexbn import bounds
-from convexbn.studies.data import planted
+from convexbn_studies.data import planted
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import cvxpy as cp
 import numpy as np
 
-from convexbn.studies import pyscnn_driver
+from convexbn_studies.peers import pyscnn_driver
 
 DRIVER = pyscnn_driver.__file__
 

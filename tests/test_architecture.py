@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).parents[1]
 LAYERS = [
     ["_typing", "environment"],
     ["powers"],
-    ["moments", "convolution", "excess_risk"],
+    ["moments", "convolution", "companions"],
     ["gram_basis", "mapped_rows"],
     ["whitening", "losses"],
     ["responses", "pooled_loss"],
@@ -41,7 +41,6 @@ LAYERS = [
     ["selection"],
     ["sources"],
     ["report"],
-    ["studies"],
     ["cli"],
     ["__main__"],
 ]
@@ -130,10 +129,17 @@ def test_solvers_do_not_know_the_judge():
             assert "certificate" not in own(path), name
 
 
+def test_the_annex_is_imported_by_its_command_alone():
+    for name, path in modules():
+        annex = {module for module in imported(path) if module.startswith("convexbn_studies")}
+        assert not annex or name == "cli.reproducing", name
+        assert not annex & set(imported(path, everywhere=False)), name
+
+
 def test_optional_packages_are_imported_inside_functions_alone():
     for name, path in modules():
         heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
-        allowed = {"torch"} if group(name) == "nn" else set()  # its classes are modules of torch
+        allowed = {"torch"} if group(name) in ("nn", "companions") else set()  # classes of theirs are modules of torch
         assert not heads & {*OPTIONAL, "rich", "joblib", "pandas", "polars"} - allowed, name
     for name, path in modules():
         if group(name) not in ("__init__", "cli", "__main__"):

@@ -18,12 +18,12 @@ from convexbn.pooled_loss import PooledLoss
 from convexbn.pooled_program import PooledProgram
 from convexbn.program import GatedProgram
 from convexbn.solvers.conic import Conic
-from convexbn.solvers.conic_relu import ConicRelu
 from convexbn.solvers.local_pricing import LocalPricing
 from convexbn.solvers.neuron_pricing import NeuronPricing
 from convexbn.solvers.neurons import case_outputs
 from convexbn.solvers.proximal import Proximal
 from convexbn.whitening import whiten
+from convexbn_studies.peers.conic_relu import ConicRelu
 
 
 class Instance:

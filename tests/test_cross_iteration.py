@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parameters_to_vector
 
-from convexbn.nn.cross_iteration import (
+from convexbn.companions.cross_iteration import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
     convert_cross_iteration_batch_norm,

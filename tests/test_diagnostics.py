@@ -10,8 +10,8 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
-from convexbn.nn import diagnostics
-from convexbn.nn.diagnostics import FussCatalan, GradientNoise
+from convexbn.companions import diagnostics
+from convexbn.companions.diagnostics import FussCatalan, GradientNoise
 
 torch.set_num_threads(1)
 LOSS = nn.CrossEntropyLoss()

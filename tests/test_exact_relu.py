@@ -18,10 +18,10 @@ from convexbn.arrangement import enumerate_patterns, facets
 from convexbn.certificate import certify_relu, lower_bound
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.network import BatchNormNetwork
-from convexbn.solvers.conic_relu import ConicRelu
 from convexbn.solvers.neuron_pricing import NeuronPricing
 from convexbn.solvers.neurons import Neurons, network_outputs
 from convexbn.whitening import whiten
+from convexbn_studies.peers.conic_relu import ConicRelu
 
 
 class Instance(NamedTuple):

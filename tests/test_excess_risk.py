@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from convexbn.excess_risk import (
+from convexbn.companions.excess_risk import (
     LeastSquares,
     gaussian_ridge_risk,
     one_hot_ridge_risk,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from convexbn.studies import study
+from convexbn_studies import study
 
 pytestmark = pytest.mark.xdist_group("layer studies")  # one process runs each study once
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from convexbn.nn.normalised_layers import normalised_layers
+from convexbn.companions.normalised_layer import normalised_layers
 
 torch.set_num_threads(1)
 

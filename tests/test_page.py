@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, cli, fit_path
 from convexbn.page import MAX_PICTURE_BYTES, facts, page, paragraph, picture, styled, table, text
 from convexbn.report import Subject, report
-from convexbn.studies import Finding, Picture, Study
-from convexbn.studies.page import study_page
-from convexbn.studies.runner import Run
+from convexbn_studies import Finding, Picture, Study
+from convexbn_studies.page import study_page
+from convexbn_studies.runner import Run
 
 HOSTILE = ["<script>alert(1)</script>", "\" onmouseover='x'", "a&b\x00\ud800", "é" * 5000, "$x^{2$ </svg>", "]]>"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -14,8 +14,8 @@ from convexbn.bounds.local_search import hidden_norms
 from convexbn.cli import main
 from convexbn.losses import SquaredLoss
 from convexbn.nn import to_module
-from convexbn.solvers.conic_relu import ConicRelu
 from convexbn.whitening import whiten
+from convexbn_studies.peers.conic_relu import ConicRelu
 from instances import THRESHOLD, residual
 
 TAU = 0.1

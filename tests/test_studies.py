@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from convexbn import cli, studies
-from convexbn.studies import certificate, closed_form, equivalence, gd_bias, neural_collapse, speed, truncation
-from convexbn.studies.data import draw, leading, planted, split
+import convexbn_studies
+from convexbn import cli
+from convexbn_studies import certificate, closed_form, equivalence, gd_bias, neural_collapse, speed, truncation
+from convexbn_studies.data import draw, leading, planted, split
 
 OWN = ["equivalence", "closed-form", "neural-collapse", "gd-bias", "certificate", "truncation", "speed"]
 
@@ -35,18 +36,18 @@ def is_method(*names):
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("quick", [True, False])
 def test_cells_are_settings_that_json_holds(name, quick):
-    known = studies.study(name)
+    known = convexbn_studies.study(name)
     cells = known.cells(quick)
     assert cells and len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
     for text in (known.title, known.source, known.departures):
         assert text and text == text.strip()
-    assert 0 < known.minutes[0] < 3 and sum(studies.study(other).minutes[1] for other in OWN) < 180
+    assert 0 < known.minutes[0] < 3 and sum(convexbn_studies.study(other).minutes[1] for other in OWN) < 180
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_quick_form_needs_no_data_set(name):
-    assert not set(studies.study(name).needs) & {"fashion-mnist", "cifar-10"}
-    sets = {cell.get("data") for cell in studies.study(name).cells(True)}
+    assert not set(convexbn_studies.study(name).needs) & {"fashion-mnist", "cifar-10"}
+    sets = {cell.get("data") for cell in convexbn_studies.study(name).cells(True)}
     assert sets <= {"digits", None}
 
 
@@ -290,7 +291,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_pictures_have_titles_and_named_axes(name):
-    drawn = studies.study(name).pictures(ROWS[name]())
+    drawn = convexbn_studies.study(name).pictures(ROWS[name]())
     assert drawn
     for picture in drawn:
         assert picture.title and isinstance(picture.figure, Figure)
@@ -317,7 +318,7 @@ def test_a_network_trained_by_torch_is_read_as_it_is():
     """The objective of the networks that are read is that of torch's own batch norm."""
     torch = pytest.importorskip("torch")
     from convexbn.losses import SquaredLoss
-    from convexbn.studies.descent import Descent, balanced_objective
+    from convexbn_studies.descent import Descent, balanced_objective
 
     X, Y = planted(40, 3, seed=0)
     loss = SquaredLoss(Y, np.ones(40))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from convexbn.studies import study
-from convexbn.studies.page import study_page
-from convexbn.studies.runner import Run
+from convexbn_studies import study
+from convexbn_studies.page import study_page
+from convexbn_studies.runner import Run
 
 torch.set_num_threads(1)
 

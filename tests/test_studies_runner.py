@@ -11,17 +11,18 @@ import time
 import numpy as np
 import pytest
 
-from convexbn import cli, container, studies
+import convexbn_studies
+from convexbn import cli, container
 from convexbn.progress import counter
-from convexbn.studies import Finding, Study, data
-from convexbn.studies.page import study_page
-from convexbn.studies.runner import Run, check_needs
+from convexbn_studies import Finding, Study, data
+from convexbn_studies.page import study_page
+from convexbn_studies.runner import Run, check_needs
 
 TOY = """
 import time
 from pathlib import Path
 
-from convexbn.studies import Finding, Picture, Study
+from convexbn_studies import Finding, Picture, Study
 
 LOG = Path("computed")
 
@@ -58,7 +59,7 @@ def toy(tmp_path, monkeypatch):
     """A study in a module of its own, which commands in other processes find as well; returns how to set its pause."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(studies.NAMES, "toy", "toy_study")
+    monkeypatch.setitem(convexbn_studies.NAMES, "toy", "toy_study")
     sys.modules.pop("toy_study", None)
 
     def write(pause):
@@ -126,8 +127,8 @@ def test_a_changed_setting_is_another_cell(tmp_path):
 
 def start(tmp_path):
     script = (
-        "import sys; sys.path.insert(0, '.'); from convexbn import cli, studies; "
-        "studies.NAMES['toy'] = 'toy_study'; sys.exit(cli.main(['reproduce', 'toy']))"
+        "import sys; sys.path.insert(0, '.'); import convexbn_studies; from convexbn import cli; "
+        "convexbn_studies.NAMES['toy'] = 'toy_study'; sys.exit(cli.main(['reproduce', 'toy']))"
     )
     started = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -159,7 +160,7 @@ def test_every_end_keeps_what_is_finished(toy, tmp_path, number, code, word):
 
 def test_results_are_replaced_in_one_step(toy, tmp_path, monkeypatch):
     """A write that fails leaves the former file."""
-    run = Run(studies.study("toy"), True, tmp_path)
+    run = Run(convexbn_studies.study("toy"), True, tmp_path)
     run.go_on()
     before = run.path("json").read_bytes()
     monkeypatch.setattr(container.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -264,8 +265,8 @@ def test_what_is_missing_is_told_before_any_work(monkeypatch):
 def test_the_list_and_wrong_names(capsys):
     assert reproduce("--list") == 0
     told = capsys.readouterr().out
-    for name in studies.NAMES:
-        known = studies.study(name)
+    for name in convexbn_studies.NAMES:
+        known = convexbn_studies.study(name)
         assert known.name == name and name in told and known.title in told
     assert reproduce("nonsense") == 1
     assert "there is no study 'nonsense'" in capsys.readouterr().err

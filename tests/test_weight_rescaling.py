@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from convexbn.nn.weight_rescaling import WeightRescaling
+from convexbn.companions.weight_rescaling import WeightRescaling
 
 torch.set_num_threads(1)
 

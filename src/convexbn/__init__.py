@@ -23,7 +23,7 @@ _HOMES = {
 }
 
 #: Modules that come with their first use: ``convexbn.nn`` imports torch, ``import convexbn`` does not.
-_MODULES = ("collapse", "excess_risk", "nn", "onnx", "path")
+_MODULES = ("collapse", "companions", "nn", "onnx", "path")
 
 __all__ = [
     "BatchNormNetwork",

@@ -30,8 +30,8 @@ def add_parser(commands: Any) -> None:
 def reproduce(options: argparse.Namespace) -> int:
     """``convexbn reproduce``: finished cells outlive an interruption; the same command goes on from them."""
     from convexbn.progress import counter
-    from convexbn.studies import study
-    from convexbn.studies.runner import Run, check_needs
+    from convexbn_studies import study
+    from convexbn_studies.runner import Run, check_needs
 
     if options.list or options.name is None:
         return _list(options)
@@ -53,7 +53,7 @@ def reproduce(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     """One paragraph a study."""
-    from convexbn.studies import NAMES, study
+    from convexbn_studies import NAMES, study
 
     if not options.list:
         raise ValueError(f"name a study, or give --list: there are {', '.join(NAMES)}.")
@@ -78,7 +78,7 @@ def _folder(out: str) -> Path:
 def _tell(run: Any) -> None:
     """Write page and table, and print them."""
     from convexbn.container import write_atomically
-    from convexbn.studies.page import study_page, verdict
+    from convexbn_studies.page import study_page, verdict
 
     write_atomically(run.path("html"), study_page(run))
     run.write_csv()

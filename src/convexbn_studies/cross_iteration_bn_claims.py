@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.drawing import SIZE, chosen, distinct
-from convexbn.studies.images import of_finished_seeds
-from convexbn.studies.study import Finding, Picture, Row
+from convexbn_studies.drawing import SIZE, chosen, distinct
+from convexbn_studies.images import of_finished_seeds
+from convexbn_studies.study import Finding, Picture, Row
 
 _STATISTICS = ("one batch", "naive", "linear", "exact", "recomputed")
 _PHASES = ("early", "late")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convexbn.nn.diagnostics.running import WEIGHTED, Loss, copied, weight_gradients
+from convexbn.companions.diagnostics.running import WEIGHTED, Loss, copied, weight_gradients
 
 
 def gradient_kurtosis(module: nn.Module, X: Any, y: Any, loss: Loss, *, training: bool = True) -> dict[str, float]:

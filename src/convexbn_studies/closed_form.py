@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.studies import drawing
-from convexbn.studies.data import draw
-from convexbn.studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.data import draw
+from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 #: Share of the largest useful weight decay.
 _FRACTION = 0.05
@@ -86,7 +86,7 @@ def _formula(cell: Cell, X: Float, labels: np.ndarray) -> list[Row]:
 
 def _training(cell: Cell, X: Float, labels: np.ndarray) -> list[Row]:
     from convexbn.losses import SquaredLoss
-    from convexbn.studies.descent import Descent, balanced_objective
+    from convexbn_studies.descent import Descent, balanced_objective
 
     given: Any = cell
     loss, weight_decay = SquaredLoss(np.eye(_CLASSES)[labels], np.ones(len(X))), _weight_decay(len(X))

@@ -9,10 +9,10 @@ import numpy as np
 
 from convexbn._typing import Float
 from convexbn.network import BatchNormNetwork
-from convexbn.studies import drawing
-from convexbn.studies.data import draw, planted
-from convexbn.studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.data import draw, planted
+from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 #: Relative gap that counts as closed, in these trainings of a few thousand steps.
 CLOSED = 1e-2
@@ -92,7 +92,7 @@ def _optimum(given: Any, X: Float, Y: Float, weight_decay: float) -> Row:
 def _judged(given: Any, X: Float, Y: Float, weight_decay: float) -> Iterator[Row]:
     """Train with or without decay, and judge for the weight decay of the problem."""
     from convexbn.losses import SquaredLoss
-    from convexbn.studies.descent import Descent, balanced_objective
+    from convexbn_studies.descent import Descent, balanced_objective
 
     loss, judge = SquaredLoss(Y, np.ones(len(X))), _Judge(X, Y, weight_decay)
     steps = np.unique(np.geomspace(10, given["steps"], 8).astype(int)).tolist()

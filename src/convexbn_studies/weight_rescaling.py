@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.drawing import chart, chosen, legend
-from convexbn.studies.images import accuracy, descend, images, of_finished_seeds, seeded
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.drawing import chart, chosen, legend
+from convexbn_studies.images import accuracy, descend, images, of_finished_seeds, seeded
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 _SEEDS = (0, 1, 2)
 _DECAYS = (0.0, 5e-4, 5e-3, 2e-2)
@@ -39,7 +39,7 @@ def run(cell: Cell) -> list[Row]:
     """Norms and effective rate after each epoch, and the test accuracy after the last."""
     import torch
 
-    from convexbn.nn import WeightRescaling
+    from convexbn.companions import WeightRescaling
 
     settings: Any = cell
     quick, seed = settings["data"] == "digits", settings["seed"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.study import Picture, Row
+from convexbn_studies.study import Picture, Row
 
 #: Inches of a picture: its text is read at 400 pixels.
 SIZE = (5.6, 3.8)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convexbn.nn.normalised_layers import NormalisedLayer, normalised_layers
+from convexbn.companions.normalised_layer import NormalisedLayer, normalised_layers
 
 _UNITS = ("filter", "layer")
 

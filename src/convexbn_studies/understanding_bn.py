@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.images import accuracy, descend, images, seeded
-from convexbn.studies.study import Cell, Row, Study
-from convexbn.studies.understanding_bn_claims import findings, pictures
+from convexbn_studies.images import accuracy, descend, images, seeded
+from convexbn_studies.study import Cell, Row, Study
+from convexbn_studies.understanding_bn_claims import findings, pictures
 
 _SEEDS = (0, 1, 2)
 _RATES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -77,7 +77,7 @@ def _gradients(seed: int, batch_norm: bool, data: str, width: int) -> list[Row]:
     """Tails and signs of the gradients at initialisation, and the loss along the gradient."""
     import torch
 
-    from convexbn.nn import diagnostics
+    from convexbn.companions import diagnostics
 
     X, y = images(data, (256,), seed)[0]
     module, loss = _perceptron(X[0].numel(), width, batch_norm, seed), torch.nn.CrossEntropyLoss()
@@ -98,7 +98,7 @@ def _depth(seed: int, batch_norm: bool, data: str, width: int) -> list[Row]:
     """Outputs of the branches of a residual network at initialisation."""
     from torch import nn
 
-    from convexbn.nn import diagnostics
+    from convexbn.companions import diagnostics
 
     class Block(nn.Module):
         """``x + branch(x)``."""
@@ -127,7 +127,7 @@ def _noise(seed: int, batch_norm: bool, data: str, width: int) -> list[Row]:
     """Noise of mini-batch gradients in eval mode over its bound, drawn without replacement."""
     import torch
 
-    from convexbn.nn import diagnostics
+    from convexbn.companions import diagnostics
 
     X, y = images(data, (1000,), seed)[0]
     module, loss = _perceptron(X[0].numel(), width, batch_norm, seed), torch.nn.CrossEntropyLoss()
@@ -152,7 +152,7 @@ def _store_statistics(module: Any, X: Any) -> None:
 
 def _spectrum(seed: int, factors: int, size: int) -> list[Row]:
     """Squared singular values of a product against the law of Fuss and Catalan."""
-    from convexbn.nn.diagnostics import FussCatalan, product_spectrum
+    from convexbn.companions.diagnostics import FussCatalan, product_spectrum
 
     law, values = FussCatalan(factors), product_spectrum(factors, size, seed)
     rows: list[Row] = [

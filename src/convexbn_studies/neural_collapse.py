@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.studies import drawing
-from convexbn.studies.data import draw
-from convexbn.studies.drawing import BLUE, ORANGE, chosen, column
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.data import draw
+from convexbn_studies.drawing import BLUE, ORANGE, chosen, column
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 if TYPE_CHECKING:
     from torch import nn

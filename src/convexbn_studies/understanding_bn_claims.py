@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.studies.drawing import SIZE, chart, chosen, distinct, legend
-from convexbn.studies.images import of_finished_seeds
-from convexbn.studies.study import Finding, Picture, Row
+from convexbn_studies.drawing import SIZE, chart, chosen, distinct, legend
+from convexbn_studies.images import of_finished_seeds
+from convexbn_studies.study import Finding, Picture, Row
 
 #: Accuracy on ten classes that counts as learnt: twice that of chance.
 _LEARNT = 0.2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convexbn._typing import Float
-from convexbn.nn.diagnostics.running import copied
+from convexbn.companions.diagnostics.running import copied
 
 
 @dataclass(frozen=True, eq=False)

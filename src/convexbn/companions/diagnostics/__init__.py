@@ -4,11 +4,11 @@ Measures of Bjorck, Gomes, Selman, Weinberger, "Understanding Batch Normalizatio
 the module, its buffers or gradients, its mode, or the global random state.
 """
 
-from convexbn.nn.diagnostics.gradients import SignAgreement, gradient_kurtosis, sign_agreement
-from convexbn.nn.diagnostics.landscape import gradient_step, relative_losses
-from convexbn.nn.diagnostics.moments import ChannelMoments, channel_moments
-from convexbn.nn.diagnostics.noise import GradientNoise, gradient_noise, sampled_noise
-from convexbn.nn.diagnostics.product_spectrum import FussCatalan, product_spectrum
+from convexbn.companions.diagnostics.gradients import SignAgreement, gradient_kurtosis, sign_agreement
+from convexbn.companions.diagnostics.landscape import gradient_step, relative_losses
+from convexbn.companions.diagnostics.moments import ChannelMoments, channel_moments
+from convexbn.companions.diagnostics.noise import GradientNoise, gradient_noise, sampled_noise
+from convexbn.companions.diagnostics.product_spectrum import FussCatalan, product_spectrum
 
 __all__ = [
     "ChannelMoments",

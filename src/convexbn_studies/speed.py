@@ -19,11 +19,12 @@ from convexbn._typing import Bool, Float
 from convexbn.losses import SquaredLoss
 from convexbn.program import GatedProgram
 from convexbn.solvers.solution import Budget, Progress
-from convexbn.studies import drawing, pyscnn_driver
-from convexbn.studies.data import planted
-from convexbn.studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 from convexbn.training import TrainingSet
+from convexbn_studies import drawing
+from convexbn_studies.data import planted
+from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct
+from convexbn_studies.peers import pyscnn_driver
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 #: Environment variable with the interpreter of an environment that has pyscnn.
 PYSCNN = "CONVEXBN_PYSCNN"
@@ -160,8 +161,8 @@ def _clarabel_gated(instance: _Instance, given: Any) -> list[Row]:
 
 
 def _clarabel_relu(instance: _Instance, given: Any) -> list[Row]:
-    from convexbn.solvers.conic_relu import ConicRelu
     from convexbn.solvers.neurons import network_outputs
+    from convexbn_studies.peers.conic_relu import ConicRelu
 
     started = time.process_time()
     neurons = ConicRelu(tol=1e-8).solve(instance.rows, instance.loss, instance.weight_decay).neurons
@@ -222,7 +223,7 @@ def _gated_objective(instance: _Instance, first: Any, output: Any) -> float:
 
 def _adam_relu(instance: _Instance, given: Any) -> list[Row]:
     """Adam on the batch-normalised network, width 100, each seed by itself."""
-    from convexbn.studies.descent import Descent, balanced_objective
+    from convexbn_studies.descent import Descent, balanced_objective
 
     record = np.unique(np.geomspace(1, given["steps"], 25).astype(int)).tolist()
     return [

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from math import isqrt
 from typing import Any
 
-from convexbn.studies.data import draw
-from convexbn.studies.study import Row
+from convexbn_studies.data import draw
+from convexbn_studies.study import Row
 
 #: Side of images, in pixels, above which two by two pixels are averaged.
 _LARGE = 16

@@ -8,10 +8,10 @@ from typing import Any, cast
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.studies import drawing
-from convexbn.studies.data import draw, planted
-from convexbn.studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.data import draw, planted
+from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 #: Relative excess that counts as touching.
 TOUCHING = 1e-3
@@ -102,7 +102,7 @@ def _optimum(cell: Cell, X: Float, Y: Float, weight_decay: float) -> Row:
 
 def _trained(cell: Cell, X: Float, Y: Float, weight_decay: float) -> Iterator[Row]:
     from convexbn.losses import SquaredLoss
-    from convexbn.studies.descent import Descent, balanced_objective
+    from convexbn_studies.descent import Descent, balanced_objective
 
     given: Any = cell
     loss, seeds = SquaredLoss(Y, np.ones(len(Y))), range(given["seeds"])

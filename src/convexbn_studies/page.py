@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from convexbn.page import Html, facts, folded, page, paragraph, picture, styled, table, text
-from convexbn.studies.runner import Run
-from convexbn.studies.study import Finding
+from convexbn_studies.runner import Run
+from convexbn_studies.study import Finding
 
 _WORDS = {True: ("holds", "holds here"), False: ("fails", "does not hold here"), None: ("", "not decided here")}
 

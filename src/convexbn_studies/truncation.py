@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convexbn._typing import Float, FloatMatrix
-from convexbn.studies import drawing
-from convexbn.studies.data import leading, split
-from convexbn.studies.drawing import BLUE, GREEN, ORANGE, PINK, YELLOW, chosen, column, distinct
-from convexbn.studies.minibatch import MiniBatch, Rows
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.data import leading, split
+from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, YELLOW, chosen, column, distinct
+from convexbn_studies.minibatch import MiniBatch, Rows
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 #: Methods: name on the page, colour, marker.
 _METHODS = {

@@ -18,8 +18,8 @@ from typing import Any
 
 import convexbn
 from convexbn.container import write_atomically
-from convexbn.studies import data
-from convexbn.studies.study import Cell, Finding, Row, Study
+from convexbn_studies import data
+from convexbn_studies.study import Cell, Finding, Row, Study
 
 _DATA_SETS = ("fashion-mnist", "cifar-10")
 _PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "clarabel", "cvxpy", "matplotlib")

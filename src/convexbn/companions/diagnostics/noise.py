@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from convexbn.nn.diagnostics.running import Loss, copied
+from convexbn.companions.diagnostics.running import Loss, copied
 
 #: Rows whose loss is compared with the mean of their losses.
 _FEW = 8

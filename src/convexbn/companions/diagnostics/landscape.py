@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from convexbn._typing import Float
-from convexbn.nn.diagnostics.running import Loss, copied
+from convexbn.companions.diagnostics.running import Loss, copied
 
 
 def gradient_step(module: nn.Module, X: Any, y: Any, loss: Loss, step: float, *, training: bool = True) -> nn.Module:

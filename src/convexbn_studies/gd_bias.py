@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.studies import drawing
-from convexbn.studies.data import leading, parts, planted
-from convexbn.studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct
-from convexbn.studies.minibatch import MiniBatch, Outcome
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.data import leading, parts, planted
+from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct
+from convexbn_studies.minibatch import MiniBatch, Outcome
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 _WIDTH = 200
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convexbn.studies import drawing
-from convexbn.studies.data import draw
-from convexbn.studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
 from convexbn.whitening import whiten
+from convexbn_studies import drawing
+from convexbn_studies.data import draw
+from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._typing import Float
-from convexbn.excess_risk import (
+from convexbn.companions.excess_risk import (
     LeastSquares,
     gaussian_ridge_risk,
     one_hot_ridge_risk,
@@ -15,9 +15,9 @@ from convexbn.excess_risk import (
     sgd_risk,
     tuned,
 )
-from convexbn.studies import drawing
-from convexbn.studies.drawing import BLUE, GREEN, ORANGE, chosen, column, distinct
-from convexbn.studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies import drawing
+from convexbn_studies.drawing import BLUE, GREEN, ORANGE, chosen, column, distinct
+from convexbn_studies.study import Cell, Finding, Picture, Row, Study
 
 _TRUTHS = {0: "w* = 1", 1: "w* = 1/i", 10: "w* = i^-10"}
 _COLOURS = {0: ORANGE, 1: GREEN, 10: BLUE}

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convexbn.nn.normalised_layers import normalised_layers
+from convexbn.companions.normalised_layer import normalised_layers
 
 _ORDERS = ("linear", "exact")
 

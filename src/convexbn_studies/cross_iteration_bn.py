@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from convexbn.studies.cross_iteration_bn_claims import findings, pictures
-from convexbn.studies.images import accuracy, descend, images, seeded
-from convexbn.studies.study import Cell, Row, Study
+from convexbn_studies.cross_iteration_bn_claims import findings, pictures
+from convexbn_studies.images import accuracy, descend, images, seeded
+from convexbn_studies.study import Cell, Row, Study
 
 _SEEDS = (0, 1, 2)
 _WINDOW, _BATCH = 8, 4
@@ -98,7 +98,7 @@ class _Watch:
     """Statistics of several kinds of the outputs of each convolution, while a network trains with batch norm."""
 
     def __init__(self, module: Any) -> None:
-        from convexbn.nn import CrossIterationBatchNorm2d
+        from convexbn.companions import CrossIterationBatchNorm2d
 
         self.module = module
         layers = [layer for layer in module if type(layer).__name__ == "Conv2d"]
@@ -195,7 +195,7 @@ def _normalised(network: str, norm: str, X: Any, burn_in: int) -> Any:
     """A network with one of the norms."""
     from torch import nn
 
-    from convexbn.nn import convert_cross_iteration_batch_norm
+    from convexbn.companions import convert_cross_iteration_batch_norm
 
     module = _convolutions() if network == "convolutions" else _perceptron(X[0].numel())
     if norm == "batch norm":

@@ -1,0 +1,53 @@
+"""The companion systems: cross-iteration BN, weight rescaling, diagnostics of any module, exact excess risk.
+
+They stand beside the theory of this package and import nothing of it. All but ``excess_risk`` need PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "CrossIterationBatchNorm1d": "cross_iteration",
+    "CrossIterationBatchNorm2d": "cross_iteration",
+    "NormalisedLayer": "normalised_layer",
+    "WeightRescaling": "weight_rescaling",
+    "convert_cross_iteration_batch_norm": "cross_iteration",
+    "normalised_layers": "normalised_layer",
+}
+_MODULES = ("diagnostics", "excess_risk")
+
+__all__ = [
+    "CrossIterationBatchNorm1d",
+    "CrossIterationBatchNorm2d",
+    "NormalisedLayer",
+    "WeightRescaling",
+    "convert_cross_iteration_batch_norm",
+    "diagnostics",
+    "excess_risk",
+    "normalised_layers",
+]
+
+if TYPE_CHECKING:
+    from convexbn.companions import diagnostics, excess_risk
+    from convexbn.companions.cross_iteration import (
+        CrossIterationBatchNorm1d,
+        CrossIterationBatchNorm2d,
+        convert_cross_iteration_batch_norm,
+    )
+    from convexbn.companions.normalised_layer import NormalisedLayer, normalised_layers
+    from convexbn.companions.weight_rescaling import WeightRescaling
+
+
+def __getattr__(name: str) -> Any:
+    """Load a system on first use, so that ``excess_risk`` works without PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'convexbn.companions' has no attribute {name!r}")
+    try:
+        module = import_module(f"convexbn.companions.{_HOMES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"convexbn.companions.{name} needs PyTorch: pip install 'convexbn[torch]'.") from error
+    return module if name in _MODULES else getattr(module, name)

@@ -1,0 +1,1 @@
+"""Other programs that the studies compare with."""
