@@ -202,7 +202,7 @@ def circumstances(seed):
     return {
         "command": f"python benchmarks/layer.py --seed {seed}",
         "seed": seed,
-        "versions": {"python": platform.python_version(), "convexbn": convexbn.__version__}
+        "versions": {"python": platform.python_version(), "convexbn": convexbn._version.__version__}
         | {name: version(name) for name in names},
         "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"),
         "threads": 1,

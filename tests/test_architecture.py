@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).parents[1]
 
 #: A module or package may import from earlier lines and from within itself.
 LAYERS = [
-    ["_typing", "environment"],
+    ["_types", "_threads", "_version"],
     ["powers"],
     ["moments", "convolution", "companions"],
     ["gram_basis", "mapped_rows"],
@@ -44,7 +44,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-ALONE = ["container", "tables", "datasets", "_typing", "environment"]
+ALONE = ["container", "tables", "datasets", "_types", "_threads"]
 OPTIONAL = ["matplotlib", "clarabel", "pyarrow", "torch", "PIL", "onnx"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from convexbn.environment import dealt, numpy_alone, solving, workers
+from convexbn._threads import dealt, numpy_alone, solving, workers
 
 
 def blas_threads():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, Index
+from convexbn._types import Bool, Float, Index
 
 #: A unit direction nearer to a unit normal's hyperplane than this lies on it: rounding is a tenth of it.
 _ON = 1e-14

@@ -14,11 +14,11 @@ from enum import StrEnum
 import numpy as np
 
 from convexbn import training
-from convexbn._typing import Float
+from convexbn._threads import solving
+from convexbn._types import Float
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
 from convexbn.convolution import Convolution, PatchMatrix
-from convexbn.environment import solving
 from convexbn.layers import Layers
 from convexbn.network import BatchNormNetwork
 from convexbn.objective import Objective

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, FloatMatrix, Index
 from convexbn.evidence import AllPatterns, Evidence
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 from convexbn.losses import LOSSES
 from convexbn.solvers.closed_form import solve_full_rank
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn import training
-from convexbn._typing import Float, Index
+from convexbn._types import Float, Index
 from convexbn.certificate import Certificate
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.network import BatchNormNetwork
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.certificate import Certificate
 from convexbn.collapse import CollapseMetrics
 from convexbn.convolution import PatchMatrix

@@ -24,10 +24,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from convexbn import training
-from convexbn._typing import Float, FloatMatrix
+from convexbn._threads import solving
+from convexbn._types import Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.convolution import Convolution
-from convexbn.environment import solving
 from convexbn.losses import LOSSES, LossKind, loss_kind, softmax
 from convexbn.program import GatedProgram
 from convexbn.rows import canonical_rows, fingerprint

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convexbn import bounds
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import Loss, SquaredLoss
 from convexbn.mapped_rows import MappedRows
 

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg import lapack
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.moments import Moments, blocks, weighted_sums
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import DTypeLike
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.convolution import Pooling
 from convexbn.network import BatchNormNetwork
 

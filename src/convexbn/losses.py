@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 
 _EPS = float(np.finfo(np.float64).eps)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import FloatMatrix
+from convexbn._types import FloatMatrix
 
 #: Entries of mapped patches up to which they are kept.
 _KEPT_ENTRIES = 1 << 26

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import blas
 
-from convexbn._typing import Bool, Float, FloatMatrix
-from convexbn.environment import numpy_alone
+from convexbn._threads import numpy_alone
+from convexbn._types import Bool, Float, FloatMatrix
 from convexbn.powers import times_power
 
 #: Bytes of a block of rows in float64. It stays in the cache while it is centred and multiplied; 64 MB took up to six

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 from convexbn.patterns import distinct_gates, gate_patterns
 from convexbn.powers import times_power
 from convexbn.whitening import Whitening, centre

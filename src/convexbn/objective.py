@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.layers import Layers
 from convexbn.losses import LOSSES, LossKind, loss_kind
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from convexbn import __version__
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
+from convexbn._version import __version__
 from convexbn.container import write_atomically
 from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.layers import Layers, convertible

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from convexbn._typing import Float, Index
+from convexbn._types import Float, Index
 from convexbn.losses import Loss
 from convexbn.solvers.curvature import half_hessian, in_the_bias
 

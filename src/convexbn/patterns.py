@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, FloatMatrix, Index
 from convexbn.whitening import Whitening, centre
 
 #: Responses held at once.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 from convexbn.convolution import Pooling
 from convexbn.losses import Loss
 

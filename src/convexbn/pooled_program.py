@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, FloatMatrix, Index
 from convexbn.losses import Loss
 from convexbn.pooled_loss import PooledLoss
 from convexbn.program import GatedProgram, block_norms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 
 #: Exponents of powers that are normal numbers.
 _NORMAL = 1000

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import DTypeLike
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.layers import rounded, row_scale
 from convexbn.network import BatchNormNetwork
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, Index
+from convexbn._types import Bool, Float, Index
 from convexbn.losses import Loss
 
 #: Entries of the row-wise products held at once: 4 MB in float64, 2 MB in float32.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix
+from convexbn._types import Bool, Float, FloatMatrix
 from convexbn.whitening import Whitening, centre
 
 _EPS = float(np.finfo(np.float64).eps)

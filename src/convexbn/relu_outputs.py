@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix
-from convexbn.environment import dealt
+from convexbn._threads import dealt
+from convexbn._types import Float, FloatMatrix
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 

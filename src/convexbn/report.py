@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import convexbn
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.certificate import Certificate
 from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.display import CertificateDisplay, PathDisplay, SpectrumDisplay

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.mapped_rows import MappedRows, is_mapped
 from convexbn.moments import Moments, blocks, moments
 from convexbn.powers import times_power

@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 
 #: Rows read at once, and entries that are hashed at once: 1 MB, which stays in the cache.
 _BLOCK, _HASHED_ENTRIES = 4096, 1 << 17

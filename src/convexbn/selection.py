@@ -23,7 +23,7 @@ from sklearn.utils import _safe_indexing, indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor

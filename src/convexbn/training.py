@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from convexbn import certificate
-from convexbn._typing import Bool, Float, FloatMatrix
+from convexbn._threads import numpy_alone
+from convexbn._types import Bool, Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
-from convexbn.environment import numpy_alone
 from convexbn.evidence import AllPatterns
 from convexbn.losses import Loss, LossKind, SquaredLoss
 from convexbn.network import BatchNormNetwork

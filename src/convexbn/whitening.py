@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.gram_basis import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
 from convexbn.mapped_rows import MappedRows, is_mapped
 from convexbn.moments import blocks, moments

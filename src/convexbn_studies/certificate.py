@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.network import BatchNormNetwork
 from convexbn_studies import drawing
 from convexbn_studies.data import draw, planted

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn_studies import drawing
 from convexbn_studies.data import draw
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct

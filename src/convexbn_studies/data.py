@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from convexbn import datasets
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.datasets import Dataset
 
 _LOADERS = {"digits": datasets.digits, "fashion-mnist": datasets.fashion_mnist, "cifar-10": datasets.cifar10}

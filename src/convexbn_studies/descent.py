@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.layers import Layers
 from convexbn.losses import Loss
 from convexbn.network import BatchNormNetwork

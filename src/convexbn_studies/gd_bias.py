@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn_studies import drawing
 from convexbn_studies.data import leading, parts, planted
 from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.companions.excess_risk import (
     LeastSquares,
     gaussian_ridge_risk,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convexbn._typing import Bool, Float
+from convexbn._types import Bool, Float
 from convexbn.losses import SquaredLoss
 from convexbn.program import GatedProgram
 from convexbn.solvers.solution import Budget, Progress

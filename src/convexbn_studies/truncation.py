@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn_studies import drawing
 from convexbn_studies.data import leading, split
 from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, YELLOW, chosen, column, distinct

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds import cones
 from convexbn.bounds.frontier import Frontier, Nodes
 from convexbn.bounds.local_search import ascend, hidden_norms, normalise

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, Index
+from convexbn._types import Bool, Float, Index
 from convexbn.bounds.local_search import normalise
 from convexbn.bounds.result import EPS
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.relaxation import Relaxed, bound_at, minimise, relaxation, smoothed
 from convexbn.bounds.result import Bound, unit_scale
 

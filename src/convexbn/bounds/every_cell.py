@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from convexbn._typing import Bool, Float
+from convexbn._types import Bool, Float
 from convexbn.arrangement import count_bound, enumerate_patterns, row_keys
 from convexbn.bounds.local_search import concave_maximiser, hidden_norms, normalise
 from convexbn.bounds.result import EPS, Bound, unit_scale

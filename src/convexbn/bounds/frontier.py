@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, FloatMatrix, Index
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.lifting import Blocks, LiftedSet, completed
 from convexbn.bounds.result import EPS, Bound, unit_scale
 

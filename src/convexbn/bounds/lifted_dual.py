@@ -18,7 +18,7 @@ import time
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.dual_point import DualPoint, dual_value, rescaled
 from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION
 from convexbn.bounds.lifting import Blocks, LiftedSet, completed

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.result import EPS
 
 #: What a column's norm may lack in quadrature and is not completed; a shorter column is valid, only less tight.

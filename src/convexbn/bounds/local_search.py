@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.result import unit_scale
 
 _FIXED_POINT_STEPS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.result import EPS, unit_scale
 
 #: Different directions up to which the Perron bound is computed: its matrix is square in them.

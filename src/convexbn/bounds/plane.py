@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.local_search import hidden_norms
 from convexbn.bounds.result import EPS
 

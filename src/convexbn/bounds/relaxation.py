@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.optimize
 
-from convexbn._typing import Bool, Float
+from convexbn._types import Bool, Float
 from convexbn.bounds import trust_region
 from convexbn.bounds.result import EPS, Bound, unit_scale
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 
 EPS = float(np.finfo(np.float64).eps)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.result import EPS
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.checkpoints.archive import Archive
 from convexbn.container import FormatError
 from convexbn.layers import Layers

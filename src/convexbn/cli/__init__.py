@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import TextIO
 
-from convexbn import __version__
+from convexbn._version import __version__
 from convexbn.cli import fitting, judging, pathwise, predicting, reporting, reproducing
 from convexbn.cli.common import INTERRUPTED, TERMINATED, Terminated, say
 

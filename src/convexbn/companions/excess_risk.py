@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from convexbn._typing import Float
+from convexbn._types import Float
 
 #: Logarithm of a probability that float64 still holds.
 _LEAST = -700.0

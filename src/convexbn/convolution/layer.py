@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import FloatMatrix
+from convexbn._types import FloatMatrix
 from convexbn.convolution.geometry import Geometry
 from convexbn.convolution.pooling import Pooling
 

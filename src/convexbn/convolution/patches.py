@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.convolution.geometry import Geometry
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, FloatMatrix, Index
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.layers import Layers

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import LOSSES, Loss
 from convexbn.patterns import first_of_each_pattern
 from convexbn.program import GatedProgram

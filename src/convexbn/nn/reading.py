@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.network import BatchNormNetwork
 from convexbn.nn.convolution import from_convolutional, is_convolutional
 from convexbn.nn.tail import Tail, as_tensor, kind_of, read_tail

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from convexbn import training
-from convexbn._typing import Float
+from convexbn._threads import solving
+from convexbn._types import Float
 from convexbn.audit import check_effort
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
-from convexbn.environment import solving
 from convexbn.layers import Layers, convertible, rounded
 from convexbn.losses import LOSSES
 from convexbn.network import BatchNormNetwork

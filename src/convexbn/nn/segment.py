@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.solvers.neurons import Neurons, network_outputs
 from convexbn.training import TrainingSet
 

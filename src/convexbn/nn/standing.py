@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._typing import Float, Index
+from convexbn._types import Float, Index
 from convexbn.layers import Layers
 from convexbn.losses import LOSSES, Loss
 from convexbn.nn.statistics import outputs_of

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.layers import Layers
 from convexbn.probes import output_error
 

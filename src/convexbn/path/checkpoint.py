@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn import __version__
+from convexbn._version import __version__
 from convexbn.storage import header, paths
 
 

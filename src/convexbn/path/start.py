@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.conversion import blocks_of
 from convexbn.path.rows import draws_whitened
 from convexbn.solvers.neurons import Neurons

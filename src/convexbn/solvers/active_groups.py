@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Bool, Float, Index
+from convexbn._types import Bool, Float, Index
 from convexbn.losses import SquaredLoss
 from convexbn.program import GatedProgram, block_norms
 from convexbn.solvers.curvature import half_hessian

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Bool, Float
+from convexbn._types import Bool, Float
 
 
 def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: float | None = None) -> Float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds import group_directions
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Bool, Float
+from convexbn._types import Bool, Float
 
 #: Responses of unit rows to a unit vector that count as zero.
 _ROUNDING = 1e-13

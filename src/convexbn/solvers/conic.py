@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import SquaredLoss
 from convexbn.program import GatedProgram
 from convexbn.solvers.solution import Budget, Progress, Solution

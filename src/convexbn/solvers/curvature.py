@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
 from convexbn.pooled_loss import PooledLoss
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._typing import Bool, Float
+from convexbn._types import Bool, Float
 from convexbn.solvers.neurons import Neurons
 
 #: Responses relative to ``||a_i|| ||s_j||`` up to which a row counts as resting on its kink.

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg.lapack import dpotrf, dpotrs
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 from convexbn.losses import SquaredLoss
 from convexbn.program import GatedProgram, block_norms
 from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution

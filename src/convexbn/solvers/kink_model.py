@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Bool, Float, Index
+from convexbn._types import Bool, Float, Index
 from convexbn.losses import Loss
 from convexbn.solvers.box_program import minimise_over_box
 from convexbn.solvers.curvature import gauss_newton

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import Loss
 from convexbn.solvers.kink_model import KinkModel, Step
 from convexbn.solvers.neurons import Neurons, network_outputs

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import scipy.optimize
 
-from convexbn._typing import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 from convexbn.relu_outputs import row_blocks

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn import bounds
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.local_search import hidden_units, normalise
 from convexbn.losses import Loss
 from convexbn.solvers.local_phase import local_phase, random_neurons

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.local_phase import local_phase

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.losses import Loss
 from convexbn.solvers.box_program import minimise_over_box
 from convexbn.solvers.curvature import gauss_newton

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix, Index
-from convexbn.environment import Workers
+from convexbn._threads import Workers
+from convexbn._types import Float, FloatMatrix, Index
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.neurons import Neurons

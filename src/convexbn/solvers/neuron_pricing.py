@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convexbn import bounds
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.local_search import distinct, hidden_norms, normalise
 from convexbn.losses import Loss
 from convexbn.solvers.fewest_neurons import merged_in_cones, vertex

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from convexbn import bounds
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.bounds.local_search import ascend, distinct, hidden_norms, normalise, scattered
 
 #: Starts are followed up to this many entries of ``starts x n x q``, and at least 30; so many of them at a time.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, FloatMatrix, Index
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 from convexbn.relu_outputs import relu_outputs, row_blocks

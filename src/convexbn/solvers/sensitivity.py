@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, Index
+from convexbn._types import Float, Index
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program import GatedProgram
 from convexbn.solvers.active_groups import ActiveGroups

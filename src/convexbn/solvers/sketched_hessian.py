@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.linalg
 
-from convexbn._typing import Float, FloatMatrix, Index
+from convexbn._types import Float, FloatMatrix, Index
 from convexbn.losses import Loss
 from convexbn.program import GatedProgram
 from convexbn.solvers.curvature import gauss_newton, half_hessian

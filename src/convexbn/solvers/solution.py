@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from convexbn._typing import Float, Index
+from convexbn._types import Float, Index
 from convexbn.program import GatedProgram
 
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._typing import Float, FloatMatrix
-from convexbn.environment import workers
+from convexbn._threads import workers
+from convexbn._types import Float, FloatMatrix
 from convexbn.losses import Loss
 from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent

@@ -22,8 +22,8 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from convexbn._typing import Float, FloatMatrix
-from convexbn.environment import numpy_alone
+from convexbn._threads import numpy_alone
+from convexbn._types import Float, FloatMatrix
 from convexbn.program import GatedProgram, block_norms
 from convexbn.solvers.group_newton import bounded_quadratic
 from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse
 
-from convexbn._typing import Float, Index
+from convexbn._types import Float, Index
 from convexbn.arrangement import Cells, enumerate_max_regions, enumerate_patterns, facets
 from convexbn.losses import Loss, SquaredLoss
 from convexbn.pooled_loss import PooledLoss

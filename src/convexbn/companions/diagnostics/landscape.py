@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.companions.diagnostics.running import Loss, copied
 
 

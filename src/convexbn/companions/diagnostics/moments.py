@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convexbn._typing import Float
+from convexbn._types import Float
 from convexbn.companions.diagnostics.running import copied
 
 

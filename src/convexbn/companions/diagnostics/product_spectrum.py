@@ -12,7 +12,7 @@ from math import comb, pi
 import numpy as np
 from numpy.typing import ArrayLike
 
-from convexbn._typing import Float
+from convexbn._types import Float
 
 #: Halvings of the interval of the angle: to the last digit of float64.
 _HALVINGS = 60
