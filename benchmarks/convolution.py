@@ -226,10 +226,10 @@ def kernel_of(name, shape):
     import numpy as np
 
     from convexbn import training
+    from convexbn.data.whitening import whiten
     from convexbn.losses import CrossEntropyLoss
     from convexbn.pooled_loss import PooledLoss
     from convexbn.solvers.stochastic_phase import random_start
-    from convexbn.whitening import whiten
 
     rng, m, count = np.random.default_rng(0), TASKS[name]["width"], 500
     layer = layer_of(TASKS[name], shape)

@@ -109,7 +109,7 @@ def batch_noise(seed, folder):
     import numpy as np
     import torch
 
-    from convexbn.whitening import whiten
+    from convexbn.data.whitening import whiten
 
     data = cifar()
     directions = {"rank": 200, "spectral_filter": 0.03}

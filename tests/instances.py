@@ -6,9 +6,9 @@ import mpmath as mp
 import numpy as np
 
 from convexbn.certificate import certify_gated, certify_relu, judge
+from convexbn.data.whitening import whiten
 from convexbn.evidence import Evidence
 from convexbn.losses import HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
-from convexbn.whitening import whiten
 
 EPS = float(np.finfo(np.float64).eps)
 

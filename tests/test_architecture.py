@@ -17,12 +17,10 @@ CHECKOUT = Path(__file__).parents[1]
 #: A module or package may import from earlier lines and from within itself.
 LAYERS = [
     ["_types", "_threads", "_version"],
-    ["powers"],
-    ["moments", "convolution", "companions"],
-    ["gram_basis", "mapped_rows"],
-    ["whitening", "losses"],
-    ["responses", "pooled_loss"],
-    ["patterns", "rows", "arrangement", "realisation", "relu_outputs"],
+    ["data", "companions"],
+    ["losses"],
+    ["pooled_loss"],
+    ["patterns", "arrangement", "realisation", "relu_outputs"],
     ["program"],
     ["pooled_program", "bounds"],
     ["evidence", "verdict"],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from convexbn.arrangement import count_bound, enumerate_patterns, facets
-from convexbn.whitening import whiten
+from convexbn.data.whitening import whiten
 
 
 def normal(n, q, seed=0):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convexbn.bounds import group_directions, orthant
-from convexbn.whitening import whiten
+from convexbn.data.whitening import whiten
 from instances import THRESHOLD, orthant_in_digits, residual
 
 KINDS = ("normal", "one-hot", "cross-entropy", "parallel", "nearly parallel", "grid", "positive")

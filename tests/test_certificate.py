@@ -8,6 +8,7 @@ import pytest
 
 from convexbn import certificate
 from convexbn.certificate import certify_blocks, judge
+from convexbn.data.whitening import whiten
 from convexbn.evidence import Evidence
 from convexbn.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.network import BatchNormNetwork
@@ -17,7 +18,6 @@ from convexbn.solvers.closed_form import solve_full_rank
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.verdict import STOPPED_BY, Status
-from convexbn.whitening import whiten
 from instances import (
     EPS,
     THRESHOLD,

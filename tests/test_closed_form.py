@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convexbn.data.whitening import whiten
 from convexbn.losses import (
     LOSSES,
     CrossEntropyLoss,
@@ -22,7 +23,6 @@ from convexbn.losses import (
 from convexbn.network import BatchNormNetwork
 from convexbn.solvers.closed_form import max_weight_decay, solve_full_rank
 from convexbn.verdict import Status
-from convexbn.whitening import whiten
 from instances import EPS, LOSS_NAMES, THRESHOLD, labels, proof_of_relu, residual, targets_for
 
 N = 12

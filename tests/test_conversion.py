@@ -7,6 +7,7 @@ import scipy.optimize
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.conversion import neurons_of, to_relu
+from convexbn.data.whitening import whiten
 from convexbn.losses import SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import gate_patterns
@@ -14,7 +15,6 @@ from convexbn.realisation import nearest_directions, realised
 from convexbn.solvers.cone_difference import difference_in_cones
 from convexbn.solvers.neuron_pricing import network_outputs, polish
 from convexbn.training import TrainingSet
-from convexbn.whitening import whiten
 
 
 def drawn(n=60, d=4, seed=0):

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 
-from convexbn import mapped_rows
-from convexbn import whitening as whitening_module
-from convexbn.convolution import Convolution, Geometry, PatchMatrix, Pooling
+from convexbn.data import row_matrix
+from convexbn.data import whitening as whitening_module
+from convexbn.data.convolution import Convolution
+from convexbn.data.geometry import Geometry
+from convexbn.data.patches import PatchMatrix
+from convexbn.data.pooling import Pooling
+from convexbn.data.preactivations import Responses
+from convexbn.data.row_matrix import MappedRows
+from convexbn.data.whitening import whiten
 from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.mapped_rows import MappedRows
 from convexbn.pooled_loss import PooledLoss
-from convexbn.responses import Responses
-from convexbn.whitening import whiten
 from instances import residual
 
 GEOMETRIES = [
@@ -123,7 +126,7 @@ def test_a_pooled_loss_keeps_the_fenchel_young_equality(loss, grid):
 @pytest.mark.parametrize("kept", [True, False])
 def test_patches_are_whitened_in_blocks_as_the_matrix_that_they_stand_for(dtype, settings, kept, monkeypatch):
     if not kept:
-        monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1000)
+        monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     rng = np.random.default_rng(0)
     geometry = Geometry((9, 9, 1), (3, 3), (1, 1), (1, 1))
     images = np.cumsum(rng.integers(0, 20, (150, 81)), axis=1).reshape(150, 81).astype(dtype)
@@ -149,7 +152,7 @@ def test_responses_of_mapped_rows_are_those_of_the_matrix_that_they_stand_for(mo
     mean, columns = rng.standard_normal(4), rng.standard_normal((len(X), 3))
     expected = Responses.of(np.asarray(X), W, weights, mean=mean)
     kept = Responses.of(X, W, weights, mean=mean)
-    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 0)
+    monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 0)
     mapped = Responses.of(X, W, weights, mean=mean)
     assert isinstance(mapped.rows, MappedRows)
     np.testing.assert_array_equal(kept.normalized, expected.normalized)

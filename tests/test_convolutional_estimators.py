@@ -9,10 +9,11 @@ from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 
 import convexbn
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, mapped_rows, moments, training, whitening
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, training
 from convexbn.cli import main
-from convexbn.convolution import PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
+from convexbn.data import moments, row_matrix, whitening
+from convexbn.data.patches import PatchMatrix
 from convexbn.datasets import digits
 from convexbn.display import SpectrumDisplay
 from convexbn.solvers.many_rows import ManyRows
@@ -201,8 +202,8 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, d
     monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
     settings = {"activation": "relu", "loss": "cross_entropy", "weight_decay": 3.0, "rank": 9, "width": 16}
     models = []
-    for entries in (mapped_rows._KEPT_ENTRIES, 1000):
-        monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", entries)
+    for entries in (row_matrix._KEPT_ENTRIES, 1000):
+        monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", entries)
         monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
         models.append(fitted((X, y), layer, max_iter=3, **settings))
     kept, mapped = (model.certificate_ for model in models)
@@ -211,7 +212,7 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, d
     assert mapped.lower_bound == pytest.approx(kept.lower_bound, rel=1e-1)
     again = models[1].certify(X, y)
     assert again.objective == pytest.approx(mapped.objective, rel=1e-12)
-    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1 << 26)
+    monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1 << 26)
     assert models[1].certify(X, y).objective == pytest.approx(mapped.objective, rel=1e-8)
 
 
@@ -221,12 +222,12 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
     monkeypatch.setattr(PatchMatrix, "of_images", lambda self, i: (reads.append(len(found := read(self, i))), found)[1])
     monkeypatch.setattr(moments, "BLOCK_BYTES", 1)  # what a first mean is taken of
     monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
-    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1000)
+    monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
     epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
     model = fitted((X, y), **settings, weight_decay=1.0, max_iter=epochs)
     data = model._prepared(X, y, None)[0]
-    assert isinstance(data.whitening.rows, mapped_rows.MappedRows) and data.whitening.departure < 1e-11
+    assert isinstance(data.whitening.rows, row_matrix.MappedRows) and data.whitening.departure < 1e-11
     reads.clear()
     model.fit(X, y)
     assert sum(reads) / len(data.inputs) == pytest.approx(1 + epochs + 2, rel=0.05)  # and a few single rows
@@ -237,9 +238,9 @@ def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):
     monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
     settings = {"layer": Convolution(3, regions=2), "n_gates": 4, "rank": 5, "gates": "data", "max_iter": 30}
     kept = fitted((X, y), **settings)
-    monkeypatch.setattr(mapped_rows, "_KEPT_ENTRIES", 1000)
+    monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     mapped = fitted((X, y), **settings)
-    assert isinstance(mapped._prepared(X, y, None)[0].whitening.rows, mapped_rows.MappedRows)
+    assert isinstance(mapped._prepared(X, y, None)[0].whitening.rows, row_matrix.MappedRows)
     assert mapped.certificate_.objective == pytest.approx(kept.certificate_.objective, rel=1e-6)
     assert mapped.certificate_.lower_bound == pytest.approx(kept.certificate_.lower_bound, rel=1e-5)
 

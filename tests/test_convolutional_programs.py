@@ -9,7 +9,9 @@ from convexbn import bounds, evidence
 from convexbn.arrangement import count_bound, enumerate_max_regions, enumerate_patterns
 from convexbn.bounds.local_search import hidden_norms, hidden_units, linear_parts
 from convexbn.certificate import certify_blocks, certify_relu
-from convexbn.convolution import Convolution, PatchMatrix
+from convexbn.data.convolution import Convolution
+from convexbn.data.patches import PatchMatrix
+from convexbn.data.whitening import whiten
 from convexbn.evidence import AllPatterns
 from convexbn.losses import CrossEntropyLoss, SquaredLoss
 from convexbn.network import BatchNormNetwork
@@ -22,7 +24,6 @@ from convexbn.solvers.local_pricing import LocalPricing
 from convexbn.solvers.neuron_pricing import NeuronPricing
 from convexbn.solvers.neurons import case_outputs
 from convexbn.solvers.proximal import Proximal
-from convexbn.whitening import whiten
 from convexbn_studies.peers.conic_relu import ConicRelu
 
 

@@ -7,6 +7,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, relu_outputs, training
+from convexbn.data.whitening import whiten
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.output_bias import WithOutputBias
 from convexbn.solvers.local_phase import local_phase
@@ -15,7 +16,6 @@ from convexbn.solvers.neuron_pricing import NeuronPricing
 from convexbn.solvers.neurons import Neurons, case_outputs, network_outputs
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start, shape
-from convexbn.whitening import whiten
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convexbn import network as module
+from convexbn.data.preactivations import Responses
+from convexbn.data.whitening import whiten
 from convexbn.losses import SquaredLoss
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import gate_patterns, sample_gates
 from convexbn.program import GatedProgram, block_norms
-from convexbn.responses import Responses
-from convexbn.whitening import whiten
 from instances import THRESHOLD, residual
 
 

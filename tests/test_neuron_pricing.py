@@ -8,6 +8,7 @@ import pytest
 
 from convexbn import bounds
 from convexbn.certificate import judge
+from convexbn.data.whitening import whiten
 from convexbn.evidence import AllPatterns
 from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.solvers import neuron_pricing
@@ -17,7 +18,6 @@ from convexbn.solvers.masses import with_best_masses
 from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons, merge, network_outputs, polish
 from convexbn.solvers.solution import Budget
 from convexbn.verdict import Status
-from convexbn.whitening import whiten
 
 LOSSES = {"squared": 1, "three outputs": 3, "huber": 1, "squared_hinge": 1, "logistic": 1, "cross_entropy": 3}
 

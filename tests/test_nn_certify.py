@@ -18,6 +18,7 @@ from torch import nn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
 from convexbn.audit import Cause, audit
 from convexbn.checkpoints import is_checkpoint, read_checkpoint
+from convexbn.data.whitening import whiten
 from convexbn.layers import Layers
 from convexbn.losses import LOSSES, HuberLoss, SquaredLoss
 from convexbn.network import BatchNormNetwork
@@ -25,7 +26,6 @@ from convexbn.nn import certify, read_tail, to_module
 from convexbn.objective import Objective, TrainedLoss, targets_of_labels
 from convexbn.output_bias import WithOutputBias
 from convexbn.verdict import Status
-from convexbn.whitening import whiten
 from instances import EPS, LOSS_NAMES, targets_for
 
 CANARY = "certify-canary"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from convexbn.data.whitening import whiten
 from convexbn.nn import ConvexLayer, gated_outputs
 from convexbn.solvers.group_newton import GroupNewton
-from convexbn.whitening import whiten
 from planted import planted
 from test_sensitivity import program_of
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, fit_path, max_weight_decay
-from convexbn.whitening import whiten
+from convexbn.data.whitening import whiten
 
 RNG = np.random.default_rng(3)
 X = RNG.standard_normal((80, 6)) @ RNG.standard_normal((6, 6)) + 3

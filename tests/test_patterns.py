@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from convexbn import patterns as patterns_module
+from convexbn.data.whitening import whiten
 from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
-from convexbn.whitening import whiten
 from instances import THRESHOLD, residual
 
 

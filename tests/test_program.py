@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from convexbn import program as module
 from convexbn.certificate import certify_blocks
+from convexbn.data.whitening import whiten
 from convexbn.losses import LOSSES, SquaredLoss
 from convexbn.patterns import gate_patterns, sample_gates
 from convexbn.program import GatedProgram, block_norms
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.verdict import Status
-from convexbn.whitening import whiten
 from instances import EPS, LOSS_NAMES, THRESHOLD, gate_norm_in_digits, residual, targets_for
 
 

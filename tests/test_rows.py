@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from convexbn import rows
-from convexbn.rows import canonical_rows, distinct_rows, equal_rows, fingerprint
+from convexbn.data import canonical
+from convexbn.data.canonical import canonical_rows, distinct_rows, equal_rows, fingerprint
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, 1e300, -1e-300, 5e-324])
 
@@ -100,7 +100,7 @@ def test_distinct_rows_give_every_row_back(X):
 
 
 def test_rows_with_the_same_hash_stay_apart(monkeypatch):
-    monkeypatch.setattr(rows, "_row_hashes", lambda keys: np.zeros(len(keys), dtype=np.uint64))
+    monkeypatch.setattr(canonical, "_row_hashes", lambda keys: np.zeros(len(keys), dtype=np.uint64))
     assert len(distinct_rows(np.array([[1.0], [2.0], [3.0]]))[0]) == 3
 
 
@@ -109,15 +109,15 @@ def test_rows_with_the_same_hash_stay_apart(monkeypatch):
 )
 def test_hashes_of_grids_do_not_collide(values, d):
     grid = np.stack(np.meshgrid(*[values] * d), axis=-1).reshape(-1, d)
-    assert len(np.unique(rows._row_hashes(grid))) == len(values) ** d
+    assert len(np.unique(canonical._row_hashes(grid))) == len(values) ** d
 
 
 def test_blocks_of_rows_give_the_same_hashes(monkeypatch):
     X = np.random.default_rng(0).standard_normal((100, 5))
-    plain = rows._row_hashes(X)
-    monkeypatch.setattr(rows, "_BLOCK", 7)
-    assert np.array_equal(plain, rows._row_hashes(X))
-    assert np.array_equal(plain, rows._row_hashes(np.asfortranarray(X)))
+    plain = canonical._row_hashes(X)
+    monkeypatch.setattr(canonical, "_BLOCK", 7)
+    assert np.array_equal(plain, canonical._row_hashes(X))
+    assert np.array_equal(plain, canonical._row_hashes(np.asfortranarray(X)))
 
 
 def test_fingerprint_sees_every_change():

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from convexbn.data.whitening import whiten
 from convexbn.losses import LOSSES, SquaredLoss
 from convexbn.program import GatedProgram
 from convexbn.solvers.active_groups import ActiveGroups
 from convexbn.solvers.curvature import half_hessian
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.sensitivity import optimum_of
-from convexbn.whitening import whiten
 from instances import LOSS_NAMES, targets_for
 from planted import planted
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from convexbn import whitening
-from convexbn.responses import Responses
-from convexbn.whitening import whiten
+from convexbn.data import whitening
+from convexbn.data.preactivations import Responses
+from convexbn.data.whitening import whiten
 from instances import EPS, THRESHOLD, conditioned, residual
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)

@@ -10,7 +10,7 @@ from convexbn._version import __version__
 _HOMES = {
     "BatchNormNetwork": "convexbn.network",
     "Certificate": "convexbn.certificate",
-    "Convolution": "convexbn.convolution",
+    "Convolution": "convexbn.data.convolution",
     "ConvexBNClassifier": "convexbn.estimators",
     "ConvexBNClassifierCV": "convexbn.selection",
     "ConvexBNRegressor": "convexbn.estimators",
@@ -44,7 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from convexbn.certificate import Certificate
     from convexbn.container import FormatError
-    from convexbn.convolution import Convolution
+    from convexbn.data.convolution import Convolution
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
     from convexbn.network import BatchNormNetwork
     from convexbn.path import fit_path

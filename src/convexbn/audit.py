@@ -18,7 +18,8 @@ from convexbn._threads import solving
 from convexbn._types import Float
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
-from convexbn.convolution import Convolution, PatchMatrix
+from convexbn.data.convolution import Convolution
+from convexbn.data.patches import PatchMatrix
 from convexbn.layers import Layers
 from convexbn.network import BatchNormNetwork
 from convexbn.objective import Objective

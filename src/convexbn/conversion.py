@@ -19,16 +19,16 @@ import numpy as np
 from convexbn import training
 from convexbn._types import Float, Index
 from convexbn.certificate import Certificate
+from convexbn.data.preactivations import Responses
+from convexbn.data.whitening import Whitening
 from convexbn.network import BatchNormNetwork
 from convexbn.patterns import first_of_each_pattern, gate_patterns
 from convexbn.program import GatedProgram, block_norms
 from convexbn.realisation import nearest_directions, realised
-from convexbn.responses import Responses
 from convexbn.solvers.cone_difference import difference_in_cones
 from convexbn.solvers.neuron_pricing import Neurons
 from convexbn.solvers.solution import Budget
 from convexbn.training import TrainingSet
-from convexbn.whitening import Whitening
 
 _EPS = float(np.finfo(np.float64).eps)
 

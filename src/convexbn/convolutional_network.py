@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.convolution import Convolution, PatchMatrix
+from convexbn.data.convolution import Convolution
+from convexbn.data.patches import PatchMatrix
 from convexbn.network import BatchNormNetwork
 
 #: Hidden activations held at once when predicting.

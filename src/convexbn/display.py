@@ -11,10 +11,10 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.certificate import Certificate
 from convexbn.collapse import CollapseMetrics
-from convexbn.convolution import PatchMatrix
-from convexbn.responses import Responses
+from convexbn.data.patches import PatchMatrix
+from convexbn.data.preactivations import Responses
+from convexbn.data.whitening import whiten
 from convexbn.solvers.solution import Progress
-from convexbn.whitening import whiten
 
 
 class CertificateDisplay:

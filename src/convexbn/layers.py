@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from convexbn._types import Float
-from convexbn.convolution import Pooling
+from convexbn.data.pooling import Pooling
 from convexbn.network import BatchNormNetwork
 
 _EPS = float(np.finfo(np.float64).eps)

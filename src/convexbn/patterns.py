@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import Bool, Float, FloatMatrix, Index
-from convexbn.whitening import Whitening, centre
+from convexbn.data.whitening import Whitening, centre
 
 #: Responses held at once.
 _BLOCK_ENTRIES = 1 << 20

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.convolution import Pooling
+from convexbn.data.pooling import Pooling
 from convexbn.losses import Loss
 
 #: Relative difference of the entries of a dual point that are one number spread over a region.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import Bool, Float, FloatMatrix
-from convexbn.whitening import Whitening, centre
+from convexbn.data.whitening import Whitening, centre
 
 _EPS = float(np.finfo(np.float64).eps)
 

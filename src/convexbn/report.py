@@ -11,9 +11,10 @@ import numpy as np
 import convexbn
 from convexbn._types import Float
 from convexbn.certificate import Certificate
-from convexbn.convolution import Convolution, PatchMatrix
+from convexbn.data.convolution import Convolution
+from convexbn.data.moments import moments
+from convexbn.data.patches import PatchMatrix
 from convexbn.display import CertificateDisplay, PathDisplay, SpectrumDisplay
-from convexbn.moments import moments
 from convexbn.page import Html, facts, page, paragraph, picture, shown, styled, table
 
 #: Classes up to which a confusion table is readable, points of a scatter plot, and neurons that are listed.

@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from convexbn._types import Float, FloatMatrix
 from convexbn.certificate import Certificate
-from convexbn.convolution import Convolution
+from convexbn.data.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.path import RegularisationPath
 from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed

@@ -16,8 +16,11 @@ from convexbn import certificate
 from convexbn._threads import numpy_alone
 from convexbn._types import Bool, Float, FloatMatrix
 from convexbn.certificate import Certificate
-from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
+from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
+from convexbn.data.convolution import Convolution
+from convexbn.data.patches import PatchMatrix
+from convexbn.data.whitening import Whitening, whiten
 from convexbn.evidence import AllPatterns
 from convexbn.losses import Loss, LossKind, SquaredLoss
 from convexbn.network import BatchNormNetwork
@@ -25,7 +28,6 @@ from convexbn.patterns import first_of_each_pattern, gate_patterns, gates_along,
 from convexbn.pooled_loss import PooledLoss
 from convexbn.pooled_program import PooledProgram
 from convexbn.program import GatedProgram
-from convexbn.rows import canonical_rows, distinct_rows, fingerprint
 from convexbn.solvers import closed_form
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
@@ -36,7 +38,6 @@ from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget, Progress, Solution, Solver
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
 from convexbn.solvers.subspace import Subspace
-from convexbn.whitening import Whitening, whiten
 
 #: Fraction of the largest useful weight decay that ``weight_decay="auto"`` takes.
 AUTO_FRACTION = 0.02

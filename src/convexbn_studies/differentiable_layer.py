@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convexbn.whitening import whiten
+from convexbn.data.whitening import whiten
 from convexbn_studies import drawing
 from convexbn_studies.data import draw
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct

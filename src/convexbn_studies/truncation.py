@@ -97,7 +97,7 @@ def _rows(given: Any) -> tuple[tuple[FloatMatrix, np.ndarray], ...]:
 
 def _sgd(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]:
     """Learning rates, decays and epochs, on coordinates in singular directions: a rotation, which SGD does not see."""
-    from convexbn.whitening import whiten
+    from convexbn.data.whitening import whiten
 
     X = rows[0][0]
     whitening = whiten(X, np.ones(len(X)), rank=X.shape[1])

@@ -70,7 +70,7 @@ def _add_convolution(parser: argparse.ArgumentParser) -> None:
 
 def convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
     """The convolutional layer that was asked for; None without ``--filter``."""
-    from convexbn.convolution import Convolution
+    from convexbn.data.convolution import Convolution
 
     given = {name: value for name in _OF_FILTERS if (value := getattr(options, name)) is not None}
     if options.filter is None:

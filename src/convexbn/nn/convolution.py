@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.convolution import Convolution, PatchMatrix
 from convexbn.convolutional_network import ConvolutionalNetwork
+from convexbn.data.convolution import Convolution
+from convexbn.data.patches import PatchMatrix
 from convexbn.layers import Layers
 from convexbn.nn.tail import NO_OPS, leaves_of, numbers_of, read_layers, unwrapped
 from convexbn.probes import output_error

@@ -32,7 +32,7 @@ class ConvexLayer(nn.Module):
     of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the active
     groups (`convexbn.solvers.sensitivity`): one Cholesky factor, made in the forward pass, serves all derivatives.
 
-    The rows ``A`` are whitened by the caller, with their constant column: ``convexbn.whitening.whiten(X).rows``, or in
+    The caller whitens the rows ``A``, with their constant column: ``convexbn.data.whitening.whiten(X).rows``, or in
     torch where the derivative in the raw data is wanted. A spectral filter multiplies their columns, and is
     differentiated by the chain rule.
 
@@ -77,7 +77,7 @@ class ConvexLayer(nn.Module):
 
     Examples
     --------
-    >>> from convexbn.whitening import whiten
+    >>> from convexbn.data.whitening import whiten
     >>> X = np.random.default_rng(0).standard_normal((30, 3))
     >>> layer = ConvexLayer(X @ np.random.default_rng(1).standard_normal((3, 8)) >= 0)
     >>> weight_decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

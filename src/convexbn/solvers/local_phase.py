@@ -16,8 +16,8 @@ import numpy as np
 import scipy.optimize
 
 from convexbn._types import Float, FloatMatrix
+from convexbn.data.row_matrix import MappedRows
 from convexbn.losses import Loss
-from convexbn.mapped_rows import MappedRows
 from convexbn.relu_outputs import row_blocks
 from convexbn.solvers.neurons import Neurons, case_outputs
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.data.row_matrix import MappedRows
 from convexbn.losses import Loss
-from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import ReluSolution
 from convexbn.solvers.neurons import Neurons, case_outputs, mean, merge

@@ -15,8 +15,8 @@ import numpy as np
 
 from convexbn._threads import Workers
 from convexbn._types import Float, FloatMatrix, Index
+from convexbn.data.row_matrix import MappedRows
 from convexbn.losses import Loss
-from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.neurons import Neurons
 
 #: Hidden units of images that are formed at a time: 2 MB.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Bool, Float, FloatMatrix, Index
+from convexbn.data.row_matrix import MappedRows
 from convexbn.losses import Loss
-from convexbn.mapped_rows import MappedRows
 from convexbn.relu_outputs import relu_outputs, row_blocks
 
 #: Directions closer than this (cosine) with equal outputs are one neuron.

@@ -30,8 +30,8 @@ import numpy as np
 
 from convexbn._threads import workers
 from convexbn._types import Float, FloatMatrix
+from convexbn.data.row_matrix import MappedRows
 from convexbn.losses import Loss
-from convexbn.mapped_rows import MappedRows
 from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent
 from convexbn.solvers.neurons import Neurons, case_outputs
 

@@ -12,7 +12,7 @@ import numpy as np
 from convexbn._version import __version__
 from convexbn.certificate import Certificate
 from convexbn.container import JSON, FormatError
-from convexbn.convolution import Convolution
+from convexbn.data.convolution import Convolution
 from convexbn.storage import rules
 from convexbn.storage.rules import NOT_FINITE, none_or, require
 from convexbn.verdict import STOPPED_BY, Status

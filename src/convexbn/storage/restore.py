@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from convexbn.certificate import Certificate
-from convexbn.convolution import Convolution
 from convexbn.convolutional_network import ConvolutionalNetwork
+from convexbn.data.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.network import BatchNormNetwork
 from convexbn.storage import header as headers

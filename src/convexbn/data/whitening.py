@@ -21,10 +21,10 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.gram_basis import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
-from convexbn.mapped_rows import MappedRows, is_mapped
-from convexbn.moments import blocks, moments
-from convexbn.powers import times_power
+from convexbn.data.gram import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
+from convexbn.data.moments import blocks, moments
+from convexbn.data.row_matrix import MappedRows, is_mapped
+from convexbn.data.scaling import times_power
 
 #: Rows a block in the tall QR: one block costs well under a second, so that Ctrl-C is answered.
 BLOCK_ROWS = 4096

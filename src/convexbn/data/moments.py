@@ -18,7 +18,7 @@ from scipy.linalg import blas
 
 from convexbn._threads import numpy_alone
 from convexbn._types import Bool, Float, FloatMatrix
-from convexbn.powers import times_power
+from convexbn.data.scaling import times_power
 
 #: Bytes of a block of rows in float64. It stays in the cache while it is centred and multiplied; 64 MB took up to six
 #: times as long.

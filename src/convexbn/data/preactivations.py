@@ -14,9 +14,9 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.mapped_rows import MappedRows, is_mapped
-from convexbn.moments import Moments, blocks, moments
-from convexbn.powers import times_power
+from convexbn.data.moments import Moments, blocks, moments
+from convexbn.data.row_matrix import MappedRows, is_mapped
+from convexbn.data.scaling import times_power
 
 #: Columns of the span beyond those that are expected.
 _SPARE = 8

@@ -16,7 +16,7 @@ import scipy.linalg
 from scipy.linalg import lapack
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.moments import Moments, blocks, weighted_sums
+from convexbn.data.moments import Moments, blocks, weighted_sums
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import FloatMatrix
-from convexbn.convolution.geometry import Geometry
-from convexbn.convolution.pooling import Pooling
+from convexbn.data.geometry import Geometry
+from convexbn.data.pooling import Pooling
 
 #: A number, or one for each dimension.
 Sizes = int | tuple[int, ...]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.convolution.geometry import Geometry
+from convexbn.data.geometry import Geometry
 
 
 class PatchMatrix:

@@ -1,0 +1,1 @@
+"""X becomes A: rows in canonical order, patches of images, whitening."""
