@@ -19,7 +19,7 @@ import numpy as np
 from convexbn import bounds
 from convexbn.certificate import lower_bound
 from convexbn.data.whitening import whiten
-from convexbn.losses import SquaredLoss
+from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.neuron_pricing import NeuronPricing, network_outputs
 from convexbn.solvers.solution import Budget
 

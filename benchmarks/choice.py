@@ -19,8 +19,8 @@ from sklearn.datasets import load_digits, make_classification
 
 from convexbn import ConvexBNClassifier
 from convexbn.datasets import fashion_mnist
-from convexbn.losses import LOSSES
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import LOSSES
 from convexbn.training import choose_solver
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist

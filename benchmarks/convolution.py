@@ -227,8 +227,8 @@ def kernel_of(name, shape):
 
     from convexbn import training
     from convexbn.data.whitening import whiten
-    from convexbn.losses import CrossEntropyLoss
-    from convexbn.pooled_loss import PooledLoss
+    from convexbn.program.losses import CrossEntropyLoss
+    from convexbn.program.pooled_loss import PooledLoss
     from convexbn.solvers.stochastic_phase import random_start
 
     rng, m, count = np.random.default_rng(0), TASKS[name]["width"], 500

@@ -30,7 +30,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from convexbn import ConvexBNRegressor, Status
-from convexbn.arrangement import enumerate_patterns
+from convexbn.program.arrangement import enumerate_patterns
 from descent import TRAINERS, train
 from gated import processor
 from instances import RELU_SHAPES, relu_instance

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from convexbn.certificate import certify_blocks
-from convexbn.losses import SquaredLoss
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.group_newton import GroupNewton
 from instances import FASHION_MNIST, SHAPES, gated_instance, largest_weight_decay
 from judge import Certifier, objective, relative_gap

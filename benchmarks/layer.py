@@ -34,10 +34,10 @@ from cvxpylayers.torch import CvxpyLayer
 
 import convexbn
 from convexbn.data.whitening import whiten
-from convexbn.losses import SquaredLoss
 from convexbn.nn import ConvexLayer
-from convexbn.patterns import first_of_each_pattern
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gates import first_of_each_pattern
+from convexbn.program.losses import SquaredLoss
 
 SHAPES = ((20, 2, 10), (50, 5, 20), (100, 10, 50))  # rows, features, gates
 FRACTIONS = (0.1, 0.02)  # of the largest weight decay

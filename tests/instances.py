@@ -8,7 +8,7 @@ import numpy as np
 from convexbn.certificate import certify_gated, certify_relu, judge
 from convexbn.data.whitening import whiten
 from convexbn.evidence import Evidence
-from convexbn.losses import HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.losses import HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 
 EPS = float(np.finfo(np.float64).eps)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn.data.whitening import whiten
-from convexbn.losses import LOSSES
-from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.program.losses import LOSSES
 
 
 @dataclass(frozen=True)

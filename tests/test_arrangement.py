@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from convexbn.arrangement import count_bound, enumerate_patterns, facets
 from convexbn.data.whitening import whiten
+from convexbn.program.arrangement import count_bound, enumerate_patterns, facets
 
 
 def normal(n, q, seed=0):

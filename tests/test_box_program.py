@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.output_bias import WithOutputBias
+from convexbn.program.gauss_newton import gauss_newton, half_hessian
+from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.solvers import box_program
 from convexbn.solvers.box_program import minimise_over_box
-from convexbn.solvers.curvature import gauss_newton, half_hessian
 
 
 def residual(Q, b, upper, x):

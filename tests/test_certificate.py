@@ -10,10 +10,10 @@ from convexbn import certificate
 from convexbn.certificate import certify_blocks, judge
 from convexbn.data.whitening import whiten
 from convexbn.evidence import Evidence
-from convexbn.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.network import BatchNormNetwork
-from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.program.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.closed_form import solve_full_rank
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from convexbn.certificate import certify_blocks, certify_gated
-from convexbn.losses import SquaredLoss
-from convexbn.network import BatchNormNetwork
+from convexbn.program.losses import SquaredLoss
+from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.subspace import Subspace

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convexbn.data.whitening import whiten
-from convexbn.losses import (
+from convexbn.program.losses import (
     LOSSES,
     CrossEntropyLoss,
     HuberLoss,
@@ -20,7 +20,7 @@ from convexbn.losses import (
     SquaredHingeLoss,
     SquaredLoss,
 )
-from convexbn.network import BatchNormNetwork
+from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.closed_form import max_weight_decay, solve_full_rank
 from convexbn.verdict import Status
 from instances import EPS, LOSS_NAMES, THRESHOLD, labels, proof_of_relu, residual, targets_for

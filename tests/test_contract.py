@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from convexbn.certificate import certify_blocks
-from convexbn.network import BatchNormNetwork
+from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal

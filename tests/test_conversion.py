@@ -8,10 +8,10 @@ import scipy.optimize
 from convexbn import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.conversion import neurons_of, to_relu
 from convexbn.data.whitening import whiten
-from convexbn.losses import SquaredLoss
-from convexbn.network import BatchNormNetwork
-from convexbn.patterns import gate_patterns
-from convexbn.realisation import nearest_directions, realised
+from convexbn.program.gates import gate_patterns
+from convexbn.program.losses import SquaredLoss
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.realizability import nearest_directions, realised
 from convexbn.solvers.cone_difference import difference_in_cones
 from convexbn.solvers.neuron_pricing import network_outputs, polish
 from convexbn.training import TrainingSet

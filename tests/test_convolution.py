@@ -12,8 +12,8 @@ from convexbn.data.pooling import Pooling
 from convexbn.data.preactivations import Responses
 from convexbn.data.row_matrix import MappedRows
 from convexbn.data.whitening import whiten
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.pooled_loss import PooledLoss
+from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.program.pooled_loss import PooledLoss
 from instances import residual
 
 GEOMETRIES = [

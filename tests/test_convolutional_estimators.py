@@ -11,11 +11,11 @@ from threadpoolctl import threadpool_limits
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, training
 from convexbn.cli import main
-from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.data import moments, row_matrix, whitening
 from convexbn.data.patches import PatchMatrix
 from convexbn.datasets import digits
 from convexbn.display import SpectrumDisplay
+from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.stochastic_phase import StochasticPhase
 

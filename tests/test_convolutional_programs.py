@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from convexbn import bounds, evidence
-from convexbn.arrangement import count_bound, enumerate_max_regions, enumerate_patterns
 from convexbn.bounds.local_search import hidden_norms, hidden_units, linear_parts
 from convexbn.certificate import certify_blocks, certify_relu
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import whiten
 from convexbn.evidence import AllPatterns
-from convexbn.losses import CrossEntropyLoss, SquaredLoss
-from convexbn.network import BatchNormNetwork
-from convexbn.patterns import gate_patterns, sample_gates
-from convexbn.pooled_loss import PooledLoss
-from convexbn.pooled_program import PooledProgram
-from convexbn.program import GatedProgram
+from convexbn.program.arrangement import count_bound, enumerate_max_regions, enumerate_patterns
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gates import gate_patterns, sample_gates
+from convexbn.program.losses import CrossEntropyLoss, SquaredLoss
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import case_outputs
+from convexbn.program.pooled_loss import PooledLoss
+from convexbn.program.pooled_program import PooledProgram
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.local_pricing import LocalPricing
 from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.neurons import case_outputs
 from convexbn.solvers.proximal import Proximal
 from convexbn_studies.peers.conic_relu import ConicRelu
 

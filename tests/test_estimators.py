@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate import certify_blocks
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
 from convexbn.solvers.solution import Progress
 
 

@@ -14,13 +14,13 @@ import pytest
 import scipy.optimize
 
 from convexbn import bounds
-from convexbn.arrangement import enumerate_patterns, facets
 from convexbn.certificate import certify_relu, lower_bound
 from convexbn.data.whitening import whiten
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.network import BatchNormNetwork
+from convexbn.program.arrangement import enumerate_patterns, facets
+from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import Neurons, network_outputs
 from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.neurons import Neurons, network_outputs
 from convexbn_studies.peers.conic_relu import ConicRelu
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.losses import (
+from convexbn.program.losses import (
     LOSSES,
     CrossEntropyLoss,
     HuberLoss,

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, relu_outputs, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, training
 from convexbn.data.whitening import whiten
-from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
-from convexbn.output_bias import WithOutputBias
+from convexbn.program.gated import relu
+from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.neurons import Neurons, case_outputs, network_outputs
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.many_rows import ManyRows
 from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.neurons import Neurons, case_outputs, network_outputs
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start, shape
 
@@ -226,7 +227,7 @@ def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):
     loss = WithOutputBias.of(CrossEntropyLoss(labels, rng.uniform(0.5, 2, 700)), 0.1)
     start = Neurons(rng.standard_normal((4, 6)), rng.standard_normal((6, 3)))
     at_once = local_phase(rows, loss, 1.0, start, max_iter=5)
-    monkeypatch.setattr(relu_outputs, "_BLOCK_ENTRIES", 6 * 256)
+    monkeypatch.setattr(relu, "_BLOCK_ENTRIES", 6 * 256)
     in_blocks = local_phase(rows, loss, 1.0, start, max_iter=5)
     assert np.allclose(in_blocks.first, at_once.first, rtol=1e-6, atol=1e-9)
     outputs, parts = case_outputs(rows, loss, at_once), (slice(0, 300), slice(300, 700))

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn import network as module
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import whiten
-from convexbn.losses import SquaredLoss
-from convexbn.network import BatchNormNetwork
-from convexbn.patterns import gate_patterns, sample_gates
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import network as module
+from convexbn.program.gates import gate_patterns, sample_gates
+from convexbn.program.losses import SquaredLoss
+from convexbn.program.network import BatchNormNetwork
 from instances import THRESHOLD, residual
 
 

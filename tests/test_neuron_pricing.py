@@ -10,7 +10,7 @@ from convexbn import bounds
 from convexbn.certificate import judge
 from convexbn.data.whitening import whiten
 from convexbn.evidence import AllPatterns
-from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.solvers import neuron_pricing
 from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
 from convexbn.solvers.local_phase import local_phase, random_neurons

@@ -19,12 +19,12 @@ from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
 from convexbn.audit import Cause, audit
 from convexbn.checkpoints import is_checkpoint, read_checkpoint
 from convexbn.data.whitening import whiten
-from convexbn.layers import Layers
-from convexbn.losses import LOSSES, HuberLoss, SquaredLoss
-from convexbn.network import BatchNormNetwork
 from convexbn.nn import certify, read_tail, to_module
 from convexbn.objective import Objective, TrainedLoss, targets_of_labels
-from convexbn.output_bias import WithOutputBias
+from convexbn.program.layers import Layers
+from convexbn.program.losses import LOSSES, HuberLoss, SquaredLoss
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.verdict import Status
 from instances import EPS, LOSS_NAMES, targets_for
 

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 import convexbn.nn  # noqa: E402
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution  # noqa: E402
-from convexbn.convolutional_network import ConvolutionalNetwork  # noqa: E402
+from convexbn.program.convolutional_network import ConvolutionalNetwork  # noqa: E402
 
 nn = torch.nn
 LAYERS = {

@@ -12,11 +12,11 @@ from torch import nn
 
 from convexbn import ConvexBNRegressor
 from convexbn.data.whitening import whiten
-from convexbn.losses import SquaredLoss
-from convexbn.network import BatchNormNetwork
 from convexbn.nn import GatedModule, from_module, read_tail, to_module
-from convexbn.patterns import sample_gates
-from convexbn.probes import probe_rows
+from convexbn.program.gates import sample_gates
+from convexbn.program.losses import SquaredLoss
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.output_check import probe_rows
 from instances import conditioned, proof_of_relu
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from convexbn.collapse import collapse_metrics
-from convexbn.losses import CrossEntropyLoss
 from convexbn.nn.reoptimisation import reoptimise
 from convexbn.nn.segment import Segment
-from convexbn.solvers.neurons import Neurons, network_outputs
+from convexbn.program.losses import CrossEntropyLoss
+from convexbn.program.neurons import Neurons, network_outputs
 from convexbn.training import TrainingSet
 from convexbn.verdict import Status
 from instances import EPS, labels

@@ -9,9 +9,9 @@ import pytest
 
 import convexbn
 from convexbn.data.whitening import whiten
-from convexbn.network import BatchNormNetwork
 from convexbn.onnx import export
-from convexbn.patterns import sample_gates
+from convexbn.program.gates import sample_gates
+from convexbn.program.network import BatchNormNetwork
 from instances import conditioned
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from convexbn import patterns as patterns_module
 from convexbn.data.whitening import whiten
-from convexbn.patterns import first_of_each_pattern, gate_patterns, sample_gates
+from convexbn.program.gated import gates as patterns_module
+from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
 from instances import THRESHOLD, residual
 
 

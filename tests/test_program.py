@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn import program as module
 from convexbn.certificate import certify_blocks
 from convexbn.data.whitening import whiten
-from convexbn.losses import LOSSES, SquaredLoss
-from convexbn.patterns import gate_patterns, sample_gates
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import gated as module
+from convexbn.program.gates import gate_patterns, sample_gates
+from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.verdict import Status

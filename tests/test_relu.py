@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate import certify_relu
-from convexbn.losses import SquaredLoss
+from convexbn.program.losses import SquaredLoss
 from convexbn.training import TrainingSet
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from convexbn.data.whitening import whiten
-from convexbn.losses import LOSSES, SquaredLoss
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gauss_newton import half_hessian
+from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.active_groups import ActiveGroups
-from convexbn.solvers.curvature import half_hessian
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.sensitivity import optimum_of
 from instances import LOSS_NAMES, targets_for

@@ -13,8 +13,8 @@ from convexbn.bounds.lifting import completed
 from convexbn.bounds.local_search import hidden_norms
 from convexbn.cli import main
 from convexbn.data.whitening import whiten
-from convexbn.losses import SquaredLoss
 from convexbn.nn import to_module
+from convexbn.program.losses import SquaredLoss
 from convexbn_studies.peers.conic_relu import ConicRelu
 from instances import THRESHOLD, residual
 

@@ -317,7 +317,7 @@ def test_the_quick_form_runs_and_writes_its_page(name, tmp_path, capsys):
 def test_a_network_trained_by_torch_is_read_as_it_is():
     """The objective of the networks that are read is that of torch's own batch norm."""
     torch = pytest.importorskip("torch")
-    from convexbn.losses import SquaredLoss
+    from convexbn.program.losses import SquaredLoss
     from convexbn_studies.descent import Descent, balanced_objective
 
     X, Y = planted(40, 3, seed=0)

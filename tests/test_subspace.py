@@ -8,8 +8,8 @@ import pytest
 import scipy.optimize
 
 from convexbn.certificate import certify_blocks
-from convexbn.losses import LOSSES, SquaredLoss
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers import sketched_hessian
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal

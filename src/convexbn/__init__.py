@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from convexbn._version import __version__
 
 _HOMES = {
-    "BatchNormNetwork": "convexbn.network",
+    "BatchNormNetwork": "convexbn.program.network",
     "Certificate": "convexbn.certificate",
     "Convolution": "convexbn.data.convolution",
     "ConvexBNClassifier": "convexbn.estimators",
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from convexbn.container import FormatError
     from convexbn.data.convolution import Convolution
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
-    from convexbn.network import BatchNormNetwork
     from convexbn.path import fit_path
+    from convexbn.program.network import BatchNormNetwork
     from convexbn.selection import ConvexBNClassifierCV, ConvexBNRegressorCV
     from convexbn.storage import load
     from convexbn.verdict import Status

@@ -20,14 +20,14 @@ from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
-from convexbn.layers import Layers
-from convexbn.network import BatchNormNetwork
 from convexbn.objective import Objective
-from convexbn.output_bias import WithOutputBias
-from convexbn.pooled_loss import PooledLoss
+from convexbn.program.layers import Layers
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import Neurons, case_outputs, merge
+from convexbn.program.output_bias import WithOutputBias
+from convexbn.program.pooled_loss import PooledLoss
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import polish
-from convexbn.solvers.neurons import Neurons, case_outputs, merge
 from convexbn.solvers.solution import Budget
 from convexbn.training import Fit, TrainingSet
 from convexbn.verdict import Status, status_of

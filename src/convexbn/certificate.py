@@ -16,11 +16,11 @@ from convexbn._types import Bool, Float, FloatMatrix, Index
 from convexbn.data.preactivations import Responses
 from convexbn.data.row_matrix import MappedRows
 from convexbn.evidence import AllPatterns, Evidence
-from convexbn.losses import Loss
-from convexbn.patterns import distinct_gates, gate_patterns
-from convexbn.pooled_loss import PooledLoss
-from convexbn.program import GatedProgram
-from convexbn.relu_outputs import relu_outputs
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gates import distinct_gates, gate_patterns
+from convexbn.program.losses import Loss
+from convexbn.program.pooled_loss import PooledLoss
+from convexbn.program.relu import relu_outputs
 from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
 
 _EPS = float(np.finfo(np.float64).eps)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.losses import LOSSES
+from convexbn.program.losses import LOSSES
 from convexbn.solvers.closed_form import solve_full_rank
 
 #: Entries of the distances held at once (rows times classes times features).

@@ -21,10 +21,10 @@ from convexbn._types import Float, Index
 from convexbn.certificate import Certificate
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import Whitening
-from convexbn.network import BatchNormNetwork
-from convexbn.patterns import first_of_each_pattern, gate_patterns
-from convexbn.program import GatedProgram, block_norms
-from convexbn.realisation import nearest_directions, realised
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gates import first_of_each_pattern, gate_patterns
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.realizability import nearest_directions, realised
 from convexbn.solvers.cone_difference import difference_in_cones
 from convexbn.solvers.neuron_pricing import Neurons
 from convexbn.solvers.solution import Budget

@@ -29,8 +29,8 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.certificate import Certificate
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
-from convexbn.losses import LOSSES, LossKind, loss_kind, softmax
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import LOSSES, LossKind, loss_kind, softmax
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
 from convexbn.validation import check_finite, checked_data, checked_rows, refuse_containers

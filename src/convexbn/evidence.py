@@ -14,7 +14,7 @@ import numpy as np
 from convexbn import bounds
 from convexbn._types import Float
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss, SquaredLoss
+from convexbn.program.losses import Loss, SquaredLoss
 
 #: Rows up to which the lifted relaxations are tried: their matrices are of order n + q.
 _LIFTED_ROWS = 600

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.layers import Layers
-from convexbn.losses import LOSSES, LossKind, loss_kind
+from convexbn.program.layers import Layers
+from convexbn.program.losses import LOSSES, LossKind, loss_kind
 
 #: Torch's losses: the loss of this package, and the factor of torch's sum over rows and outputs.
 TORCH_LOSSES = {

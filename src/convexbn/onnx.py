@@ -10,10 +10,10 @@ import numpy as np
 from convexbn._types import Float, FloatMatrix
 from convexbn._version import __version__
 from convexbn.container import write_atomically
-from convexbn.convolutional_network import ConvolutionalNetwork
-from convexbn.layers import Layers, convertible
-from convexbn.network import BatchNormNetwork
-from convexbn.probes import check_conversion
+from convexbn.program.convolutional_network import ConvolutionalNetwork
+from convexbn.program.layers import Layers, convertible
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.output_check import check_conversion
 
 #: What batch norm adds to the variance: a float32, as ONNX stores it.
 _EPS = float(np.float32(1e-5))

@@ -16,18 +16,18 @@ from convexbn import certificate
 from convexbn._threads import numpy_alone
 from convexbn._types import Bool, Float, FloatMatrix
 from convexbn.certificate import Certificate
-from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import Whitening, whiten
 from convexbn.evidence import AllPatterns
-from convexbn.losses import Loss, LossKind, SquaredLoss
-from convexbn.network import BatchNormNetwork
-from convexbn.patterns import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
-from convexbn.pooled_loss import PooledLoss
-from convexbn.pooled_program import PooledProgram
-from convexbn.program import GatedProgram
+from convexbn.program.convolutional_network import ConvolutionalNetwork
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
+from convexbn.program.losses import Loss, LossKind, SquaredLoss
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.pooled_loss import PooledLoss
+from convexbn.program.pooled_program import PooledProgram
 from convexbn.solvers import closed_form
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton

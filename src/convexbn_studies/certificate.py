@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.network import BatchNormNetwork
+from convexbn.program.network import BatchNormNetwork
 from convexbn_studies import drawing
 from convexbn_studies.data import draw, planted
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
@@ -91,7 +91,7 @@ def _optimum(given: Any, X: Float, Y: Float, weight_decay: float) -> Row:
 
 def _judged(given: Any, X: Float, Y: Float, weight_decay: float) -> Iterator[Row]:
     """Train with or without decay, and judge for the weight decay of the problem."""
-    from convexbn.losses import SquaredLoss
+    from convexbn.program.losses import SquaredLoss
     from convexbn_studies.descent import Descent, balanced_objective
 
     loss, judge = SquaredLoss(Y, np.ones(len(X))), _Judge(X, Y, weight_decay)
@@ -112,7 +112,7 @@ class _Judge:
 
     def __init__(self, X: Float, Y: Float, weight_decay: float) -> None:
         from convexbn.evidence import AllPatterns
-        from convexbn.losses import SquaredLoss
+        from convexbn.program.losses import SquaredLoss
         from convexbn.training import TrainingSet
 
         eps = float(np.finfo(np.float64).eps)

@@ -85,7 +85,7 @@ def _formula(cell: Cell, X: Float, labels: np.ndarray) -> list[Row]:
 
 
 def _training(cell: Cell, X: Float, labels: np.ndarray) -> list[Row]:
-    from convexbn.losses import SquaredLoss
+    from convexbn.program.losses import SquaredLoss
     from convexbn_studies.descent import Descent, balanced_objective
 
     given: Any = cell

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.layers import Layers
-from convexbn.losses import Loss
-from convexbn.network import BatchNormNetwork
+from convexbn.program.layers import Layers
+from convexbn.program.losses import Loss
+from convexbn.program.network import BatchNormNetwork
 
 if TYPE_CHECKING:
     import torch

@@ -74,8 +74,8 @@ class _Problem:
     def of(cls, cell: Cell) -> _Problem:
         import torch
 
-        from convexbn.losses import SquaredLoss
-        from convexbn.program import GatedProgram
+        from convexbn.program.gated import GatedProgram
+        from convexbn.program.losses import SquaredLoss
 
         given: Any = cell
         parts = draw(given["data"], (given["n"], given["held_out"], given["held_out"]), given["seed"])

@@ -101,7 +101,7 @@ def _optimum(cell: Cell, X: Float, Y: Float, weight_decay: float) -> Row:
 
 
 def _trained(cell: Cell, X: Float, Y: Float, weight_decay: float) -> Iterator[Row]:
-    from convexbn.losses import SquaredLoss
+    from convexbn.program.losses import SquaredLoss
     from convexbn_studies.descent import Descent, balanced_objective
 
     given: Any = cell

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convexbn._types import Bool, Float
-from convexbn.losses import SquaredLoss
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import TrainingSet
 from convexbn_studies import drawing
@@ -161,7 +161,7 @@ def _clarabel_gated(instance: _Instance, given: Any) -> list[Row]:
 
 
 def _clarabel_relu(instance: _Instance, given: Any) -> list[Row]:
-    from convexbn.solvers.neurons import network_outputs
+    from convexbn.program.neurons import network_outputs
     from convexbn_studies.peers.conic_relu import ConicRelu
 
     started = time.process_time()

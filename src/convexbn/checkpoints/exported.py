@@ -14,7 +14,7 @@ import numpy as np
 from convexbn.checkpoints.archive import Archive
 from convexbn.checkpoints.state_dict import assembled
 from convexbn.container import FormatError
-from convexbn.layers import Layers
+from convexbn.program.layers import Layers
 
 #: Torch's numbers for types of numbers.
 _DTYPES = {5: "<i8", 6: "<f2", 7: "<f4", 8: "<f8"}

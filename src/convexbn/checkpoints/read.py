@@ -9,7 +9,7 @@ from convexbn.checkpoints.archive import Archive
 from convexbn.checkpoints.exported import is_exported, read_exported
 from convexbn.checkpoints.state_dict import Arrays, of_arrays, read_safetensors, read_torch
 from convexbn.container import FormatError
-from convexbn.layers import Layers
+from convexbn.program.layers import Layers
 
 _ZIP = b"PK\x03\x04"
 _MOST_BYTES = 4 * 2**30

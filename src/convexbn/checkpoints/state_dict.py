@@ -16,7 +16,7 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.checkpoints.archive import Archive
 from convexbn.container import FormatError
-from convexbn.layers import Layers
+from convexbn.program.layers import Layers
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
-from convexbn.layers import Layers
 from convexbn.nn.tail import NO_OPS, leaves_of, numbers_of, read_layers, unwrapped
-from convexbn.probes import output_error
+from convexbn.program.convolutional_network import ConvolutionalNetwork
+from convexbn.program.layers import Layers
+from convexbn.program.output_check import output_error
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

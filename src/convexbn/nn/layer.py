@@ -11,9 +11,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from convexbn._types import Float
-from convexbn.losses import LOSSES, Loss
-from convexbn.patterns import first_of_each_pattern
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gates import first_of_each_pattern
+from convexbn.program.losses import LOSSES, Loss
 from convexbn.solvers.sensitivity import Optimum, optimum_of
 
 #: Losses with a second derivative everywhere.
@@ -101,7 +101,7 @@ class ConvexLayer(nn.Module):
         if len(first_of_each_pattern(gates)) < gates.shape[1]:
             raise ValueError(
                 "patterns repeat, so that the optimal weights are not unique: keep "
-                "patterns[:, convexbn.patterns.first_of_each_pattern(patterns)]."
+                "patterns[:, convexbn.program.gates.first_of_each_pattern(patterns)]."
             )
         self.loss = loss
         self.optimum: Optimum | None = None

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.convolutional_network import ConvolutionalNetwork
-from convexbn.layers import Layers, convertible, folded
-from convexbn.network import BatchNormNetwork
 from convexbn.nn.convolution import images_of, layers_of, output_weight, probe_images
 from convexbn.nn.gated import GatedModule
-from convexbn.probes import check_conversion
+from convexbn.program.convolutional_network import ConvolutionalNetwork
+from convexbn.program.layers import Layers, convertible, folded
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.output_check import check_conversion
 
 _NUMBERS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from convexbn._types import Float
-from convexbn.network import BatchNormNetwork
 from convexbn.nn.convolution import from_convolutional, is_convolutional
 from convexbn.nn.tail import Tail, as_tensor, kind_of, read_tail
-from convexbn.probes import probe_rows
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.output_check import probe_rows
 
 #: How much further than other probes some lie: activations that saturate show there.
 _FAR = 30.0

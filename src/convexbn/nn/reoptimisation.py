@@ -23,17 +23,17 @@ from convexbn._types import Float
 from convexbn.audit import check_effort
 from convexbn.certificate import Certificate
 from convexbn.conversion import neurons_of
-from convexbn.layers import Layers, convertible, rounded
-from convexbn.losses import LOSSES
-from convexbn.network import BatchNormNetwork
 from convexbn.nn.segment import Point, Segment
 from convexbn.nn.standing import Standing, Task
 from convexbn.nn.statistics import with_full_batch_statistics, without_momentum
 from convexbn.nn.tail import Tail, as_tensor, read_tail
+from convexbn.program.layers import Layers, convertible, rounded
+from convexbn.program.losses import LOSSES
+from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import Neurons
 from convexbn.solvers import closed_form
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.neurons import Neurons
 from convexbn.solvers.solution import Budget
 from convexbn.training import TrainingSet
 

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.optimize
 
 from convexbn._types import Float
-from convexbn.solvers.neurons import Neurons, network_outputs
+from convexbn.program.neurons import Neurons, network_outputs
 from convexbn.training import TrainingSet
 
 #: Points of the segment that are tried.

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from convexbn._types import Float, Index
-from convexbn.layers import Layers
-from convexbn.losses import LOSSES, Loss
 from convexbn.nn.statistics import outputs_of
 from convexbn.objective import TrainedLoss
+from convexbn.program.layers import Layers
+from convexbn.program.losses import LOSSES, Loss
 
 
 @dataclass(frozen=True)

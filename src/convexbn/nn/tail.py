@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from convexbn._types import Float
-from convexbn.layers import Layers
-from convexbn.probes import output_error
+from convexbn.program.layers import Layers
+from convexbn.program.output_check import output_error
 
 #: Layers that change nothing in eval mode, on rows of numbers.
 NO_OPS = (nn.Identity, nn.Flatten, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)

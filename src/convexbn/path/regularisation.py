@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from convexbn.certificate import Certificate
-from convexbn.network import BatchNormNetwork
 from convexbn.path.checkpoint import Checkpoint, question_of
 from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
 from convexbn.path.rows import PathData
 from convexbn.path.start import start_of
+from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.solution import Budget
 from convexbn.storage import paths
 from convexbn.training import TrainingSet

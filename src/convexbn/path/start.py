@@ -10,7 +10,7 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.conversion import blocks_of
 from convexbn.path.rows import draws_whitened
-from convexbn.solvers.neurons import Neurons
+from convexbn.program.neurons import Neurons
 from convexbn.solvers.solution import Solution
 from convexbn.training import TrainingSet
 

@@ -23,9 +23,9 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Bool, Float, Index
-from convexbn.losses import SquaredLoss
-from convexbn.program import GatedProgram, block_norms
-from convexbn.solvers.curvature import half_hessian
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gauss_newton import half_hessian
+from convexbn.program.losses import SquaredLoss
 
 #: Eigenvalues below this of a matrix of unit diagonal are 0: the groups depend on one another.
 _DEPENDENT = 1e-11

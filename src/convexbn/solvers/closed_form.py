@@ -13,7 +13,7 @@ import numpy as np
 
 from convexbn._types import Float
 from convexbn.bounds import group_directions
-from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
 
 
 class NoFormulaError(ValueError):

@@ -8,8 +8,8 @@ import numpy as np
 import scipy.sparse
 
 from convexbn._types import Float
-from convexbn.losses import SquaredLoss
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.solution import Budget, Progress, Solution
 
 

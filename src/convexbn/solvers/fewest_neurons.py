@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import Bool, Float
-from convexbn.solvers.neurons import Neurons
+from convexbn.program.neurons import Neurons
 
 #: Responses relative to ``||a_i|| ||s_j||`` up to which a row counts as resting on its kink.
 _RESTING = 1e-7

@@ -24,8 +24,8 @@ import scipy.linalg
 from scipy.linalg.lapack import dpotrf, dpotrs
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.losses import SquaredLoss
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
 
 #: Below this many rows everything is factorised in float64.

@@ -26,10 +26,10 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Bool, Float, Index
-from convexbn.losses import Loss
+from convexbn.program.gauss_newton import gauss_newton
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons
 from convexbn.solvers.box_program import minimise_over_box
-from convexbn.solvers.curvature import gauss_newton
-from convexbn.solvers.neurons import Neurons
 
 #: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.
 _RESTING = 1e-6

@@ -15,9 +15,9 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons, network_outputs
 from convexbn.solvers.kink_model import KinkModel, Step
-from convexbn.solvers.neurons import Neurons, network_outputs
 
 #: Masses are dropped below this multiple of the largest.
 _DROPPED = 1e-9

@@ -17,9 +17,9 @@ import scipy.optimize
 
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss
-from convexbn.relu_outputs import row_blocks
-from convexbn.solvers.neurons import Neurons, case_outputs
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons, case_outputs
+from convexbn.program.relu import row_blocks
 
 
 def local_phase(

@@ -14,10 +14,10 @@ import numpy as np
 from convexbn import bounds
 from convexbn._types import Float
 from convexbn.bounds.local_search import hidden_units, normalise
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons, case_outputs, merge
 from convexbn.solvers.local_phase import local_phase, random_neurons
 from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.neurons import Neurons, case_outputs, merge
 from convexbn.solvers.solution import Budget, Progress
 
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from convexbn._types import Float
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons, case_outputs, mean, merge
 from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.neurons import Neurons, case_outputs, mean, merge
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
 

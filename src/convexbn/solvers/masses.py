@@ -13,10 +13,10 @@ import time
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.losses import Loss
+from convexbn.program.gauss_newton import gauss_newton
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons
 from convexbn.solvers.box_program import minimise_over_box
-from convexbn.solvers.curvature import gauss_newton
-from convexbn.solvers.neurons import Neurons
 
 #: Masses are dropped below this multiple of the largest.
 _DROPPED = 1e-7

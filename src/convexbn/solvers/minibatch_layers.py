@@ -16,8 +16,8 @@ import numpy as np
 from convexbn._threads import Workers
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss
-from convexbn.solvers.neurons import Neurons
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons
 
 #: Hidden units of images that are formed at a time: 2 MB.
 _HIDDEN_ENTRIES = 1 << 19

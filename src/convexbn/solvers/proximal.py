@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
 from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Float, Index
-from convexbn.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.solvers.active_groups import ActiveGroups
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.solution import Solution

@@ -21,9 +21,9 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.losses import Loss
-from convexbn.program import GatedProgram
-from convexbn.solvers.curvature import gauss_newton, half_hessian
+from convexbn.program.gated import GatedProgram
+from convexbn.program.gauss_newton import gauss_newton, half_hessian
+from convexbn.program.losses import Loss
 
 #: Shares of the sample and of the independent estimate: those of smallest gap after 15 and 30 iterations among a dozen.
 _SKETCH, _COMMON = 0.5, 0.1

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from convexbn._types import Float, Index
-from convexbn.program import GatedProgram
+from convexbn.program.gated import GatedProgram
 
 
 class Progress(NamedTuple):

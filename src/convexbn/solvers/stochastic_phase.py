@@ -31,9 +31,9 @@ import numpy as np
 from convexbn._threads import workers
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons, case_outputs
 from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent
-from convexbn.solvers.neurons import Neurons, case_outputs
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04

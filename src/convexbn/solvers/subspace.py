@@ -24,7 +24,7 @@ import scipy.optimize
 
 from convexbn._threads import numpy_alone
 from convexbn._types import Float, FloatMatrix
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.solvers.group_newton import bounded_quadratic
 from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from convexbn.certificate import Certificate
-from convexbn.convolutional_network import ConvolutionalNetwork
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
-from convexbn.network import BatchNormNetwork
+from convexbn.program.convolutional_network import ConvolutionalNetwork
+from convexbn.program.network import BatchNormNetwork
 from convexbn.storage import header as headers
 from convexbn.storage import tensors
 from convexbn.storage.rules import require, same_names

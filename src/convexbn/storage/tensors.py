@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.network import BatchNormNetwork
+from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.solution import Progress
 from convexbn.storage.rules import require, same_names
 

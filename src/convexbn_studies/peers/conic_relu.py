@@ -20,10 +20,10 @@ import numpy as np
 import scipy.sparse
 
 from convexbn._types import Float, Index
-from convexbn.arrangement import Cells, enumerate_max_regions, enumerate_patterns, facets
-from convexbn.losses import Loss, SquaredLoss
-from convexbn.pooled_loss import PooledLoss
-from convexbn.solvers.neurons import Neurons
+from convexbn.program.arrangement import Cells, enumerate_max_regions, enumerate_patterns, facets
+from convexbn.program.losses import Loss, SquaredLoss
+from convexbn.program.neurons import Neurons
+from convexbn.program.pooled_loss import PooledLoss
 
 #: Share of the objective below which a neuron's penalty is what an interior point leaves of a zero.
 _NEGLIGIBLE = 1e-8

@@ -15,7 +15,7 @@ import numpy as np
 
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.pooling import Pooling
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
 
 #: Relative difference of the entries of a dual point that are one number spread over a region.
 _SPREAD = 1e-12
@@ -33,7 +33,7 @@ class PooledLoss(Loss):
 
     Examples
     --------
-    >>> from convexbn.losses import SquaredLoss
+    >>> from convexbn.program.losses import SquaredLoss
     >>> images = SquaredLoss(np.array([[1.0]]), np.ones(1))
     >>> loss = PooledLoss.of(images, Pooling("average", (1, 2), (1, 1)))
     >>> loss.value(np.array([[3.0], [1.0]])), loss.negative_gradient(np.array([[3.0], [1.0]])).tolist()

@@ -11,7 +11,7 @@ import numpy as np
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
-from convexbn.network import BatchNormNetwork
+from convexbn.program.network import BatchNormNetwork
 
 #: Hidden activations held at once when predicting.
 _CHUNK_ENTRIES = 1 << 23

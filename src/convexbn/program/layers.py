@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from convexbn._types import Float
 from convexbn.data.pooling import Pooling
-from convexbn.network import BatchNormNetwork
+from convexbn.program.network import BatchNormNetwork
 
 _EPS = float(np.finfo(np.float64).eps)
 

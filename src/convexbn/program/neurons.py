@@ -10,8 +10,8 @@ import numpy as np
 
 from convexbn._types import Bool, Float, FloatMatrix, Index
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss
-from convexbn.relu_outputs import relu_outputs, row_blocks
+from convexbn.program.losses import Loss
+from convexbn.program.relu import relu_outputs, row_blocks
 
 #: Directions closer than this (cosine) with equal outputs are one neuron.
 _SAME = 1 - 1e-4

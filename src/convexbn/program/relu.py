@@ -9,7 +9,7 @@ import numpy as np
 from convexbn._threads import dealt
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.row_matrix import MappedRows
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
 
 #: Entries of the hidden layer that are formed at a time: 4 MB in float64.
 _BLOCK_ENTRIES = 1 << 19

@@ -10,7 +10,7 @@ import numpy as np
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.scaling import times_power
 from convexbn.data.whitening import Whitening, centre
-from convexbn.patterns import distinct_gates, gate_patterns
+from convexbn.program.gates import distinct_gates, gate_patterns
 
 #: Hidden activations held at once when predicting (rows times neurons).
 _CHUNK_ENTRIES = 1 << 21

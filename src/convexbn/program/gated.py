@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Bool, Float, Index
-from convexbn.losses import Loss
+from convexbn.program.losses import Loss
 
 #: Entries of the row-wise products held at once: 4 MB in float64, 2 MB in float32.
 _BLOCK_ENTRIES = 1 << 19

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.layers import rounded, row_scale
-from convexbn.network import BatchNormNetwork
+from convexbn.program.layers import rounded, row_scale
+from convexbn.program.network import BatchNormNetwork
 
 #: Largest difference of outputs, relative to the largest output, by type.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}

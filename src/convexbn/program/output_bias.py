@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 
 from convexbn._types import Float, Index
-from convexbn.losses import Loss
-from convexbn.solvers.curvature import half_hessian, in_the_bias
+from convexbn.program.gauss_newton import half_hessian, in_the_bias
+from convexbn.program.losses import Loss
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -38,7 +38,7 @@ class WithOutputBias(Loss):
 
     Examples
     --------
-    >>> from convexbn.losses import SquaredLoss
+    >>> from convexbn.program.losses import SquaredLoss
     >>> loss = WithOutputBias.of(SquaredLoss(np.array([[1.0], [3.0]]), np.ones(2)), decay=0.0)
     >>> loss.best_bias(np.zeros((2, 1))), loss.value(np.zeros((2, 1)))
     (array([2.]), 1.0)

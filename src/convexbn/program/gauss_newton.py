@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
-from convexbn.pooled_loss import PooledLoss
+from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, Loss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.pooled_loss import PooledLoss
 
 #: Doubles of the derivative that are formed at a time.
 _BLOCK = 1 << 19

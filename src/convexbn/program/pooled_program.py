@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Bool, Float, FloatMatrix, Index
-from convexbn.losses import Loss
-from convexbn.pooled_loss import PooledLoss
-from convexbn.program import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.losses import Loss
+from convexbn.program.pooled_loss import PooledLoss
 
 #: Entries of the gated rows that are formed at a time.
 _BLOCK_ENTRIES = 1 << 22
