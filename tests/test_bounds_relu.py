@@ -8,9 +8,9 @@ import pytest
 from convexbn import bounds
 from convexbn.bounds import cones
 from convexbn.bounds.dual_point import dual_value
-from convexbn.bounds.frontier import Frontier, Nodes
-from convexbn.bounds.lifting import Blocks, LiftedSet
+from convexbn.bounds.lifted_set import Blocks, LiftedSet
 from convexbn.bounds.local_search import hidden_norms, normalise
+from convexbn.bounds.node_queue import Frontier, Nodes
 from convexbn.bounds.relaxation import bound_at
 
 UPPER = {

@@ -9,7 +9,7 @@ import pytest
 
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, bounds, max_weight_decay
-from convexbn.bounds.lifting import completed
+from convexbn.bounds.lifted_set import completed
 from convexbn.bounds.local_search import hidden_norms
 from convexbn.cli import main
 from convexbn.data.whitening import whiten

@@ -15,15 +15,15 @@ number that is never below the maximum, rounding included; ``local_search`` give
 ===================== ============== ==================================================================
 """
 
+from convexbn.bounds.bound import Bound
 from convexbn.bounds.branch_and_bound import MAX_RANK, Enclosure, branch_and_bound
 from convexbn.bounds.dual_point import DualPoint, dual_point
-from convexbn.bounds.every_cell import EveryCell, few_cells
+from convexbn.bounds.enumeration import EveryCell, few_cells
 from convexbn.bounds.lifted import lifted
-from convexbn.bounds.lifted_dual import lifted_dual_point
+from convexbn.bounds.lifted_dual_point import lifted_dual_point
 from convexbn.bounds.local_search import local_maxima, local_search
 from convexbn.bounds.orthant import group_directions, orthant
 from convexbn.bounds.relaxation import Relaxed, relaxation
-from convexbn.bounds.result import Bound
 
 __all__ = [
     "MAX_RANK",

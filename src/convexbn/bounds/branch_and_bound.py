@@ -15,10 +15,10 @@ import numpy as np
 
 from convexbn._types import Float
 from convexbn.bounds import cones
-from convexbn.bounds.frontier import Frontier, Nodes
+from convexbn.bounds.bound import EPS, Bound, unit_scale
+from convexbn.bounds.circle import plane
 from convexbn.bounds.local_search import ascend, hidden_norms, normalise
-from convexbn.bounds.plane import plane
-from convexbn.bounds.result import EPS, Bound, unit_scale
+from convexbn.bounds.node_queue import Frontier, Nodes
 
 #: Largest rank that is tried: the cones needed for a fixed accuracy grow geometrically with it.
 MAX_RANK = 8

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Bool, Float, Index
+from convexbn.bounds.bound import EPS
 from convexbn.bounds.local_search import normalise
-from convexbn.bounds.result import EPS
 
 #: Values ``a_i'g_j`` below this are zero: a generator placed on a hyperplane lies on it.
 _SNAP = 1e-14

@@ -17,8 +17,8 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float
-from convexbn.bounds.lifting import Blocks, LiftedSet, completed
-from convexbn.bounds.result import EPS, Bound, unit_scale
+from convexbn.bounds.bound import EPS, Bound, unit_scale
+from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
 
 #: A bound is evaluated every so many iterations.
 CHECK_EVERY = 25

@@ -21,7 +21,7 @@ import scipy.optimize
 
 from convexbn._types import Bool, Float
 from convexbn.bounds import trust_region
-from convexbn.bounds.result import EPS, Bound, unit_scale
+from convexbn.bounds.bound import EPS, Bound, unit_scale
 
 #: Smoothing of the trust-region problem, relative to the norm of v, from coarse to fine.
 _SMOOTHING = (1e-2, 1e-3, 1e-4)

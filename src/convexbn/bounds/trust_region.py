@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float
-from convexbn.bounds.result import EPS
+from convexbn.bounds.bound import EPS
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float
+from convexbn.bounds.bound import Bound, unit_scale
 from convexbn.bounds.dual_point import DualPoint, dual_value, rescaled
 from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION
-from convexbn.bounds.lifting import Blocks, LiftedSet, completed
-from convexbn.bounds.result import Bound, unit_scale
+from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
 
 
 def lifted_dual_point(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.bounds.result import EPS
+from convexbn.bounds.bound import EPS
 
 #: What a column's norm may lack in quadrature and is not completed; a shorter column is valid, only less tight.
 _COMPLETE = 1e-6

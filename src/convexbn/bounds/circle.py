@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.bounds.bound import EPS
 from convexbn.bounds.local_search import hidden_norms
-from convexbn.bounds.result import EPS
 
 _BLOCK = 512
 
