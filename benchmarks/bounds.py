@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from convexbn import bounds
-from convexbn.certificate import lower_bound
+from convexbn.certificate.certificate import lower_bound
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.neuron_pricing import NeuronPricing, network_outputs

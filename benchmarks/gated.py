@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convexbn.certificate import certify_blocks
+from convexbn.certificate.certificate import certify_blocks
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.group_newton import GroupNewton

@@ -5,9 +5,9 @@ import itertools
 import mpmath as mp
 import numpy as np
 
-from convexbn.certificate import certify_gated, certify_relu, judge
+from convexbn.certificate.certificate import certify_gated, certify_relu, judge
+from convexbn.certificate.dual_bounds import Evidence
 from convexbn.data.whitening import whiten
-from convexbn.evidence import Evidence
 from convexbn.program.losses import HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 
 EPS = float(np.finfo(np.float64).eps)

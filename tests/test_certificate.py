@@ -6,10 +6,11 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from convexbn import certificate
-from convexbn.certificate import certify_blocks, judge
+from convexbn.certificate import certificate
+from convexbn.certificate.certificate import certify_blocks, judge
+from convexbn.certificate.dual_bounds import Evidence
+from convexbn.certificate.status import STOPPED_BY, Status
 from convexbn.data.whitening import whiten
-from convexbn.evidence import Evidence
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
@@ -17,7 +18,6 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.closed_form import solve_full_rank
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
-from convexbn.verdict import STOPPED_BY, Status
 from instances import (
     EPS,
     THRESHOLD,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import (
     LOSSES,
@@ -22,7 +23,6 @@ from convexbn.program.losses import (
 )
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.closed_form import max_weight_decay, solve_full_rank
-from convexbn.verdict import Status
 from instances import EPS, LOSS_NAMES, THRESHOLD, labels, proof_of_relu, residual, targets_for
 
 N = 12

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from convexbn.certificate import certify_blocks
+from convexbn.certificate.certificate import certify_blocks
+from convexbn.certificate.status import Status
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.conic import Conic
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
 from convexbn.solvers.solution import Budget
 from convexbn.solvers.subspace import Subspace
-from convexbn.verdict import Status
 from instances import LOSS_NAMES
 from planted import planted
 

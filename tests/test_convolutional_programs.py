@@ -5,13 +5,13 @@ import functools
 import numpy as np
 import pytest
 
-from convexbn import bounds, evidence
+from convexbn import bounds
 from convexbn.bounds.local_search import hidden_norms, hidden_units, linear_parts
-from convexbn.certificate import certify_blocks, certify_relu
+from convexbn.certificate.certificate import certify_blocks, certify_relu, dual_bounds
+from convexbn.certificate.dual_bounds import AllPatterns
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import whiten
-from convexbn.evidence import AllPatterns
 from convexbn.program.arrangement import count_bound, enumerate_max_regions, enumerate_patterns
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import gate_patterns, sample_gates
@@ -281,8 +281,8 @@ def test_of_many_patches_some_images_tell_the_largest_weight_decay(monkeypatch):
     zero = cases.negative_gradient(np.zeros_like(cases.targets)) + 1.0
     prover = AllPatterns(case.loss, case.rows, 0.0, np.zeros((0, 3)))
     value, _ = prover.dual_norm(zero, proved=False)
-    monkeypatch.setattr(evidence, "_SPREAD_ENTRIES", 100)
-    monkeypatch.setattr(evidence, "_MANY_ENTRIES", 3000)
+    monkeypatch.setattr(dual_bounds, "_SPREAD_ENTRIES", 100)
+    monkeypatch.setattr(dual_bounds, "_MANY_ENTRIES", 3000)
     some, upper = prover.dual_norm(zero)
     assert 0.5 * value <= some <= 2 * value and value <= upper
     assert [point.name for point in prover.evidence(zero)] == ["orthant"] and prover.estimate(zero) is None

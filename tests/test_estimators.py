@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
-from convexbn.certificate import certify_blocks
+from convexbn.certificate.certificate import certify_blocks
 from convexbn.program.gated import GatedProgram
 from convexbn.solvers.solution import Progress
 

@@ -14,7 +14,7 @@ import pytest
 import scipy.optimize
 
 from convexbn import bounds
-from convexbn.certificate import certify_relu, lower_bound
+from convexbn.certificate.certificate import certify_relu, lower_bound
 from convexbn.data.whitening import whiten
 from convexbn.program.arrangement import enumerate_patterns, facets
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss

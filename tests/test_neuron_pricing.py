@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from convexbn import bounds
-from convexbn.certificate import judge
+from convexbn.certificate.certificate import judge
+from convexbn.certificate.dual_bounds import AllPatterns
+from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
-from convexbn.evidence import AllPatterns
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.solvers import neuron_pricing
 from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
@@ -17,7 +18,6 @@ from convexbn.solvers.local_phase import local_phase, random_neurons
 from convexbn.solvers.masses import with_best_masses
 from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons, merge, network_outputs, polish
 from convexbn.solvers.solution import Budget
-from convexbn.verdict import Status
 
 LOSSES = {"squared": 1, "three outputs": 3, "huber": 1, "squared_hinge": 1, "logistic": 1, "cross_entropy": 3}
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
 from convexbn.audit import Cause, audit
+from convexbn.certificate.status import Status
 from convexbn.checkpoints import is_checkpoint, read_checkpoint
 from convexbn.data.whitening import whiten
 from convexbn.nn import certify, read_tail, to_module
@@ -25,7 +26,6 @@ from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, HuberLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_bias import WithOutputBias
-from convexbn.verdict import Status
 from instances import EPS, LOSS_NAMES, targets_for
 
 CANARY = "certify-canary"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.certificate import certify_blocks
+from convexbn.certificate.certificate import certify_blocks
+from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.gated import gated as module
@@ -14,7 +15,6 @@ from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.group_newton import GroupNewton
 from convexbn.solvers.proximal import Proximal
-from convexbn.verdict import Status
 from instances import EPS, LOSS_NAMES, THRESHOLD, gate_norm_in_digits, residual, targets_for
 
 

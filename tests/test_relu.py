@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
-from convexbn.certificate import certify_relu
+from convexbn.certificate.certificate import certify_relu
 from convexbn.program.losses import SquaredLoss
 from convexbn.training import TrainingSet
 

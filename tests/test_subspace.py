@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from convexbn.certificate import certify_blocks
+from convexbn.certificate.certificate import certify_blocks
+from convexbn.certificate.status import Status
 from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers import sketched_hessian
@@ -17,7 +18,6 @@ from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, r
 from convexbn.solvers.solution import Budget, Solution
 from convexbn.solvers.subspace import Subspace
 from convexbn.training import FEW_ROWS, NEWTON_ROWS, choose_solver
-from convexbn.verdict import Status
 from instances import LOSS_NAMES, targets_for
 
 

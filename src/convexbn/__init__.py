@@ -9,14 +9,14 @@ from convexbn._version import __version__
 
 _HOMES = {
     "BatchNormNetwork": "convexbn.program.network",
-    "Certificate": "convexbn.certificate",
+    "Certificate": "convexbn.certificate.certificate",
     "Convolution": "convexbn.data.convolution",
     "ConvexBNClassifier": "convexbn.estimators",
     "ConvexBNClassifierCV": "convexbn.selection",
     "ConvexBNRegressor": "convexbn.estimators",
     "ConvexBNRegressorCV": "convexbn.selection",
     "FormatError": "convexbn.container",
-    "Status": "convexbn.verdict",
+    "Status": "convexbn.certificate.status",
     "fit_path": "convexbn.path",
     "load": "convexbn.storage",
     "max_weight_decay": "convexbn.estimators",
@@ -42,7 +42,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from convexbn.certificate import Certificate
+    from convexbn.certificate.certificate import Certificate
+    from convexbn.certificate.status import Status
     from convexbn.container import FormatError
     from convexbn.data.convolution import Convolution
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from convexbn.program.network import BatchNormNetwork
     from convexbn.selection import ConvexBNClassifierCV, ConvexBNRegressorCV
     from convexbn.storage import load
-    from convexbn.verdict import Status
 
 
 def __getattr__(name: str) -> Any:

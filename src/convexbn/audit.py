@@ -16,7 +16,8 @@ import numpy as np
 from convexbn import training
 from convexbn._threads import solving
 from convexbn._types import Float
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
+from convexbn.certificate.status import Status, status_of
 from convexbn.conversion import neurons_of
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
@@ -30,7 +31,6 @@ from convexbn.solvers.local_phase import local_phase
 from convexbn.solvers.neuron_pricing import polish
 from convexbn.solvers.solution import Budget
 from convexbn.training import Fit, TrainingSet
-from convexbn.verdict import Status, status_of
 
 _EPS = float(np.finfo(np.float64).eps)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from convexbn import training
 from convexbn._types import Float, Index
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import Whitening
 from convexbn.program.gated import GatedProgram, block_norms

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
 from convexbn.collapse import CollapseMetrics
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.preactivations import Responses

@@ -26,7 +26,8 @@ from sklearn.utils.validation import check_is_fitted
 from convexbn import training
 from convexbn._threads import solving
 from convexbn._types import Float, FloatMatrix
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
+from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.program.gated import GatedProgram
@@ -34,7 +35,6 @@ from convexbn.program.losses import LOSSES, LossKind, loss_kind, softmax
 from convexbn.solvers.solution import Budget, Progress
 from convexbn.training import Fit, TrainingSet
 from convexbn.validation import check_finite, checked_data, checked_rows, refuse_containers
-from convexbn.verdict import Status
 
 if TYPE_CHECKING:
     from convexbn.conversion import Conversion

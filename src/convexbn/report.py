@@ -10,7 +10,7 @@ import numpy as np
 
 import convexbn
 from convexbn._types import Float
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
 from convexbn.data.convolution import Convolution
 from convexbn.data.moments import moments
 from convexbn.data.patches import PatchMatrix

@@ -24,7 +24,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
 from convexbn.path import RegularisationPath

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from convexbn import certificate
 from convexbn._threads import numpy_alone
 from convexbn._types import Bool, Float, FloatMatrix
-from convexbn.certificate import Certificate
+from convexbn.certificate import certificate
+from convexbn.certificate.certificate import Certificate
+from convexbn.certificate.dual_bounds import AllPatterns
 from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import Whitening, whiten
-from convexbn.evidence import AllPatterns
 from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates

@@ -111,7 +111,7 @@ class _Judge:
     """Dual values of networks: a bound for all widths and patterns, sharp at rank n - 1 and where cells are few."""
 
     def __init__(self, X: Float, Y: Float, weight_decay: float) -> None:
-        from convexbn.evidence import AllPatterns
+        from convexbn.certificate.dual_bounds import AllPatterns
         from convexbn.program.losses import SquaredLoss
         from convexbn.training import TrainingSet
 

@@ -21,7 +21,7 @@ from convexbn import training
 from convexbn._threads import solving
 from convexbn._types import Float
 from convexbn.audit import check_effort
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
 from convexbn.conversion import neurons_of
 from convexbn.nn.segment import Point, Segment
 from convexbn.nn.standing import Standing, Task

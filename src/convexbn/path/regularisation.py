@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
 from convexbn.path.checkpoint import Checkpoint, question_of
 from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
 from convexbn.path.rows import PathData

@@ -53,7 +53,7 @@ class Budget:
         return None if self.time_limit is None else self.started + share * self.time_limit
 
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
-        """Why to stop now (a key of ``verdict.STOPPED_BY``), or None to go on."""
+        """Why to stop now (a key of ``status.STOPPED_BY``), or None to go on."""
         asked = bool(self.callback(progress)) if self.callback is not None else False
         if not np.isfinite(progress.objective):
             return "numerical"
@@ -77,7 +77,7 @@ class Solution:
     blocks : ndarray (m, q, K)
         The blocks ``S_i``.
     stopped_by : str
-        A key of ``verdict.STOPPED_BY``.
+        A key of ``status.STOPPED_BY``.
     history : list of Progress
         One entry an iteration.
     n_factorizations : int

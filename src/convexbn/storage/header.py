@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from convexbn._version import __version__
-from convexbn.certificate import Certificate
+from convexbn.certificate.certificate import Certificate
+from convexbn.certificate.status import STOPPED_BY, Status
 from convexbn.container import JSON, FormatError
 from convexbn.data.convolution import Convolution
 from convexbn.storage import rules
 from convexbn.storage.rules import NOT_FINITE, none_or, require
-from convexbn.verdict import STOPPED_BY, Status
 
 #: Scope of the certificate, by activation.
 SCOPES = {"gated": "these gates", "relu": "all patterns"}

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from convexbn._types import Bool, Float, FloatMatrix, Index
+from convexbn.certificate.dual_bounds import AllPatterns, Evidence
+from convexbn.certificate.status import Status, restriction_to, sentence_of, status_of, told_apart
 from convexbn.data.preactivations import Responses
 from convexbn.data.row_matrix import MappedRows
-from convexbn.evidence import AllPatterns, Evidence
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import distinct_gates, gate_patterns
 from convexbn.program.losses import Loss
 from convexbn.program.pooled_loss import PooledLoss
 from convexbn.program.relu import relu_outputs
-from convexbn.verdict import Status, restriction_to, sentence_of, status_of, told_apart
 
 _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
@@ -54,7 +54,7 @@ class Certificate:
     sentence : str
         Status, cause and remedy in words.
     stopped_by : str
-        A key of ``verdict.STOPPED_BY``.
+        A key of ``status.STOPPED_BY``.
     weight_decay_objective : float
         Loss plus ``weight_decay / 2`` times the squared norm of the weights of the plain network of neurons.
     bound : str
@@ -347,7 +347,7 @@ def judge(
 
 
 def downgraded(proof: Certificate, stopped_by: str) -> Certificate:
-    """The certificate without its claim: NUMERICAL, for a reason of ``verdict.STOPPED_BY``."""
+    """The certificate without its claim: NUMERICAL, for a reason of ``status.STOPPED_BY``."""
     sentence = sentence_of(
         Status.NUMERICAL, proof.objective, proof.relative_gap, proof.tolerance, 0.0, proof.scope, stopped_by
     )
