@@ -20,8 +20,8 @@ from convexbn import bounds
 from convexbn.certificate.certificate import lower_bound
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.neuron_pricing import NeuronPricing, network_outputs
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.base import Budget
+from convexbn.solvers.relu.column_generation import NeuronPricing, network_outputs
 
 CASES = [(n, q, f) for n, q in ((60, 3), (200, 6), (200, 10), (500, 21), (500, 50)) for f in (0.3, 0.1, 0.02)]
 COLUMNS = ("orthant", "every cell", "relaxation", "branch and bound, 10 s", "dual point", "lifted dual point")

@@ -229,7 +229,7 @@ def kernel_of(name, shape):
     from convexbn.data.whitening import whiten
     from convexbn.program.losses import CrossEntropyLoss
     from convexbn.program.pooled_loss import PooledLoss
-    from convexbn.solvers.stochastic_phase import random_start
+    from convexbn.solvers.relu.sgd import random_start
 
     rng, m, count = np.random.default_rng(0), TASKS[name]["width"], 500
     layer = layer_of(TASKS[name], shape)

@@ -26,7 +26,7 @@ import numpy as np
 from convexbn.certificate.certificate import certify_blocks
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.gated.group_newton import GroupNewton
 from instances import FASHION_MNIST, SHAPES, gated_instance, largest_weight_decay
 from judge import Certifier, objective, relative_gap
 from peers import clarabel_cvxpy, fista_float32, pyscnn, pyscnn_versions

@@ -6,8 +6,8 @@ import pytest
 from convexbn.program.gauss_newton import gauss_newton, half_hessian
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.output_bias import WithOutputBias
-from convexbn.solvers import box_program
-from convexbn.solvers.box_program import minimise_over_box
+from convexbn.solvers import box_qp
+from convexbn.solvers.box_qp import minimise_over_box
 
 
 def residual(Q, b, upper, x):
@@ -33,7 +33,7 @@ def test_the_minimiser_is_stationary_from_any_start(p, rank, seed, start):
 
 @pytest.mark.parametrize("rank", [10, 60])
 def test_the_interior_point_alone_gets_there(rank, monkeypatch):
-    monkeypatch.setattr(box_program, "_active_set", lambda *_: None)
+    monkeypatch.setattr(box_qp, "_active_set", lambda *_: None)
     Q, b, upper = quadratic(40, rank, 0)
     assert residual(Q, b, upper, minimise_over_box(Q, b, upper, 0 * upper)) < 1e-6
 
@@ -41,7 +41,7 @@ def test_the_interior_point_alone_gets_there(rank, monkeypatch):
 def test_a_solution_as_the_start_needs_no_interior_point(monkeypatch):
     Q, b, upper = quadratic(40, 60, 0)
     x = minimise_over_box(Q, b, upper, 0 * upper)
-    monkeypatch.setattr(box_program, "_interior_point", None)
+    monkeypatch.setattr(box_qp, "_interior_point", None)
     np.testing.assert_allclose(minimise_over_box(Q, b, upper, x), x, rtol=0, atol=1e-10)
 
 

@@ -16,8 +16,8 @@ from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_
 from convexbn.program.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.closed_form import solve_full_rank
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.proximal import Proximal
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.proximal import Proximal
 from instances import (
     EPS,
     THRESHOLD,

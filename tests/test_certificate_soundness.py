@@ -13,9 +13,9 @@ from convexbn.certificate.certificate import certify_blocks, certify_gated
 from convexbn.certificate.status import Status
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.proximal import Proximal
-from convexbn.solvers.subspace import Subspace
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.proximal import Proximal
+from convexbn.solvers.gated.subspace import Subspace
 from planted import planted
 
 TOLERANCE = 1e-6

@@ -6,11 +6,11 @@ import pytest
 from convexbn.certificate.certificate import certify_blocks
 from convexbn.certificate.status import Status
 from convexbn.program.network import BatchNormNetwork
-from convexbn.solvers.conic import Conic
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.proximal import Proximal
-from convexbn.solvers.solution import Budget
-from convexbn.solvers.subspace import Subspace
+from convexbn.solvers.base import Budget
+from convexbn.solvers.gated.conic import Conic
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.proximal import Proximal
+from convexbn.solvers.gated.subspace import Subspace
 from instances import LOSS_NAMES
 from planted import planted
 

@@ -12,8 +12,8 @@ from convexbn.program.gates import gate_patterns
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.realizability import nearest_directions, realised
-from convexbn.solvers.cone_difference import difference_in_cones
-from convexbn.solvers.neuron_pricing import network_outputs, polish
+from convexbn.solvers.cone_decomposition import difference_in_cones
+from convexbn.solvers.relu.column_generation import network_outputs, polish
 from convexbn.training import TrainingSet
 
 

@@ -16,8 +16,8 @@ from convexbn.data.patches import PatchMatrix
 from convexbn.datasets import digits
 from convexbn.display import SpectrumDisplay
 from convexbn.program.convolutional_network import ConvolutionalNetwork
-from convexbn.solvers.many_rows import ManyRows
-from convexbn.solvers.stochastic_phase import StochasticPhase
+from convexbn.solvers.relu.large_scale import ManyRows
+from convexbn.solvers.relu.sgd import StochasticPhase
 
 LAYER = Convolution(3, regions=2, input_shape=(8, 8, 1))
 

@@ -20,10 +20,10 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import case_outputs
 from convexbn.program.pooled_loss import PooledLoss
 from convexbn.program.pooled_program import PooledProgram
-from convexbn.solvers.conic import Conic
-from convexbn.solvers.local_pricing import LocalPricing
-from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.proximal import Proximal
+from convexbn.solvers.gated.conic import Conic
+from convexbn.solvers.gated.proximal import Proximal
+from convexbn.solvers.relu.column_generation import NeuronPricing
+from convexbn.solvers.relu.local_pricing import LocalPricing
 from convexbn_studies.peers.conic_relu import ConicRelu
 
 

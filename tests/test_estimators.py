@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate.certificate import certify_blocks
 from convexbn.program.gated import GatedProgram
-from convexbn.solvers.solution import Progress
+from convexbn.solvers.base import Progress
 
 
 def rows(n=60, d=4, seed=0):

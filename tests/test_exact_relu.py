@@ -20,7 +20,7 @@ from convexbn.program.arrangement import enumerate_patterns, facets
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.solvers.neuron_pricing import NeuronPricing
+from convexbn.solvers.relu.column_generation import NeuronPricing
 from convexbn_studies.peers.conic_relu import ConicRelu
 
 

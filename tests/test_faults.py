@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay, training
-from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.gated.group_newton import GroupNewton
 
 RNG = np.random.default_rng(4)
 X = RNG.standard_normal((60, 4))

@@ -12,11 +12,11 @@ from convexbn.program.gated import relu
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.program.neurons import Neurons, case_outputs, network_outputs
 from convexbn.program.output_bias import WithOutputBias
-from convexbn.solvers.local_phase import local_phase
-from convexbn.solvers.many_rows import ManyRows
-from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.solution import Budget
-from convexbn.solvers.stochastic_phase import StochasticPhase, random_start, shape
+from convexbn.solvers.base import Budget
+from convexbn.solvers.relu.column_generation import NeuronPricing
+from convexbn.solvers.relu.large_scale import ManyRows
+from convexbn.solvers.relu.lbfgs import local_phase
+from convexbn.solvers.relu.sgd import StochasticPhase, random_start, shape
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ from convexbn.certificate.dual_bounds import AllPatterns
 from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
-from convexbn.solvers import neuron_pricing
-from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
-from convexbn.solvers.local_phase import local_phase, random_neurons
-from convexbn.solvers.masses import with_best_masses
-from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons, merge, network_outputs, polish
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.base import Budget
+from convexbn.solvers.relu import column_generation
+from convexbn.solvers.relu.column_generation import NeuronPricing, Neurons, merge, network_outputs, polish
+from convexbn.solvers.relu.lbfgs import local_phase, random_neurons
+from convexbn.solvers.relu.pruning import merged_in_cones, vertex
+from convexbn.solvers.relu.restricted_master import with_best_masses
 
 LOSSES = {"squared": 1, "three outputs": 3, "huber": 1, "squared_hinge": 1, "logistic": 1, "cross_entropy": 3}
 
@@ -201,7 +201,7 @@ def test_blocks_of_neurons_take_turns_where_all_are_too_many(monkeypatch):
     rows, loss, beta = problem("three outputs", 0.1)
     trained = local_phase(rows, loss, beta, random_neurons(rows, loss, 50, np.random.default_rng(0)))
     together = objective_of(rows, loss, beta, polish(rows, loss, beta, trained))
-    monkeypatch.setattr(neuron_pricing, "_MOST_VARIABLES", 60)
+    monkeypatch.setattr(column_generation, "_MOST_VARIABLES", 60)
     blocks = objective_of(rows, loss, beta, polish(rows, loss, beta, trained))
     assert together <= blocks < objective_of(rows, loss, beta, trained)
     assert blocks < together * (1 + 1e-2)

@@ -11,7 +11,7 @@ import torch
 
 from convexbn.data.whitening import whiten
 from convexbn.nn import ConvexLayer, gated_outputs
-from convexbn.solvers.group_newton import GroupNewton
+from convexbn.solvers.gated.group_newton import GroupNewton
 from planted import planted
 from test_sensitivity import program_of
 

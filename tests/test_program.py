@@ -13,8 +13,8 @@ from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.gated import gated as module
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, SquaredLoss
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.proximal import Proximal
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.proximal import Proximal
 from instances import EPS, LOSS_NAMES, THRESHOLD, gate_norm_in_digits, residual, targets_for
 
 

@@ -9,9 +9,9 @@ from convexbn.data.whitening import whiten
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gauss_newton import half_hessian
 from convexbn.program.losses import LOSSES, SquaredLoss
-from convexbn.solvers.active_groups import ActiveGroups
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.sensitivity import optimum_of
+from convexbn.solvers.gated.active_groups import ActiveGroups
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.implicit_differentiation import optimum_of
 from instances import LOSS_NAMES, targets_for
 from planted import planted
 

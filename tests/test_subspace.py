@@ -11,12 +11,12 @@ from convexbn.certificate.certificate import certify_blocks
 from convexbn.certificate.status import Status
 from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.losses import LOSSES, SquaredLoss
-from convexbn.solvers import sketched_hessian
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.proximal import Proximal
-from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
-from convexbn.solvers.solution import Budget, Solution
-from convexbn.solvers.subspace import Subspace
+from convexbn.solvers.base import Budget, Solution
+from convexbn.solvers.gated import sketched_hessian
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.proximal import Proximal
+from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
+from convexbn.solvers.gated.subspace import Subspace
 from convexbn.training import FEW_ROWS, NEWTON_ROWS, choose_solver
 from instances import LOSS_NAMES, targets_for
 

@@ -27,9 +27,9 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons, case_outputs, merge
 from convexbn.program.output_bias import WithOutputBias
 from convexbn.program.pooled_loss import PooledLoss
-from convexbn.solvers.local_phase import local_phase
-from convexbn.solvers.neuron_pricing import polish
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.base import Budget
+from convexbn.solvers.relu.column_generation import polish
+from convexbn.solvers.relu.lbfgs import local_phase
 from convexbn.training import Fit, TrainingSet
 
 _EPS = float(np.finfo(np.float64).eps)

@@ -25,9 +25,9 @@ from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.gates import first_of_each_pattern, gate_patterns
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.realizability import nearest_directions, realised
-from convexbn.solvers.cone_difference import difference_in_cones
-from convexbn.solvers.neuron_pricing import Neurons
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.base import Budget
+from convexbn.solvers.cone_decomposition import difference_in_cones
+from convexbn.solvers.relu.column_generation import Neurons
 from convexbn.training import TrainingSet
 
 _EPS = float(np.finfo(np.float64).eps)

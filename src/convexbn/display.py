@@ -14,7 +14,7 @@ from convexbn.collapse import CollapseMetrics
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import whiten
-from convexbn.solvers.solution import Progress
+from convexbn.solvers.base import Progress
 
 
 class CertificateDisplay:

@@ -32,7 +32,7 @@ from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind, loss_kind, softmax
-from convexbn.solvers.solution import Budget, Progress
+from convexbn.solvers.base import Budget, Progress
 from convexbn.training import Fit, TrainingSet
 from convexbn.validation import check_finite, checked_data, checked_rows, refuse_containers
 

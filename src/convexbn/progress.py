@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from convexbn.solvers import solution
+from convexbn.solvers import base
 
 #: Seconds between plain lines.
 _INTERVAL = 2.0
 
 
 @contextmanager
-def reporter(stream: TextIO) -> Iterator[Callable[[solution.Progress], None]]:
+def reporter(stream: TextIO) -> Iterator[Callable[[base.Progress], None]]:
     """Give a callback for the solver that draws its progress on ``stream``."""
     if stream.isatty():
         from rich.console import Console
@@ -50,7 +50,7 @@ class _Lines:
         self.stream = stream
         self.due = 0.0
 
-    def report(self, progress: solution.Progress) -> None:
+    def report(self, progress: base.Progress) -> None:
         """Print a line when one is due; a reader that went away ends the lines, not the work."""
         if time.monotonic() < self.due:
             return
@@ -65,7 +65,7 @@ class _Lines:
             self.due = math.inf
 
 
-def _line(progress: solution.Progress) -> str:
+def _line(progress: base.Progress) -> str:
     return (
         f"iteration {progress.iteration}   objective {progress.objective:.6g}   "
         f"gap {progress.relative_gap:.1e}   working set {progress.working_set}"

@@ -29,15 +29,15 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.program.pooled_loss import PooledLoss
 from convexbn.program.pooled_program import PooledProgram
 from convexbn.solvers import closed_form
-from convexbn.solvers.conic import Conic
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.local_pricing import LocalPricing
-from convexbn.solvers.many_rows import ManyRows
-from convexbn.solvers.neuron_pricing import NeuronPricing, Neurons
-from convexbn.solvers.proximal import Proximal
-from convexbn.solvers.solution import Budget, Progress, Solution, Solver
-from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
-from convexbn.solvers.subspace import Subspace
+from convexbn.solvers.base import Budget, Progress, Solution, Solver
+from convexbn.solvers.gated.conic import Conic
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.proximal import Proximal
+from convexbn.solvers.gated.subspace import Subspace
+from convexbn.solvers.relu.column_generation import NeuronPricing, Neurons
+from convexbn.solvers.relu.large_scale import ManyRows
+from convexbn.solvers.relu.local_pricing import LocalPricing
+from convexbn.solvers.relu.sgd import StochasticPhase, random_start
 
 #: Fraction of the largest useful weight decay that ``weight_decay="auto"`` takes.
 AUTO_FRACTION = 0.02

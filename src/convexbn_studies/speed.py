@@ -18,7 +18,7 @@ import numpy as np
 from convexbn._types import Bool, Float
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.solution import Budget, Progress
+from convexbn.solvers.base import Budget, Progress
 from convexbn.training import TrainingSet
 from convexbn_studies import drawing
 from convexbn_studies.data import planted
@@ -122,7 +122,7 @@ def _line(seconds: float, objective: float, **more: Any) -> Row:
 
 
 def _ours_gated(instance: _Instance, given: Any) -> list[Row]:
-    from convexbn.solvers.group_newton import GroupNewton
+    from convexbn.solvers.gated.group_newton import GroupNewton
 
     started, told = time.process_time(), list[Row]()
 
@@ -150,7 +150,7 @@ def _ours_relu(instance: _Instance, given: Any) -> list[Row]:
 
 
 def _clarabel_gated(instance: _Instance, given: Any) -> list[Row]:
-    from convexbn.solvers.conic import Conic
+    from convexbn.solvers.gated.conic import Conic
 
     started = time.process_time()
     solution = Conic(tol=1e-6).solve(instance.program)

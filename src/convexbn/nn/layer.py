@@ -14,7 +14,7 @@ from convexbn._types import Float
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import first_of_each_pattern
 from convexbn.program.losses import LOSSES, Loss
-from convexbn.solvers.sensitivity import Optimum, optimum_of
+from convexbn.solvers.gated.implicit_differentiation import Optimum, optimum_of
 
 #: Losses with a second derivative everywhere.
 _LOSSES = ("squared", "logistic", "cross_entropy")
@@ -30,7 +30,8 @@ class ConvexLayer(nn.Module):
 
     ``layer(rows, targets, weight_decay)`` solves the program to the limits of float64 and gives ``outputs`` (the shape
     of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the active
-    groups (`convexbn.solvers.sensitivity`): one Cholesky factor, made in the forward pass, serves all derivatives.
+    groups (`convexbn.solvers.gated.implicit_differentiation`): one Cholesky factor, made in the forward pass, serves
+    all derivatives.
 
     The caller whitens the rows ``A``, with their constant column: ``convexbn.data.whitening.whiten(X).rows``, or in
     torch where the derivative in the raw data is wanted. A spectral filter multiplies their columns, and is
@@ -45,7 +46,7 @@ class ConvexLayer(nn.Module):
 
     Attributes
     ----------
-    optimum : convexbn.solvers.sensitivity.Optimum or None
+    optimum : convexbn.solvers.gated.implicit_differentiation.Optimum or None
         Of the last call, from which the next one starts: ``residual``, ``margin`` and ``unique`` say how far its
         derivatives can be trusted.
 

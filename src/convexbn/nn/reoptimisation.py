@@ -32,9 +32,9 @@ from convexbn.program.losses import LOSSES
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
 from convexbn.solvers import closed_form
-from convexbn.solvers.local_phase import local_phase
-from convexbn.solvers.neuron_pricing import NeuronPricing
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.base import Budget
+from convexbn.solvers.relu.column_generation import NeuronPricing
+from convexbn.solvers.relu.lbfgs import local_phase
 from convexbn.training import TrainingSet
 
 _NUMBERS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}

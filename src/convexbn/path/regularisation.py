@@ -15,7 +15,7 @@ from convexbn.path.grid import checked_values, checked_weight_decays, default_we
 from convexbn.path.rows import PathData
 from convexbn.path.start import start_of
 from convexbn.program.network import BatchNormNetwork
-from convexbn.solvers.solution import Budget
+from convexbn.solvers.base import Budget
 from convexbn.storage import paths
 from convexbn.training import TrainingSet
 

@@ -11,7 +11,7 @@ from convexbn._types import Float
 from convexbn.conversion import blocks_of
 from convexbn.path.rows import draws_whitened
 from convexbn.program.neurons import Neurons
-from convexbn.solvers.solution import Solution
+from convexbn.solvers.base import Solution
 from convexbn.training import TrainingSet
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from convexbn._types import Float
 from convexbn.program.network import BatchNormNetwork
-from convexbn.solvers.solution import Progress
+from convexbn.solvers.base import Progress
 from convexbn.storage.rules import require, same_names
 
 #: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs,

@@ -26,7 +26,7 @@ from scipy.linalg.lapack import dpotrf, dpotrs
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
+from convexbn.solvers.base import Budget, Progress, Solution, zero_solution
 
 #: Below this many rows everything is factorised in float64.
 _SMALL = 500

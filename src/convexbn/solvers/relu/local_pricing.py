@@ -16,9 +16,9 @@ from convexbn._types import Float
 from convexbn.bounds.local_search import hidden_units, normalise
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons, case_outputs, merge
-from convexbn.solvers.local_phase import local_phase, random_neurons
-from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.solution import Budget, Progress
+from convexbn.solvers.base import Budget, Progress
+from convexbn.solvers.relu.column_generation import ReluSolution
+from convexbn.solvers.relu.lbfgs import local_phase, random_neurons
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy as np
 from convexbn._types import Float, Index
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.solvers.active_groups import ActiveGroups
-from convexbn.solvers.group_newton import GroupNewton
-from convexbn.solvers.solution import Solution
-from convexbn.solvers.subspace import Subspace
+from convexbn.solvers.base import Solution
+from convexbn.solvers.gated.active_groups import ActiveGroups
+from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.solvers.gated.subspace import Subspace
 
 #: Relative gaps to which a solver is asked, in turn, until the polished solution is optimal to `_ACCURATE`.
 _TOLERANCES = (1e-4, 1e-8, 1e-11)

@@ -25,9 +25,9 @@ import scipy.optimize
 from convexbn._threads import numpy_alone
 from convexbn._types import Float, FloatMatrix
 from convexbn.program.gated import GatedProgram, block_norms
-from convexbn.solvers.group_newton import bounded_quadratic
-from convexbn.solvers.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
-from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
+from convexbn.solvers.base import Budget, Progress, Solution, zero_solution
+from convexbn.solvers.gated.group_newton import bounded_quadratic
+from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 
 #: Columns of last steps that are kept, in blocks of K, at least one block.
 _COLUMNS = 10

@@ -17,10 +17,10 @@ from convexbn._types import Float
 from convexbn.data.row_matrix import MappedRows
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons, case_outputs, mean, merge
-from convexbn.solvers.local_phase import local_phase
-from convexbn.solvers.neuron_pricing import ReluSolution
-from convexbn.solvers.solution import Budget, Progress
-from convexbn.solvers.stochastic_phase import StochasticPhase, random_start
+from convexbn.solvers.base import Budget, Progress
+from convexbn.solvers.relu.column_generation import ReluSolution
+from convexbn.solvers.relu.lbfgs import local_phase
+from convexbn.solvers.relu.sgd import StochasticPhase, random_start
 
 #: Share of a time limit that the descents may take before the polish begins.
 _DESCENT_SHARE = 0.7

@@ -21,12 +21,12 @@ from convexbn._types import Float
 from convexbn.bounds.local_search import distinct, hidden_norms, normalise
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons, merge, network_outputs
-from convexbn.solvers.fewest_neurons import merged_in_cones, vertex
-from convexbn.solvers.kink_newton import KinkNewton
-from convexbn.solvers.local_phase import local_phase, random_neurons
-from convexbn.solvers.masses import with_best_masses
-from convexbn.solvers.neuron_search import NeuronSearch
-from convexbn.solvers.solution import Budget, Progress
+from convexbn.solvers.base import Budget, Progress
+from convexbn.solvers.relu.lbfgs import local_phase, random_neurons
+from convexbn.solvers.relu.newton import KinkNewton
+from convexbn.solvers.relu.pricing import NeuronSearch
+from convexbn.solvers.relu.pruning import merged_in_cones, vertex
+from convexbn.solvers.relu.restricted_master import with_best_masses
 
 __all__ = ["NeuronPricing", "Neurons", "ReluSolution", "local_phase", "merge", "network_outputs", "polish"]
 

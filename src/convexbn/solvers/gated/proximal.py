@@ -13,7 +13,7 @@ import numpy as np
 
 from convexbn._types import Float
 from convexbn.program.gated import GatedProgram
-from convexbn.solvers.solution import Budget, Progress, Solution, zero_solution
+from convexbn.solvers.base import Budget, Progress, Solution, zero_solution
 
 
 @dataclass(frozen=True)

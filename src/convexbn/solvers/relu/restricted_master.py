@@ -16,7 +16,7 @@ from convexbn._types import Float
 from convexbn.program.gauss_newton import gauss_newton
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
-from convexbn.solvers.box_program import minimise_over_box
+from convexbn.solvers.box_qp import minimise_over_box
 
 #: Masses are dropped below this multiple of the largest.
 _DROPPED = 1e-7

@@ -12,7 +12,7 @@ rows; one that is trained with the statistics of each batch has their noise besi
 
 Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
 their hidden units, which are written and read five times, stay in the cache. What threads share is said in
-``minibatch_layers``.
+``sgd_workers``.
 
 On two cores with 158 GFLOP/s in float32 a step of 250 rows in 201 directions runs at 74 (1000 neurons) to 91 GFLOP/s
 (2000). On one core with 93, images of 196 patches run at 47 (109 directions, 300 filters, 3 x 3 regions; their two
@@ -33,7 +33,7 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.data.row_matrix import MappedRows
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons, case_outputs
-from convexbn.solvers.minibatch_layers import Cases, DealtImages, DealtNeurons, Descent
+from convexbn.solvers.relu.sgd_workers import Cases, DealtImages, DealtNeurons, Descent
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04

@@ -10,7 +10,7 @@ import scipy.sparse
 from convexbn._types import Float
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.solution import Budget, Progress, Solution
+from convexbn.solvers.base import Budget, Progress, Solution
 
 
 @dataclass(frozen=True)

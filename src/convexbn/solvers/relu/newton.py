@@ -1,6 +1,6 @@
 """Newton's method on a ReLU network with its kinks: first layer, output layer and resting rows jointly.
 
-Each step minimises the convex model of ``kink_model``, whose hinges hold rows on the kinks where they belong; the
+Each step minimises the convex model of ``newton_model``, whose hinges hold rows on the kinks where they belong; the
 steps are damped (Levenberg 1944, Marquardt 1963) and searched along. It converges quadratically to a point that
 is stationary over all directions and outputs of the neurons, for any smooth loss, and drops the neurons that the
 program has no use for. Optimality among all networks is for the pricing to find out.
@@ -17,7 +17,7 @@ import scipy.linalg
 from convexbn._types import Float
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.solvers.kink_model import KinkModel, Step
+from convexbn.solvers.relu.newton_model import KinkModel, Step
 
 #: Masses are dropped below this multiple of the largest.
 _DROPPED = 1e-9

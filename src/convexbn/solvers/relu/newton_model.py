@@ -29,7 +29,7 @@ from convexbn._types import Bool, Float, Index
 from convexbn.program.gauss_newton import gauss_newton
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
-from convexbn.solvers.box_program import minimise_over_box
+from convexbn.solvers.box_qp import minimise_over_box
 
 #: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.
 _RESTING = 1e-6
