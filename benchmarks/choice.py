@@ -18,7 +18,7 @@ import numpy as np
 from sklearn.datasets import load_digits, make_classification
 
 from convexbn import ConvexBNClassifier
-from convexbn.datasets import fashion_mnist
+from convexbn.files.datasets import fashion_mnist
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES
 from convexbn.training import choose_solver

@@ -72,7 +72,7 @@ def images_of(name, folder, count, validate):
     """Training and scored images with their labels."""
     import numpy as np
 
-    from convexbn.datasets import cifar10, fashion_mnist
+    from convexbn.files.datasets import cifar10, fashion_mnist
 
     data = fashion_mnist(folder) if name == "fashion" else cifar10()
     order = np.random.default_rng(0).permutation(len(data.X))

@@ -20,7 +20,7 @@ from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.model_selection import train_test_split
 
 from convexbn import ConvexBNClassifier, max_weight_decay
-from convexbn.datasets import fashion_mnist
+from convexbn.files.datasets import fashion_mnist
 
 KINDS = ("data", "whitened", "trained")
 DIRECTIONS = {"50 directions": {"rank": 50}, "300, filter .2": {"rank": 300, "spectral_filter": 0.2}, "all": {}}

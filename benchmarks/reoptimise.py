@@ -33,7 +33,7 @@ import scipy.optimize
 import torch
 from torch import nn
 
-from convexbn.datasets import fashion_mnist
+from convexbn.files.datasets import fashion_mnist
 from convexbn.nn import reoptimise
 from convexbn.nn.statistics import with_full_batch_statistics
 

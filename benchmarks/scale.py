@@ -212,14 +212,14 @@ TASKS = {
 
 def fashion_mnist_in(folder):
     """Fashion-MNIST."""
-    from convexbn.datasets import fashion_mnist
+    from convexbn.files.datasets import fashion_mnist
 
     return fashion_mnist(folder)
 
 
 def cifar():
     """CIFAR-10 from the folder that CIFAR10_HOME names."""
-    from convexbn.datasets import cifar10
+    from convexbn.files.datasets import cifar10
 
     return cifar10()
 

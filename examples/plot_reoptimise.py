@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from convexbn.collapse import collapse_metrics, optimal_collapse
-from convexbn.datasets import digits
 from convexbn.display import CollapseDisplay
+from convexbn.files.datasets import digits
 from convexbn.nn import reoptimise
 
 N, WIDTH, EPOCHS = 200, 256, 600

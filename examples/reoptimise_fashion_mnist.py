@@ -11,7 +11,7 @@ import time
 import torch
 
 import convexbn
-from convexbn.datasets import fashion_mnist
+from convexbn.files.datasets import fashion_mnist
 
 WEIGHT_DECAY = 0.5
 

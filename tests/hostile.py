@@ -1,7 +1,7 @@
 """A corpus of damaged and hostile files, each filed under the kind of refusal that it must meet.
 
 ``python tests/hostile.py FOLDER`` writes it as ``FOLDER/<kind>/<name>``. The same bytes come out every time.
-Nothing of convexbn is used: `forge` follows the docstring of ``convexbn.container``, and so checks that too.
+Nothing of convexbn is used: `forge` follows the docstring of ``convexbn.files.model_file``, and so checks that too.
 """
 
 import bz2

@@ -13,9 +13,10 @@ import polars
 import pytest
 
 import convexbn
-from convexbn import cli, container
+from convexbn import cli
 from convexbn.cli import fitting
-from convexbn.datasets import fashion_mnist
+from convexbn.files import model_file
+from convexbn.files.datasets import fashion_mnist
 
 KEYS = ["objective", "lower_bound", "relative_gap", "status", "scope", "train_score", "test_score", "n_iter"]
 KEYS += ["seconds", "n_neurons", "n_gates_active", "rank"]
@@ -402,8 +403,8 @@ def test_a_model_and_data_of_other_classes(tmp_path, capsys):
     "source", [{"data": "digits", "test_size": 0.2}, {"data": "digits", "test_size": "a", "seed": [], "task": 3}]
 )
 def test_a_tampered_split_is_refused_and_no_traceback(source, digits, tmp_path, capsys):
-    arrays, header = container.read(digits[0])
-    container.write(tmp_path / "m", arrays, header | {"source": source})
+    arrays, header = model_file.read(digits[0])
+    model_file.write(tmp_path / "m", arrays, header | {"source": source})
     refused(capsys, "certify", tmp_path / "m", "digits", match="source")
 
 

@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import hostile
-from convexbn import container
-from convexbn.container import FormatError, read, write, write_atomically
+from convexbn.files import model_file
+from convexbn.files.model_file import FormatError, read, write, write_atomically
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, links and permissions")
-DTYPES = {code: np.dtype(kind) for kind, code in container._CODES.items()}
+DTYPES = {code: np.dtype(kind) for kind, code in model_file._CODES.items()}
 ARRAYS = {
     name: np.frombuffer(data, DTYPES[code]).reshape(shape) for name, (code, shape, data) in hostile.TENSORS.items()
 }
@@ -308,7 +308,7 @@ def test_refused_before_anything_is_written(path, arrays, header, message):
 
 
 def test_files_beyond_the_budget_are_not_written(path, monkeypatch):
-    monkeypatch.setattr(container, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(model_file, "_MAX_FILE_BYTES", 1000)
     with pytest.raises(FormatError, match="more than the 1000 allowed"):
         write(path, {"w": np.zeros(1000)}, {})
     assert holds_old(path)
@@ -377,7 +377,7 @@ def test_interrupts_pass_and_leave_the_former_file(path, monkeypatch, error):
 LIMITED = """
 import resource, signal, sys
 import numpy as np
-from convexbn.container import write
+from convexbn.files.model_file import write
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     write(sys.argv[1], {"w": np.zeros(100_000)}, {})

@@ -13,8 +13,8 @@ from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, trainin
 from convexbn.cli import main
 from convexbn.data import moments, row_matrix, whitening
 from convexbn.data.patches import PatchMatrix
-from convexbn.datasets import digits
 from convexbn.display import SpectrumDisplay
+from convexbn.files.datasets import digits
 from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.solvers.relu.large_scale import ManyRows
 from convexbn.solvers.relu.sgd import StochasticPhase

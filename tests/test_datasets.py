@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convexbn import datasets
-from convexbn.datasets import cifar10, digits, fashion_mnist
+from convexbn.files import datasets
+from convexbn.files.datasets import cifar10, digits, fashion_mnist
 
 FILES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),

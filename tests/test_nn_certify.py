@@ -18,8 +18,8 @@ from torch import nn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
 from convexbn.audit import Cause, audit
 from convexbn.certificate.status import Status
-from convexbn.checkpoints import is_checkpoint, read_checkpoint
 from convexbn.data.whitening import whiten
+from convexbn.files.torch import is_checkpoint, read_checkpoint
 from convexbn.nn import certify, read_tail, to_module
 from convexbn.objective import Objective, TrainedLoss, targets_of_labels
 from convexbn.program.layers import Layers

@@ -9,7 +9,7 @@ import pytest
 
 import convexbn
 from convexbn.data.whitening import whiten
-from convexbn.onnx import export
+from convexbn.files.onnx import export
 from convexbn.program.gates import sample_gates
 from convexbn.program.network import BatchNormNetwork
 from instances import conditioned

@@ -66,7 +66,7 @@ def test_the_rest_works_without(tmp_path, package):
 
 def test_torch_and_onnx_are_not_imported_unasked():
     script = f"""
-import sys, convexbn, convexbn.cli, convexbn.onnx
+import sys, convexbn, convexbn.cli, convexbn.files.onnx
 for name in {convexbn.__all__}:
     getattr(convexbn, name)
 print(*{{"torch", "onnx"}} & set(sys.modules))

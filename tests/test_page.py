@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, cli, fit_path
-from convexbn.page import MAX_PICTURE_BYTES, facts, page, paragraph, picture, styled, table, text
+from convexbn.files.html import MAX_PICTURE_BYTES, facts, page, paragraph, picture, styled, table, text
 from convexbn.report import Subject, report
 from convexbn_studies import Finding, Picture, Study
 from convexbn_studies.page import study_page
@@ -106,7 +106,7 @@ def test_a_picture_of_many_points_becomes_an_image_within_the_bound():
 
 
 def test_a_picture_that_cannot_be_made_small_is_refused(monkeypatch):
-    monkeypatch.setattr("convexbn.page.MAX_PICTURE_BYTES", 2000)
+    monkeypatch.setattr("convexbn.files.html.MAX_PICTURE_BYTES", 2000)
     with pytest.raises(ValueError, match="more than 2000: draw fewer points"):
         picture("Text", figure())
 

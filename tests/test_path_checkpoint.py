@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, container, fit_path, load
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, fit_path, load
+from convexbn.files import model_file
 from convexbn.path import checkpoint as path_checkpoint
 from convexbn.path import load_path
 from convexbn.storage import paths
@@ -100,7 +101,7 @@ def test_gates_are_stored_once(tmp_path):
         path_of = start(tmp_path / f"{count}")
         for _ in range(count):
             next(path_of)
-    (one, _), (eight, _) = (container.read(tmp_path / name) for name in ("1", "8"))
+    (one, _), (eight, _) = (model_file.read(tmp_path / name) for name in ("1", "8"))
     assert one.keys() == eight.keys() and one["gates"].shape == eight["gates"].shape == (150,)
     assert one["history"].size < eight["history"].size
 
@@ -190,12 +191,12 @@ def test_foreign_and_damaged_files_are_refused_and_left_alone(tmp_path):
 def test_points_that_contradict_themselves_are_refused(tmp_path):
     file = tmp_path / "path"
     list(start(file))
-    arrays, header = container.read(file)
+    arrays, header = model_file.read(file)
     swapped = dict(header, points=[dict(point, tensors=header["points"][-1]["tensors"]) for point in header["points"]])
     outside = dict(header["points"][0]["tensors"], mean=[10**12, 5])
     beyond = dict(header, points=[dict(header["points"][0], tensors=outside)])
     for wrong in (swapped, beyond, dict(header, points=[{}]), dict(header, weight_decays=[]), dict(header, more=1)):
-        container.write(file, arrays, wrong)
+        model_file.write(file, arrays, wrong)
         with pytest.raises(FormatError, match="does not fit"):
             load_path(file)
 

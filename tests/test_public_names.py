@@ -50,8 +50,8 @@ def test_top_level_names():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_names_of_modules(module):
-    import convexbn.datasets
     import convexbn.display
+    import convexbn.files.datasets
 
     found = getattr(convexbn, module)
     assert [name for name in MODULES[module] if not hasattr(found, name)] == []

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 import convexbn
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, Status, container, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, Status, training
+from convexbn.files import model_file
 
 RNG = np.random.default_rng(2)
 X = RNG.standard_normal((60, 4))
@@ -215,14 +216,14 @@ def parts(name="integers"):
 
     with tempfile.TemporaryDirectory() as folder:
         fitted(name).save(os.path.join(folder, "model"))
-        return container.read(os.path.join(folder, "model"))
+        return model_file.read(os.path.join(folder, "model"))
 
 
 def forge(folder, change, name="integers"):
     """A resealed file in which ``change(arrays, header)`` has been at work."""
     arrays, header = copy.deepcopy(parts(name))
     change(arrays, header)
-    container.write(folder / "forged", arrays, header)
+    model_file.write(folder / "forged", arrays, header)
     return folder / "forged"
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import convexbn_studies
-from convexbn import cli, container
+from convexbn import cli
+from convexbn.files import model_file
 from convexbn.progress import counter
 from convexbn_studies import Finding, Study, data
 from convexbn_studies.page import study_page
@@ -163,7 +164,7 @@ def test_results_are_replaced_in_one_step(toy, tmp_path, monkeypatch):
     run = Run(convexbn_studies.study("toy"), True, tmp_path)
     run.go_on()
     before = run.path("json").read_bytes()
-    monkeypatch.setattr(container.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(model_file.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match=r"toy-quick\.json"):
         run.write()
     assert run.path("json").read_bytes() == before

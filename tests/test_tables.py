@@ -19,8 +19,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from convexbn import tables
-from convexbn.tables import Table, TableError, read_table
+from convexbn.files import tables
+from convexbn.files.tables import Table, TableError, read_table
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 # Names and labels as people write them: not only blanks, and nothing that a table means otherwise.
@@ -446,7 +446,7 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 
 def test_import_is_light():
-    script = "import sys, convexbn.tables, convexbn.datasets; print(*sys.modules)"
+    script = "import sys, convexbn.files.tables, convexbn.files.datasets; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"pyarrow", "sklearn", "scipy", "pandas"} & set(done.stdout.split())
 

@@ -15,7 +15,7 @@ _HOMES = {
     "ConvexBNClassifierCV": "convexbn.selection",
     "ConvexBNRegressor": "convexbn.estimators",
     "ConvexBNRegressorCV": "convexbn.selection",
-    "FormatError": "convexbn.container",
+    "FormatError": "convexbn.files.model_file",
     "Status": "convexbn.certificate.status",
     "fit_path": "convexbn.path",
     "load": "convexbn.storage",
@@ -23,7 +23,15 @@ _HOMES = {
 }
 
 #: Modules that come with their first use: ``convexbn.nn`` imports torch, ``import convexbn`` does not.
-_MODULES = ("collapse", "companions", "nn", "onnx", "path")
+_MODULES = {
+    "collapse": "convexbn.collapse",
+    "companions": "convexbn.companions",
+    "datasets": "convexbn.files.datasets",
+    "display": "convexbn.display",
+    "nn": "convexbn.nn",
+    "onnx": "convexbn.files.onnx",
+    "path": "convexbn.path",
+}
 
 __all__ = [
     "BatchNormNetwork",
@@ -44,9 +52,9 @@ __all__ = [
 if TYPE_CHECKING:
     from convexbn.certificate.certificate import Certificate
     from convexbn.certificate.status import Status
-    from convexbn.container import FormatError
     from convexbn.data.convolution import Convolution
     from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
+    from convexbn.files.model_file import FormatError
     from convexbn.path import fit_path
     from convexbn.program.network import BatchNormNetwork
     from convexbn.selection import ConvexBNClassifierCV, ConvexBNRegressorCV
@@ -56,7 +64,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Load a public name on first use: scikit-learn is not imported before an estimator is asked for."""
     if name in _MODULES:
-        return import_module(f"convexbn.{name}")
+        return import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'convexbn' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -15,7 +15,7 @@ from convexbn.data.convolution import Convolution
 from convexbn.data.moments import moments
 from convexbn.data.patches import PatchMatrix
 from convexbn.display import CertificateDisplay, PathDisplay, SpectrumDisplay
-from convexbn.page import Html, facts, page, paragraph, picture, shown, styled, table
+from convexbn.files.html import Html, facts, page, paragraph, picture, shown, styled, table
 
 #: Classes up to which a confusion table is readable, points of a scatter plot, and neurons that are listed.
 _CLASSES, _POINTS, _NEURONS = 20, 1500, 12

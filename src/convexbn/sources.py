@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from convexbn import datasets
-from convexbn.tables import read_table
+from convexbn.files import datasets
+from convexbn.files.tables import read_table
 
 #: Shapes of the images of the bundled sets.
 IMAGES = {"digits": (8, 8, 1), "fashion-mnist": (28, 28, 1), "cifar-10": (32, 32, 3)}

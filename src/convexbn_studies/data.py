@@ -6,9 +6,9 @@ import functools
 
 import numpy as np
 
-from convexbn import datasets
 from convexbn._types import Float, FloatMatrix
-from convexbn.datasets import Dataset
+from convexbn.files import datasets
+from convexbn.files.datasets import Dataset
 
 _LOADERS = {"digits": datasets.digits, "fashion-mnist": datasets.fashion_mnist, "cifar-10": datasets.cifar10}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from convexbn.page import Html, facts, folded, page, paragraph, picture, styled, table, text
+from convexbn.files.html import Html, facts, folded, page, paragraph, picture, styled, table, text
 from convexbn_studies.runner import Run
 from convexbn_studies.study import Finding
 

@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
 
 def certify(options: argparse.Namespace) -> int:
     """``convexbn certify``: a model of ``fit``, or a network that torch trained."""
-    from convexbn.checkpoints import is_checkpoint
+    from convexbn.files.torch import is_checkpoint
 
     return _certify_checkpoint(options) if is_checkpoint(options.file) else _certify_model(options)
 
@@ -97,7 +97,7 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     import numpy as np
 
     from convexbn.audit import audit
-    from convexbn.checkpoints import read_checkpoint
+    from convexbn.files.torch import read_checkpoint
     from convexbn.objective import Objective, TrainedLoss, targets_of_labels
     from convexbn.sources import read_source
 

@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """``convexbn predict``: one line a row of the data."""
-    from convexbn.container import write_atomically
+    from convexbn.files.model_file import write_atomically
     from convexbn.sources import read_source
     from convexbn.storage import load
 

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """``convexbn report``: the certificate is recomputed, the page written in one step."""
-    from convexbn.container import write_atomically
+    from convexbn.files.model_file import write_atomically
     from convexbn.report import report as written
     from convexbn.storage import load
 

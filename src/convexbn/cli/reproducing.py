@@ -77,7 +77,7 @@ def _folder(out: str) -> Path:
 
 def _tell(run: Any) -> None:
     """Write page and table, and print them."""
-    from convexbn.container import write_atomically
+    from convexbn.files.model_file import write_atomically
     from convexbn_studies.page import study_page, verdict
 
     write_atomically(run.path("html"), study_page(run))
@@ -92,7 +92,7 @@ def _tell(run: Any) -> None:
 
 def _lines(rows: list[Any]) -> list[str]:
     """The table in columns, the beginning of a long one."""
-    from convexbn.page import shown
+    from convexbn.files.html import shown
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([shown(row.get(key)) for key in columns] for row in rows[:_LINES])]

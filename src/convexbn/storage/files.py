@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from convexbn import container
-from convexbn.container import JSON, FormatError
+from convexbn.files import model_file
+from convexbn.files.model_file import JSON, FormatError
 from convexbn.storage import header as headers
 from convexbn.storage import tensors
 from convexbn.storage.restore import restore
@@ -40,7 +40,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     model._validate_params()
     arrays, header = tensors.of_model(model), headers.of_model(model)
     _restore(arrays, header, f"{os.fspath(path)!r} is not written", "fit the model again and save it")
-    container.write(path, arrays, header)
+    model_file.write(path, arrays, header)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     FormatError
         When the file is damaged, foreign, or its fields do not belong together.
     """
-    arrays, header = container.read(path)
+    arrays, header = model_file.read(path)
     return _restore(arrays, header, f"{os.fspath(path)!r} is not read", "use a file that save wrote, unchanged")
 
 

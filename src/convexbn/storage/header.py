@@ -12,67 +12,67 @@ import numpy as np
 from convexbn._version import __version__
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import STOPPED_BY, Status
-from convexbn.container import JSON, FormatError
 from convexbn.data.convolution import Convolution
-from convexbn.storage import rules
-from convexbn.storage.rules import NOT_FINITE, none_or, require
+from convexbn.files import schema
+from convexbn.files.model_file import JSON, FormatError
+from convexbn.files.schema import NOT_FINITE, none_or, require
 
 #: Scope of the certificate, by activation.
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
 #: Rules of the certificate's fields, by their declared type; some have a narrower one.
-_OF_TYPE: dict[Any, rules.Rule] = {
-    "float": rules.real,
-    "float | None": none_or(rules.real),
-    "str": rules.text,
-    "Status": rules.one_of(*(status.value for status in Status)),
+_OF_TYPE: dict[Any, schema.Rule] = {
+    "float": schema.real,
+    "float | None": none_or(schema.real),
+    "str": schema.text,
+    "Status": schema.one_of(*(status.value for status in Status)),
 }
-_NARROWER: dict[str, rules.Rule] = {
-    "tolerance": rules.not_negative,
-    "scope": rules.one_of(*SCOPES.values()),
-    "stopped_by": rules.one_of(*STOPPED_BY),
-    "estimated_gap": none_or(rules.not_negative),
+_NARROWER: dict[str, schema.Rule] = {
+    "tolerance": schema.not_negative,
+    "scope": schema.one_of(*SCOPES.values()),
+    "stopped_by": schema.one_of(*STOPPED_BY),
+    "estimated_gap": none_or(schema.not_negative),
 }
-_CERTIFICATE = rules.record(**{field.name: _OF_TYPE[field.type] for field in fields(Certificate)} | _NARROWER)
+_CERTIFICATE = schema.record(**{field.name: _OF_TYPE[field.type] for field in fields(Certificate)} | _NARROWER)
 
 #: What the command line writes down to find the training rows again.
-_SOURCE = rules.record(
-    data=rules.text,
-    target=none_or(rules.text),
-    feature_names=none_or(rules.names),
-    test_size=rules.share,
-    seed=rules.count,
-    task=rules.one_of("classification", "regression"),
+_SOURCE = schema.record(
+    data=schema.text,
+    target=none_or(schema.text),
+    feature_names=none_or(schema.names),
+    test_size=schema.share,
+    seed=schema.count,
+    task=schema.one_of("classification", "regression"),
 )
 
-_CLASSES = rules.record(
-    dtype=rules.matching(r"[<>|=]?[biufUO]\d*"),
-    labels=rules.list_of(str, int, float, bool, least=2),
+_CLASSES = schema.record(
+    dtype=schema.matching(r"[<>|=]?[biufUO]\d*"),
+    labels=schema.list_of(str, int, float, bool, least=2),
 )
 
-_SIZES = rules.either(rules.count, rules.list_of(int, least=1))
-_CONVOLUTION = rules.record(
+_SIZES = schema.either(schema.count, schema.list_of(int, least=1))
+_CONVOLUTION = schema.record(
     kernel_size=_SIZES,
     stride=_SIZES,
     padding=_SIZES,
-    pooling=rules.one_of("average", "max"),
-    regions=rules.either(_SIZES, rules.one_of("all")),
-    input_shape=rules.none_or(rules.list_of(int, least=2)),
-    channels=rules.one_of("last", "first"),
+    pooling=schema.one_of("average", "max"),
+    regions=schema.either(_SIZES, schema.one_of("all")),
+    input_shape=schema.none_or(schema.list_of(int, least=2)),
+    channels=schema.one_of("last", "first"),
 )
 
-_FIELDS: dict[str, rules.Rule] = {
-    "version": rules.text,
-    "estimator": rules.one_of("ConvexBNClassifier", "ConvexBNRegressor"),
-    "parameters": rules.mapping,
-    "n_effective": rules.positive,
-    "weight_decay": rules.positive,
-    "rank": rules.count,
-    "n_iter": rules.count,
-    "fingerprint": rules.matching(r"[0-9a-f]{64}"),
-    "feature_names": none_or(rules.names),
+_FIELDS: dict[str, schema.Rule] = {
+    "version": schema.text,
+    "estimator": schema.one_of("ConvexBNClassifier", "ConvexBNRegressor"),
+    "parameters": schema.mapping,
+    "n_effective": schema.positive,
+    "weight_decay": schema.positive,
+    "rank": schema.count,
+    "n_iter": schema.count,
+    "fingerprint": schema.matching(r"[0-9a-f]{64}"),
+    "feature_names": none_or(schema.names),
     "classes": none_or(_CLASSES),
-    "single_output": none_or(rules.flag),
+    "single_output": none_or(schema.flag),
     "certificate": _CERTIFICATE,
     "source": none_or(_SOURCE),
 }
@@ -103,7 +103,7 @@ def of_model(model: Any) -> dict[str, JSON]:
 
 def check(header: Mapping[str, JSON]) -> None:
     """Refuse a header with a field too few or too many, or one that breaks its own rule."""
-    require(rules.same_names(header, _FIELDS), "header")
+    require(schema.same_names(header, _FIELDS), "header")
     for name, rule in _FIELDS.items():
         require(rule(header[name]), name)
 

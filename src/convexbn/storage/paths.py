@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from convexbn import container
-from convexbn.container import JSON, FormatError
+from convexbn.files import model_file, schema
+from convexbn.files.model_file import JSON, FormatError
+from convexbn.files.schema import require
 from convexbn.storage import header as headers
-from convexbn.storage import rules, tensors
+from convexbn.storage import tensors
 from convexbn.storage.restore import restore
-from convexbn.storage.rules import require
 
-_POINT = rules.record(header=rules.mapping, tensors=rules.mapping, score=rules.none_or(rules.real))
-_PLACE = rules.list_of(int, least=1)
-_FIELDS: dict[str, rules.Rule] = {
-    "question": rules.mapping,
-    "weight_decays": rules.list_of(float, least=1),
-    "points": rules.list_of(dict, least=0),
+_POINT = schema.record(header=schema.mapping, tensors=schema.mapping, score=schema.none_or(schema.real))
+_PLACE = schema.list_of(int, least=1)
+_FIELDS: dict[str, schema.Rule] = {
+    "question": schema.mapping,
+    "weight_decays": schema.list_of(float, least=1),
+    "points": schema.list_of(dict, least=0),
 }
 
 #: Parts of a question that are hashes, which say nothing to a reader.
@@ -65,7 +65,7 @@ def write(path: str | os.PathLike[str], stored: StoredPath) -> None:
         points.append({"header": headers.of_model(model), "tensors": places, "score": shown})
     decays: list[JSON] = [*stored.weight_decays]
     header: dict[str, JSON] = {"question": stored.question, "weight_decays": decays, "points": points}
-    container.write(path, {name: part.joined() for name, part in parts.items()}, header)
+    model_file.write(path, {name: part.joined() for name, part in parts.items()}, header)
 
 
 def read(path: str | os.PathLike[str]) -> StoredPath:
@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> StoredPath:
     FormatError
         When the file is damaged, no checkpoint of a path, or its fields do not belong together.
     """
-    arrays, header = container.read(path)
+    arrays, header = model_file.read(path)
     try:
         return _restored(arrays, header)
     except FormatError as error:
@@ -130,7 +130,7 @@ def _part(array: np.ndarray, place: Any) -> np.ndarray:
 
 
 def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> StoredPath:
-    require(rules.same_names(header, _FIELDS), "header")
+    require(schema.same_names(header, _FIELDS), "header")
     for name, rule in _FIELDS.items():
         require(rule(header[name]), name)
     points = []

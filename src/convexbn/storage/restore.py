@@ -12,11 +12,11 @@ from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
+from convexbn.files.schema import require, same_names
 from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.network import BatchNormNetwork
 from convexbn.storage import header as headers
 from convexbn.storage import tensors
-from convexbn.storage.rules import require, same_names
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (ConvexBNClassifier, ConvexBNRegressor)}
 _PROVED = (Status.CERTIFIED, Status.TRIVIAL)

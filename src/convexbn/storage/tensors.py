@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.files.schema import require, same_names
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
-from convexbn.storage.rules import require, same_names
 
 #: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs,
 #: h iterations with 4 numbers each, P gates of the program.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from convexbn.checkpoints.archive import Archive
-from convexbn.checkpoints.exported import is_exported, read_exported
-from convexbn.checkpoints.state_dict import Arrays, of_arrays, read_safetensors, read_torch
-from convexbn.container import FormatError
+from convexbn.files.model_file import FormatError
+from convexbn.files.torch.archive import Archive
+from convexbn.files.torch.exported import is_exported, read_exported
+from convexbn.files.torch.state_dict import Arrays, of_arrays, read_safetensors, read_torch
 from convexbn.program.layers import Layers
 
 _ZIP = b"PK\x03\x04"

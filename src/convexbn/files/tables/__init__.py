@@ -5,7 +5,7 @@ request, a target. A file is either read exactly or refused with a `TableError`,
 file, the place, the cause and the remedy: no cell is guessed, skipped or filled in, and no pickle is loaded.
 """
 
-from convexbn.tables.read import read_table
-from convexbn.tables.table import Table, TableError
+from convexbn.files.tables.read import read_table
+from convexbn.files.tables.table import Table, TableError
 
 __all__ = ["Table", "TableError", "read_table"]

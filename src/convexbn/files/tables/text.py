@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexbn.tables.table import Table, TableError, as_labels, check_memory, check_rows, choose, quoted
+from convexbn.files.tables.table import Table, TableError, as_labels, check_memory, check_rows, choose, quoted
 
 _LONGEST_LINE = 1 << 24
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.checkpoints.archive import Archive
-from convexbn.container import FormatError
+from convexbn.files.model_file import FormatError
+from convexbn.files.torch.archive import Archive
 from convexbn.program.layers import Layers
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]

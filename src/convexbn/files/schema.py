@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
-from convexbn.container import FormatError
+from convexbn.files.model_file import FormatError
 
 Rule: TypeAlias = Callable[[Any], bool]
 

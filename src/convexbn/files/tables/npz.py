@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexbn.tables.table import Table, TableError, cause, check_finite, check_memory, choose, declared, listed
+from convexbn.files.tables.table import Table, TableError, cause, check_finite, check_memory, choose, declared, listed
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What zipfile and numpy.lib.format raise on damaged bytes.

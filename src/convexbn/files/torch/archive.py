@@ -9,7 +9,7 @@ import struct
 import zipfile
 from typing import Any
 
-from convexbn.container import FormatError
+from convexbn.files.model_file import FormatError
 
 #: Bytes of a JSON text: hundreds of times those of three layers.
 _MOST_JSON = 16 * 2**20

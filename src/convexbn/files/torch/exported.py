@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.checkpoints.archive import Archive
-from convexbn.checkpoints.state_dict import assembled
-from convexbn.container import FormatError
+from convexbn.files.model_file import FormatError
+from convexbn.files.torch.archive import Archive
+from convexbn.files.torch.state_dict import assembled
 from convexbn.program.layers import Layers
 
 #: Torch's numbers for types of numbers.

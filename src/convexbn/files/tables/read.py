@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from convexbn.tables.npz import read_npz
-from convexbn.tables.parquet import read_parquet
-from convexbn.tables.table import Table, TableError, cause
-from convexbn.tables.text import read_text
+from convexbn.files.tables.npz import read_npz
+from convexbn.files.tables.parquet import read_parquet
+from convexbn.files.tables.table import Table, TableError, cause
+from convexbn.files.tables.text import read_text
 
 _Reader: TypeAlias = Callable[[Path, str | None, Sequence[str] | None], Table]
 _READERS: dict[str, _Reader] = {

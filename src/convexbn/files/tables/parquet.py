@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexbn.tables.table import Table, TableError, as_labels, cause, check_finite, check_rows, choose, declared
+from convexbn.files.tables.table import Table, TableError, as_labels, cause, check_finite, check_rows, choose, declared
 
 _BATCH_CELLS = 1 << 22  # decoded at a time
 
