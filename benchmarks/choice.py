@@ -21,7 +21,7 @@ from convexbn import ConvexBNClassifier
 from convexbn.files.datasets import fashion_mnist
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES
-from convexbn.training import choose_solver
+from convexbn.training.fit import choose_solver
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 GATES = 100

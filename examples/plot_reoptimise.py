@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn.collapse import collapse_metrics, optimal_collapse
 from convexbn.display import CollapseDisplay
 from convexbn.files.datasets import digits
 from convexbn.nn import reoptimise
+from convexbn.training.neural_collapse import collapse_metrics, optimal_collapse
 
 N, WIDTH, EPOCHS = 200, 256, 600
 DECAY = 0.02  # of the optimiser, with a mean loss: DECAY * sqrt(N) against the sum

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from convexbn.collapse import CollapseMetrics, collapse_metrics, optimal_collapse
 from convexbn.display import CollapseDisplay
+from convexbn.training.neural_collapse import CollapseMetrics, collapse_metrics, optimal_collapse
 from instances import labels
 
 matplotlib.use("Agg")

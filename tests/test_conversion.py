@@ -6,7 +6,6 @@ import pytest
 import scipy.optimize
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor
-from convexbn.conversion import neurons_of, to_relu
 from convexbn.data.whitening import whiten
 from convexbn.program.gates import gate_patterns
 from convexbn.program.losses import SquaredLoss
@@ -14,7 +13,8 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.program.realizability import nearest_directions, realised
 from convexbn.solvers.cone_decomposition import difference_in_cones
 from convexbn.solvers.relu.column_generation import network_outputs, polish
-from convexbn.training import TrainingSet
+from convexbn.training.relu_conversion import neurons_of, to_relu
+from convexbn.training.training_set import TrainingSet
 
 
 def drawn(n=60, d=4, seed=0):

@@ -9,7 +9,7 @@ from sklearn.base import clone
 from threadpoolctl import threadpool_limits
 
 import convexbn
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
 from convexbn.cli import main
 from convexbn.data import moments, row_matrix, whitening
 from convexbn.data.patches import PatchMatrix
@@ -18,6 +18,7 @@ from convexbn.files.datasets import digits
 from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.solvers.relu.large_scale import ManyRows
 from convexbn.solvers.relu.sgd import StochasticPhase
+from convexbn.training import fit, training_set
 
 LAYER = Convolution(3, regions=2, input_shape=(8, 8, 1))
 
@@ -93,7 +94,7 @@ def test_a_relu_network_predicts_what_it_says_and_is_bounded(name, images):
 @pytest.mark.parametrize("gates", ["data", "trained"])
 @pytest.mark.parametrize("loss", ["squared", "huber"])
 def test_the_objective_is_that_of_the_network_by_hand(images, monkeypatch, loss, gates):
-    monkeypatch.setattr(training, "GATES_ROWS", 2000)
+    monkeypatch.setattr(training_set, "GATES_ROWS", 2000)
     X, y = images[0][:40], (images[1][:40] > 4).astype(float)
     model = ConvexBNRegressor(
         loss=loss, huber_delta=0.2, gates=gates, convolution=Convolution(3, stride=2), n_gates=6, weight_decay=0.02,
@@ -204,7 +205,7 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, d
     models = []
     for entries in (row_matrix._KEPT_ENTRIES, 1000):
         monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", entries)
-        monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+        monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
         models.append(fitted((X, y), layer, max_iter=3, **settings))
     kept, mapped = (model.certificate_ for model in models)
     assert len(models[0].history_) == 3 and kept.bound == mapped.bound == "orthant"
@@ -223,7 +224,7 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
     monkeypatch.setattr(moments, "BLOCK_BYTES", 1)  # what a first mean is taken of
     monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
-    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
     epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
     model = fitted((X, y), **settings, weight_decay=1.0, max_iter=epochs)
     data = model._prepared(X, y, None)[0]
@@ -275,7 +276,7 @@ def test_a_path_is_scored_on_validation_images_and_resumes(images, given, tmp_pa
 @pytest.mark.parametrize("settings", [{"gates": "trained"}, {"activation": "relu", "width": 8, "max_iter": 4}])
 def test_one_location_is_dense_data(images, monkeypatch, pooling, settings):
     """A filter of the size of the image sees rows: descent takes its one patch an image."""
-    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
     model = fitted(images, Convolution(8, pooling=pooling), rank=5, weight_decay=1.0, time_limit=2, **settings)
     assert model.network_.convolution.geometry.n_locations == 1
     np.testing.assert_allclose(model.decision_function(images[2][:5]), by_hand(model, images[2][:5]), rtol=1e-9)

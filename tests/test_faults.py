@@ -19,8 +19,9 @@ from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.solvers.gated.group_newton import GroupNewton
+from convexbn.training import fit
 
 RNG = np.random.default_rng(4)
 X = RNG.standard_normal((60, 4))
@@ -54,7 +55,7 @@ def install(monkeypatch, distort):
             solution = GroupNewton(**self.settings).solve(program, start, budget)
             return dataclasses.replace(solution, **distort(solution), stopped_by="tolerance")
 
-    monkeypatch.setitem(training.SOLVERS, "group_newton", Liar)
+    monkeypatch.setitem(fit.SOLVERS, "group_newton", Liar)
 
 
 def fit_quietly(model, X=X, y=Y):
@@ -129,7 +130,7 @@ def test_an_exception_of_a_solver_passes_through(error, monkeypatch):
         def solve(self, program, start=None, budget=None):
             raise error
 
-    monkeypatch.setitem(training.SOLVERS, "group_newton", Raiser)
+    monkeypatch.setitem(fit.SOLVERS, "group_newton", Raiser)
     model = regressor()
     with pytest.raises(type(error)):
         model.fit(X, Y)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status
 from convexbn.data.whitening import whiten
 from convexbn.program.gated import relu
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
@@ -17,6 +17,7 @@ from convexbn.solvers.relu.column_generation import NeuronPricing
 from convexbn.solvers.relu.large_scale import ManyRows
 from convexbn.solvers.relu.lbfgs import local_phase
 from convexbn.solvers.relu.sgd import StochasticPhase, random_start, shape
+from convexbn.training import fit
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +200,7 @@ def test_a_callback_in_a_later_descent_leaves_it_out():
 
 
 def test_estimators_take_it_on_many_rows(monkeypatch):
-    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
     rng = np.random.default_rng(0)
     X = rng.standard_normal((700, 10))
     y = np.maximum(X @ rng.standard_normal(10), 0)
@@ -260,7 +261,7 @@ def test_a_descent_that_diverges_begins_again_slower(kind):
 
 
 def test_no_epochs_are_no_training(monkeypatch):
-    monkeypatch.setattr(training, "PRICING_ENTRIES", 1000)
+    monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
     rng = np.random.default_rng(0)
     X = rng.standard_normal((400, 6))
     with pytest.warns(match="GAP_OPEN"):

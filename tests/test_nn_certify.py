@@ -16,16 +16,16 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
-from convexbn.audit import Cause, audit
 from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.files.torch import is_checkpoint, read_checkpoint
 from convexbn.nn import certify, read_tail, to_module
-from convexbn.objective import Objective, TrainedLoss, targets_of_labels
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, HuberLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_bias import WithOutputBias
+from convexbn.training.audit import Cause, audit
+from convexbn.training.trained_objective import Objective, TrainedLoss, targets_of_labels
 from instances import EPS, LOSS_NAMES, targets_for
 
 CANARY = "certify-canary"

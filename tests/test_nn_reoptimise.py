@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from convexbn.certificate.status import Status
-from convexbn.collapse import collapse_metrics
 from convexbn.nn.reoptimisation import reoptimise
 from convexbn.nn.segment import Segment
 from convexbn.program.losses import CrossEntropyLoss
 from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.training import TrainingSet
+from convexbn.training.neural_collapse import collapse_metrics
+from convexbn.training.training_set import TrainingSet
 from instances import EPS, labels
 from test_collapse import BALANCED, FIGURES, UNBALANCED, check_figures
 

@@ -13,7 +13,7 @@ import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate.certificate import certify_relu
 from convexbn.program.losses import SquaredLoss
-from convexbn.training import TrainingSet
+from convexbn.training.training_set import TrainingSet
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

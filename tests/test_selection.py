@@ -21,9 +21,9 @@ from convexbn import (
     load,
     max_weight_decay,
     selection,
-    training,
 )
 from convexbn.path import RegularisationPath
+from convexbn.training import training_set
 
 RNG = np.random.default_rng(8)
 X = RNG.standard_normal((90, 6)) @ RNG.standard_normal((6, 6)) + 3
@@ -139,8 +139,8 @@ def test_a_test_fold_does_not_reach_its_training():
 
 
 def test_one_whitening_a_fold(monkeypatch):
-    calls, whiten = [], training.whiten
-    monkeypatch.setattr(training, "whiten", lambda *args, **options: calls.append(1) or whiten(*args, **options))
+    calls, whiten = [], training_set.whiten
+    monkeypatch.setattr(training_set, "whiten", lambda *args, **options: calls.append(1) or whiten(*args, **options))
     model = ConvexBNClassifierCV(**settings(cv=3)).fit(X, LABELS)
     assert len(calls) == 3 + 1 and len(model.cv_results_["params"]) == 12  # the last for the fit on all rows
 

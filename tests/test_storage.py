@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 import convexbn
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, Status, training
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, Status
 from convexbn.files import model_file
+from convexbn.training import fit
 
 RNG = np.random.default_rng(2)
 X = RNG.standard_normal((60, 4))
@@ -151,12 +152,12 @@ class Broken:
         self.settings = settings
 
     def solve(self, program, start=None, budget=None):
-        solution = training.GroupNewton(**self.settings).solve(program, budget=budget)
+        solution = fit.GroupNewton(**self.settings).solve(program, budget=budget)
         return dataclasses.replace(solution, blocks=np.nan * solution.blocks)
 
 
 def test_a_numerical_certificate_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setitem(training.SOLVERS, "group_newton", Broken)
+    monkeypatch.setitem(fit.SOLVERS, "group_newton", Broken)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = regressor().fit(X, Y)

@@ -17,7 +17,7 @@ from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 from convexbn.solvers.gated.subspace import Subspace
-from convexbn.training import FEW_ROWS, NEWTON_ROWS, choose_solver
+from convexbn.training.fit import FEW_ROWS, NEWTON_ROWS, choose_solver
 from instances import LOSS_NAMES, targets_for
 
 

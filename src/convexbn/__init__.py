@@ -24,7 +24,7 @@ _HOMES = {
 
 #: Modules that come with their first use: ``convexbn.nn`` imports torch, ``import convexbn`` does not.
 _MODULES = {
-    "collapse": "convexbn.collapse",
+    "collapse": "convexbn.training.neural_collapse",
     "companions": "convexbn.companions",
     "datasets": "convexbn.files.datasets",
     "display": "convexbn.display",

@@ -10,11 +10,11 @@ import numpy as np
 
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
-from convexbn.collapse import CollapseMetrics
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import whiten
 from convexbn.solvers.base import Progress
+from convexbn.training.neural_collapse import CollapseMetrics
 
 
 class CertificateDisplay:

@@ -23,7 +23,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from convexbn import training
 from convexbn._threads import solving
 from convexbn._types import Float, FloatMatrix
 from convexbn.certificate.certificate import Certificate
@@ -33,11 +32,12 @@ from convexbn.data.convolution import Convolution
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind, loss_kind, softmax
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training import Fit, TrainingSet
+from convexbn.training.fit import SOLVERS, Fit, certify, fit_gated, fit_relu
+from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
 from convexbn.validation import check_finite, checked_data, checked_rows, refuse_containers
 
 if TYPE_CHECKING:
-    from convexbn.conversion import Conversion
+    from convexbn.training.relu_conversion import Conversion
 
 
 class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -53,7 +53,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
         "convolution": [Convolution, None],
-        "solver": [StrOptions({"auto", *training.SOLVERS})],
+        "solver": [StrOptions({"auto", *SOLVERS})],
         "tol": [Interval(Real, 0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left"), None],
         "time_limit": [Interval(Real, 0, None, closed="left"), None],
@@ -124,7 +124,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
             program = None if self.gates_ is None else data.gated_program(self.gates_, self.gate_offsets_)
-            return training.certify(
+            return certify(
                 data, self.network_, self.weight_decay_, program,
                 tol=self.tol, stopped_by="tolerance", own_rows=data.fingerprint == self.fingerprint_,
                 deadline=Budget(self.time_limit).deadline,
@@ -155,7 +155,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         ValueError
             For ReLU models, other rows than those of the training, and gates that are not realised.
         """
-        from convexbn.conversion import to_relu
+        from convexbn.training.relu_conversion import to_relu
 
         check_is_fitted(self)
         if self.convolution is not None:
@@ -226,7 +226,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         with solving(len(data.X)):
             if self.activation == "relu":
                 weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
-                fit = training.fit_relu(
+                fit = fit_relu(
                     data, weight_decay,
                     tol=self.tol, max_iter=self.max_iter, width=self.width, n_starts=self.n_starts, budget=budget,
                     random_state=random_state, start=start,
@@ -234,7 +234,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
                 return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
             gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
             weight_decay = self._resolved(program.max_weight_decay)
-            fit = training.fit_gated(
+            fit = fit_gated(
                 data, program.with_weight_decay(weight_decay), gates, offsets,
                 solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
             )  # fmt: skip
@@ -256,7 +256,7 @@ class _ConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
         if not isinstance(self.weight_decay, str):
             return float(self.weight_decay)
-        return training.AUTO_FRACTION * peak if (peak := largest()) > 0 else 1.0
+        return AUTO_FRACTION * peak if (peak := largest()) > 0 else 1.0
 
     def _fitted(self, data: TrainingSet, weight_decay: float, fit: Fit) -> dict[str, Any]:
         return {

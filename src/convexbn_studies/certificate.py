@@ -113,7 +113,7 @@ class _Judge:
     def __init__(self, X: Float, Y: Float, weight_decay: float) -> None:
         from convexbn.certificate.dual_bounds import AllPatterns
         from convexbn.program.losses import SquaredLoss
-        from convexbn.training import TrainingSet
+        from convexbn.training.training_set import TrainingSet
 
         eps = float(np.finfo(np.float64).eps)
         self.data = TrainingSet.prepare(

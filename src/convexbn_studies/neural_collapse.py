@@ -93,7 +93,7 @@ def _module(d: int, seed: int) -> nn.Sequential:
 def _optimum(labels: np.ndarray, loss: str, weight_decay: float) -> Row:
     """What the formula gives for any features of rank n - 1, such as the unit vectors."""
     from convexbn import ConvexBNClassifier
-    from convexbn.collapse import optimal_collapse
+    from convexbn.training.neural_collapse import optimal_collapse
 
     model = ConvexBNClassifier(activation="relu", loss=loss, weight_decay=weight_decay).fit(np.eye(len(labels)), labels)
     proof = model.certificate_
@@ -142,8 +142,8 @@ def _measured(module: nn.Sequential, rows: Any, labels: np.ndarray, loss: str, w
     import torch
     from torch import nn
 
-    from convexbn.collapse import collapse_metrics
     from convexbn.nn import certify
+    from convexbn.training.neural_collapse import collapse_metrics
 
     with torch.no_grad():
         inputs = nn.Sequential(*list(module)[:6])(rows)

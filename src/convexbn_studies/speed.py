@@ -19,7 +19,7 @@ from convexbn._types import Bool, Float
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training import TrainingSet
+from convexbn.training.training_set import TrainingSet
 from convexbn_studies import drawing
 from convexbn_studies.data import planted
 from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct

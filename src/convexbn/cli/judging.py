@@ -96,10 +96,10 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     """Take the layers from the file, the question from the options."""
     import numpy as np
 
-    from convexbn.audit import audit
     from convexbn.files.torch import read_checkpoint
-    from convexbn.objective import Objective, TrainedLoss, targets_of_labels
     from convexbn.sources import read_source
+    from convexbn.training.audit import audit
+    from convexbn.training.trained_objective import Objective, TrainedLoss, targets_of_labels
 
     if options.loss is None or (options.weight_decay is None) == (options.optimizer_decay is None):
         raise ValueError(

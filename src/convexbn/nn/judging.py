@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn.audit import Audit, audit
 from convexbn.nn.convolution import ConvolutionalTail, is_convolutional, read_convolutional
 from convexbn.nn.tail import as_tensor, read_tail
 from convexbn.nn.translation import objective_of, trained_loss
+from convexbn.training.audit import Audit, audit
 
 
 def certify(

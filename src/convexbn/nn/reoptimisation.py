@@ -17,12 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn import training
 from convexbn._threads import solving
 from convexbn._types import Float
-from convexbn.audit import check_effort
 from convexbn.certificate.certificate import Certificate
-from convexbn.conversion import neurons_of
 from convexbn.nn.segment import Point, Segment
 from convexbn.nn.standing import Standing, Task
 from convexbn.nn.statistics import with_full_batch_statistics, without_momentum
@@ -35,7 +32,11 @@ from convexbn.solvers import closed_form
 from convexbn.solvers.base import Budget
 from convexbn.solvers.relu.column_generation import NeuronPricing
 from convexbn.solvers.relu.lbfgs import local_phase
-from convexbn.training import TrainingSet
+from convexbn.training.audit import check_effort
+from convexbn.training.fit import PRICING_TOL, SOLVER_SHARE
+from convexbn.training.fit import certify as certified
+from convexbn.training.relu_conversion import neurons_of
+from convexbn.training.training_set import TrainingSet
 
 _NUMBERS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -192,7 +193,7 @@ def reoptimise(
             step, layers = _chosen(segment, start, given, task)
         proof = None
         if certify and not layers.output_bias.any():
-            proof = training.certify(
+            proof = certified(
                 data, layers.network(start.features), weight_decay, None,
                 tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
             )  # fmt: skip
@@ -261,12 +262,12 @@ def _solved(
             return Neurons(*closed_form.solve_full_rank(rows, data.loss, weight_decay)), "formula"
         except closed_form.NoFormulaError:
             pass
-    solving_time = None if budget.time_limit is None else training.SOLVER_SHARE * budget.time_limit
+    solving_time = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
     share = replace(budget, time_limit=solving_time)
     found = local_phase(rows, data.loss, weight_decay, own, max_iter=max_iter, deadline=share.deadline)
     stopped_by = "time_limit" if share.deadline is not None and time.monotonic() >= share.deadline else "tolerance"
     if n <= PRICING_ROWS:
-        pricing, rng = NeuronPricing(tol=training.PRICING_TOL * tol), np.random.default_rng(random_state)
+        pricing, rng = NeuronPricing(tol=PRICING_TOL * tol), np.random.default_rng(random_state)
         solution = pricing.solve(rows, data.loss, weight_decay, rng, share, initial=found)
         found, stopped_by = solution.neurons, solution.stopped_by
     return found, stopped_by

@@ -17,7 +17,7 @@ import scipy.optimize
 
 from convexbn._types import Float
 from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.training import TrainingSet
+from convexbn.training.training_set import TrainingSet
 
 #: Points of the segment that are tried.
 _POINTS = 21

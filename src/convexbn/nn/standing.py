@@ -12,9 +12,9 @@ from torch import nn
 
 from convexbn._types import Float, Index
 from convexbn.nn.statistics import outputs_of
-from convexbn.objective import TrainedLoss
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, Loss
+from convexbn.training.trained_objective import TrainedLoss
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from convexbn.nn.convolution import ConvolutionalTail
 from convexbn.nn.tail import Tail, kind_of
-from convexbn.objective import LOSS_NAMES, TORCH_LOSSES, Objective, TrainedLoss
+from convexbn.training.trained_objective import LOSS_NAMES, TORCH_LOSSES, Objective, TrainedLoss
 
 #: Optimisers that add weight_decay times the parameter to the gradient, unless they are told to decouple it.
 _IN_THE_GRADIENT = (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_random_state
 
-from convexbn.training import TrainingSet
+from convexbn.training.training_set import TrainingSet
 
 #: Points of the default grid of weight decays, and its smallest relative to its largest.
 _N_WEIGHT_DECAYS, _SMALLEST = 20, 0.01

@@ -17,7 +17,7 @@ from convexbn.path.start import start_of
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
 from convexbn.storage import paths
-from convexbn.training import TrainingSet
+from convexbn.training.training_set import TrainingSet
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.path.grid import unfitted
-from convexbn.training import TrainingSet
+from convexbn.training.training_set import TrainingSet
 
 
 @dataclass(frozen=True, eq=False)

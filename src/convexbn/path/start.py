@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.conversion import blocks_of
 from convexbn.path.rows import draws_whitened
 from convexbn.program.neurons import Neurons
 from convexbn.solvers.base import Solution
-from convexbn.training import TrainingSet
+from convexbn.training.relu_conversion import blocks_of
+from convexbn.training.training_set import TrainingSet
 
 
 def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> Solution | Neurons | None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn import training
 from convexbn._types import Float, Index
 from convexbn.certificate.certificate import Certificate
 from convexbn.data.preactivations import Responses
@@ -28,7 +27,8 @@ from convexbn.program.realizability import nearest_directions, realised
 from convexbn.solvers.base import Budget
 from convexbn.solvers.cone_decomposition import difference_in_cones
 from convexbn.solvers.relu.column_generation import Neurons
-from convexbn.training import TrainingSet
+from convexbn.training.fit import certify, fit_gated
+from convexbn.training.training_set import TrainingSet
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -106,7 +106,7 @@ def to_relu(
     n_unrealisable = before.n_unrealisable
     if n_unrealisable and unrealisable == "nearest":
         gates, gate_offsets = _with_nearest(data, gates, gate_offsets)
-        network = training.fit_gated(
+        network = fit_gated(
             data,
             data.gated_program(gates, gate_offsets, weight_decay),
             gates,
@@ -122,9 +122,7 @@ def to_relu(
     neurons = split.split()
     converted = BatchNormNetwork.from_neurons(data.whitening, neurons.first, neurons.output)
     # the proof is not what the conversion is for: the orthant alone
-    proof = training.certify(
-        data, converted, weight_decay, None, tol=tol, stopped_by="tolerance", own_rows=True, deadline=0.0
-    )
+    proof = certify(data, converted, weight_decay, None, tol=tol, stopped_by="tolerance", own_rows=True, deadline=0.0)
     outputs = network.predict(data.X)
     error = np.abs(converted.predict(data.X) - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float64).tiny)
     return Conversion(converted, proof, before.objective, split.objective, n_unrealisable, float(error))

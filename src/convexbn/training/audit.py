@@ -13,15 +13,12 @@ from enum import StrEnum
 
 import numpy as np
 
-from convexbn import training
 from convexbn._threads import solving
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status, status_of
-from convexbn.conversion import neurons_of
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
-from convexbn.objective import Objective
 from convexbn.program.layers import Layers
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons, case_outputs, merge
@@ -30,7 +27,10 @@ from convexbn.program.pooled_loss import PooledLoss
 from convexbn.solvers.base import Budget
 from convexbn.solvers.relu.column_generation import polish
 from convexbn.solvers.relu.lbfgs import local_phase
-from convexbn.training import Fit, TrainingSet
+from convexbn.training.fit import Fit, certify, fit_relu
+from convexbn.training.relu_conversion import neurons_of
+from convexbn.training.trained_objective import Objective
+from convexbn.training.training_set import TrainingSet
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -220,7 +220,7 @@ class _Case:
         return len(self.neurons.output)
 
     def certified(self, network: BatchNormNetwork, deadline: float | None) -> Certificate:
-        return training.certify(
+        return certify(
             self.data, network, self.weight_decay, None,
             tol=self.tol, stopped_by="tolerance", own_rows=False, deadline=deadline,
         )  # fmt: skip
@@ -234,7 +234,7 @@ class _Case:
 
     def of_any_width(self, budget: Budget, random_state: int) -> Fit:
         """Network of our own, by formula or pricing."""
-        return training.fit_relu(
+        return fit_relu(
             self.data, self.weight_decay,
             tol=self.tol, max_iter=None, budget=budget, random_state=np.random.RandomState(random_state),
         )  # fmt: skip

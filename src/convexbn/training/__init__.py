@@ -1,0 +1,1 @@
+"""Recipes: rows, program, solver and judge put together."""
