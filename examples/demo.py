@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import convexbn
-from convexbn.display import CertificateDisplay
+from convexbn.estimators.display import CertificateDisplay
 from convexbn.sources import read_source
 
 FOLDER = Path("demo")

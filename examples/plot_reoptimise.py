@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn.display import CollapseDisplay
+from convexbn.estimators.display import CollapseDisplay
 from convexbn.files.datasets import digits
 from convexbn.nn import reoptimise
 from convexbn.training.neural_collapse import collapse_metrics, optimal_collapse

@@ -13,7 +13,7 @@ import pytest
 
 import convexbn
 from convexbn import cli
-from convexbn.path import load_path
+from convexbn.estimators.path import load_path
 
 RNG = np.random.default_rng(5)
 X = RNG.standard_normal((90, 4))
@@ -64,7 +64,7 @@ def test_the_rows_to_score_on_are_never_the_test_part(monkeypatch, capsys):
         seen.update(options)
         raise ZeroDivisionError
 
-    monkeypatch.setattr("convexbn.path.fit_path", stop)
+    monkeypatch.setattr("convexbn.estimators.path.fit_path", stop)
     with pytest.raises(ZeroDivisionError):
         run("digits", *GRID)
     assert len(seen["validation"][0]) == 360

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from convexbn.display import CollapseDisplay
+from convexbn.estimators.display import CollapseDisplay
 from convexbn.training.neural_collapse import CollapseMetrics, collapse_metrics, optimal_collapse
 from instances import labels
 

@@ -13,7 +13,7 @@ from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
 from convexbn.cli import main
 from convexbn.data import moments, row_matrix, whitening
 from convexbn.data.patches import PatchMatrix
-from convexbn.display import SpectrumDisplay
+from convexbn.estimators.display import SpectrumDisplay
 from convexbn.files.datasets import digits
 from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.solvers.relu.large_scale import ManyRows

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from convexbn import ConvexBNRegressor, fit_path
-from convexbn.display import PathDisplay, SpectrumDisplay
+from convexbn.estimators.display import PathDisplay, SpectrumDisplay
 
 matplotlib.use("agg")
 RNG = np.random.default_rng(2)

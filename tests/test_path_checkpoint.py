@@ -12,10 +12,9 @@ import pandas as pd
 import pytest
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, fit_path, load
+from convexbn.estimators import KINDS, path_checkpoint
+from convexbn.estimators.path import load_path
 from convexbn.files import model_file
-from convexbn.path import checkpoint as path_checkpoint
-from convexbn.path import load_path
-from convexbn.storage import paths
 
 RNG = np.random.default_rng(3)
 X = RNG.standard_normal((60, 5))
@@ -80,7 +79,7 @@ def test_the_grid_of_the_data_is_kept(tmp_path):
     """It is computed from the data, whose last digit may depend on threads: the file's own goes on."""
     first = start(tmp_path / "path", weight_decays=None)
     next(first)
-    stored = paths.read(tmp_path / "path")
+    stored = path_checkpoint.read(tmp_path / "path", KINDS)
     assert (
         stored.weight_decays == [decay for decay, rank in first.grid if rank == 2] and len(stored.weight_decays) == 20
     )
@@ -257,7 +256,7 @@ def test_two_writers_never_mix(tmp_path):
             question = path_checkpoint.question_of(model, [3.0, 1.0, 0.3, 0.1], [2, None], {})
             for finished in points:
                 stored = [(point.model, point.score) for point in points.points]
-                paths.write(file, paths.StoredPath(question, [3.0, 1.0, 0.3, 0.1], stored))
+                path_checkpoint.write(file, path_checkpoint.StoredPath(question, [3.0, 1.0, 0.3, 0.1], stored))
                 assert finished is points.points[-1]
 
     children, seen = [forked(lambda model=model: rewrite(model)) for model in settings.values()], set()

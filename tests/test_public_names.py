@@ -50,7 +50,7 @@ def test_top_level_names():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_names_of_modules(module):
-    import convexbn.display
+    import convexbn.estimators.display
     import convexbn.files.datasets
 
     found = getattr(convexbn, module)

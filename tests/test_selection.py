@@ -20,9 +20,9 @@ from convexbn import (
     Convolution,
     load,
     max_weight_decay,
-    selection,
 )
-from convexbn.path import RegularisationPath
+from convexbn.estimators import cross_validation
+from convexbn.estimators.path import RegularisationPath
 from convexbn.training import training_set
 
 RNG = np.random.default_rng(8)
@@ -264,4 +264,4 @@ def test_defaults_are_those_of_the_estimators():
         assert {k: v for k, v in ours.get_params().items() if k in theirs}.items() <= theirs.items()
         selected = {"weight_decay", "rank", "spectral_filter"}
         assert set(theirs) - set(ours.get_params()) == selected | {"callback"}
-        assert selection._SelectionCV._parameter_constraints.keys() <= ours._parameter_constraints.keys()
+        assert cross_validation._SelectionCV._parameter_constraints.keys() <= ours._parameter_constraints.keys()

@@ -247,7 +247,7 @@ def test_estimators_do_not_see_the_type(dtype, n):
 
 
 def test_small_types_stay_small():
-    from convexbn.validation import checked_data, checked_rows
+    from convexbn.estimators.validation import checked_data, checked_rows
 
     X, y = images(n=50), np.arange(50) % 2
     model = ConvexBNClassifier()

@@ -11,15 +11,15 @@ _HOMES = {
     "BatchNormNetwork": "convexbn.program.network",
     "Certificate": "convexbn.certificate.certificate",
     "Convolution": "convexbn.data.convolution",
-    "ConvexBNClassifier": "convexbn.estimators",
-    "ConvexBNClassifierCV": "convexbn.selection",
-    "ConvexBNRegressor": "convexbn.estimators",
-    "ConvexBNRegressorCV": "convexbn.selection",
+    "ConvexBNClassifier": "convexbn.estimators.classifier",
+    "ConvexBNClassifierCV": "convexbn.estimators.cross_validation",
+    "ConvexBNRegressor": "convexbn.estimators.regressor",
+    "ConvexBNRegressorCV": "convexbn.estimators.cross_validation",
     "FormatError": "convexbn.files.model_file",
     "Status": "convexbn.certificate.status",
-    "fit_path": "convexbn.path",
-    "load": "convexbn.storage",
-    "max_weight_decay": "convexbn.estimators",
+    "fit_path": "convexbn.estimators.path",
+    "load": "convexbn.estimators",
+    "max_weight_decay": "convexbn.estimators.max_weight_decay",
 }
 
 #: Modules that come with their first use: ``convexbn.nn`` imports torch, ``import convexbn`` does not.
@@ -27,10 +27,10 @@ _MODULES = {
     "collapse": "convexbn.training.neural_collapse",
     "companions": "convexbn.companions",
     "datasets": "convexbn.files.datasets",
-    "display": "convexbn.display",
+    "display": "convexbn.estimators.display",
     "nn": "convexbn.nn",
     "onnx": "convexbn.files.onnx",
-    "path": "convexbn.path",
+    "path": "convexbn.estimators.path",
 }
 
 __all__ = [
@@ -53,12 +53,14 @@ if TYPE_CHECKING:
     from convexbn.certificate.certificate import Certificate
     from convexbn.certificate.status import Status
     from convexbn.data.convolution import Convolution
-    from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
+    from convexbn.estimators import load
+    from convexbn.estimators.classifier import ConvexBNClassifier
+    from convexbn.estimators.cross_validation import ConvexBNClassifierCV, ConvexBNRegressorCV
+    from convexbn.estimators.max_weight_decay import max_weight_decay
+    from convexbn.estimators.path import fit_path
+    from convexbn.estimators.regressor import ConvexBNRegressor
     from convexbn.files.model_file import FormatError
-    from convexbn.path import fit_path
     from convexbn.program.network import BatchNormNetwork
-    from convexbn.selection import ConvexBNClassifierCV, ConvexBNRegressorCV
-    from convexbn.storage import load
 
 
 def __getattr__(name: str) -> Any:

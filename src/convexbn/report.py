@@ -14,7 +14,7 @@ from convexbn.certificate.certificate import Certificate
 from convexbn.data.convolution import Convolution
 from convexbn.data.moments import moments
 from convexbn.data.patches import PatchMatrix
-from convexbn.display import CertificateDisplay, PathDisplay, SpectrumDisplay
+from convexbn.estimators.display import CertificateDisplay, PathDisplay, SpectrumDisplay
 from convexbn.files.html import Html, facts, page, paragraph, picture, shown, styled, table
 
 #: Classes up to which a confusion table is readable, points of a scatter plot, and neurons that are listed.

@@ -112,7 +112,8 @@ def _bundled(name: str, data_home: str | None) -> datasets.Dataset:
 
 def estimator_for(task: str) -> Any:
     """The estimator class of a task."""
-    from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
+    from convexbn.estimators.classifier import ConvexBNClassifier
+    from convexbn.estimators.regressor import ConvexBNRegressor
 
     return ConvexBNClassifier if task == "classification" else ConvexBNRegressor
 

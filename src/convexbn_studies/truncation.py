@@ -130,8 +130,8 @@ def _tries(given: Any, first: tuple[Any, ...], second: tuple[Any, ...]) -> list[
 def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]:
     """Weight decays, and ranks or filters, of one certified program or of ReLU descent."""
     from convexbn import ConvexBNClassifier
-    from convexbn.path.regularisation import RegularisationPath
-    from convexbn.path.rows import PathData
+    from convexbn.estimators.path import RegularisationPath
+    from convexbn.estimators.path_data import PathData
 
     (X, y), validation, test = rows
     gated = len(X) <= _GATED_ROWS
@@ -171,7 +171,7 @@ def _told(decay: float, rank: Any, tau: float | None, point: Any) -> str:
 
 def _energies(point: Any, X: FloatMatrix) -> Float | None:
     """Energies by singular direction, of a size where the spectrum is cheap."""
-    from convexbn.display import SpectrumDisplay
+    from convexbn.estimators.display import SpectrumDisplay
 
     return SpectrumDisplay.from_estimator(point.model, X).energies if len(X) <= _GATED_ROWS else None
 

@@ -48,8 +48,8 @@ def certify(options: argparse.Namespace) -> int:
 
 def _certify_model(options: argparse.Namespace) -> int:
     """Take the question from the file, recompute every answer from the data."""
+    from convexbn.estimators import load
     from convexbn.sources import read_source
-    from convexbn.storage import load
 
     model = load(options.file)
     given = [f"--{name.replace('_', '-')}" for name in _QUESTION if getattr(options, name) is not None]

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 def path(options: argparse.Namespace) -> int:
     """``convexbn path``: one line a point, each certified; finished points outlive an interruption."""
-    from convexbn.path import fit_path
+    from convexbn.estimators.path import fit_path
     from convexbn.sources import estimator_for, read_source
 
     _check_path_options(options)
@@ -112,7 +112,7 @@ def _point(point: Any, place: str, *, as_json: bool) -> str:
 
 def _draw_path(points: list[Any], model: Any, X: Any, options: argparse.Namespace) -> None:
     """Pictures of the path, and of what one model uses of the spectrum."""
-    from convexbn.display import PathDisplay, SpectrumDisplay
+    from convexbn.estimators.display import PathDisplay, SpectrumDisplay
     from convexbn.files.model_file import write_atomically
 
     for file, display in (

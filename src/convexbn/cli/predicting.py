@@ -19,9 +19,9 @@ def add_parser(commands: Any) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """``convexbn predict``: one line a row of the data."""
+    from convexbn.estimators import load
     from convexbn.files.model_file import write_atomically
     from convexbn.sources import read_source
-    from convexbn.storage import load
 
     if options.out is not None:
         check_writable(options.out)

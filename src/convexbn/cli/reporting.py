@@ -25,9 +25,9 @@ def add_parser(commands: Any) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """``convexbn report``: the certificate is recomputed, the page written in one step."""
+    from convexbn.estimators import load
     from convexbn.files.model_file import write_atomically
     from convexbn.report import report as written
-    from convexbn.storage import load
 
     out = options.out or str(Path(options.file).with_suffix(".html"))
     check_writable(out)
@@ -69,7 +69,7 @@ def _subject(model: Any, options: argparse.Namespace) -> Any:
 
 
 def _points(file: str) -> list[Any]:
-    from convexbn.path import load_path
+    from convexbn.estimators.path import load_path
 
     return load_path(file)
 

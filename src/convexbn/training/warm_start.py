@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.path.rows import draws_whitened
 from convexbn.program.neurons import Neurons
 from convexbn.solvers.base import Solution
 from convexbn.training.relu_conversion import blocks_of
@@ -49,3 +48,8 @@ def _neurons(data: TrainingSet, fitted: Any) -> Neurons:
     coordinates = np.linalg.lstsq(whitening.projection / lengths, network.weight)[0] / lengths[:, None]
     first = network.gamma * coordinates / np.sqrt(whitening.total_weight)
     return Neurons(np.vstack([first, network.shift]), network.output)
+
+
+def draws_whitened(model: Any) -> bool:
+    """Whether the gates depend on the directions that are kept."""
+    return model.activation == "gated" and isinstance(model.gates, str) and model.gates != "data"

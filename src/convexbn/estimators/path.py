@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 
 from convexbn.certificate.certificate import Certificate
-from convexbn.path.checkpoint import Checkpoint, question_of
-from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
-from convexbn.path.rows import PathData
-from convexbn.path.start import start_of
+from convexbn.estimators import KINDS, path_checkpoint
+from convexbn.estimators.path_checkpoint import Checkpoint, question_of
+from convexbn.estimators.path_data import PathData
+from convexbn.estimators.path_grid import (
+    checked_values,
+    checked_weight_decays,
+    default_weight_decays,
+    unfitted,
+    with_seed,
+)
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
-from convexbn.storage import paths
 from convexbn.training.training_set import TrainingSet
+from convexbn.training.warm_start import start_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +141,7 @@ def fit_path(
     if checkpoint is not None:
         rows = {"X": X, "y": y, "sample_weight": sample_weight, "validation rows": validation}
         rows["feature names"] = data.labels.get("feature_names_in_")
-        file = Checkpoint(checkpoint, question_of(model, given, grid_of_ranks, rows))
+        file = Checkpoint(checkpoint, question_of(model, given, grid_of_ranks, rows), KINDS)
     decays = given or (file and file.weight_decays) or default_weight_decays(model, data.largest)
     score = None if validation is None else (lambda fitted: float(fitted.score(*validation)))
     return RegularisationPath(model, data, decays, grid_of_ranks, score=score, checkpoint=file)
@@ -158,7 +164,7 @@ def load_path(file: str | os.PathLike[str]) -> list[PathPoint]:
     FormatError
         When the file is damaged or no checkpoint of a path.
     """
-    return [PathPoint(model, score) for model, score in paths.read(file).points]
+    return [PathPoint(model, score) for model, score in path_checkpoint.read(file, KINDS).points]
 
 
 class RegularisationPath(Iterator[PathPoint]):

@@ -108,7 +108,7 @@ class CollapseDisplay:
 
     Examples
     --------
-    >>> from convexbn.collapse import optimal_collapse
+    >>> from convexbn.training.neural_collapse import optimal_collapse
     >>> optimum = optimal_collapse([8, 8, 8, 8], 0.5, loss="squared")
     >>> CollapseDisplay([optimum, optimum], optimum=optimum).plot().axes_.shape  # doctest: +SKIP
     (4,)
@@ -159,7 +159,7 @@ class PathDisplay:
     Parameters
     ----------
     points : sequence of PathPoint
-        ``path.points``, or ``convexbn.path.load_path(file)``.
+        ``path.points``, or ``convexbn.estimators.path.load_path(file)``.
 
     Attributes
     ----------

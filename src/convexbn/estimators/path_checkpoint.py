@@ -1,4 +1,4 @@
-"""Checkpoint of a regularisation path: its question, grid and finished points in one file, replaced in one step."""
+"""The checkpoint of a path: its question, grid and finished points in one file, replaced after each point."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from convexbn._version import __version__
+from convexbn.estimators import persistence_header as headers
+from convexbn.estimators.persistence import Kinds, restore, tensors_of
 from convexbn.files import model_file, schema
 from convexbn.files.model_file import JSON, FormatError
 from convexbn.files.schema import require
-from convexbn.storage import header as headers
-from convexbn.storage import tensors
-from convexbn.storage.restore import restore
 
 _POINT = schema.record(header=schema.mapping, tensors=schema.mapping, score=schema.none_or(schema.real))
 _PLACE = schema.list_of(int, least=1)
@@ -50,6 +50,49 @@ class StoredPath:
     points: list[tuple[Any, float | None]]
 
 
+class Checkpoint:
+    """The file of a path: what it holds of this question, and how it is replaced."""
+
+    def __init__(self, file: str | os.PathLike[str], question: dict[str, Any], kinds: Kinds) -> None:
+        self.file, self.question = file, question
+        self.points: list[tuple[Any, float | None]] = []
+        self.weight_decays: list[float] | None = None
+        if os.path.lexists(file):
+            stored = read(file, kinds)
+            check_question(file, stored.question, question)
+            self.points, self.weight_decays = stored.points, stored.weight_decays
+
+    def write(self, points: list[tuple[Any, float | None]], weight_decays: Sequence[float]) -> None:
+        """Replace the file in one step by models and scores."""
+        write(self.file, StoredPath(self.question, list(weight_decays), points))
+
+
+def question_of(
+    model: Any, weight_decays: list[float] | None, ranks: list[int | float | None], rows: dict[str, Any]
+) -> dict[str, Any]:
+    """What a path depends on, part by part: a resumed one must agree in all of them."""
+    settings = {
+        name: value for name, value in headers.parameters(model).items() if name not in ("weight_decay", "rank")
+    }
+    hashes = {name: None if part is None else _digest(part) for name, part in rows.items()}
+    grid = {"weight_decays": weight_decays, "ranks": ranks}
+    if not isinstance(model.gates, str):
+        hashes["gates"] = _digest(model.gates)
+    return {"version": __version__, "estimator": type(model).__name__} | hashes | grid | settings
+
+
+def _digest(part: Any) -> str:
+    """Hash of an array, or of several, with types and shapes."""
+    digest = hashlib.sha256()
+    for item in part if isinstance(part, tuple) else (part,):
+        array = np.asarray(item)
+        if array.dtype.kind not in "biuf":
+            array = array.astype(str)
+        digest.update(repr((array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 def write(path: str | os.PathLike[str], stored: StoredPath) -> None:
     """Write a checkpoint; in its place there is at every instant the former one or the new one, complete.
 
@@ -59,7 +102,7 @@ def write(path: str | os.PathLike[str], stored: StoredPath) -> None:
     parts: dict[str, _Parts] = {}
     points: list[JSON] = []
     for model, score in stored.points:
-        arrays = tensors.of_model(model).items()
+        arrays = tensors_of(model).items()
         places: JSON = {name: parts.setdefault(name, _Parts()).place_of(array) for name, array in arrays}
         shown = score if score is None or np.isfinite(score) else str(score)
         points.append({"header": headers.of_model(model), "tensors": places, "score": shown})
@@ -68,8 +111,14 @@ def write(path: str | os.PathLike[str], stored: StoredPath) -> None:
     model_file.write(path, {name: part.joined() for name, part in parts.items()}, header)
 
 
-def read(path: str | os.PathLike[str]) -> StoredPath:
+def read(path: str | os.PathLike[str], kinds: Kinds) -> StoredPath:
     """Read what `write` wrote; nothing in the file is executed.
+
+    Parameters
+    ----------
+    path : path-like
+    kinds : sequence of estimator classes
+        Those that its points may be of.
 
     Raises
     ------
@@ -78,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> StoredPath:
     """
     arrays, header = model_file.read(path)
     try:
-        return _restored(arrays, header)
+        return _restored(arrays, header, kinds)
     except FormatError as error:
         raise FormatError(
             f"{os.fspath(path)!r} is not read: {error}; use a checkpoint of a path, unchanged, or another file name."
@@ -129,7 +178,7 @@ def _part(array: np.ndarray, place: Any) -> np.ndarray:
     return array[start : start + math.prod(shape)].reshape(shape)
 
 
-def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> StoredPath:
+def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: Kinds) -> StoredPath:
     require(schema.same_names(header, _FIELDS), "header")
     for name, rule in _FIELDS.items():
         require(rule(header[name]), name)
@@ -138,6 +187,6 @@ def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> St
         require(_POINT(point), "points")
         require(set(point["tensors"]) <= set(arrays), "points")
         own = {name: _part(arrays[name], place) for name, place in point["tensors"].items()}
-        model = restore(own, point["header"])
+        model = restore(own, point["header"], kinds)
         points.append((model, None if point["score"] is None else float(point["score"])))
     return StoredPath(header["question"], header["weight_decays"], points)

@@ -26,10 +26,17 @@ from sklearn.utils.validation import check_is_fitted
 from convexbn._types import Float, FloatMatrix
 from convexbn.certificate.certificate import Certificate
 from convexbn.data.convolution import Convolution
-from convexbn.estimators import ConvexBNClassifier, ConvexBNRegressor
-from convexbn.path import RegularisationPath
-from convexbn.path.grid import checked_values, checked_weight_decays, default_weight_decays, unfitted, with_seed
-from convexbn.path.rows import PathData
+from convexbn.estimators.classifier import ConvexBNClassifier
+from convexbn.estimators.path import RegularisationPath
+from convexbn.estimators.path_data import PathData
+from convexbn.estimators.path_grid import (
+    checked_values,
+    checked_weight_decays,
+    default_weight_decays,
+    unfitted,
+    with_seed,
+)
+from convexbn.estimators.regressor import ConvexBNRegressor
 
 #: Fitted attributes of the best estimator that the selection shows as its own.
 _SHOWN = ["weight_decay_", "rank_", "certificate_", "network_", "n_iter_"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.path.grid import unfitted
+from convexbn.estimators.path_grid import unfitted
 from convexbn.training.training_set import TrainingSet
+from convexbn.training.warm_start import draws_whitened
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +71,6 @@ class PathData:
             return self.alone[key]
         known = model.spectral_filter == self.model.spectral_filter
         return self.largest.leading(model.rank, None if known else model.spectral_filter)
-
-
-def draws_whitened(model: Any) -> bool:
-    """Whether the gates depend on the directions that are kept."""
-    return model.activation == "gated" and isinstance(model.gates, str) and model.gates != "data"
 
 
 def _largest(ranks: Sequence[int | float | None], d: int) -> int | float | None:
