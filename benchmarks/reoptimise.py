@@ -35,7 +35,7 @@ from torch import nn
 
 from convexbn.files.datasets import fashion_mnist
 from convexbn.nn import reoptimise
-from convexbn.nn.statistics import with_full_batch_statistics
+from convexbn.nn.batch_statistics import with_full_batch_statistics
 
 SEEDS = (0, 1, 2)
 N_VALIDATION = 5_000

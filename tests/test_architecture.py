@@ -217,6 +217,37 @@ def test_importing_does_not_load_the_heavy_packages(statement):
     assert not heavy & set(done.stdout.split())
 
 
+def patched_names():
+    """Module and name of everything of ours that tests patch in a module."""
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        tree, places = ast.parse(path.read_text()), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                places |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("monkeypatch.setattr", "patch.setattr"):
+                target, *name = (ast.unparse(argument) for argument in node.args)
+                if isinstance(node.args[0], ast.Constant):
+                    where, _, what = node.args[0].value.rpartition(".")
+                else:
+                    first, *rest = re.sub(r"import_module\('(.*)'\)", r"\1", target).split(".")
+                    where, what = ".".join([places.get(first, first), *rest]), name[0].strip("'")
+                yield where, what
+
+
+def test_what_tests_patch_is_read():
+    """A constant that has moved would disarm the test that patches it."""
+    files, seen = {f"convexbn.{name}": path for name, path in modules()}, 0
+    asked_for = {name for path in files.values() for name in imported(path)}
+    for where, what in patched_names():
+        if where in files:
+            nodes = ast.walk(ast.parse(files[where].read_text()))
+            read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+            assert what in read or f"{where}.{what}" in asked_for, f"{where} does not read {what}"
+            seen += 1
+    assert seen >= 45
+
+
 def test_public_names_resolve_and_others_do_not():
     assert all(getattr(convexbn, name) is not None for name in convexbn.__all__)
     assert dir(convexbn) == sorted(convexbn.__all__)

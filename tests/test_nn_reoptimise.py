@@ -1,6 +1,7 @@
 """The last two layers re-optimised: the torch objective, read off the module alone, against the closed form."""
 
 import copy
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 
 from convexbn.certificate.status import Status
-from convexbn.nn.reoptimisation import reoptimise
-from convexbn.nn.segment import Segment
+from convexbn.nn.interpolation import Segment
+from convexbn.nn.reoptimise import reoptimise
 from convexbn.program.losses import CrossEntropyLoss
 from convexbn.program.neurons import Neurons, network_outputs
 from convexbn.training.neural_collapse import collapse_metrics
@@ -260,7 +261,7 @@ def test_convolutions(network, dtype):
 def test_statistics_of_many_batches_are_those_of_one(monkeypatch):
     X, y = data()
     whole = reoptimise(deep(), X, y, loss="squared", weight_decay=BETA).module.state_dict()
-    monkeypatch.setattr("convexbn.nn.statistics._BATCH", 5)
+    monkeypatch.setattr("convexbn.nn.batch_statistics._BATCH", 5)
     parts = reoptimise(deep(), X, y, loss="squared", weight_decay=BETA).module.state_dict()
     assert all(torch.allclose(parts[name], whole[name], rtol=0, atol=1e-9) for name in whole)
 
@@ -308,7 +309,7 @@ def accuracy_of(module, X, y):
 @pytest.fixture
 def unpriced(monkeypatch):
     """The local phase alone, as on many rows."""
-    monkeypatch.setattr("convexbn.nn.reoptimisation.PRICING_ROWS", 100)
+    monkeypatch.setattr(import_module("convexbn.nn.reoptimise"), "PRICING_ROWS", 100)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -385,7 +386,7 @@ def test_the_objective_is_convex_along_the_segment():
 
 
 def test_many_rows_have_the_local_phase_alone(monkeypatch):
-    monkeypatch.setattr("convexbn.nn.reoptimisation.PRICING_ROWS", 100)
+    monkeypatch.setattr(import_module("convexbn.nn.reoptimise"), "PRICING_ROWS", 100)
     module, X, y = trained()
     options = {"loss": "cross_entropy", "weight_decay": 1.0, "time_limit": None, "certify": False}
     few, many = (reoptimise(module, X, y, max_iter=steps, **options).after.objective for steps in (5, 200))

@@ -5,13 +5,12 @@ try:
 except ImportError as error:
     raise ImportError("convexbn.nn needs PyTorch: pip install 'convexbn[torch]'.") from error
 
-from convexbn.nn.gated import GatedModule
-from convexbn.nn.judging import certify
-from convexbn.nn.layer import ConvexLayer, gated_outputs
-from convexbn.nn.module import to_module
-from convexbn.nn.reading import from_module
-from convexbn.nn.reoptimisation import Reoptimisation, reoptimise
-from convexbn.nn.tail import Tail, read_tail
+from convexbn.nn.certify import certify
+from convexbn.nn.convex_layer import ConvexLayer, gated_outputs
+from convexbn.nn.from_module import from_module
+from convexbn.nn.last_layers import Tail, read_tail
+from convexbn.nn.reoptimise import Reoptimisation, reoptimise
+from convexbn.nn.to_module import GatedModule, to_module
 
 __all__ = [
     "ConvexLayer",

@@ -17,7 +17,7 @@ from torch import nn
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
-from convexbn.nn.tail import NO_OPS, leaves_of, numbers_of, read_layers, unwrapped
+from convexbn.nn.last_layers import NO_OPS, leaves_of, numbers_of, read_layers, unwrapped
 from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.layers import Layers
 from convexbn.program.output_check import output_error

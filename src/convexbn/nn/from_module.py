@@ -10,7 +10,7 @@ from torch import nn
 
 from convexbn._types import Float
 from convexbn.nn.convolution import from_convolutional, is_convolutional
-from convexbn.nn.tail import Tail, as_tensor, kind_of, read_tail
+from convexbn.nn.last_layers import Tail, as_tensor, kind_of, read_tail
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import probe_rows
 

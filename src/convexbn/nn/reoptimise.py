@@ -20,10 +20,10 @@ from torch import nn
 from convexbn._threads import solving
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
-from convexbn.nn.segment import Point, Segment
-from convexbn.nn.standing import Standing, Task
-from convexbn.nn.statistics import with_full_batch_statistics, without_momentum
-from convexbn.nn.tail import Tail, as_tensor, read_tail
+from convexbn.nn.batch_statistics import with_full_batch_statistics, without_momentum
+from convexbn.nn.evaluation import Standing, Task
+from convexbn.nn.interpolation import Point, Segment
+from convexbn.nn.last_layers import Tail, as_tensor, read_tail
 from convexbn.program.layers import Layers, convertible, rounded
 from convexbn.program.losses import LOSSES
 from convexbn.program.network import BatchNormNetwork

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from convexbn._types import Float, Index
-from convexbn.nn.statistics import outputs_of
+from convexbn.nn.batch_statistics import outputs_of
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, Loss
 from convexbn.training.trained_objective import TrainedLoss
