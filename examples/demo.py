@@ -19,8 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import convexbn
+from convexbn.cli.data_sources import read_source
 from convexbn.estimators.display import CertificateDisplay
-from convexbn.sources import read_source
 
 FOLDER = Path("demo")
 

@@ -23,9 +23,7 @@ LAYERS = [
     ["certificate", "solvers"],
     ["training"],
     ["estimators"],
-    ["progress", "nn"],
-    ["sources"],
-    ["report"],
+    ["nn"],
     ["cli"],
     ["__main__"],
 ]
@@ -118,7 +116,7 @@ def test_solvers_do_not_know_the_judge():
 def test_the_annex_is_imported_by_its_command_alone():
     for name, path in modules():
         annex = {module for module in imported(path) if module.startswith("convexbn_studies")}
-        assert not annex or name == "cli.reproducing", name
+        assert not annex or name == "cli.reproduce", name
         assert not annex & set(imported(path, everywhere=False)), name
 
 
@@ -127,11 +125,18 @@ def test_optional_packages_are_imported_inside_functions_alone():
         heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
         allowed = {"torch"} if group(name) in ("nn", "companions") else set()  # classes of theirs are modules of torch
         assert not heads & {*OPTIONAL, "rich", "joblib", "pandas", "polars"} - allowed, name
-    for name, path in modules():
-        if group(name) not in ("__init__", "cli", "__main__"):
-            continue
-        heads = {module.split(".")[0] for module in imported(path, everywhere=False) if module}
+
+
+def test_the_command_line_loads_what_a_command_needs_with_the_command():
+    files, seen, todo = dict(modules()), set(), ["__init__", "__main__", "cli"]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        found = set(imported(files[name], everywhere=False))
+        heads = {module.split(".")[0] for module in found}
         assert not heads & {"sklearn", "scipy", "numpy", "safetensors"}, name
+        todo += ({module.removeprefix("convexbn.") for module in found} & set(files)) - seen
+    assert {"cli.fit", "cli.options", "cli.output"} <= seen
 
 
 BLOCKED = """

@@ -14,7 +14,7 @@ import pytest
 
 import convexbn
 from convexbn import cli
-from convexbn.cli import fitting
+from convexbn.cli import fit
 from convexbn.files import model_file
 from convexbn.files.datasets import fashion_mnist
 
@@ -277,8 +277,8 @@ def test_an_unknown_gap_is_not_printed_as_zero():
     result = dict.fromkeys(KEYS) | {"status": "NUMERICAL", "scope": "these gates", "n_iter": 3, "seconds": 0.1}
     result |= {"n_neurons": 0, "rank": 2}
     for objective in (1.5, None):
-        text = fitting._summary(result | {"objective": objective, "train_score": objective}, "No valid bound.", "m")
-        assert "none held out" in text and "test score unknown" in fitting._summary(result, "", "m", held_out=True)
+        text = fit._summary(result | {"objective": objective, "train_score": objective}, "No valid bound.", "m")
+        assert "none held out" in text and "test score unknown" in fit._summary(result, "", "m", held_out=True)
         assert "relative gap 0" not in text and text.startswith("NUMERICAL")
 
 

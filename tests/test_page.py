@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, cli, fit_path
+from convexbn.cli.model_page import Subject, report
 from convexbn.files.html import MAX_PICTURE_BYTES, facts, page, paragraph, picture, styled, table, text
-from convexbn.report import Subject, report
 from convexbn_studies import Finding, Picture, Study
 from convexbn_studies.page import study_page
 from convexbn_studies.runner import Run

@@ -13,8 +13,8 @@ import pytest
 
 import convexbn_studies
 from convexbn import cli
+from convexbn.cli.progress_bar import counter
 from convexbn.files import model_file
-from convexbn.progress import counter
 from convexbn_studies import Finding, Study, data
 from convexbn_studies.page import study_page
 from convexbn_studies.runner import Run, check_needs

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from convexbn._version import __version__
-from convexbn.cli import fitting, judging, pathwise, predicting, reporting, reproducing
-from convexbn.cli.common import INTERRUPTED, TERMINATED, Terminated, say
+from convexbn.cli import certify, fit, path, predict, report, reproduce
+from convexbn.cli.output import INTERRUPTED, TERMINATED, Terminated, say
 
 __all__ = ["main"]
 
-_COMMANDS = (fitting, predicting, judging, pathwise, reproducing, reporting)
+_COMMANDS = (fit, predict, certify, path, reproduce, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from convexbn.cli.common import check_writable, feature_names
 from convexbn.cli.options import data_parser, file_parser
+from convexbn.cli.output import check_writable, feature_names
 
 
 def add_parser(commands: Any) -> None:
@@ -19,9 +19,9 @@ def add_parser(commands: Any) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """``convexbn predict``: one line a row of the data."""
+    from convexbn.cli.data_sources import read_source
     from convexbn.estimators import load
     from convexbn.files.model_file import write_atomically
-    from convexbn.sources import read_source
 
     if options.out is not None:
         check_writable(options.out)

@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from convexbn.cli.common import feature_names, number, quiet
 from convexbn.cli.options import LOSSES, data_parser, file_parser
+from convexbn.cli.output import feature_names, number, quiet
 
 _TORCH_LOSSES = ["MSELoss", "HuberLoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
 
@@ -48,8 +48,8 @@ def certify(options: argparse.Namespace) -> int:
 
 def _certify_model(options: argparse.Namespace) -> int:
     """Take the question from the file, recompute every answer from the data."""
+    from convexbn.cli.data_sources import read_source
     from convexbn.estimators import load
-    from convexbn.sources import read_source
 
     model = load(options.file)
     given = [f"--{name.replace('_', '-')}" for name in _QUESTION if getattr(options, name) is not None]
@@ -96,8 +96,8 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     """Take the layers from the file, the question from the options."""
     import numpy as np
 
+    from convexbn.cli.data_sources import read_source
     from convexbn.files.torch import read_checkpoint
-    from convexbn.sources import read_source
     from convexbn.training.audit import audit
     from convexbn.training.trained_objective import Objective, TrainedLoss, targets_of_labels
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.common import check_writable, feature_names, quiet
 from convexbn.cli.options import data_parser, file_parser
+from convexbn.cli.output import check_writable, feature_names, quiet
 
 
 def add_parser(commands: Any) -> None:
@@ -25,9 +25,9 @@ def add_parser(commands: Any) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """``convexbn report``: the certificate is recomputed, the page written in one step."""
+    from convexbn.cli.model_page import report as written
     from convexbn.estimators import load
     from convexbn.files.model_file import write_atomically
-    from convexbn.report import report as written
 
     out = options.out or str(Path(options.file).with_suffix(".html"))
     check_writable(out)
@@ -43,8 +43,8 @@ def report(options: argparse.Namespace) -> int:
 
 def _subject(model: Any, options: argparse.Namespace) -> Any:
     """Rows of the training, and those held out from it, judged again."""
-    from convexbn.report import Subject
-    from convexbn.sources import read_source
+    from convexbn.cli.data_sources import read_source
+    from convexbn.cli.model_page import Subject
 
     made = dict(getattr(model, "source_", {}))
     names = feature_names(model)

@@ -8,8 +8,8 @@ import sys
 import time
 from typing import Any
 
-from convexbn.cli.common import check_writable, number, quiet
 from convexbn.cli.options import auto_or_float, convolution, data_parser, huber_delta, network_parser, rank
+from convexbn.cli.output import check_writable, number, quiet
 
 
 def add_parser(commands: Any) -> None:
@@ -27,8 +27,8 @@ def add_parser(commands: Any) -> None:
 
 def fit(options: argparse.Namespace) -> int:
     """``convexbn fit``: train, judge, save."""
-    from convexbn.progress import reporter
-    from convexbn.sources import estimator_for, read_source
+    from convexbn.cli.data_sources import estimator_for, read_source
+    from convexbn.cli.progress_bar import reporter
 
     check_writable(options.out)
     source = read_source(options.data, options.target, data_home=options.data_home)

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.common import Terminated, check_writable, ending, number, say
 from convexbn.cli.options import convolution, data_parser, floats, huber_delta, network_parser, ranks
+from convexbn.cli.output import Terminated, check_writable, ending, number, say
 
 #: Pictures that can be drawn.
 _PICTURES = (".png", ".svg", ".pdf")
@@ -37,8 +37,8 @@ def add_parser(commands: Any) -> None:
 
 def path(options: argparse.Namespace) -> int:
     """``convexbn path``: one line a point, each certified; finished points outlive an interruption."""
+    from convexbn.cli.data_sources import estimator_for, read_source
     from convexbn.estimators.path import fit_path
-    from convexbn.sources import estimator_for, read_source
 
     _check_path_options(options)
     source = read_source(options.data, options.target, data_home=options.data_home)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.common import Terminated, ending, say
+from convexbn.cli.output import Terminated, ending, say
 
 #: Lines of a table that are printed.
 _LINES = 60
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 def reproduce(options: argparse.Namespace) -> int:
     """``convexbn reproduce``: finished cells outlive an interruption; the same command goes on from them."""
-    from convexbn.progress import counter
+    from convexbn.cli.progress_bar import counter
     from convexbn_studies import study
     from convexbn_studies.runner import Run, check_needs
 
