@@ -1,4 +1,4 @@
-"""Array types in signatures."""
+"""Array types in signatures, and the machine epsilon of float64."""
 
 from __future__ import annotations
 
@@ -11,3 +11,5 @@ Float: TypeAlias = NDArray[np.float64]
 FloatMatrix: TypeAlias = NDArray[Any]
 Bool: TypeAlias = NDArray[np.bool_]
 Index: TypeAlias = NDArray[np.intp]
+
+EPS = float(np.finfo(np.float64).eps)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import Float
+from convexbn._types import EPS, Float
 from convexbn.program.network import BatchNormNetwork
 from convexbn_studies import drawing
 from convexbn_studies.data import draw, planted
@@ -115,9 +115,8 @@ class _Judge:
         from convexbn.program.losses import SquaredLoss
         from convexbn.training.training_set import TrainingSet
 
-        eps = float(np.finfo(np.float64).eps)
         self.data = TrainingSet.prepare(
-            X, Y, np.ones(len(X)), loss=SquaredLoss, rank=None, input_eps=eps, merge_features=True
+            X, Y, np.ones(len(X)), loss=SquaredLoss, rank=None, input_eps=EPS, merge_features=True
         )
         rows, self.weight_decay = self.data.whitening.rows, weight_decay
         self.patterns = AllPatterns(self.data.loss, rows, weight_decay, directions=rows[:0], deadline=0.0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convexbn._types import Bool, Float
+from convexbn._types import EPS, Bool, Float
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.base import Budget, Progress
@@ -108,8 +108,7 @@ def pictures(rows: list[Row]) -> list[Picture]:
 def _instance(name: str) -> _Instance:
     n, d, count, fraction = _PROGRAMS[name]
     X, Y = planted(n, d, seed=0, neurons=10 if count or d > 2 else 5)
-    eps = float(np.finfo(np.float64).eps)
-    data = TrainingSet.prepare(X, Y, np.ones(n), loss=SquaredLoss, rank=None, input_eps=eps, merge_features=True)
+    data = TrainingSet.prepare(X, Y, np.ones(n), loss=SquaredLoss, rank=None, input_eps=EPS, merge_features=True)
     X, Y, rows = np.asarray(data.X), data.loss.targets, data.whitening.rows
     gates = np.random.default_rng(1).standard_normal((rows.shape[1], max(count, 1)))
     instance = _Instance(X, Y, rows, gates, rows @ gates >= 0, 1.0)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import Float
+from convexbn._types import EPS, Float
 from convexbn.bounds import cones
-from convexbn.bounds.bound import EPS, Bound, unit_scale
+from convexbn.bounds.bound import Bound
 from convexbn.bounds.circle import plane
 from convexbn.bounds.local_search import ascend, hidden_norms, normalise
 from convexbn.bounds.node_queue import Frontier, Nodes
+from convexbn.data.scaling import unit_scale
 
 #: Largest rank that is tried: the cones needed for a fixed accuracy grow geometrically with it.
 MAX_RANK = 8

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import Float
-from convexbn.bounds.bound import EPS
+from convexbn._types import EPS, Float
 from convexbn.bounds.local_search import hidden_norms
 
 _BLOCK = 512

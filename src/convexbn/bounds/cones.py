@@ -29,8 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import Bool, Float, Index
-from convexbn.bounds.bound import EPS
+from convexbn._types import EPS, Bool, Float, Index
 from convexbn.bounds.local_search import normalise
 
 #: Values ``a_i'g_j`` below this are zero: a generator placed on a hyperplane lies on it.

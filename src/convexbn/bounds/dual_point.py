@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.bounds.bound import Bound, unit_scale
+from convexbn.bounds.bound import Bound
 from convexbn.bounds.relaxation import Relaxed, bound_at, minimise, relaxation, smoothed
+from convexbn.data.scaling import unit_scale
 
 #: Smoothing of the trust-region problems and of the larger of the two signs, relative, from coarse to fine.
 _SMOOTHING = (1e-2, 1e-3, 1e-4)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from convexbn._types import Bool, Float
-from convexbn.bounds.bound import EPS, Bound, unit_scale
+from convexbn._types import EPS, Bool, Float
+from convexbn.bounds.bound import Bound
 from convexbn.bounds.local_search import concave_maximiser, hidden_norms, normalise
+from convexbn.data.scaling import unit_scale
 from convexbn.program.arrangement import count_bound, enumerate_patterns, row_keys
 
 #: Entries of the table of patterns in three dimensions, of half the size in each further one: more take over a second.

@@ -16,9 +16,10 @@ import time
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float
-from convexbn.bounds.bound import EPS, Bound, unit_scale
+from convexbn._types import EPS, Float
+from convexbn.bounds.bound import Bound
 from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
+from convexbn.data.scaling import unit_scale
 
 #: A bound is evaluated every so many iterations.
 CHECK_EVERY = 25

@@ -19,10 +19,11 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float
-from convexbn.bounds.bound import Bound, unit_scale
+from convexbn.bounds.bound import Bound
 from convexbn.bounds.dual_point import DualPoint, dual_value, rescaled
 from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION
 from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
+from convexbn.data.scaling import unit_scale
 
 
 def lifted_dual_point(

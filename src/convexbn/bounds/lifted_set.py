@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import Float
-from convexbn.bounds.bound import EPS
+from convexbn._types import EPS, Float
 
 #: What a column's norm may lack in quadrature and is not completed; a shorter column is valid, only less tight.
 _COMPLETE = 1e-6

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.bounds.bound import unit_scale
+from convexbn.data.scaling import unit_scale
 
 _FIXED_POINT_STEPS = 4
 _SAME_DIRECTION = 1 - 1e-4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import Float
-from convexbn.bounds.bound import EPS, unit_scale
+from convexbn._types import EPS, Float
+from convexbn.data.scaling import unit_scale
 
 #: Different directions up to which the Perron bound is computed: its matrix is square in them.
 _PERRON_ROWS = 2000

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.optimize
 
-from convexbn._types import Bool, Float
+from convexbn._types import EPS, Bool, Float
 from convexbn.bounds import trust_region
-from convexbn.bounds.bound import EPS, Bound, unit_scale
+from convexbn.bounds.bound import Bound
+from convexbn.data.scaling import unit_scale
 
 #: Smoothing of the trust-region problem, relative to the norm of v, from coarse to fine.
 _SMOOTHING = (1e-2, 1e-3, 1e-4)

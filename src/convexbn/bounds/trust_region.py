@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float
-from convexbn.bounds.bound import EPS
+from convexbn._types import EPS, Float
 
 
 @dataclass(frozen=True)

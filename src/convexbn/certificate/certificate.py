@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convexbn._types import Bool, Float, FloatMatrix, Index
+from convexbn._types import EPS, Bool, Float, FloatMatrix, Index
 from convexbn.certificate.dual_bounds import AllPatterns, Evidence
 from convexbn.certificate.status import Status, restriction_to, sentence_of, status_of, told_apart
 from convexbn.data.preactivations import Responses
@@ -23,7 +23,6 @@ from convexbn.program.losses import Loss
 from convexbn.program.pooled_loss import PooledLoss
 from convexbn.program.relu import relu_outputs
 
-_EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (np.sqrt(5) - 1) / 2
 
 #: Steps of a golden section: the interval shrinks by 1e-10.
@@ -316,9 +315,9 @@ def judge(
             found = lower_bound(loss, point.dual, point.bound, weight_decay)
             if found > lower:
                 lower, bound = found, point.name
-                floor = point.rounding / max(point.bound, weight_decay) + 64 * _EPS
+                floor = point.rounding / max(point.bound, weight_decay) + 64 * EPS
             at_zero = penalty == 0 and np.array_equal(point.dual, dual)
-            trivial |= at_zero and point.bound - point.rounding <= weight_decay * (1 + 64 * _EPS)
+            trivial |= at_zero and point.bound - point.rounding <= weight_decay * (1 + 64 * EPS)
             if objective - lower <= tolerance * objective:
                 break
         if estimate is not None and objective - lower <= tolerance * objective:

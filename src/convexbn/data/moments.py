@@ -17,7 +17,7 @@ import numpy as np
 from scipy.linalg import blas
 
 from convexbn._threads import numpy_alone
-from convexbn._types import Bool, Float, FloatMatrix
+from convexbn._types import EPS, Bool, Float, FloatMatrix
 from convexbn.data.scaling import times_power
 
 #: Bytes of a block of rows in float64. It stays in the cache while it is centred and multiplied; 64 MB took up to six
@@ -36,7 +36,6 @@ _INTEGER_ENTRIES, _INTEGER_ROWS = 1 << 18, 1024
 
 #: Columns up to which two threads of scipy's BLAS lose more with one another than they win.
 _NARROW = 256
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def moments(X: FloatMatrix, weights: Float) -> Moments:
             exact = gram - np.outer(sums.astype(_EXTENDED), sums.astype(_EXTENDED)) / _EXTENDED(total)
         gram -= np.outer(sums, shift)
         # beyond the deviation a centre costs digits: rows that are sorted are read again
-        near = shift**2 <= np.maximum(gram.diagonal(), 0) / total + (8 * _EPS * centre) ** 2
+        near = shift**2 <= np.maximum(gram.diagonal(), 0) / total + (8 * EPS * centre) ** 2
         if integers or near.all():
             return Moments(centre + shift, gram, low < high, exponents, exact)
         centre = centre + shift

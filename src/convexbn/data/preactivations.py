@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import EPS, Float, FloatMatrix
 from convexbn.data.moments import Moments, blocks, moments
 from convexbn.data.row_matrix import MappedRows, is_mapped
 from convexbn.data.scaling import times_power
@@ -29,7 +29,6 @@ _BLOCK_ROWS = 4096
 
 #: Multiple of the machine epsilon, relative to a column, by which the basis may miss it.
 _MISSED = 16.0
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _spanned(weight: Float, rank: int | None) -> tuple[Float, Float]:
         span = scipy.linalg.qr(weight @ draws, mode="economic", check_finite=False)[0]
         coefficients = span.T @ weight
         missed = np.linalg.norm(weight - span @ coefficients, axis=0)
-        if np.all(missed <= _MISSED * np.sqrt(d) * _EPS * np.linalg.norm(weight, axis=0)):
+        if np.all(missed <= _MISSED * np.sqrt(d) * EPS * np.linalg.norm(weight, axis=0)):
             return span, coefficients
     return (weight, np.eye(m)) if m <= d else (np.eye(d), weight)
 

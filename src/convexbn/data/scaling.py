@@ -24,3 +24,26 @@ def times_power(array: FloatMatrix, exponents: Index | int) -> Float:
     if not np.any(exponents):
         return array
     return array * np.ldexp(1.0, exponents)
+
+
+def centre(X: FloatMatrix, mean: Float) -> tuple[Float, int]:
+    """Return ``(X - mean) / 2^e`` in float64 and the exponent ``e``, 0 unless the difference could overflow."""
+    X, exponent = np.asarray(X, dtype=np.float64), _headroom(X, mean)
+    if exponent:
+        return np.ldexp(X, -exponent) - np.ldexp(mean, -exponent), exponent
+    return X - mean, exponent
+
+
+def _headroom(X: FloatMatrix, mean: Float) -> int:
+    """Exponent to take off before a difference that could overflow, else 0."""
+    edges = X.min(initial=0), X.max(initial=0), mean.min(initial=0), mean.max(initial=0)
+    return 16 if max(abs(float(edge)) for edge in edges) > 2.0**1007 else 0
+
+
+def unit_scale(V: Float) -> float:
+    """Power of two that brings the largest entry of ``V`` into [1/2, 1]; 1 for a zero matrix.
+
+    The maximum is homogeneous in ``V``, so that this scaling is exact and keeps squares from overflow and underflow.
+    """
+    peak = float(np.abs(V).max(initial=0.0))
+    return float(np.ldexp(1.0, max(int(np.frexp(peak)[1]), -1000))) if peak > 0 else 1.0

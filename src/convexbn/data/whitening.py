@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import EPS, Float, FloatMatrix
 from convexbn.data.gram import RESOLVED, basis_of, projection_of, rank_of_standardised, spectrum
 from convexbn.data.moments import blocks, moments
 from convexbn.data.row_matrix import MappedRows, is_mapped
-from convexbn.data.scaling import times_power
+from convexbn.data.scaling import centre, times_power
 
 #: Rows a block in the tall QR: one block costs well under a second, so that Ctrl-C is answered.
 BLOCK_ROWS = 4096
@@ -132,20 +132,6 @@ class Whitening:
         return products
 
 
-def centre(X: FloatMatrix, mean: Float) -> tuple[Float, int]:
-    """Return ``(X - mean) / 2^e`` in float64 and the exponent ``e``, 0 unless the difference could overflow."""
-    X, exponent = np.asarray(X, dtype=np.float64), _headroom(X, mean)
-    if exponent:
-        return np.ldexp(X, -exponent) - np.ldexp(mean, -exponent), exponent
-    return X - mean, exponent
-
-
-def _headroom(X: FloatMatrix, mean: Float) -> int:
-    """Exponent to take off before a difference that could overflow, else 0."""
-    edges = X.min(initial=0), X.max(initial=0), mean.min(initial=0), mean.max(initial=0)
-    return 16 if max(abs(float(edge)) for edge in edges) > 2.0**1007 else 0
-
-
 @np.errstate(all="ignore")
 def whiten(
     X: FloatMatrix,
@@ -153,7 +139,7 @@ def whiten(
     *,
     rank: int | float | None = None,
     spectral_filter: float | None = None,
-    input_eps: float = float(np.finfo(np.float64).eps),
+    input_eps: float = EPS,
 ) -> Whitening:
     """Whiten training data in float64: a QR of ``[1, X]`` and an SVD of its triangle.
 

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import EPS, Float, FloatMatrix
 
 
 def checked_data(
@@ -32,7 +32,7 @@ def checked_data(
         estimator, X, y, reset=reset, ensure_min_samples=2,
         multi_output=numeric_targets, y_numeric=numeric_targets,
     )  # fmt: skip
-    input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else float(np.finfo(float).eps)
+    input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else EPS
     X = _at_most_float64(X)
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if not np.any(weights > 0):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import Bool, Float, Index
+from convexbn._types import EPS, Bool, Float, Index
 from convexbn.program.losses import Loss
 
 #: Entries of the row-wise products held at once: 4 MB in float64, 2 MB in float32.
@@ -132,7 +132,7 @@ class GatedProgram:
         """What rounding may take from a norm of ``correlations(dual)`` in float64."""
         n, q = self.rows.shape
         scaled = np.linalg.norm(dual / np.sqrt(self.loss.weights)[:, None])
-        return float((n + q + 4) * np.finfo(np.float64).eps * np.sqrt(q) * scaled)
+        return float((n + q + 4) * EPS * np.sqrt(q) * scaled)
 
     def max_weight_decay(self) -> float:
         """Smallest weight decay at which the zero network is optimal: ``max_i ||A' D_i V0||``, exact."""

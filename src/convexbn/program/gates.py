@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import Bool, Float, FloatMatrix, Index
-from convexbn.data.whitening import Whitening, centre
+from convexbn._types import EPS, Bool, Float, FloatMatrix, Index
+from convexbn.data.scaling import centre
+from convexbn.data.whitening import Whitening
 
 #: Responses held at once.
 _BLOCK_ENTRIES = 1 << 20
-_EPS = float(np.finfo(np.float64).eps)
 
 
 def sample_gates(
@@ -89,7 +89,7 @@ def _settle_ties(response: Float, centred: Float, gates: Float, thresholds: Floa
     """Sum again, in a fixed order, the responses that rounding could push across zero."""
     peak = np.abs(centred).max(axis=1, initial=0.0)
     reach = peak * np.sqrt(centred.shape[1])  # bounds the norm of the row
-    doubtful = np.abs(response) <= 8 * len(gates) * _EPS * (reach[:, None] * lengths + np.abs(thresholds))
+    doubtful = np.abs(response) <= 8 * len(gates) * EPS * (reach[:, None] * lengths + np.abs(thresholds))
     rows, columns = np.nonzero(doubtful)
     step = max(1, _BLOCK_ENTRIES // len(gates))
     for start in range(0, len(rows), step):

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import DTypeLike
 
-from convexbn._types import Float
+from convexbn._types import EPS, Float
 from convexbn.data.pooling import Pooling
 from convexbn.program.network import BatchNormNetwork
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +123,7 @@ class Layers:
         mean = X.mean(axis=0)
         mean += (X - mean).mean(axis=0)  # an offset leaves a mean behind: centre twice
         deviation = ((X - mean) @ self.weight).std(axis=0)
-        rounding = 8 * _EPS * (np.abs(X).max(axis=0) @ np.abs(self.weight))
+        rounding = 8 * EPS * (np.abs(X).max(axis=0) @ np.abs(self.weight))
         return mean, np.where(deviation > rounding, deviation, 0.0)
 
     def _network(self, mean: Float, deviation: Float, n: float) -> BatchNormNetwork:

@@ -14,12 +14,10 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
-from convexbn._types import Float, FloatMatrix, Index
-
-_EPS = float(np.finfo(np.float64).eps)
+from convexbn._types import EPS, Float, FloatMatrix, Index
 
 #: What a dual variable may lie outside its domain by rounding alone.
-_ROUNDING = 64 * _EPS
+_ROUNDING = 64 * EPS
 
 
 @dataclass(frozen=True)
@@ -348,7 +346,7 @@ def _sum_downwards(terms: Float, sizes: Float | None = None) -> float:
 
     ``sizes`` are those of what was subtracted in a term, where that may be more than the term itself.
     """
-    slack = _EPS * (32 + np.log2(max(terms.size, 1)))
+    slack = EPS * (32 + np.log2(max(terms.size, 1)))
     return float(terms.sum() - slack * (np.abs(terms) if sizes is None else sizes).sum())
 
 
@@ -361,8 +359,8 @@ def _entropy_downwards(y: Float, q: Float) -> Float:
     p = y - q
     live = p > 0
     logarithm = np.where(y == 1, np.log1p(-np.where(live, q, 0.0)), np.log(np.where(live, p, 1.0)))
-    doubt = np.where(y == 0, 0.0, np.where(y == 1, np.abs(q), 1.0)) * _EPS
-    terms: Float = np.where(live, -p * logarithm, 0.0) - doubt * (2 - np.maximum(logarithm, np.log(_EPS)))
+    doubt = np.where(y == 0, 0.0, np.where(y == 1, np.abs(q), 1.0)) * EPS
+    terms: Float = np.where(live, -p * logarithm, 0.0) - doubt * (2 - np.maximum(logarithm, np.log(EPS)))
     return terms
 
 

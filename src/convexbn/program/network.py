@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import Float, FloatMatrix, Index
-from convexbn.data.scaling import times_power
-from convexbn.data.whitening import Whitening, centre
+from convexbn._types import EPS, Float, FloatMatrix, Index
+from convexbn.data.scaling import centre, times_power
+from convexbn.data.whitening import Whitening
 from convexbn.program.gates import distinct_gates, gate_patterns
 
 #: Hidden activations held at once when predicting (rows times neurons).
@@ -137,7 +137,7 @@ class BatchNormNetwork:
     ) -> BatchNormNetwork:
         """Gated network of blocks ``S_i`` (m', q, K): ``rank(S_i)`` neurons each, by its SVD."""
         left, values, right = np.linalg.svd(blocks, full_matrices=False)
-        cut = np.finfo(np.float64).eps * max(blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
+        cut = EPS * max(blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
         block, atom = np.nonzero((values > cut) & (values > 0))
         root = np.sqrt(values[block, atom])[:, None]
         plain = cls.from_neurons(whitening, (root * left[block, :, atom]).T, root * right[block, atom])

@@ -15,11 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from convexbn._types import Float, Index
+from convexbn._types import EPS, Float, Index
 from convexbn.program.gauss_newton import half_hessian, in_the_bias
 from convexbn.program.losses import Loss
-
-_EPS = float(np.finfo(np.float64).eps)
 
 #: Newton's method stops long before, or no bias is best: a class without rows drives its bias to infinity.
 _MOST_STEPS = 60
@@ -73,8 +71,8 @@ class WithOutputBias(Loss):
         """``D(V) - ||1'V||^2 / (2 decay)``; ``-inf`` where a bias without decay could lower the loss for ever."""
         total = dual.sum(axis=0)
         if self.decay > 0:
-            return self.inner.dual_value(dual) - float(total @ total) / (2 * self.decay) * (1 + 8 * _EPS)
-        rounding = (32 + len(dual)) * _EPS * np.abs(dual).sum()
+            return self.inner.dual_value(dual) - float(total @ total) / (2 * self.decay) * (1 + 8 * EPS)
+        rounding = (32 + len(dual)) * EPS * np.abs(dual).sum()
         return self.inner.dual_value(dual) if np.abs(total).max() <= rounding else -np.inf
 
     def of_rows(self, part: Index | slice) -> WithOutputBias:
@@ -99,10 +97,10 @@ class WithOutputBias(Loss):
                 ahead = np.diag(slope / self.weights.sum())[straight]
                 step = np.sum([self._far(outputs, bias, one) for one in ahead], axis=0)
             # where the value no longer tells, the slope still does
-            while (following := self._value(outputs, bias + step)) > value + 4 * _EPS * abs(value):
+            while (following := self._value(outputs, bias + step)) > value + 4 * EPS * abs(value):
                 step = 0.5 * step
             bias, value = bias + step, following
-            if np.abs(step).max() <= 4 * _EPS * (1 + np.abs(bias).max()):
+            if np.abs(step).max() <= 4 * EPS * (1 + np.abs(bias).max()):
                 break
         self.recent[:] = np.nan_to_num(bias)
         return bias

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import Bool, Float, FloatMatrix, Index
+from convexbn._types import EPS, Bool, Float, FloatMatrix, Index
 from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.losses import Loss
 from convexbn.program.pooled_loss import PooledLoss
@@ -136,7 +136,7 @@ class PooledProgram(GatedProgram):
         n, _, width = self.features.shape
         terms = n + self.pooled_loss.pooling.n_locations + width + 4
         scaled = np.linalg.norm(dual / np.sqrt(self.loss.weights)[:, None]) * self.pooled_loss.pooling.norm
-        return float(terms * np.finfo(np.float64).eps * np.sqrt(width) * scaled)
+        return float(terms * EPS * np.sqrt(width) * scaled)
 
 
 def _pooled(rows: Float, patterns: Bool, loss: PooledLoss) -> Float:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import Bool, Float, FloatMatrix
-from convexbn.data.whitening import Whitening, centre
-
-_EPS = float(np.finfo(np.float64).eps)
+from convexbn._types import EPS, Bool, Float, FloatMatrix
+from convexbn.data.scaling import centre
+from convexbn.data.whitening import Whitening
 
 
 def nearest_directions(X: FloatMatrix, whitening: Whitening, weights: Float, gates: Float, offsets: Float) -> Float:
@@ -61,7 +60,7 @@ def _off_the_rows(rows: Float, opened: Bool, directions: Float) -> Float:
 def _opens_exactly(unit: Float, opened: Bool, directions: Float) -> Bool:
     """Whether the directions open on the patterns by more than rounding."""
     images = np.where(opened, 1.0, -1.0) * (unit @ directions)
-    exact: Bool = images.min(axis=0) > 8 * _EPS * np.linalg.norm(directions, axis=0)
+    exact: Bool = images.min(axis=0) > 8 * EPS * np.linalg.norm(directions, axis=0)
     return exact
 
 

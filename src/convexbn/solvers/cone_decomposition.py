@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import Bool, Float
+from convexbn._types import EPS, Bool, Float
 
 #: Responses of unit rows to a unit vector that count as zero.
 _ROUNDING = 1e-13
 
 #: Slacks held at once.
 _BLOCK_ENTRIES = 1 << 17
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @np.errstate(all="ignore")
@@ -145,7 +143,7 @@ class _Iterate:
             scaled = np.sqrt(self.multiplier[j] / self.slack[j])[:, None] * self.unit
             matrices[j] += scaled.T @ scaled
         # where few rows hold the point, their ratios drown the rest of the matrix
-        matrices += _EPS * np.trace(matrices, axis1=1, axis2=2)[:, None, None] * np.eye(q)
+        matrices += EPS * np.trace(matrices, axis1=1, axis2=2)[:, None, None] * np.eye(q)
         return matrices
 
     def _direction(self, newton: Float, products: Float) -> tuple[Float, Float, Float]:

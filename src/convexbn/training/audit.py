@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from convexbn._threads import solving
-from convexbn._types import Float
+from convexbn._types import EPS, Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status, status_of
 from convexbn.data.convolution import Convolution
@@ -31,8 +31,6 @@ from convexbn.training.fit import Fit, certify, fit_relu
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.trained_objective import Objective
 from convexbn.training.training_set import TrainingSet
-
-_EPS = float(np.finfo(np.float64).eps)
 
 #: Share of the time for training the network's own neurons on.
 _FURTHER_SHARE = 0.2
@@ -196,7 +194,7 @@ class _Case:
         loss = objective.loss
         data = TrainingSet.prepare(
             X, loss.targets, np.ones(len(X)),
-            loss=loss.kind, rank=None, input_eps=_EPS, merge_features=True, convolution=convolution,
+            loss=loss.kind, rank=None, input_eps=EPS, merge_features=True, convolution=convolution,
         )  # fmt: skip
         if batch.output_bias.any():
             data = replace(data, loss=WithOutputBias.of(data.loss, objective.bias_decay))

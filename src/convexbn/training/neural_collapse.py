@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import Float, FloatMatrix, Index
+from convexbn._types import EPS, Float, FloatMatrix, Index
 from convexbn.program.losses import LOSSES
 from convexbn.solvers.closed_form import solve_full_rank
 
@@ -160,7 +160,7 @@ def _checked_labels(features: Float, labels: np.ndarray, classifier: Float) -> I
 def _within_class(deviations: Float, centred: Float) -> float:
     """``trace(S_W pinv(S_B)) / K`` with ``S_W = deviations' deviations`` and ``S_B = centred' centred / K``."""
     left, values, right = np.linalg.svd(centred / np.sqrt(len(centred)), full_matrices=False)
-    live = values > len(centred) * np.finfo(np.float64).eps * values.max(initial=0.0)
+    live = values > len(centred) * EPS * values.max(initial=0.0)
     if not live.any():
         return float("nan")
     return float(np.sum((deviations @ right[live].T / values[live]) ** 2) / len(left))

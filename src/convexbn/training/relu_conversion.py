@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import Float, Index
+from convexbn._types import EPS, Float, Index
 from convexbn.certificate.certificate import Certificate
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import Whitening
@@ -29,8 +29,6 @@ from convexbn.solvers.cone_decomposition import difference_in_cones
 from convexbn.solvers.relu.column_generation import Neurons
 from convexbn.training.fit import certify, fit_gated
 from convexbn.training.training_set import TrainingSet
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +178,7 @@ class _Blocks:
     def split(self) -> Neurons:
         """Two ReLU neurons an atom of every block."""
         left, values, right = np.linalg.svd(self.blocks, full_matrices=False)
-        cut = _EPS * max(self.blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
+        cut = EPS * max(self.blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
         block, atom = np.nonzero((values > cut) & (values > 0))
         vectors, output = values[block, atom][:, None] * left[block, :, atom], right[block, atom]
         positive, negative = difference_in_cones(self.program.rows, self.program.patterns.T[block], vectors)
