@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from convexbn.data import row_matrix
+from convexbn.data import qr, row_matrix
 from convexbn.data import whitening as whitening_module
 from convexbn.data.convolution import Convolution
 from convexbn.data.geometry import Geometry
@@ -133,9 +133,9 @@ def test_patches_are_whitened_in_blocks_as_the_matrix_that_they_stand_for(dtype,
     X, weights = PatchMatrix(images, geometry), np.repeat(rng.integers(1, 3, 150), 81).astype(float)
     found = whiten(X, weights, **settings)
     assert isinstance(found.rows, MappedRows) is not kept
-    expected = whitening_module._by_qr(
-        np.asarray(X, dtype=np.float64), weights, settings.get("rank"), settings.get("spectral_filter"), 2.0**-52
-    )
+    dense = np.asarray(X, dtype=np.float64)
+    directions = qr.by_qr(dense, weights, settings.get("rank"), settings.get("spectral_filter"), 2.0**-52)
+    expected = whitening_module._filtered(dense, *directions)
     rows = found.rows[:]
     gram = rows.T @ (weights[:, None] * rows)
     np.testing.assert_allclose(gram, np.diag(np.append(found.filter, 1.0) ** 2), atol=1e-10)

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
 from convexbn.cli import main
-from convexbn.data import moments, row_matrix, whitening
+from convexbn.data import moments, qr, row_matrix
 from convexbn.data.patches import PatchMatrix
 from convexbn.estimators.display import SpectrumDisplay
 from convexbn.files.datasets import digits
@@ -200,7 +200,7 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, d
     layer = Convolution(3, regions=2, pooling=pooling, input_shape=(8, 8, 1))
     noise = np.random.default_rng(0).standard_normal((40, 8, 8, 1))
     X, y = np.abs(10 * (images[0][:40] + noise)).astype(dtype), images[1][:40]
-    monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
+    monkeypatch.setattr(qr, "BLOCK_ROWS", 256)
     settings = {"activation": "relu", "loss": "cross_entropy", "weight_decay": 3.0, "rank": 9, "width": 16}
     models = []
     for entries in (row_matrix._KEPT_ENTRIES, 1000):
@@ -222,7 +222,7 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
     read = PatchMatrix.of_images
     monkeypatch.setattr(PatchMatrix, "of_images", lambda self, i: (reads.append(len(found := read(self, i))), found)[1])
     monkeypatch.setattr(moments, "BLOCK_BYTES", 1)  # what a first mean is taken of
-    monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
+    monkeypatch.setattr(qr, "BLOCK_ROWS", 256)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
     epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
@@ -236,7 +236,7 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
 
 def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):
     X, y = images[0][:40] + np.random.default_rng(0).standard_normal((40, 8, 8, 1)), images[1][:40]
-    monkeypatch.setattr(whitening, "BLOCK_ROWS", 256)
+    monkeypatch.setattr(qr, "BLOCK_ROWS", 256)
     settings = {"layer": Convolution(3, regions=2), "n_gates": 4, "rank": 5, "gates": "data", "max_iter": 30}
     kept = fitted((X, y), **settings)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)

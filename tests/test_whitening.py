@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from convexbn.data import whitening
+from convexbn.data import qr
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import whiten
 from instances import EPS, THRESHOLD, conditioned, residual
@@ -435,7 +435,7 @@ def test_blocks_of_rows_give_the_same(monkeypatch, n, weighted):
     weights = np.random.default_rng(0).uniform(0.1, 3, n) if weighted else None
     X = normal(n, 5) @ np.diag(np.geomspace(1, 1e-6, 5)) + 2
     plain = whiten(X, weights)
-    monkeypatch.setattr(whitening, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(qr, "BLOCK_ROWS", 16)
     blocked = whiten(X, weights)
     assert departure(blocked, weights) < THRESHOLD
     assert residual(projector(blocked, weights) - projector(plain, weights), n, 1e2) < THRESHOLD

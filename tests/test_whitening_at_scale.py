@@ -117,7 +117,7 @@ def test_top_directions_are_those_of_the_dense_svd(dtype, kind, k):
 def test_both_ways_of_whitening_agree(settings, monkeypatch):
     X = images()
     by_gram = whiten(X, **settings)
-    monkeypatch.setattr("convexbn.data.whitening.BLOCK_ROWS", N)
+    monkeypatch.setattr("convexbn.data.qr.BLOCK_ROWS", N)
     by_qr = whiten(X, **settings)
     assert by_gram.departure is not None and by_qr.departure is None
     assert by_gram.rank == by_qr.rank and by_gram.numerical_rank == by_qr.numerical_rank == D - 1

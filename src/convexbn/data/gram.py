@@ -1,4 +1,4 @@
-"""Orthonormal basis of the centred columns of many rows by their Gram matrix, checked and corrected.
+"""Whitening of many rows by the Gram matrix of their centred columns, checked and corrected.
 
 An eigendecomposition of the Gram matrix resolves singular values down to the square root of the machine epsilon,
 relative to the largest, at ``n d^2`` flops in matrix products. Where that is enough the basis ``(X - mean) V S^{-1}``
@@ -16,10 +16,16 @@ import scipy.linalg
 from scipy.linalg import lapack
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.data.moments import Moments, blocks, weighted_sums
+from convexbn.data.columns import Columns
+from convexbn.data.moments import Moments, blocks, moments, weighted_sums
+from convexbn.data.row_matrix import is_mapped
+from convexbn.data.spectrum import Directions, kept_filter
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10
+
+#: Binary exponents of columns up to which their squares are far from overflow and underflow.
+_ORDINARY = 300
 
 #: Departure from orthonormality (Frobenius norm of ``A'A - I``) that is left alone, and that one correction removes.
 _ORTHONORMAL, _CORRECTABLE = 1e-11, 1e-3
@@ -40,6 +46,53 @@ class Basis(NamedTuple):
     rows: Float | None
     projection: Float
     departure: float
+
+
+def by_gram(
+    X: FloatMatrix, weights: Float, rank: int | float | None, spectral_filter: float | None, input_eps: float
+) -> tuple[Columns, Directions] | None:
+    """Statistics and directions of rows read in blocks; None where the Gram matrix does not resolve the latter.
+
+    Parameters
+    ----------
+    X : matrix (n, d)
+        Of any real type.
+    weights : ndarray (n,)
+        Positive sample weights.
+    rank, spectral_filter, input_eps
+        As in ``whiten``.
+    """
+    found = moments(X, weights)
+    norms = np.sqrt(np.maximum(found.gram.diagonal(), 0))
+    columns = Columns.measure(found.mean, norms, found.varies, found.exponents, float(weights.sum()), input_eps)
+    kept, exponents = columns.kept, found.exponents[columns.kept]
+    gram, norms = found.gram[np.ix_(kept, kept)], norms[kept]
+    if np.abs(exponents).max() > _ORDINARY:
+        return None
+    r = rank_of_standardised(gram, norms)
+    if rank is None and spectral_filter is None:
+        if r is None:
+            return None
+        values, directions = spectrum(gram / norms / norms[:, None], len)
+        back, phi = directions / values / norms[:, None], np.ones(r)
+        back = np.ldexp(back, -exponents[:, None])
+    else:
+        scaled = np.ldexp(gram, exponents + exponents[:, None])
+        values, directions = spectrum(scaled, lambda s: len(kept_filter(s, len(s), rank, spectral_filter)))
+        phi = kept_filter(values, len(values), rank, spectral_filter)
+        resolved = int(np.count_nonzero(values**2 > RESOLVED * values[0] ** 2))
+        if len(phi) + (r is None) > resolved:  # also: is there anything beyond?
+            return None
+        r, directions = r or resolved, directions[:, : len(phi)]
+        back = directions / values[: len(phi)]
+    projection = columns.padded(back)
+    if is_mapped(X, len(phi)):
+        basis = projection_of(X, weights, found, projection)
+    else:
+        basis = basis_of(X, weights, np.ldexp(found.mean, found.exponents), projection)
+    if basis is None:
+        return None
+    return columns, Directions(basis.rows, basis.projection[kept], directions, values, phi, r, basis.departure)
 
 
 def rank_of_standardised(gram: Float, norms: Float) -> int | None:

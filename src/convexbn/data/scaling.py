@@ -47,3 +47,9 @@ def unit_scale(V: Float) -> float:
     """
     peak = float(np.abs(V).max(initial=0.0))
     return float(np.ldexp(1.0, max(int(np.frexp(peak)[1]), -1000))) if peak > 0 else 1.0
+
+
+def unit_columns(X: FloatMatrix) -> tuple[Float, Index]:
+    """Scale each column by a power of two into [-1, 1]: exact, and safe from overflow and underflow."""
+    exponents = np.frexp(np.abs(X).max(axis=0))[1]
+    return times_power(X, -exponents), exponents

@@ -1,0 +1,72 @@
+"""Which singular directions are kept: the numerical rank, ``rank`` and the spectral filter."""
+
+from __future__ import annotations
+
+import warnings
+from numbers import Integral
+from typing import NamedTuple
+
+import numpy as np
+
+from convexbn._types import Float
+
+#: Directions that the spectral filter shrinks below this are left out, as a truncation.
+FAINTEST = 2.0**-26
+
+
+class Directions(NamedTuple):
+    """Singular directions that are kept, before the filter: orthonormal columns ``(X - mean) back`` of the rows.
+
+    Attributes
+    ----------
+    rows : ndarray (n, k + 1) or None
+        These columns, and room for the constant one; None where they are computed on access.
+    back : ndarray (d', k)
+        For the ``d'`` columns of ``X`` that vary.
+    vectors : ndarray (d', k)
+        Right singular vectors.
+    values : ndarray
+        All singular values that were found.
+    filter : ndarray (k,)
+        ``phi``.
+    numerical_rank : int
+        Number of independent directions of the data.
+    departure : float or None
+        Measured departure from orthonormality; None for a QR.
+    """
+
+    rows: Float | None
+    back: Float
+    vectors: Float
+    values: Float
+    filter: Float
+    numerical_rank: int
+    departure: float | None = None
+
+
+def numerical_rank(values: Float, cut: float) -> int:
+    """Number of singular values (r,) above ``cut``, relative to the largest; warns where one is close to it."""
+    relative = values / values[0]
+    if np.any((relative > cut / 10) & (relative < 10 * cut)):
+        warnings.warn(
+            f"a singular value of the standardised data lies within a factor 10 of the rank cut {cut:.1e}: "
+            "columns are nearly collinear, and the numerical rank may change with rounding.",
+            UserWarning,
+            stacklevel=5,
+        )
+    return int(np.count_nonzero(relative > cut))
+
+
+def kept_filter(values: Float, r: int, rank: int | float | None, spectral_filter: float | None) -> Float:
+    """Filter ``phi`` of the directions that ``rank`` and ``spectral_filter`` keep of the ``r`` that there are."""
+    relative = values[:r] / values[0]
+    phi = np.ones(r) if spectral_filter is None else relative / np.hypot(relative, spectral_filter)
+    k = r if rank is None else min(r, _kept_directions(values / values[0], rank))
+    return phi[: min(k, int(np.count_nonzero(phi >= FAINTEST)))]
+
+
+def _kept_directions(values: Float, rank: int | float) -> int:
+    if isinstance(rank, Integral):
+        return int(rank)
+    share = np.cumsum(values**2)
+    return int(np.searchsorted(share, rank * share[-1] * (1 - 1e-12)) + 1)
