@@ -6,8 +6,7 @@ import pytest
 from convexbn.data import qr, row_matrix
 from convexbn.data import whitening as whitening_module
 from convexbn.data.convolution import Convolution
-from convexbn.data.geometry import Geometry
-from convexbn.data.patches import PatchMatrix
+from convexbn.data.patches import Geometry, PatchMatrix
 from convexbn.data.pooling import Pooling
 from convexbn.data.preactivations import Responses
 from convexbn.data.row_matrix import MappedRows

@@ -7,7 +7,8 @@ import pytest
 
 from convexbn import bounds
 from convexbn.bounds.local_search import hidden_norms, hidden_units, linear_parts
-from convexbn.certificate.certificate import certify_blocks, certify_relu, dual_bounds
+from convexbn.certificate import dual_bounds
+from convexbn.certificate.certificate import certify_blocks, certify_relu
 from convexbn.certificate.dual_bounds import AllPatterns
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix

@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import relu
+from convexbn.program import relu
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
 from convexbn.program.neurons import Neurons, case_outputs, network_outputs
 from convexbn.program.output_bias import WithOutputBias

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from convexbn.data.preactivations import Responses
 from convexbn.data.whitening import whiten
+from convexbn.program import network as module
 from convexbn.program.gated import GatedProgram, block_norms
-from convexbn.program.gated import network as module
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import gates as patterns_module
+from convexbn.program import gates as patterns_module
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
 from instances import THRESHOLD, residual
 

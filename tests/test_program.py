@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from convexbn.certificate.certificate import certify_blocks
 from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
+from convexbn.program import gated as module
 from convexbn.program.gated import GatedProgram, block_norms
-from convexbn.program.gated import gated as module
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.gated.group_newton import GroupNewton

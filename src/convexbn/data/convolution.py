@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import FloatMatrix
-from convexbn.data.geometry import Geometry
+from convexbn.data.patches import Geometry
 from convexbn.data.pooling import Pooling
 
 #: A number, or one for each dimension.

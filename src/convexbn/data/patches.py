@@ -1,4 +1,4 @@
-"""The patches of images as a matrix whose rows are made when they are read.
+"""The patches of images, where they lie, and the matrix that they are: rows are computed on access.
 
 Whatever reads rows in blocks takes it for the matrix that it stands for, with one row a patch: of 60,000 images of
 28 x 28 pixels it would hold 35 million rows, 7 GB in float64.
@@ -6,13 +6,68 @@ Whatever reads rows in blocks takes it for the matrix that it stands for, with o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.data.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Patches of images ``(height, width, channels)``; a signal is an image of height 1.
+
+    Attributes
+    ----------
+    image : tuple of int
+        ``(height, width, channels)``.
+    kernel, stride, padding : tuple of int
+        Down and across; the padding is of zeros, on both sides.
+    dimensions : int
+        1 for signals, 2 for images.
+    """
+
+    image: tuple[int, int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dimensions: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.locations) < 1:
+            raise ValueError(
+                f"a kernel of {self.kernel[-self.dimensions :]} does not fit into inputs of "
+                f"{self.image[-self.dimensions - 1 : -1]} with padding {self.padding[-self.dimensions :]}: "
+                "give a smaller kernel_size, or more padding."
+            )
+
+    @property
+    def locations(self) -> tuple[int, int]:
+        """Places of the kernel down and across."""
+        rows, columns = (
+            (size + 2 * padding - kernel) // stride + 1
+            for size, kernel, stride, padding in zip(
+                self.image[:2], self.kernel, self.stride, self.padding, strict=True
+            )
+        )
+        return rows, columns
+
+    @property
+    def n_locations(self) -> int:
+        """Patches of an image, ``Kp``."""
+        return int(np.prod(self.locations))
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers of a patch, ``h``."""
+        return int(np.prod(self.kernel)) * self.image[2]
+
+    @property
+    def n_features(self) -> int:
+        """Numbers of an image."""
+        return int(np.prod(self.image))
 
 
 class PatchMatrix:

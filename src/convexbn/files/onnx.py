@@ -60,7 +60,7 @@ def export(
 
     Examples
     --------
-    >>> import pathlib, tempfile, numpy as np, convexbn, convexbn.onnx
+    >>> import pathlib, tempfile, numpy as np, convexbn
     >>> X = np.random.default_rng(0).standard_normal((20, 30))
     >>> model = convexbn.ConvexBNRegressor(activation="relu").fit(X, X[:, 0])
     >>> with tempfile.TemporaryDirectory() as folder:
