@@ -24,7 +24,8 @@ from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, HuberLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_bias import WithOutputBias
-from convexbn.training.audit import Cause, audit
+from convexbn.training.audit import audit
+from convexbn.training.audit_report import Cause
 from convexbn.training.trained_objective import Objective, TrainedLoss, targets_of_labels
 from instances import EPS, LOSS_NAMES, targets_for
 

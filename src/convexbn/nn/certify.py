@@ -11,7 +11,8 @@ from torch import nn
 
 from convexbn.nn.convolution import ConvolutionalTail, is_convolutional, read_convolutional
 from convexbn.nn.last_layers import Tail, as_tensor, kind_of, read_tail
-from convexbn.training.audit import Audit, audit
+from convexbn.training.audit import audit
+from convexbn.training.audit_report import Audit
 from convexbn.training.trained_objective import LOSS_NAMES, TORCH_LOSSES, Objective, TrainedLoss
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from convexbn.program.pooled_loss import PooledLoss
 from convexbn.solvers.base import Budget
 from convexbn.solvers.relu.column_generation import polish
 from convexbn.solvers.relu.lbfgs import local_phase
+from convexbn.training.audit_report import Audit, Cause, explanation_of, scope_of
 from convexbn.training.fit import Fit, certify, fit_relu
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.trained_objective import Objective
@@ -37,88 +37,6 @@ _FURTHER_SHARE = 0.2
 
 #: Iterations of training the network's own neurons on.
 _ITERATIONS = 2000
-
-
-class Cause(StrEnum):
-    """What most of the gap is made of."""
-
-    NONE = "none"
-    OPTIMISATION = "optimisation"
-    WIDTH = "width"
-    BOUND = "bound"
-
-
-@dataclass(frozen=True, eq=False)
-class Audit:
-    """Objective of a trained network, a lower bound of every network's, and what the gap means.
-
-    All numbers are in the units of the loss that was given (torch's mean, say), except for those of ``certificate``.
-
-    Attributes
-    ----------
-    objective : float
-        Loss with the full-batch statistics plus weight decay, of the numbers as they stand.
-    balanced_objective : float
-        The same after rescaling every neuron to its least penalty, with the best output bias where there is one.
-    lower_bound : float
-        No network of the scope has a smaller objective.
-    tol : float
-        Relative gap that counts as optimal.
-    status : Status
-    cause : Cause
-        The largest part of the gap.
-    explanation : str
-        One paragraph on what the gap means and what to do.
-    scope : str
-        Among what the network is compared.
-    factor : float
-        What the sum of the losses over rows is multiplied with.
-    weight_decay : float
-        Beta of the program, against the sum of the losses.
-    n_neurons : int
-        Neurons that are used.
-    loss, stored_loss : float
-        Loss with the full-batch statistics of the rows, and in eval mode with the stored ones.
-    trained_on_objective : float or None
-        What the same neurons reach when they are trained on; None where it was not tried.
-    best_known : float
-        Smallest objective of a network that was seen: this one, or one of ours.
-    best_n_neurons : int
-        Its neurons.
-    universal : bool
-        Whether the bound also holds for all other features of these rows: whatever the layers before compute.
-    certificate : Certificate
-        Of the network alone, in the units of the summed loss.
-    """
-
-    objective: float
-    balanced_objective: float
-    lower_bound: float
-    tol: float
-    status: Status
-    cause: Cause
-    explanation: str
-    scope: str
-    factor: float
-    weight_decay: float
-    n_neurons: int
-    loss: float
-    stored_loss: float
-    trained_on_objective: float | None
-    best_known: float
-    best_n_neurons: int
-    universal: bool
-    certificate: Certificate
-
-    @property
-    def gap(self) -> float:
-        """``balanced_objective - lower_bound``."""
-        return self.balanced_objective - self.lower_bound
-
-    @property
-    def relative_gap(self) -> float:
-        """``gap / balanced_objective``, 0 when the objective is 0."""
-        return self.gap / self.balanced_objective if self.balanced_objective else 0.0
 
 
 def audit(
@@ -299,7 +217,7 @@ def _report(
         status=status,
         cause=cause,
         explanation="",
-        scope=_scope(deep, case.has_bias),
+        scope=scope_of(deep, case.has_bias),
         factor=factor,
         weight_decay=case.weight_decay,
         n_neurons=case.n_neurons,
@@ -311,7 +229,7 @@ def _report(
         universal=universal,
         certificate=alone,
     )
-    return replace(report, explanation=_explanation(report, found))
+    return replace(report, explanation=explanation_of(report, found.bound, found.in_time))
 
 
 def _cause(case: _Case, alone: Certificate, found: _Found, status: Status, lower: float) -> Cause:
@@ -327,72 +245,6 @@ def _cause(case: _Case, alone: Certificate, found: _Found, status: Status, lower
     if training_left >= others or case.n_neurons >= found.n_neurons or not found.in_time:
         return Cause.OPTIMISATION
     return Cause.WIDTH
-
-
-def _scope(deep: bool, has_bias: bool) -> str:
-    layers = "the last two layers on these features" if deep else "the network"
-    return f"{layers}, of any width{', with an output bias' if has_bias else ''}"
-
-
-def _explanation(report: Audit, found: _Found) -> str:
-    """What was measured, what it means, what to do."""
-    if report.status is Status.NUMERICAL:
-        return report.certificate.sentence
-    parts = [_measured(report, found.bound)]
-    if report.cause is Cause.NONE:
-        parts.append("Nothing is left to win by longer training or more neurons.")
-    elif report.trained_on_objective is None:
-        parts.append(_UNSEARCHED[report.cause])
-    else:
-        parts.append(_reached(report, found.in_time))
-        parts.append(_MEANING[report.cause].format(few=report.n_neurons, more=report.best_n_neurons))
-    if report.universal:
-        parts.append("The bound holds for all features of these rows: whatever the layers before compute.")
-    return " ".join(parts)
-
-
-def _measured(report: Audit, bound: str) -> str:
-    return (
-        f"{report.scope[0].upper()}{report.scope[1:]}: the objective is {report.balanced_objective:.9g} (norms "
-        f"balanced; {report.objective:.9g} as it stands), and the least possible is at least "
-        f"{report.lower_bound:.9g} ({bound}): no more than {_share(report.relative_gap)} of the objective can be won."
-    )
-
-
-def _share(part: float) -> str:
-    return f"{part:.1%}" if part >= 1e-3 else f"{part:.1g}"
-
-
-def _reached(report: Audit, in_time: bool) -> str:
-    far = "" if in_time else ", as far as time allowed"
-    return (
-        f"Trained on from where they stand{far}, its {report.n_neurons} neurons reach "
-        f"{report.trained_on_objective:.9g}; the best network that we found has {report.best_n_neurons} and reaches "
-        f"{report.best_known:.9g}."
-    )
-
-
-_MEANING = {
-    Cause.OPTIMISATION: (
-        "Most of the gap is optimisation error: train longer, with a smaller learning rate at the end or another start."
-    ),
-    Cause.WIDTH: (
-        "Most of the gap is for want of neurons: {few} against {more}; widen the hidden layer (a local minimum of the "
-        "narrow one cannot be told from this)."
-    ),
-    Cause.BOUND: (
-        "Most of the gap lies between that and the bound, which is valid and may be loose, unless our search stopped "
-        "short: allow more time, or raise the weight decay."
-    ),
-}
-
-_UNSEARCHED = {
-    Cause.OPTIMISATION: (
-        "A local search finds a neuron that would lower the objective: train longer or widen the hidden layer, and "
-        "allow more time to learn which."
-    ),
-    Cause.BOUND: "A local search finds no neuron that would lower the objective: most of the gap may be a loose bound.",
-}
 
 
 def _check(layers: Layers, X: Float, n_cases: int, objective: Objective, tol: float, time_limit: float | None) -> None:

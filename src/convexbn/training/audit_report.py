@@ -1,0 +1,159 @@
+"""Audit: what is proved of a trained network, and what its gap means, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from convexbn.certificate.certificate import Certificate
+from convexbn.certificate.status import Status
+
+
+class Cause(StrEnum):
+    """What most of the gap is made of."""
+
+    NONE = "none"
+    OPTIMISATION = "optimisation"
+    WIDTH = "width"
+    BOUND = "bound"
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Objective of a trained network, a lower bound of every network's, and what the gap means.
+
+    All numbers are in the units of the loss that was given (torch's mean, say), except for those of ``certificate``.
+
+    Attributes
+    ----------
+    objective : float
+        Loss with the full-batch statistics plus weight decay, of the numbers as they stand.
+    balanced_objective : float
+        The same after rescaling every neuron to its least penalty, with the best output bias where there is one.
+    lower_bound : float
+        No network of the scope has a smaller objective.
+    tol : float
+        Relative gap that counts as optimal.
+    status : Status
+    cause : Cause
+        The largest part of the gap.
+    explanation : str
+        One paragraph on what the gap means and what to do.
+    scope : str
+        Among what the network is compared.
+    factor : float
+        What the sum of the losses over rows is multiplied with.
+    weight_decay : float
+        Beta of the program, against the sum of the losses.
+    n_neurons : int
+        Neurons that are used.
+    loss, stored_loss : float
+        Loss with the full-batch statistics of the rows, and in eval mode with the stored ones.
+    trained_on_objective : float or None
+        What the same neurons reach when they are trained on; None where it was not tried.
+    best_known : float
+        Smallest objective of a network that was seen: this one, or one of ours.
+    best_n_neurons : int
+        Its neurons.
+    universal : bool
+        Whether the bound also holds for all other features of these rows: whatever the layers before compute.
+    certificate : Certificate
+        Of the network alone, in the units of the summed loss.
+    """
+
+    objective: float
+    balanced_objective: float
+    lower_bound: float
+    tol: float
+    status: Status
+    cause: Cause
+    explanation: str
+    scope: str
+    factor: float
+    weight_decay: float
+    n_neurons: int
+    loss: float
+    stored_loss: float
+    trained_on_objective: float | None
+    best_known: float
+    best_n_neurons: int
+    universal: bool
+    certificate: Certificate
+
+    @property
+    def gap(self) -> float:
+        """``balanced_objective - lower_bound``."""
+        return self.balanced_objective - self.lower_bound
+
+    @property
+    def relative_gap(self) -> float:
+        """``gap / balanced_objective``, 0 when the objective is 0."""
+        return self.gap / self.balanced_objective if self.balanced_objective else 0.0
+
+
+def scope_of(deep: bool, has_bias: bool) -> str:
+    """Among what a network is compared, in words."""
+    layers = "the last two layers on these features" if deep else "the network"
+    return f"{layers}, of any width{', with an output bias' if has_bias else ''}"
+
+
+def explanation_of(report: Audit, bound: str, in_time: bool) -> str:
+    """What was measured, what it means, what to do."""
+    if report.status is Status.NUMERICAL:
+        return report.certificate.sentence
+    parts = [_measured(report, bound)]
+    if report.cause is Cause.NONE:
+        parts.append("Nothing is left to win by longer training or more neurons.")
+    elif report.trained_on_objective is None:
+        parts.append(_UNSEARCHED[report.cause])
+    else:
+        parts.append(_reached(report, in_time))
+        parts.append(_MEANING[report.cause].format(few=report.n_neurons, more=report.best_n_neurons))
+    if report.universal:
+        parts.append("The bound holds for all features of these rows: whatever the layers before compute.")
+    return " ".join(parts)
+
+
+def _measured(report: Audit, bound: str) -> str:
+    return (
+        f"{report.scope[0].upper()}{report.scope[1:]}: the objective is {report.balanced_objective:.9g} (norms "
+        f"balanced; {report.objective:.9g} as it stands), and the least possible is at least "
+        f"{report.lower_bound:.9g} ({bound}): no more than {_share(report.relative_gap)} of the objective can be won."
+    )
+
+
+def _share(part: float) -> str:
+    return f"{part:.1%}" if part >= 1e-3 else f"{part:.1g}"
+
+
+def _reached(report: Audit, in_time: bool) -> str:
+    far = "" if in_time else ", as far as time allowed"
+    return (
+        f"Trained on from where they stand{far}, its {report.n_neurons} neurons reach "
+        f"{report.trained_on_objective:.9g}; the best network that we found has {report.best_n_neurons} and reaches "
+        f"{report.best_known:.9g}."
+    )
+
+
+_MEANING = {
+    Cause.OPTIMISATION: (
+        "Most of the gap is optimisation error: train longer, with a smaller learning rate at the end or another start."
+    ),
+    Cause.WIDTH: (
+        "Most of the gap is for want of neurons: {few} against {more}; widen the hidden layer (a local minimum of the "
+        "narrow one cannot be told from this)."
+    ),
+    Cause.BOUND: (
+        "Most of the gap lies between that and the bound, which is valid and may be loose, unless our search stopped "
+        "short: allow more time, or raise the weight decay."
+    ),
+}
+
+
+_UNSEARCHED = {
+    Cause.OPTIMISATION: (
+        "A local search finds a neuron that would lower the objective: train longer or widen the hidden layer, and "
+        "allow more time to learn which."
+    ),
+    Cause.BOUND: "A local search finds no neuron that would lower the objective: most of the gap may be a loose bound.",
+}
