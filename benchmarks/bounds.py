@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/bounds.py [--seed 0]
 
-Prints a table: objective and estimated gap of `NeuronPricing` within a minute, then for every bound the valid relative
-gap and its CPU seconds, one thread. Data: Gaussian rows, a teacher of five ReLU neurons on the whitened data plus 30 %
-noise; the weight decay is a fraction of the largest value that a local search finds. Takes about ten minutes.
+Prints a table: objective and estimated gap of `ColumnGeneration` within a minute, then for every bound the valid
+relative gap and its CPU seconds, one thread. Data: Gaussian rows, a teacher of five ReLU neurons on the whitened data
+plus 30 % noise; the weight decay is a fraction of the largest value that a local search finds. Takes about ten minutes.
 """
 
 import os
@@ -20,8 +20,9 @@ from convexbn import bounds
 from convexbn.certificate.certificate import lower_bound
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import SquaredLoss
+from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget
-from convexbn.solvers.relu.column_generation import NeuronPricing, network_outputs
+from convexbn.solvers.relu.column_generation import ColumnGeneration
 
 CASES = [(n, q, f) for n, q in ((60, 3), (200, 6), (200, 10), (500, 21), (500, 50)) for f in (0.3, 0.1, 0.02)]
 COLUMNS = ("orthant", "every cell", "relaxation", "branch and bound, 10 s", "dual point", "lifted dual point")
@@ -49,7 +50,7 @@ def residual_bounds(V, rows, beta):
 def bounded(V, rows, beta):
     """Branch and bound for ten seconds."""
     deadline = time.monotonic() + 10
-    return bounds.branch_and_bound(V, rows, tolerance=1e-6, target=beta, max_nodes=10_000_000, deadline=deadline).value
+    return bounds.branch_and_bound(V, rows, tol=1e-6, target=beta, max_nodes=10_000_000, deadline=deadline).value
 
 
 def chosen_points(targets, V, rows, beta):
@@ -67,15 +68,14 @@ def measure(n, q, fraction, seed):
     """Yield the cells of one row of the table."""
     rows, targets = instance(n, q, seed)
     rng = np.random.default_rng(seed)
-    beta = fraction * bounds.local_search(targets, rows, 300, rng)[0]
-    loss = SquaredLoss(targets, np.ones(n))
+    beta = fraction * bounds.local_maxima(targets, rows, 300, rng)[0][0]
+    program = ReluProgram(rows, SquaredLoss(targets, np.ones(n)), beta)
     started = time.process_time()
-    solution = NeuronPricing().solve(rows, loss, beta, rng, Budget(time_limit=60))
+    solution = ColumnGeneration().solve(program, rng=rng, budget=Budget(time_limit=60))
     seconds = time.process_time() - started
-    outputs = network_outputs(rows, solution.neurons)
-    objective = loss.value(outputs) + beta * solution.neurons.masses.sum()
+    objective = program.objective(solution.weights)
     yield f"{objective:.6g}, est. {solution.history[-1].relative_gap:.0e} ({seconds:.1f})"
-    V = targets - outputs
+    V = targets - program.outputs(solution.weights)
     found = dict([*residual_bounds(V, rows, beta), *chosen_points(targets, V, rows, beta)])
     for name in COLUMNS:
         if name not in found:
@@ -84,7 +84,7 @@ def measure(n, q, fraction, seed):
         started = time.process_time()
         dual, bound = found[name]()
         seconds = time.process_time() - started
-        gap = 1 - lower_bound(loss, dual, bound, beta) / objective
+        gap = 1 - lower_bound(program.loss, dual, bound, beta) / objective
         yield f"{max(gap, 0):.2g} ({seconds:.1f})"
 
 

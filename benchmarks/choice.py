@@ -52,7 +52,7 @@ def choice_for(loss, X, y, rank):
     n, outputs = len(X), len(np.unique(y)) if len(np.unique(y)) > 2 or loss == "cross_entropy" else 1
     q = 1 + (rank or np.linalg.matrix_rank(X - X.mean(axis=0)))
     bound = LOSSES[loss](np.zeros((n, outputs)), np.ones(n))
-    return choose_solver("auto", GatedProgram(np.zeros((n, q)), np.zeros((n, GATES), dtype=bool), bound, 1.0))
+    return choose_solver("auto", GatedProgram.from_rows(np.zeros((n, q)), np.zeros((n, GATES), dtype=bool), bound, 1.0))
 
 
 def fitted(solver, loss, X, y, rank):

@@ -228,18 +228,19 @@ def kernel_of(name, shape):
     from convexbn.data.patches import PatchMatrix
     from convexbn.data.whitening import whiten
     from convexbn.program.losses import CrossEntropyLoss
-    from convexbn.program.pooled_loss import PooledLoss
+    from convexbn.program.readout import readout_of
+    from convexbn.program.relu import ReluProgram
     from convexbn.solvers.relu.sgd import random_start
     from convexbn.training.training_set import IMAGES_DESCENT
 
     rng, m, count = np.random.default_rng(0), TASKS[name]["width"], 500
     layer = layer_of(TASKS[name], shape)
     images = rng.integers(0, 256, (count, int(np.prod(shape)))).astype(np.uint8)
-    images_loss = CrossEntropyLoss(np.eye(10)[rng.integers(10, size=count)], np.ones(count))
-    loss = PooledLoss.of(images_loss, layer.pool)
-    rows = whiten(PatchMatrix(images, layer.geometry), loss.weights).rows
-    (N, q), start = rows.shape, random_start(rng.standard_normal((rows.shape[1], m)), loss, rng)
-    epoch = best(lambda: next(IMAGES_DESCENT.run(rows, loss, 0.1, start, rng)))
+    loss, readout = CrossEntropyLoss(np.eye(10)[rng.integers(10, size=count)], np.ones(count)), readout_of(layer)
+    rows = whiten(PatchMatrix(images, layer.geometry), readout.row_weights(loss.weights)).rows
+    program, (N, q) = ReluProgram(rows, loss, 0.1, readout), rows.shape
+    start = random_start(program, rng.standard_normal((q, m)), rng)
+    epoch = best(lambda: next(IMAGES_DESCENT.run(program, start, rng)))
     A, W = rng.standard_normal((20_000, q)).astype(np.float32), rng.standard_normal((q, m)).astype(np.float32)
     H = A @ W
     products = best(lambda: (A @ W, A.T @ H))

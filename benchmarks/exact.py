@@ -198,8 +198,8 @@ def trained_patterns(instance, run, network, seconds):
 
 def distinct_neurons(instance, network, negligible=1e-6):
     """Return the patterns (n, P) and signs (P,) of the neurons that matter, each pair once."""
-    masses = np.hypot(network.gamma, network.shift) * np.abs(network.output[:, 0])
-    live = masses > negligible * masses.max()
+    norms = np.hypot(network.gamma, network.shift) * np.abs(network.output[:, 0])
+    live = norms > negligible * norms.max()
     response = instance.X @ network.weight[:, live]
     response -= response.mean(0)
     response *= network.gamma[live] / np.linalg.norm(response, axis=0)

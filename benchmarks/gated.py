@@ -23,7 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convexbn.certificate.certificate import certify_blocks
+from convexbn.certificate.certificate import Penalty, judge
+from convexbn.certificate.dual_bounds import GateDualBounds
+from convexbn.certificate.status import Scope
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.gated.group_newton import GroupNewton
@@ -90,14 +92,24 @@ class Row:
 def program_of(instance):
     """Return an instance as a program of the package."""
     loss = SquaredLoss(instance.Y, np.ones(len(instance.Y)))
-    return GatedProgram(instance.A, instance.patterns, loss, instance.weight_decay)
+    return GatedProgram.from_rows(instance.A, instance.patterns, loss, instance.weight_decay)
 
 
 def run_of(instance, solution, seconds):
     """Return a solution as a Run: its blocks on all gates, the figures beside them."""
     blocks = np.zeros((instance.patterns.shape[1], instance.A.shape[1], instance.Y.shape[1]))
-    blocks[solution.gate_index] = solution.blocks
+    blocks[solution.weights.gate_index] = solution.weights.values
     return Run(seconds, blocks, solution.n_factorizations)
+
+
+def certified(program, solution, gap):
+    """Judge a solution as a fit does."""
+    norms = float(program.norm.of(solution.weights.values).sum())
+    outputs, bounds = program.outputs(*solution.weights), GateDualBounds(program)
+    scope = Scope("these gates")
+    return judge(
+        program.loss, outputs, program.weight_decay, Penalty(norms, norms), bounds, scope, gap, solution.stopped_by
+    )
 
 
 def ours(instance, gap):
@@ -105,7 +117,7 @@ def ours(instance, gap):
     started = time.process_time()
     program = program_of(instance)
     solution = GroupNewton(tol=gap).solve(program)
-    certify_blocks(program, solution.gate_index, solution.blocks, tolerance=gap, stopped_by=solution.stopped_by)
+    certified(program, solution, gap)
     return run_of(instance, solution, time.process_time() - started)
 
 
@@ -115,8 +127,8 @@ def ours_path(instance, weight_decays, gap):
     for weight_decay in weight_decays:
         started = time.process_time()
         program = program_of(instance).with_weight_decay(weight_decay)
-        solution = GroupNewton(tol=gap).solve(program, start=solution)
-        certify_blocks(program, solution.gate_index, solution.blocks, tolerance=gap, stopped_by=solution.stopped_by)
+        solution = GroupNewton(tol=gap).solve(program, start=solution and solution.weights)
+        certified(program, solution, gap)
         runs.append(run_of(instance, solution, time.process_time() - started))
     return runs
 

@@ -127,7 +127,7 @@ def relu_instance(name, fraction, seed=0):
     n, d, neurons = RELU_SHAPES[name]
     X, Y = planted(n, d, seed, neurons)
     A = whiten(X, d)
-    largest, _ = bounds.local_search(Y, A, STARTS, np.random.default_rng([seed, 1]))
+    largest = bounds.local_maxima(Y, A, STARTS, np.random.default_rng([seed, 1]))[0][0]
     return ReluInstance(X, Y, A, fraction * largest)
 
 

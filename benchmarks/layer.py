@@ -106,16 +106,16 @@ def instance(n, d, P, fraction, seed):
     patterns = patterns[:, first_of_each_pattern(patterns)]
     outputs = np.maximum(rows @ rng.standard_normal((d + 1, 3)), 0) @ rng.standard_normal((3, 1))
     targets = outputs / outputs.std() + 0.3 * rng.standard_normal((n, 1))
-    program = GatedProgram(rows, patterns, SquaredLoss(targets, np.ones(n)), 1.0)
+    program = GatedProgram.from_rows(rows, patterns, SquaredLoss(targets, np.ones(n)), 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
 
 def peer_layer(program):
     """The program in CVXPY, rows, targets and weight decay as parameters."""
-    n, q = program.rows.shape
+    n, q = program.operator.rows.shape
     blocks = [cp.Variable(q) for _ in range(program.n_gates)]
     rows, targets, weight_decay = cp.Parameter((n, q)), cp.Parameter(n), cp.Parameter(nonneg=True)
-    gates = program.patterns.T.astype(float)
+    gates = program.operator.patterns.T.astype(float)
     outputs = sum(cp.multiply(gate, rows @ block) for gate, block in zip(gates, blocks, strict=True))
     objective = 0.5 * cp.sum_squares(outputs - targets) + weight_decay * sum(map(cp.norm, blocks))
     return CvxpyLayer(cp.Problem(cp.Minimize(objective)), [rows, targets, weight_decay], blocks)
@@ -123,7 +123,7 @@ def peer_layer(program):
 
 def leaves(program, change=1.0):
     """Rows, targets and weight decay as tensors that take gradients."""
-    arrays = program.rows, program.loss.targets[:, 0], np.array(change * program.weight_decay)
+    arrays = program.operator.rows, program.loss.targets[:, 0], np.array(change * program.weight_decay)
     return [torch.tensor(array, requires_grad=True) for array in arrays]
 
 
@@ -157,7 +157,7 @@ def central_error(layer, program, gradient):
 
 def ours(program):
     """Layer, gradient, median seconds (forward, backward) from nothing, and in all from a neighbour."""
-    layer = ConvexLayer(program.patterns)
+    layer = ConvexLayer(program.operator.patterns)
 
     def afresh(*inputs):
         layer.optimum = None

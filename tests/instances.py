@@ -5,10 +5,13 @@ import itertools
 import mpmath as mp
 import numpy as np
 
-from convexbn.certificate.certificate import certify_gated, certify_relu, judge
-from convexbn.certificate.dual_bounds import Evidence
+from convexbn.certificate.certificate import Penalty, certify, judge
+from convexbn.certificate.dual_bounds import DualBound, GateDualBounds
+from convexbn.certificate.question import Question
+from convexbn.certificate.status import Scope
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.relu import ReluProgram
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -44,32 +47,62 @@ def targets_for(name, n, K, rng, soft=False):
     return rng.dirichlet(np.ones(K), n) if soft else np.eye(K)[rng.integers(K, size=n)]
 
 
-def proof_of_gates(program, X, network, tolerance, stopped_by="tolerance"):
+def proof_of_gates(program, X, network, tol, stopped_by="tolerance"):
     """Certificate of a gated network on raw rows."""
-    return certify_gated(program, X, network.mean, **network.neurons(), tolerance=tolerance, stopped_by=stopped_by)
+    return certify(Question(X, network.mean, program, tol), network, stopped_by=stopped_by)
 
 
-def proof_of_relu(loss, X, weight_decay, network, tolerance, stopped_by="formula"):
+def proof_of_relu(loss, X, weight_decay, network, tol, stopped_by="formula"):
     """Certificate of a ReLU network on raw rows by the orthant bound."""
-    neurons = {name: array for name, array in network.neurons().items() if "gate" not in name}
-    rows = whiten(X, loss.weights).rows
-    return certify_relu(  # a deadline in the past: the orthant bound alone, exact at rank n - 1
-        rows, loss, X, weight_decay, **neurons, tolerance=tolerance, stopped_by=stopped_by, deadline=0.0
-    )
+    whitening = whiten(X, loss.weights)
+    program = ReluProgram(whitening.rows, loss, weight_decay)
+    # a deadline in the past: the orthant bound alone, exact at rank n - 1
+    return certify(Question(X, whitening.mean, program, tol), network, stopped_by=stopped_by, deadline=0.0)
 
 
-def proof_of_outputs(loss, outputs, weight_decay, *, bound, rounding=1e-14, penalty=1.0, **words):
+def proof_of_blocks(program, blocks, tol, stopped_by="tolerance"):
+    """Certificate of blocks on the whitened data, before they become a network's weights."""
+    index, values = blocks
+    finite = bool(np.isfinite(values).all())
+    plain = float(np.linalg.svd(values, compute_uv=False).sum()) if finite else np.nan
+    penalty = Penalty(float(program.norm.of(values).sum()), plain)
+    outputs = program.outputs(index, values)
+    scope = Scope("these gates")
+    return judge(program.loss, outputs, program.weight_decay, penalty, GateDualBounds(program), scope, tol, stopped_by)
+
+
+class StatedBound:
+    """A prover whose bound is what we say."""
+
+    def __init__(self, bound, rounding, estimate):
+        self.bound, self.rounding, self.estimated = bound, rounding, estimate
+
+    def bounded(self, dual):
+        return [DualBound(dual, self.bound, self.rounding, "gates" if self.estimated is None else "stated")]
+
+    def estimate(self, dual):
+        return self.estimated
+
+
+def proof_of_outputs(
+    loss, outputs, weight_decay, *, bound, tol, rounding=1e-14, penalty=1.0, scope="these gates",
+    stopped_by="tolerance", estimate=None,
+):  # fmt: skip
     """Certificate of outputs whose dual norm is what we say."""
-    settings = {"scope": "these gates", "stopped_by": "tolerance"} | words
-    return judge(
-        loss,
-        outputs,
-        weight_decay,
-        penalty=penalty,
-        plain_penalty=penalty,
-        evidence=lambda dual: [Evidence(dual, bound, rounding, "gates")],
-        **settings,
-    )
+    prover = StatedBound(bound, rounding, estimate)
+    penalties = Penalty(penalty, penalty)
+    return judge(loss, outputs, weight_decay, penalties, prover, Scope(scope), tol, stopped_by)
+
+
+def neuron_arrays(network):
+    """The arrays of a network that belong to neurons, by name."""
+    others = ("mean", "n_effective", "convolution")
+    return {name: value for name, value in vars(network).items() if value is not None and name not in others}
+
+
+def network_outputs(rows, neurons):
+    """``(A first)_+ output``, in one product."""
+    return np.maximum(rows @ neurons.first, 0) @ neurons.output
 
 
 def digits(matrix):
@@ -165,8 +198,8 @@ def best_multiple_in_digits(loss, dual, norm, weight_decay):
 
 def gate_norm_in_digits(program, dual):
     """``max_i ||A' D_i V||_F`` at mpmath's precision."""
-    rows, V = digits(program.rows), digits(dual)
-    return max(_gated_norm(rows, V, gate) for gate in program.patterns.T)
+    rows, V = digits(program.operator.rows), digits(dual)
+    return max(_gated_norm(rows, V, gate) for gate in program.operator.patterns.T)
 
 
 def _gated_norm(rows, V, gate):

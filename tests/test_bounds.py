@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.bounds import group_directions, orthant
+from convexbn.bounds import orthant
 from convexbn.data.whitening import whiten
+from convexbn.program.rays import group_directions
 from instances import THRESHOLD, orthant_in_digits, residual
 
 KINDS = ("normal", "one-hot", "cross-entropy", "parallel", "nearly parallel", "grid", "positive")

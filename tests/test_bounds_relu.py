@@ -16,7 +16,7 @@ from convexbn.bounds.relaxation import bound_at
 UPPER = {
     "orthant": lambda V, A: bounds.orthant(V)[0],
     "every_cell": lambda V, A: bounds.EveryCell(A).maxima(V).value,
-    "branch_and_bound": lambda V, A: bounds.branch_and_bound(V, A, tolerance=0.05, max_nodes=2000).value,
+    "branch_and_bound": lambda V, A: bounds.branch_and_bound(V, A, tol=0.05, max_nodes=2000).value,
     "relaxation": lambda V, A: bounds.relaxation(V, A, steps=30).value,
     "lifted": lambda V, A: bounds.lifted(V, A, iterations=30).value,
 }
@@ -60,7 +60,7 @@ def possible(name, A):
 def test_never_below_dense_enumeration(q, K, seed):
     V, A = instance(25, q, K, seed)
     truth = dense_maximum(V, A)
-    assert bounds.local_search(V, A, 100, np.random.default_rng(0))[0] >= truth * (1 - 1e-3)
+    assert bounds.local_maxima(V, A, 100, np.random.default_rng(0))[0][0] >= truth * (1 - 1e-3)
     for name in methods(K):
         assert UPPER[name](V, A) >= truth, name
 
@@ -70,7 +70,7 @@ def test_never_below_dense_enumeration(q, K, seed):
 def test_never_below_many_local_searches(q, K):
     for seed in range(3):
         V, A = instance(40, q, K, seed)
-        value, u = bounds.local_search(V, A, 2000, np.random.default_rng(seed))
+        value, u = (found[0] for found in bounds.local_maxima(V, A, 2000, np.random.default_rng(seed)))
         assert hidden_norms(u[None], V, A)[0] == pytest.approx(value, rel=1e-12)
         for name in methods(K):
             if possible(name, A):
@@ -94,7 +94,7 @@ def test_exact_in_the_plane(q, K):
 def test_branch_and_bound_closes_to_its_tolerance(q, K):
     V, A = instance(40, q, K, seed=q)
     for tolerance in (1e-1, 1e-3):
-        found = bounds.branch_and_bound(V, A, tolerance=tolerance, max_nodes=50_000)
+        found = bounds.branch_and_bound(V, A, tol=tolerance, max_nodes=50_000)
         assert found.stopped_by == "tolerance"
         assert found.lower <= found.value <= found.lower * (1 + 1.0001 * tolerance)
         assert hidden_norms(found.maximiser[None], V, A)[0] == pytest.approx(found.lower, rel=1e-12)
@@ -104,7 +104,7 @@ def test_branch_and_bound_closes_to_its_tolerance(q, K):
 def test_every_cell_is_exact(n, q):
     for seed in range(3):
         V, A = instance(n, q, seed=seed)
-        value, u = bounds.local_search(V, A, 2000, np.random.default_rng(seed))
+        value, u = (found[0] for found in bounds.local_maxima(V, A, 2000, np.random.default_rng(seed)))
         cells = bounds.EveryCell(A)
         assert value <= cells.maxima(V).value <= value * (1 + 1e-7)
         found = cells.maxima(V, target=0.9 * value)
@@ -129,7 +129,7 @@ def test_a_hidden_maximum_is_found():
     u = A[0] / np.linalg.norm(A[0])
     active = A @ u > 0
     V = np.where(active, (A @ u), -20.0)[:, None]
-    found = bounds.branch_and_bound(V, A, tolerance=1e-3, start=-u[None])
+    found = bounds.branch_and_bound(V, A, tol=1e-3, start=-u[None])
     truth = max(dense_maximum(V, A), hidden_norms(u[None], V, A)[0])
     assert found.lower >= 0.999 * truth
     assert bounds.EveryCell(A).maxima(V).value >= truth
@@ -142,8 +142,8 @@ def test_homogeneous_at_any_scale(K, exponent):
     factor = 10.0**exponent
     for name in methods(K):
         assert UPPER[name](factor * V, A) == pytest.approx(factor * UPPER[name](V, A), rel=2e-2), name
-    value, _ = bounds.local_search(factor * V, A, 50, np.random.default_rng(0))
-    assert value == pytest.approx(factor * bounds.local_search(V, A, 50, np.random.default_rng(0))[0], rel=1e-6)
+    value = bounds.local_maxima(factor * V, A, 50, np.random.default_rng(0))[0][0]
+    assert value == pytest.approx(factor * bounds.local_maxima(V, A, 50, np.random.default_rng(0))[0][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("K", [1, 2])
@@ -243,7 +243,7 @@ def test_more_work_is_not_worse():
     V, A = instance(40, 4)
     assert bounds.lifted(V, A, iterations=200).value <= bounds.lifted(V, A, iterations=25).value * (1 + 1e-9)
     assert bounds.relaxation(V, A, steps=150).value <= bounds.relaxation(V, A, steps=3).value * (1 + 1e-9)
-    wide, narrow = (bounds.branch_and_bound(V, A, tolerance=0, max_nodes=m).value for m in (500, 4000))
+    wide, narrow = (bounds.branch_and_bound(V, A, tol=0, max_nodes=m).value for m in (500, 4000))
     assert narrow <= wide
 
 
@@ -251,10 +251,10 @@ def test_more_work_is_not_worse():
 def test_budgets_are_obeyed(K):
     V, A = instance(60, 7, K)
     for nodes in (1, 1000, 3000):
-        found = bounds.branch_and_bound(V, A, tolerance=0, max_nodes=nodes)
+        found = bounds.branch_and_bound(V, A, tol=0, max_nodes=nodes)
         assert found.stopped_by == "nodes" and found.work <= max(nodes, 2 * 2**7) + 512
     past = time.monotonic()
-    assert bounds.branch_and_bound(V, A, tolerance=0, deadline=past).stopped_by == "deadline"
+    assert bounds.branch_and_bound(V, A, tol=0, deadline=past).stopped_by == "deadline"
     assert bounds.lifted(V, A, iterations=10**6, deadline=past).work <= 6
     if K == 1:
         assert bounds.relaxation(V, A, steps=10**6, deadline=past).work < 100
@@ -268,8 +268,8 @@ def test_high_rank_is_refused():
 
 def test_a_target_ends_the_search_early():
     V, A = instance(60, 5)
-    exact = bounds.branch_and_bound(V, A, tolerance=1e-2)
-    early = bounds.branch_and_bound(V, A, tolerance=1e-2, target=1.2 * exact.value)
+    exact = bounds.branch_and_bound(V, A, tol=1e-2)
+    early = bounds.branch_and_bound(V, A, tol=1e-2, target=1.2 * exact.value)
     assert early.work < exact.work and exact.lower <= early.value <= 1.2 * exact.value * (1 + 1e-9)
 
 
@@ -278,13 +278,13 @@ def test_a_target_ends_the_search_early():
 def test_dual_point_is_feasible_and_better_than_scaling(choose, scale):
     V, A = instance(40, 4, seed=1)
     targets = V + A @ np.ones((4, 1))
-    beta = 0.3 * bounds.local_search(targets, A, 200, np.random.default_rng(0))[0]
+    beta = 0.3 * bounds.local_maxima(targets, A, 200, np.random.default_rng(0))[0][0]
     scaled = V * min(1.0, beta / bounds.relaxation(V, A).value)
     found = choose(scale * targets, scale * V, A, scale * beta)
     dual = found.dual / scale * min(1.0, beta / (found.value / scale))
     y = targets[:, 0]
     assert dual_value(dual[:, 0], y) >= dual_value(scaled[:, 0], y) * (1 - 1e-9)
-    assert found.value >= bounds.local_search(found.dual, A, 500, np.random.default_rng(0))[0]
+    assert found.value >= bounds.local_maxima(found.dual, A, 500, np.random.default_rng(0))[0][0]
 
 
 def test_lifted_dual_point_approaches_the_optimum():

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from convexbn.program.gauss_newton import gauss_newton, half_hessian
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.output_bias import WithOutputBias
 from convexbn.solvers import box_qp
@@ -56,7 +55,7 @@ def test_half_hessians_are_the_second_derivative(kind):
     else:
         soft = rng.dirichlet(np.ones(3), 6)
         loss = CrossEntropyLoss(soft if "soft" in kind else np.eye(3)[rng.integers(0, 3, 6)], weights)
-    half = half_hessian(loss, outputs)
+    half = loss.hessian_root(outputs)
     for k in range(outputs.shape[1]):
         step = 1e-5 * np.eye(outputs.shape[1])[k]
         slope = (loss.negative_gradient(outputs - step) - loss.negative_gradient(outputs + step)) / 2e-5
@@ -66,18 +65,18 @@ def test_half_hessians_are_the_second_derivative(kind):
 @pytest.mark.parametrize("decay", [0.0, 0.7])
 @pytest.mark.parametrize("kind", [SquaredLoss, CrossEntropyLoss])
 def test_the_best_output_bias_is_in_the_second_derivative(kind, decay):
-    """In the masses of fixed functions, against differences of the gradient."""
+    """In the norms of fixed functions, against differences of the gradient."""
     rng = np.random.default_rng(0)
-    loss = WithOutputBias.of(kind(np.eye(3)[rng.integers(0, 3, 30)], rng.uniform(0.5, 2, 30)), decay)
-    functions, masses = rng.standard_normal((30, 3, 4)), rng.standard_normal(4)
+    loss = WithOutputBias.with_decay(kind(np.eye(3)[rng.integers(0, 3, 30)], rng.uniform(0.5, 2, 30)), decay)
+    functions, norms = rng.standard_normal((30, 3, 4)), rng.standard_normal(4)
 
-    def gradient(masses):
-        return -np.einsum("nkj,nk->j", functions, loss.negative_gradient(functions @ masses))
+    def gradient(norms):
+        return -np.einsum("nkj,nk->j", functions, loss.negative_gradient(functions @ norms))
 
     def derivative(half, part):
         return half.transpose(0, 2, 1) @ functions[part]
 
-    found = gauss_newton(loss, functions @ masses, derivative, 4)
+    found = loss.gauss_newton(functions @ norms, derivative, 4)
     for j, step in enumerate(1e-5 * np.eye(4)):
-        slope = (gradient(masses + step) - gradient(masses - step)) / 2e-5
+        slope = (gradient(norms + step) - gradient(norms - step)) / 2e-5
         np.testing.assert_allclose(found[j], slope, rtol=0, atol=1e-7)

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 
 from convexbn.certificate import certificate
-from convexbn.certificate.certificate import certify_blocks, judge
-from convexbn.certificate.dual_bounds import Evidence
-from convexbn.certificate.status import STOPPED_BY, Status
+from convexbn.certificate.certificate import Penalty, judge
+from convexbn.certificate.dual_bounds import DualBound
+from convexbn.certificate.status import STOPPED_BY, Scope, Status
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GateBlocks, GatedProgram
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
-from convexbn.solvers.closed_form import solve_full_rank
+from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.closed_form import ClosedForm
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from instances import (
@@ -26,6 +28,7 @@ from instances import (
     gate_norm_in_digits,
     labels,
     orthant_in_digits,
+    proof_of_blocks,
     proof_of_gates,
     proof_of_outputs,
     proof_of_relu,
@@ -47,11 +50,11 @@ def solved(loss="squared", K=2, fraction=0.1, seed=0, weights=None, rank=None, n
     kept = first_of_each_pattern(gate_patterns(X, whitening.mean, gates, offsets))
     gates, offsets = gates[:, kept], offsets[kept]
     bound = LOSSES[loss](targets_for(loss, n, K, rng), weights)
-    program = GatedProgram(whitening.rows, gate_patterns(X, whitening.mean, gates, offsets), bound, 1.0)
+    program = GatedProgram.from_rows(whitening.rows, gate_patterns(X, whitening.mean, gates, offsets), bound, 1.0)
     program = program.with_weight_decay(fraction * program.max_weight_decay())
     solver = GroupNewton(tol=tol) if loss == "squared" else Proximal(tol=tol, max_iter=20000)
     solution = solver.solve(program)
-    network = BatchNormNetwork.from_blocks(whitening, solution.gate_index, solution.blocks, gates, offsets)
+    network = BatchNormNetwork.from_blocks(whitening, solution.weights, gates, offsets)
     return program, X, whitening, solution, network
 
 
@@ -63,7 +66,7 @@ def judge_of(outputs, targets, *, bound=1.0, weight_decay=0.1, tolerance=TOLERAN
     """Judge outputs of a squared loss with a dual norm of our own."""
     outputs, targets = (np.asarray(a, dtype=float).reshape(-1, 1) for a in (outputs, targets))
     loss = SquaredLoss(targets, np.ones(len(targets)))
-    return proof_of_outputs(loss, outputs, weight_decay, bound=bound, tolerance=tolerance, **words)
+    return proof_of_outputs(loss, outputs, weight_decay, bound=bound, tol=tolerance, **words)
 
 
 # --- validity in 50 digits ---
@@ -75,10 +78,10 @@ def test_lower_bound_of_gates_is_never_above_the_exact_one(loss, seed):
     """The best feasible multiple of the residual, in exact arithmetic, bounds the number from above and closely."""
     rng = np.random.default_rng(seed)
     program, _, _, solution, _ = solved(loss, 1 + seed % 2, 0.2, seed, rng.uniform(0.2, 3, 7), n=7, d=2)
-    noise = 1e-3 * rng.standard_normal(solution.blocks.shape)
-    for blocks in (solution.blocks, solution.blocks + noise, 0 * solution.blocks):
-        proof = certify_blocks(program, solution.gate_index, blocks, tolerance=TOLERANCE, stopped_by="tolerance")
-        dual = program.loss.negative_gradient(program.outputs(solution.gate_index, blocks))
+    noise = 1e-3 * rng.standard_normal(solution.weights.values.shape)
+    for blocks in (solution.weights.values, solution.weights.values + noise, 0 * solution.weights.values):
+        proof = proof_of_blocks(program, GateBlocks(solution.weights.gate_index, blocks), TOLERANCE, "tolerance")
+        dual = program.loss.negative_gradient(program.outputs(solution.weights.gate_index, blocks))
         with mp.workdps(50):
             norm = gate_norm_in_digits(program, dual)
             exact = best_multiple_in_digits(program.loss, dual, norm, program.weight_decay)
@@ -96,7 +99,7 @@ def test_lower_bound_of_all_patterns_is_never_above_the_exact_one(loss, K, seed)
     bound = LOSSES[loss](targets_for(loss, n, K, rng), rng.uniform(0.2, 3, n))
     X = rng.standard_normal((n, n))
     hidden, output = rng.standard_normal((n, 3)), 0.3 * rng.standard_normal((3, K))
-    network = BatchNormNetwork.from_neurons(whiten(X, bound.weights), hidden, output)
+    network = BatchNormNetwork.from_neurons(whiten(X, bound.weights), Neurons(hidden, output))
     proof = proof_of_relu(bound, X, 0.2, network, TOLERANCE)
     dual = bound.negative_gradient(network.predict(X))
     with mp.workdps(50):
@@ -144,7 +147,9 @@ def _proof_of_the_formula(name, weight_decay):
     targets = one_hot[:, :1] - one_hot[:, 1:] if name == "logistic" else one_hot
     X, loss = np.random.default_rng(0).standard_normal((12, 12)), LOSSES[name](targets, np.ones(12))
     whitening = whiten(X)
-    network = BatchNormNetwork.from_neurons(whitening, *solve_full_rank(whitening.rows, loss, weight_decay))
+    network = BatchNormNetwork.from_neurons(
+        whitening, ClosedForm().solve(ReluProgram(whitening.rows, loss, weight_decay)).weights
+    )
     return proof_of_relu(loss, X, weight_decay, network, TOLERANCE), counts
 
 
@@ -158,9 +163,7 @@ def test_a_network_has_the_certificate_of_its_blocks(loss, K, weighted):
     weights = np.random.default_rng(1).uniform(0.2, 3, 30) if weighted else None
     K += loss == "cross_entropy" and K == 1
     program, X, _, solution, network = solved(loss, K, weights=weights, tol=1e-7)
-    blocks = certify_blocks(
-        program, solution.gate_index, solution.blocks, tolerance=TOLERANCE, stopped_by=solution.stopped_by
-    )
+    blocks = proof_of_blocks(program, solution.weights, TOLERANCE, solution.stopped_by)
     own = judged(program, X, network)
     assert blocks.status is own.status is Status.CERTIFIED
     for name in ("objective", "lower_bound", "weight_decay_objective"):
@@ -209,8 +212,7 @@ def test_neurons_that_share_a_gate_are_one_block():
     program, X, whitening, solution, network = solved(K=2)
     halves = BatchNormNetwork.from_blocks(
         whitening,
-        np.repeat(solution.gate_index, 2),
-        np.repeat(solution.blocks / 2, 2, axis=0),
+        GateBlocks(np.repeat(solution.weights.gate_index, 2), np.repeat(solution.weights.values / 2, 2, axis=0)),
         *_gates_of(program, network),
     )
     assert halves.n_neurons == 2 * network.n_neurons
@@ -236,16 +238,20 @@ def test_rows_on_the_hyperplane_of_a_gate_do_not_refuse_an_honest_network(seed, 
     whitening = whiten(X)
     gates, offsets = sample_gates("data", 20, whitening, np.random.RandomState(seed))
     patterns = gate_patterns(X, whitening.mean, gates, offsets)
-    program = GatedProgram(whitening.rows, patterns, SquaredLoss(rng.standard_normal((17, 1)), np.ones(17)), 0.1)
+    program = GatedProgram.from_rows(
+        whitening.rows, patterns, SquaredLoss(rng.standard_normal((17, 1)), np.ones(17)), 0.1
+    )
     solution = GroupNewton(tol=1e-8).solve(program)
-    network = BatchNormNetwork.from_blocks(whitening, solution.gate_index, solution.blocks, gates, offsets)
+    network = BatchNormNetwork.from_blocks(whitening, solution.weights, gates, offsets)
     assert judged(program, X, network).status is Status.CERTIFIED
 
 
 def test_zero_network_is_trivial_only_where_it_is_optimal():
     program, X, whitening, _, _ = solved()
     none = np.zeros((0, *program.block_shape))
-    empty = BatchNormNetwork.from_blocks(whitening, np.zeros(0, dtype=np.intp), none, np.zeros((5, 0)), np.zeros(0))
+    empty = BatchNormNetwork.from_blocks(
+        whitening, GateBlocks(np.zeros(0, dtype=np.intp), none), np.zeros((5, 0)), np.zeros(0)
+    )
     largest = program.with_weight_decay(program.max_weight_decay())
     proof = judged(largest, X, empty)
     assert proof.status is Status.TRIVIAL and "lower it" in proof.sentence
@@ -260,17 +266,16 @@ def test_only_the_gradient_at_zero_proves_that_zero_is_optimal():
     loss = SquaredLoss(np.array([[1.0], [1.5]]), np.ones(2))
     norm = float(np.linalg.norm(loss.targets))
     points = [(loss.targets, 2 * norm, 1e-14, "orthant"), (0.99 * loss.targets, 0.99 * norm, 0.0, "chosen dual point")]
-    proof = judge(
-        loss,
-        np.zeros((2, 1)),
-        0.99 * norm,
-        penalty=0.0,
-        plain_penalty=0.0,
-        evidence=lambda dual: [Evidence(*point) for point in points],
-        scope=ALL,
-        tolerance=1e-3,
-        stopped_by="formula",
-    )
+
+    class Points:
+        def bounded(self, dual):
+            return [DualBound(*point) for point in points]
+
+        def estimate(self, dual):
+            return None
+
+    nothing, zeros = Penalty(0.0, 0.0), np.zeros((2, 1))
+    proof = judge(loss, zeros, 0.99 * norm, nothing, Points(), Scope(ALL), 1e-3, "formula")
     assert 0 < proof.relative_gap <= 1e-3 and proof.bound == "chosen dual point"
     assert proof.status is Status.CERTIFIED, proof.sentence
 
@@ -369,7 +374,7 @@ def test_sentences_name_the_scope_the_numbers_and_the_remedy(scope, words, toler
 def test_scopes_of_the_doors():
     program, X, _, solution, network = solved()
     assert judged(program, X, network).scope == GATED
-    proof = certify_blocks(program, solution.gate_index, solution.blocks, tolerance=1.0, stopped_by="tolerance")
+    proof = proof_of_blocks(program, solution.weights, 1.0, "tolerance")
     assert proof.scope == GATED
     assert proof_of_relu(program.loss, X, 0.1, network, 1.0).scope == ALL
 
@@ -397,7 +402,7 @@ def test_a_tolerance_below_the_floor_says_so_and_is_never_claimed(tolerance):
     program, X, _, solution, network = solved(tol=1e-12)
     proofs = [
         judged(program, X, network, tolerance),
-        certify_blocks(program, solution.gate_index, solution.blocks, tolerance=tolerance, stopped_by="stalled"),
+        proof_of_blocks(program, solution.weights, tolerance, "stalled"),
         proof_of_relu(*_full_rank_scalar(), tolerance),
     ]
     for proof in proofs:
@@ -409,7 +414,12 @@ def _full_rank_scalar():
     rng = np.random.default_rng(0)
     X, loss = rng.standard_normal((9, 10)), SquaredLoss(rng.standard_normal((9, 1)), np.ones(9))
     whitening = whiten(X)
-    return loss, X, 0.3, BatchNormNetwork.from_neurons(whitening, *solve_full_rank(whitening.rows, loss, 0.3))
+    return (
+        loss,
+        X,
+        0.3,
+        BatchNormNetwork.from_neurons(whitening, ClosedForm().solve(ReluProgram(whitening.rows, loss, 0.3)).weights),
+    )
 
 
 def test_no_tolerance_below_the_floor_is_certified_on_ill_conditioned_data():
@@ -420,7 +430,9 @@ def test_no_tolerance_below_the_floor_is_certified_on_ill_conditioned_data():
         name = ("squared", "logistic", "cross_entropy")[seed % 3]
         loss = LOSSES[name](targets_for(name, 12, 3 if name == "cross_entropy" else 1, rng), np.ones(12))
         whitening = whiten(X)
-        network = BatchNormNetwork.from_neurons(whitening, *solve_full_rank(whitening.rows, loss, 0.2))
+        network = BatchNormNetwork.from_neurons(
+            whitening, ClosedForm().solve(ReluProgram(whitening.rows, loss, 0.2)).weights
+        )
         proof = proof_of_relu(loss, X, 0.2, network, 1e-18)
         assert proof.status is Status.GAP_OPEN and proof.relative_gap > 0
 
@@ -456,7 +468,7 @@ def test_objective_of_zero_is_certified_with_gap_zero():
     loss = SquaredLoss(np.zeros((30, 1)), np.ones(30))
     zero = dataclasses.replace(program, loss=loss)
     none = np.zeros((0, *program.block_shape))
-    proof = certify_blocks(zero, np.zeros(0, dtype=np.intp), none, tolerance=0.0, stopped_by="tolerance")
+    proof = proof_of_blocks(zero, GateBlocks(np.zeros(0, dtype=np.intp), none), 0.0, "tolerance")
     assert proof.objective == proof.lower_bound == proof.relative_gap == 0 and proof.status is Status.TRIVIAL
 
 
@@ -475,10 +487,15 @@ def test_certificate_of_relu_is_recomputed_from_its_weights():
 
 def test_certificate_of_blocks_is_the_value_of_the_program():
     program, _, _, solution, _ = solved()
-    proof = certify_blocks(program, solution.gate_index, solution.blocks, tolerance=1.0, stopped_by="tolerance")
-    outputs = np.einsum("nj,nq,jqk->nk", program.patterns[:, solution.gate_index] * 1.0, program.rows, solution.blocks)
+    proof = proof_of_blocks(program, solution.weights, 1.0, "tolerance")
+    outputs = np.einsum(
+        "nj,nq,jqk->nk",
+        program.operator.patterns[:, solution.weights.gate_index] * 1.0,
+        program.operator.rows,
+        solution.weights.values,
+    )
     value = 0.5 * np.sum((outputs - program.loss.targets) ** 2)
-    expected = value + program.weight_decay * np.linalg.norm(solution.blocks, axis=(1, 2)).sum()
+    expected = value + program.weight_decay * np.linalg.norm(solution.weights.values, axis=(1, 2)).sum()
     assert proof.objective == pytest.approx(expected, rel=1e-13)
 
 

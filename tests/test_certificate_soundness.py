@@ -9,13 +9,16 @@ import warnings
 import numpy as np
 import pytest
 
-from convexbn.certificate.certificate import certify_blocks, certify_gated
+from convexbn.certificate.certificate import certify
+from convexbn.certificate.question import Question
 from convexbn.certificate.status import Status
+from convexbn.program.gated import GateBlocks
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from convexbn.solvers.gated.subspace import Subspace
+from instances import neuron_arrays, proof_of_blocks
 from planted import planted
 
 TOLERANCE = 1e-6
@@ -36,7 +39,7 @@ def reference(program):
 
 def lies(program, solution, rng):
     """Wrong answers, each told with success: (gate_index, blocks)."""
-    index, blocks = solution.gate_index, solution.blocks
+    index, blocks = solution.weights.gate_index, solution.weights.values
     noise = rng.standard_normal(blocks.shape)
     size = np.linalg.norm(blocks)
     yield index, blocks * (1 + 3e-3)
@@ -75,12 +78,12 @@ def test_no_wrong_result_is_certified(capsys):
             program = base.with_weight_decay(fraction * base.max_weight_decay())
             best = reference(program)
             optimum = best.history[-1].lower_bound
-            answers = [(s.gate_index, s.blocks) for s in cut_short(program)]
+            answers = [s.weights for s in cut_short(program)]
             answers += list(lies(program, best, rng))
             for index, blocks in answers:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # NaN blocks
-                    proof = certify_blocks(program, index, blocks, tolerance=TOLERANCE, stopped_by="tolerance")
+                    proof = proof_of_blocks(program, GateBlocks(index, blocks), TOLERANCE, "tolerance")
                 runs += 1
                 refused += proof.status not in (Status.CERTIFIED, Status.TRIVIAL)
                 false += is_false(proof, optimum)
@@ -96,7 +99,7 @@ def perturbed_networks(network, rng):
     yield "output", replace(network, output=network.output * (1 + 3e-3))
     yield "gamma", replace(network, gamma=network.gamma * (1 + 3e-3))
     yield "shift", replace(network, shift=network.shift + 0.03)
-    half = {k: (v[:, ::2] if k in ("weight", "gates") else v[::2]) for k, v in network.neurons().items()}
+    half = {k: (v[:, ::2] if k in ("weight", "gates") else v[::2]) for k, v in neuron_arrays(network).items()}
     yield "neurons dropped", replace(network, **half)
 
 
@@ -107,9 +110,7 @@ def test_no_perturbed_network_is_certified(capsys):
     for problem in problems():
         program = problem.program.with_weight_decay(0.05 * problem.program.max_weight_decay())
         best = reference(program)
-        network = BatchNormNetwork.from_blocks(
-            problem.whitening, best.gate_index, best.blocks, problem.gates, problem.offsets
-        )
+        network = BatchNormNetwork.from_blocks(problem.whitening, best.weights, problem.gates, problem.offsets)
         proof = _judge(program, problem, network)
         assert proof.status is Status.CERTIFIED, proof.sentence
         swapped = dataclasses.replace(
@@ -132,14 +133,11 @@ def test_no_perturbed_network_is_certified(capsys):
 def test_a_network_on_other_gates_is_refused():
     problem = next(problems())
     best = reference(problem.program)
-    network = BatchNormNetwork.from_blocks(
-        problem.whitening, best.gate_index, best.blocks, problem.gates, problem.offsets
-    )
+    network = BatchNormNetwork.from_blocks(problem.whitening, best.weights, problem.gates, problem.offsets)
     other = dataclasses.replace(network, gate_index=(network.gate_index + 1) % problem.program.n_gates)
     with pytest.raises(ValueError, match="does not follow the gate"):
         _judge(problem.program, problem, other)
 
 
 def _judge(program, problem, network):
-    mean = problem.whitening.mean
-    return certify_gated(program, problem.X, mean, **network.neurons(), tolerance=TOLERANCE, stopped_by="tolerance")
+    return certify(Question(problem.X, problem.whitening.mean, program, TOLERANCE), network)

@@ -22,7 +22,8 @@ from convexbn.program.losses import (
     SquaredLoss,
 )
 from convexbn.program.network import BatchNormNetwork
-from convexbn.solvers.closed_form import max_weight_decay, solve_full_rank
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.closed_form import ClosedForm, max_weight_decay
 from instances import EPS, LOSS_NAMES, THRESHOLD, labels, proof_of_relu, residual, targets_for
 
 N = 12
@@ -135,7 +136,9 @@ def data(d, seed=0, n=N):
 def network_of(X, loss, weight_decay):
     whitening = whiten(X, loss.weights)
     assert whitening.rank == len(X) - 1
-    return BatchNormNetwork.from_neurons(whitening, *solve_full_rank(whitening.rows, loss, weight_decay))
+    return BatchNormNetwork.from_neurons(
+        whitening, ClosedForm().solve(ReluProgram(whitening.rows, loss, weight_decay)).weights
+    )
 
 
 def judged(X, loss, weight_decay, network=None, tolerance=1e-12):
@@ -315,7 +318,7 @@ def test_targets_of_zero():
 )
 def test_acute_angles_are_refused(loss):
     with pytest.raises(ValueError, match="no formula"):
-        solve_full_rank(whiten(data(N)).rows, loss, 0.1)
+        ClosedForm().solve(ReluProgram(whiten(data(N)).rows, loss, 0.1))
 
 
 def test_the_refused_ray_formula_would_be_wrong():

@@ -1,9 +1,10 @@
 """Every solver on every loss and instance: the same optimum, proved by the same judge, nothing mutated."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from convexbn.certificate.certificate import certify_blocks
 from convexbn.certificate.status import Status
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
@@ -11,7 +12,7 @@ from convexbn.solvers.gated.conic import Conic
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from convexbn.solvers.gated.subspace import Subspace
-from instances import LOSS_NAMES
+from instances import LOSS_NAMES, proof_of_blocks
 from planted import planted
 
 SOLVERS = {"group_newton": GroupNewton, "proximal": Proximal, "subspace": Subspace, "conic": Conic}
@@ -31,9 +32,7 @@ def test_planted_optimum_is_found_and_proved(solver, loss, K, seed):
     weights = np.random.default_rng(seed).uniform(0.2, 3.0, 40) if seed else np.ones(40)
     problem = planted(K=K, loss=loss, weights=weights, n_active=1, seed=seed)
     solution = SOLVERS[solver](tol=1e-8).solve(problem.program)
-    proof = certify_blocks(
-        problem.program, solution.gate_index, solution.blocks, tolerance=1e-8, stopped_by=solution.stopped_by
-    )
+    proof = proof_of_blocks(problem.program, solution.weights, 1e-8, solution.stopped_by)
     assert proof.status is Status.CERTIFIED, proof.sentence
     assert proof.objective == pytest.approx(problem.objective, rel=2e-8)
     assert proof.lower_bound <= problem.objective * (1 + 1e-12)
@@ -51,7 +50,7 @@ def test_several_planted_gates(n_active, K):
         found += 1
         solution = GroupNewton(tol=1e-10).solve(problem.program)
         assert solution.history[-1].objective == pytest.approx(problem.objective, rel=1e-9)
-        assert set(problem.gate_index) <= set(solution.gate_index)
+        assert set(problem.gate_index) <= set(solution.weights.gate_index)
     assert found >= 2
 
 
@@ -64,10 +63,8 @@ def test_planted_optimum_at_every_scale_of_the_data(solver, exponent):
     solution = SOLVERS[solver]().solve(problem.program)
     assert solution.stopped_by == "tolerance"
     assert solution.history[-1].objective == pytest.approx(reference.objective, rel=2e-6)
-    network = BatchNormNetwork.from_blocks(
-        problem.whitening, solution.gate_index, solution.blocks, problem.gates, problem.offsets
-    )
-    expected = problem.program.outputs(solution.gate_index, solution.blocks)
+    network = BatchNormNetwork.from_blocks(problem.whitening, solution.weights, problem.gates, problem.offsets)
+    expected = problem.program.outputs(solution.weights.gate_index, solution.weights.values)
     assert np.abs(network.predict(problem.X) - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
@@ -76,12 +73,12 @@ def test_solvers_agree_on_unplanted_programs(solver):
     rng = np.random.default_rng(5)
     problem = planted(K=2, seed=3)
     loss = type(problem.program.loss)(rng.standard_normal((40, 2)), problem.program.loss.weights)
-    program = type(problem.program)(problem.program.rows, problem.program.patterns, loss, 1.0)
+    program = replace(problem.program, loss=loss, weight_decay=1.0)
     program = program.with_weight_decay(0.1 * program.max_weight_decay())
     reference = GroupNewton(tol=1e-10).solve(program).history[-1].objective
     solution = SOLVERS[solver](tol=1e-8).solve(program)
-    value = program.loss.value(program.outputs(solution.gate_index, solution.blocks))
-    value += program.weight_decay * np.linalg.norm(solution.blocks, axis=(1, 2)).sum()
+    value = program.loss.value(program.outputs(solution.weights.gate_index, solution.weights.values))
+    value += program.weight_decay * np.linalg.norm(solution.weights.values, axis=(1, 2)).sum()
     assert value == pytest.approx(reference, rel=1e-7)
 
 
@@ -89,11 +86,15 @@ def test_solvers_agree_on_unplanted_programs(solver):
 def test_input_is_not_mutated_and_repeats_bit_for_bit(solver):
     problem = planted(K=2, seed=0)
     program = problem.program
-    copies = [a.copy() for a in (program.rows, program.patterns, program.loss.targets, program.loss.weights)]
+    copies = [
+        a.copy() for a in (program.operator.rows, program.operator.patterns, program.loss.targets, program.loss.weights)
+    ]
     first, second = (SOLVERS[solver]().solve(program) for _ in range(2))
-    assert np.array_equal(first.blocks, second.blocks) and np.array_equal(first.gate_index, second.gate_index)
+    assert all(np.array_equal(a, b) for a, b in zip(first.weights, second.weights, strict=True))
     for before, now in zip(
-        copies, (program.rows, program.patterns, program.loss.targets, program.loss.weights), strict=True
+        copies,
+        (program.operator.rows, program.operator.patterns, program.loss.targets, program.loss.weights),
+        strict=True,
     ):
         assert np.array_equal(before, now)
 
@@ -103,7 +104,7 @@ def test_warm_start_reaches_the_cold_optimum_in_fewer_iterations(solver):
     program = planted(n=60, d=6, K=1, seed=2).program
     program = program.with_weight_decay(0.2 * program.max_weight_decay())
     cold = SOLVERS[solver](tol=1e-8).solve(program)
-    warm = SOLVERS[solver](tol=1e-8).solve(program, start=cold)
+    warm = SOLVERS[solver](tol=1e-8).solve(program, start=cold.weights)
     assert warm.history[-1].objective == pytest.approx(cold.history[-1].objective, rel=1e-8)
     assert warm.n_iter < cold.n_iter
 
@@ -131,16 +132,12 @@ def test_other_losses_are_refused_before_work(solver, loss):
 def test_zero_is_returned_from_the_largest_weight_decay_on(solver):
     program = planted(seed=4).program
     solution = SOLVERS[solver]().solve(program.with_weight_decay(program.max_weight_decay()))
-    proof = certify_blocks(
-        program.with_weight_decay(program.max_weight_decay()),
-        solution.gate_index,
-        solution.blocks,
-        tolerance=1e-6,
-        stopped_by=solution.stopped_by,
+    proof = proof_of_blocks(
+        program.with_weight_decay(program.max_weight_decay()), solution.weights, 1e-6, solution.stopped_by
     )
-    assert len(solution.gate_index) == 0 and proof.status is Status.TRIVIAL
+    assert len(solution.weights.gate_index) == 0 and proof.status is Status.TRIVIAL
     below = SOLVERS[solver](tol=1e-9).solve(program.with_weight_decay(0.99 * program.max_weight_decay()))
-    assert len(below.gate_index) > 0
+    assert len(below.weights.gate_index) > 0
 
 
 def test_newton_iterations_stay_few():

@@ -12,9 +12,10 @@ from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.realizability import nearest_directions, realised
 from convexbn.solvers.cone_decomposition import difference_in_cones
-from convexbn.solvers.relu.column_generation import network_outputs, polish
+from convexbn.solvers.relu.newton import polish
 from convexbn.training.relu_conversion import neurons_of, to_relu
 from convexbn.training.training_set import TrainingSet
+from instances import network_outputs
 
 
 def drawn(n=60, d=4, seed=0):
@@ -211,13 +212,13 @@ def test_the_network_has_the_smallest_norms_of_its_blocks():
     model = regressor(X, values_of(X), n_gates=8)
     data = training_set(model, X, values_of(X))
     before, after = (neurons_of(data, N) for N in (model.network_, converted(model, X, values_of(X)).network))
-    signs = np.where(data.gated_program(model.gates_, model.gate_offsets_).patterns, 1.0, -1.0)
+    signs = np.where(data.gated_program(model.gates_, model.gate_offsets_).operator.patterns, 1.0, -1.0)
     vectors = (before.first * np.linalg.norm(before.output, axis=1)).T
     expected = [
         smallest_norms(signs[:, [i]] * data.whitening.rows, vector)
         for i, vector in zip(model.network_.gate_index, vectors, strict=True)
     ]
-    assert after.masses.sum() == pytest.approx(sum(expected), rel=1e-6)
+    assert after.norms.sum() == pytest.approx(sum(expected), rel=1e-6)
 
 
 # -- gates that are not realised --
@@ -242,7 +243,7 @@ def test_gates_of_a_truncated_program_are_counted_and_refused():
 def realisable(data, gates, offsets):
     program = data.gated_program(gates, offsets)
     directions = nearest_directions(data.X, data.whitening, data.loss.weights, gates, offsets)
-    return realised(program.rows, program.patterns, directions)
+    return realised(program.operator.rows, program.operator.patterns, directions)
 
 
 @pytest.mark.parametrize("K", [1, 3])
@@ -308,7 +309,7 @@ def test_neurons_are_read_off_and_written_back(K):
     network = converted(model, X, values_of(X, K), weights).network
     data = training_set(model, X, values_of(X, K), weights)
     neurons = neurons_of(data, network)
-    again = BatchNormNetwork.from_neurons(data.whitening, neurons.first, neurons.output)
+    again = BatchNormNetwork.from_neurons(data.whitening, neurons)
     np.testing.assert_allclose(again.predict(X), network.predict(X), rtol=0, atol=1e-10)
     outputs = network_outputs(data.whitening.rows, neurons)
     np.testing.assert_allclose(outputs, network.predict(data.X), rtol=0, atol=1e-10)
@@ -333,10 +334,9 @@ def test_the_converted_network_is_a_start_of_the_restricted_program():
     model = regressor(X, values_of(X), n_gates=10)
     conversion = converted(model, X, values_of(X))
     data = training_set(model, X, values_of(X))
-    rows, loss, beta = data.whitening.rows, data.loss, model.weight_decay_
-    better = polish(rows, loss, beta, neurons_of(data, conversion.network))
-    objective = loss.value(network_outputs(rows, better)) + beta * better.masses.sum()
-    assert objective <= conversion.objective_after
+    program = data.relu_program(model.weight_decay_)
+    better = polish(program, neurons_of(data, conversion.network))
+    assert program.objective(better) <= conversion.objective_after
 
 
 # -- refusals --

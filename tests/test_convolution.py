@@ -7,12 +7,12 @@ from convexbn.data import qr, row_matrix
 from convexbn.data import whitening as whitening_module
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import Geometry, PatchMatrix
-from convexbn.data.pooling import Pooling
-from convexbn.data.preactivations import Responses
+from convexbn.data.pooling import Regions
+from convexbn.data.preactivations import PreActivations
 from convexbn.data.row_matrix import MappedRows
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.program.pooled_loss import PooledLoss
+from convexbn.program.readout import AveragePooling, MaxPooling
 from instances import residual
 
 GEOMETRIES = [
@@ -21,8 +21,8 @@ GEOMETRIES = [
     Geometry((1, 9, 1), (1, 3), (1, 2), (0, 1), 1),
 ]
 POOLINGS = [
-    Pooling(kind, locations, grid)
-    for kind in ("average", "max")
+    kind(Regions(locations, grid))
+    for kind in (AveragePooling, MaxPooling)
     for locations, grid in [((3, 4), (1, 1)), ((4, 4), (2, 2)), ((5, 3), (2, 2)), ((2, 3), (2, 3)), ((1, 7), (1, 3))]
 ]
 
@@ -62,18 +62,17 @@ def test_patches_are_those_of_a_loop_however_they_are_read(geometry, dtype):
 def test_pooling_reads_regions_and_its_gradient_is_its_derivative(pooling):
     rng = np.random.default_rng(0)
     n, m, K = 3, 4, 2
-    hidden = rng.uniform(0.1, 1, (n * pooling.n_locations, m))
+    hidden = rng.uniform(0.1, 1, (n * pooling.rows_per_case, m))
     output = rng.standard_normal((m, pooling.n_regions * K))
-    pooled = pooling.pool(hidden)
+    pooled = pooling.pool(hidden).reshape(n, pooling.n_regions, m)
     for i, r, j in np.ndindex(pooled.shape):
-        inside = hidden.reshape(n, -1, m)[i, pooling.members[r], j]
-        assert pooled[i, r, j] == pytest.approx(inside.mean() if pooling.kind == "average" else inside.max())
+        inside = hidden.reshape(n, -1, m)[i, pooling.regions.members[r], j]
+        assert pooled[i, r, j] == pytest.approx(inside.mean() if pooling.linear else inside.max())
     outputs, dual = pooling.outputs(hidden, output), rng.standard_normal((n, K))
     flat = output.reshape(m, pooling.n_regions, K)
     np.testing.assert_allclose(outputs, np.einsum("nrm,mrk->nk", pooled, flat), rtol=1e-13)
-    loss = PooledLoss.of(SquaredLoss(np.zeros((n, K)), np.ones(n)), pooling)
-    by_hidden, by_output = loss.pull_back(dual, hidden, output)
-    np.testing.assert_array_equal(loss.by_neuron(loss.by_region(output)), output)
+    by_hidden, by_output = pooling.pull_back(dual, hidden, output)
+    np.testing.assert_array_equal(pooling.by_neuron(pooling.by_region(output)), output)
     along, step = rng.standard_normal(hidden.shape), 1e-6
     change = (pooling.outputs(hidden + step * along, output) - outputs) / step
     assert np.sum(dual * change) == pytest.approx(np.sum(by_hidden * along), rel=1e-5, abs=1e-6)
@@ -86,31 +85,32 @@ def test_pooling_reads_regions_and_its_gradient_is_its_derivative(pooling):
 def test_spread_is_the_adjoint_of_gather_and_outputs_gather_those_of_the_rows(pooling):
     rng = np.random.default_rng(1)
     n, K, m = 4, 2, 3
-    rows = rng.standard_normal((n * pooling.n_locations, pooling.n_regions * K))
+    rows = rng.standard_normal((n * pooling.rows_per_case, pooling.n_regions * K))
     dual = rng.standard_normal((n, K))
     assert np.sum(pooling.gather(rows) * dual) == pytest.approx(np.sum(rows * pooling.spread(dual)), rel=1e-12)
-    hidden, output = rng.random((n * pooling.n_locations, m)), rng.standard_normal((m, pooling.n_regions * K))
+    hidden, output = rng.random((n * pooling.rows_per_case, m)), rng.standard_normal((m, pooling.n_regions * K))
     np.testing.assert_allclose(pooling.gather(hidden @ output), pooling.outputs(hidden, output), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["average", "max"])
 def test_regions_are_those_of_torch(kind):
     torch = pytest.importorskip("torch")
-    pooling, rng = Pooling(kind, (5, 7), (2, 3)), np.random.default_rng(0)
+    pooling = (AveragePooling if kind == "average" else MaxPooling)(Regions((5, 7), (2, 3)))
+    rng = np.random.default_rng(0)
     hidden = rng.standard_normal((2, 5, 7, 3))
     layer = (torch.nn.AdaptiveAvgPool2d if kind == "average" else torch.nn.AdaptiveMaxPool2d)((2, 3))
     expected = layer(torch.tensor(hidden).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(2, 6, 3).numpy()
-    np.testing.assert_allclose(pooling.pool(hidden.reshape(-1, 3)), expected, rtol=1e-14)
+    np.testing.assert_allclose(pooling.pool(hidden.reshape(-1, 3)), expected.reshape(2, 18), rtol=1e-14)
 
 
 @pytest.mark.parametrize("loss", [SquaredLoss, LogisticLoss, CrossEntropyLoss])
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
 def test_a_pooled_loss_keeps_the_fenchel_young_equality(loss, grid):
     rng = np.random.default_rng(0)
-    n, K, pooling = 5, 3, Pooling("average", (2, 3), grid)
+    n, K, pooling = 5, 3, AveragePooling(Regions((2, 3), grid))
     targets = np.eye(K)[rng.integers(K, size=n)]
     images = loss(2 * targets - 1 if loss is LogisticLoss else targets, rng.uniform(1, 2, n))
-    pooled = PooledLoss.of(images, pooling)
+    pooled = pooling.composed(images)
     G = rng.standard_normal(pooled.targets.shape)
     W = pooled.negative_gradient(G)
     assert pooled.value(G) == pytest.approx(pooled.dual_value(W) - np.sum(W * G), rel=1e-12)
@@ -149,10 +149,10 @@ def test_responses_of_mapped_rows_are_those_of_the_matrix_that_they_stand_for(mo
     X = PatchMatrix(rng.standard_normal((40, 30)) + 5, Geometry((1, 30, 1), (1, 4), (1, 1), (0, 0), 1))
     weights, W = np.repeat(rng.uniform(1, 2, 40), X.rows_together), rng.standard_normal((4, 3))
     mean, columns = rng.standard_normal(4), rng.standard_normal((len(X), 3))
-    expected = Responses.of(np.asarray(X), W, weights, mean=mean)
-    kept = Responses.of(X, W, weights, mean=mean)
+    expected = PreActivations.compute(np.asarray(X), W, weights, mean=mean)
+    kept = PreActivations.compute(X, W, weights, mean=mean)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 0)
-    mapped = Responses.of(X, W, weights, mean=mean)
+    mapped = PreActivations.compute(X, W, weights, mean=mean)
     assert isinstance(mapped.rows, MappedRows)
     np.testing.assert_array_equal(kept.normalized, expected.normalized)
     assert residual(mapped.normalized - expected.normalized, len(X), np.abs(expected.normalized).max()) < 30
@@ -194,20 +194,22 @@ def test_channels_may_come_first():
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 1), (3, 3)])  # cells, and regions that overlap
 def test_the_first_of_equal_maxima_has_the_gradient(grid):
-    pooling, rng = Pooling("max", (4, 4), grid), np.random.default_rng(0)
+    pooling, rng = MaxPooling(Regions((4, 4), grid)), np.random.default_rng(0)
     hidden, gradient = rng.integers(0, 2, (6 * 16, 3)).astype(float), rng.standard_normal((6, pooling.n_regions, 3))
     expected = np.zeros((6, 16, 3))
     for i, r, j in np.ndindex(gradient.shape):
-        inside = np.flatnonzero(pooling.members[r])
+        inside = np.flatnonzero(pooling.regions.members[r])
         expected[i, inside[hidden.reshape(6, 16, 3)[i, inside, j].argmax()], j] += gradient[i, r, j]
-    np.testing.assert_allclose(pooling.unpool(gradient, hidden), expected.reshape(hidden.shape), rtol=1e-14)
+    np.testing.assert_allclose(
+        pooling.unpool(gradient.reshape(6, -1), hidden), expected.reshape(hidden.shape), rtol=1e-14
+    )
 
 
 @pytest.mark.parametrize("grid", [(7, 7), (3, 2), (2, 2), (14, 14), (1, 7)])
 def test_averages_are_the_matrix_of_the_pooling(grid):
-    pooling, rng = Pooling("average", (14, 14), grid), np.random.default_rng(0)
+    pooling, rng = AveragePooling(Regions((14, 14), grid)), np.random.default_rng(0)
     hidden, gradient = rng.standard_normal((3 * 196, 5)), rng.standard_normal((3, pooling.n_regions, 5))
     images = hidden.reshape(3, 196, 5)
-    assert np.allclose(pooling.pool(hidden), pooling.matrix @ images, rtol=0, atol=1e-14)
-    spread = (pooling.matrix.T @ gradient).reshape(hidden.shape)
-    assert np.allclose(pooling.unpool(gradient, hidden), spread, rtol=0, atol=1e-14)
+    assert np.allclose(pooling.pool(hidden), (pooling.regions.averages @ images).reshape(3, -1), rtol=0, atol=1e-14)
+    spread = (pooling.regions.averages.T @ gradient).reshape(hidden.shape)
+    assert np.allclose(pooling.unpool(gradient.reshape(3, -1), hidden), spread, rtol=0, atol=1e-14)

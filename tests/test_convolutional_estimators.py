@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,8 @@ from convexbn.data import moments, qr, row_matrix
 from convexbn.data.patches import PatchMatrix
 from convexbn.estimators.display import SpectrumDisplay
 from convexbn.files.datasets import digits
-from convexbn.program.convolutional_network import ConvolutionalNetwork
-from convexbn.solvers.relu.large_scale import ManyRows
-from convexbn.solvers.relu.sgd import StochasticPhase
+from convexbn.solvers.relu.large_scale import LargeScale
+from convexbn.solvers.relu.sgd import SGD
 from convexbn.training import fit, training_set
 
 LAYER = Convolution(3, regions=2, input_shape=(8, 8, 1))
@@ -57,7 +57,7 @@ def by_hand(model, X):
             opened = response > 0 if network.gates is None else patch @ network.gates + network.gate_offsets >= 0
             rows.append(opened * response)
         hidden = np.array(rows)
-        pooled = [(hidden[m].mean(0) if pool.kind == "average" else hidden[m].max(0)) for m in pool.members]
+        pooled = [(hidden[m].mean(0) if layer.pooling == "average" else hidden[m].max(0)) for m in pool.members]
         weights = network.output.reshape(network.n_neurons, pool.n_regions, -1)
         outputs.append(np.einsum("rm,mrk->k", np.array(pooled), weights))
     return np.array(outputs)
@@ -150,11 +150,11 @@ def test_shapes_layouts_and_clones(gated, images):
 def test_files_give_the_same_model_and_refuse_another_layer(gated, images, tmp_path):
     gated.save(tmp_path / "model.safetensors")
     loaded = convexbn.load(tmp_path / "model.safetensors")
-    assert isinstance(loaded.network_, ConvolutionalNetwork) and loaded.convolution == LAYER
+    assert loaded.network_.convolution == loaded.convolution == LAYER
     np.testing.assert_array_equal(loaded.decision_function(images[2]), gated.decision_function(images[2]))
     assert loaded.certify(*images[:2]) == gated.certify(*images[:2])
     wrong = fitted((images[0][:30], images[1][:30]), max_iter=3)
-    wrong.network_ = ConvolutionalNetwork.of(wrong.network_, Convolution(4, input_shape=(8, 8, 1)))
+    wrong.network_ = replace(wrong.network_, convolution=Convolution(4, input_shape=(8, 8, 1)))
     with pytest.raises(ValueError, match="'convolution' does not fit"):
         wrong.save(tmp_path / "wrong.safetensors")
 
@@ -248,10 +248,10 @@ def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):
 
 def test_mini_batches_end_near_the_descent_on_all_rows(images):
     data = fitted((images[0][:60], images[1][:60]), max_iter=1)._prepared(images[0][:60], images[1][:60], None)[0]
-    rows, loss, rng = data.whitening.rows, data.loss, np.random.default_rng(0)
-    few = ManyRows(width=20, polish=0, descent=StochasticPhase(epochs=60, batch_size=20))
-    many = ManyRows(width=20, polish=300, descent=StochasticPhase(epochs=1))
-    found, best = (solver.solve(rows, loss, 5.0, rng).history[-1].objective for solver in (few, many))
+    rng = np.random.default_rng(0)
+    few = LargeScale(width=20, polish=0, descent=SGD(epochs=60, batch_size=20))
+    many = LargeScale(width=20, polish=300, descent=SGD(epochs=1))
+    found, best = (solver.solve(data.relu_program(5.0), rng=rng).history[-1].objective for solver in (few, many))
     assert best <= found <= 1.1 * best
 
 

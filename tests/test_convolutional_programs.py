@@ -8,8 +8,9 @@ import pytest
 from convexbn import bounds
 from convexbn.bounds.local_search import hidden_norms, hidden_units, linear_parts
 from convexbn.certificate import dual_bounds
-from convexbn.certificate.certificate import certify_blocks, certify_relu
-from convexbn.certificate.dual_bounds import AllPatterns
+from convexbn.certificate.certificate import certify
+from convexbn.certificate.dual_bounds import ReluDualBounds
+from convexbn.certificate.question import Question
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import whiten
@@ -18,14 +19,15 @@ from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import CrossEntropyLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
-from convexbn.program.neurons import case_outputs
-from convexbn.program.pooled_loss import PooledLoss
-from convexbn.program.pooled_program import PooledProgram
+from convexbn.program.readout import readout_of
+from convexbn.program.relu import ReluProgram
 from convexbn.solvers.gated.conic import Conic
+from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
-from convexbn.solvers.relu.column_generation import NeuronPricing
-from convexbn.solvers.relu.local_pricing import LocalPricing
+from convexbn.solvers.gated.subspace import Subspace
+from convexbn.solvers.relu.column_generation import ColumnGeneration
 from convexbn_studies.peers.conic_relu import ConicRelu
+from instances import proof_of_blocks
 
 
 class Instance:
@@ -36,26 +38,32 @@ class Instance:
         self.layer, self.rng = layer, rng
         self.X = PatchMatrix(rng.standard_normal((n, layer.geometry.n_features)), layer.geometry)
         targets = np.eye(K)[rng.integers(K, size=n)] if loss is CrossEntropyLoss else rng.standard_normal((n, K))
-        self.loss = PooledLoss.of(loss(targets, rng.uniform(1, 2, n)), layer.pool)
-        self.whitening = whiten(self.X, self.loss.weights)
+        self.loss, self.readout = loss(targets, rng.uniform(1, 2, n)), readout_of(layer)
+        self.row_weights = self.readout.row_weights(self.loss.weights)
+        self.whitening = whiten(self.X, self.row_weights)
         self.rows, self.fraction = self.whitening.rows, fraction
 
     @functools.cached_property
     def beta(self):
-        cases = self.loss.of_cases
-        zero = cases.negative_gradient(np.zeros_like(cases.targets))
-        prover = AllPatterns(self.loss, self.rows, 0.0, np.zeros((0, self.rows.shape[1])))
+        zero = self.loss.negative_gradient(np.zeros_like(self.loss.targets))
+        free = ReluProgram(self.rows, self.loss, 0.0, self.readout)
+        prover = ReluDualBounds(free, np.zeros((0, self.rows.shape[1])))
         return self.fraction * prover.dual_norm(zero, proved=False)[0]
 
-    def objective(self, neurons):
-        value = self.loss.of_cases.value(case_outputs(self.rows, self.loss, neurons))
-        return value + self.beta * neurons.masses.sum()
+    @functools.cached_property
+    def program(self):
+        return ReluProgram(self.rows, self.loss, self.beta, self.readout)
 
-    def proof(self, neurons, tolerance=1e-5):
-        network = BatchNormNetwork.from_neurons(self.whitening, neurons.first, neurons.output)
-        return certify_relu(
-            self.rows, self.loss, self.X, self.beta, **network.neurons(), tolerance=tolerance, stopped_by="tolerance"
-        )
+    def outputs(self, neurons):
+        """Outputs of the images, hidden units and pooling in one piece."""
+        return self.readout.outputs(np.maximum(self.rows @ neurons.first, 0), neurons.output)
+
+    def objective(self, neurons):
+        return self.loss.value(self.outputs(neurons)) + self.beta * neurons.norms.sum()
+
+    def proof(self, neurons, tol=1e-5):
+        network = BatchNormNetwork.from_neurons(self.whitening, neurons)
+        return certify(Question(self.X, self.whitening.mean, self.program, tol), network)
 
 
 def tiny(h, K=1, *, n=5, locations=3, seed=0, **pooling):
@@ -82,14 +90,14 @@ AGREEING = {
 def test_brute_force_training_and_dual_bound_agree(name):
     pytest.importorskip("cvxpy")
     case = AGREEING[name]()
-    best = ConicRelu().solve(case.rows, case.loss, case.beta)
-    assert case.objective(best.neurons) == pytest.approx(best.value, rel=1e-6)
-    proof = case.proof(best.neurons)
+    best = ConicRelu().solve(case.program)
+    assert case.objective(best.weights) == pytest.approx(best.value, rel=1e-6)
+    proof = case.proof(best.weights)
     assert proof.objective == pytest.approx(best.value, rel=1e-6)
     assert best.value * (1 - 2e-5) <= proof.lower_bound <= best.value * (1 + 1e-7)
-    linear = case.layer.pool.linear
-    solver = NeuronPricing(width=30) if linear else LocalPricing(width=30, max_iter=6)
-    trained = case.objective(solver.solve(case.rows, case.loss, case.beta, case.rng).neurons)
+    linear = case.readout.linear
+    solver = ColumnGeneration(width=30, max_iter=None if linear else 6)
+    trained = case.objective(solver.solve(case.program, rng=case.rng).weights)
     assert best.value * (1 - 1e-7) <= trained <= best.value * (1 + (1e-6 if linear else 1e-3))
 
 
@@ -108,7 +116,7 @@ SEVERAL = {
 @pytest.mark.parametrize("name", SEVERAL)
 def test_pricing_is_proved_where_there_is_no_brute_force(name):
     case = SEVERAL[name]()
-    proof = case.proof(NeuronPricing(width=30).solve(case.rows, case.loss, case.beta, case.rng).neurons, 1e-3)
+    proof = case.proof(ColumnGeneration(width=30).solve(case.program, rng=case.rng).weights, 1e-3)
     assert proof.status == "CERTIFIED" and "this convolution and pooling" in proof.sentence
 
 
@@ -116,17 +124,16 @@ def test_pricing_is_proved_where_there_is_no_brute_force(name):
 def test_max_pooling_with_regions_has_a_valid_bound(kind):
     """The dual point is feasible to the bound: no direction of a dense sample has a larger image."""
     case = Instance(Convolution(2, pooling=kind, regions=2, input_shape=(6, 1)), n=6, K=2, fraction=0.3)
-    neurons = LocalPricing(width=20, max_iter=2).solve(case.rows, case.loss, case.beta, case.rng).neurons
-    cases = case.loss.of_cases
-    root = np.sqrt(cases.weights)[:, None]
-    dual = cases.negative_gradient(case_outputs(case.rows, case.loss, neurons))
-    A = case.loss.arranged(np.sqrt(case.loss.weights)[:, None] * case.rows)
-    V = case.loss.spread(dual / root)
+    neurons = ColumnGeneration(width=20, max_iter=2).solve(case.program, rng=case.rng).weights
+    root = np.sqrt(case.loss.weights)[:, None]
+    dual = case.loss.negative_gradient(case.outputs(neurons))
+    A = case.readout.arranged(np.sqrt(case.row_weights)[:, None] * case.rows)
+    V = case.readout.spread(dual / root)
     sample = case.rng.standard_normal((4000, A.shape[-1]))
     sample /= np.linalg.norm(sample, axis=1)[:, None]
     largest = hidden_norms(sample, V, A).max()
-    prover = AllPatterns(case.loss, case.rows, case.beta, neurons.first.T, tolerance=1e-2)
-    found = list(prover.evidence(dual))
+    prover = ReluDualBounds(case.program, neurons.first.T, tol=1e-2)
+    found = list(prover.bounded(dual))
     assert {point.name for point in found} >= {"orthant", "branch and bound"}
     assert all(point.bound >= largest for point in found)
     assert found[1].bound <= 1.05 * max(largest, case.beta)
@@ -137,8 +144,8 @@ def test_hundreds_of_patches_are_certified_over_all_patterns():
     layer = Convolution(3, input_shape=(22, 1))
     case = Instance(layer, n=18, fraction=0.5)
     assert len(case.X) == 360 and case.rows.shape[1] == 4
-    solution = NeuronPricing(width=20, max_iter=3).solve(case.rows, case.loss, case.beta, case.rng)
-    proof = case.proof(solution.neurons, tolerance=1e-4)
+    solution = ColumnGeneration(width=20, max_iter=3).solve(case.program, rng=case.rng)
+    proof = case.proof(solution.weights, 1e-4)
     assert proof.status == "CERTIFIED" and proof.scope == "all patterns" and proof.bound == "branch and bound"
 
 
@@ -168,7 +175,7 @@ def test_branch_and_bound_encloses_the_maximum_over_groups(q, K):
     rng = np.random.default_rng(q + K)
     rows = np.linalg.qr(rng.standard_normal((24, q)))[0]
     groups, V = rows.reshape(8, 3, q), rng.standard_normal((8, K))
-    found = bounds.branch_and_bound(V, groups, tolerance=1e-3)
+    found = bounds.branch_and_bound(V, groups, tol=1e-3)
     sample = rng.standard_normal((20_000, q))
     sample /= np.linalg.norm(sample, axis=1)[:, None]
     largest = hidden_norms(sample, V, groups).max()
@@ -194,7 +201,7 @@ def gated(regions, K=2, n=6, n_gates=5):
     case = Instance(Convolution((2, 1), padding=(1, 0), regions=regions, input_shape=(3, 2, 1)), n=n, K=K)
     gates, offsets = sample_gates("whitened", n_gates, case.whitening, np.random.RandomState(0))
     patterns = gate_patterns(case.X, case.whitening.mean, gates, offsets)
-    program = PooledProgram.of(case.rows, patterns, case.loss, 1.0)
+    program = GatedProgram.from_rows(case.rows, patterns, case.loss, 1.0, case.readout)
     return case, program.with_weight_decay(0.1 * program.max_weight_decay())
 
 
@@ -202,14 +209,15 @@ def gated(regions, K=2, n=6, n_gates=5):
 def test_the_pooled_program_is_the_gated_program_of_the_patches(regions):
     """Its kernels are those of dense data on the patch rows, pooled; and adjoint to each other."""
     case, program = gated(regions)
-    dense = GatedProgram(program.rows, program.patterns, case.loss, program.weight_decay)
+    rows, patterns = program.operator.rows, program.operator.patterns
+    dense = GatedProgram.from_rows(rows, patterns, case.readout.composed(case.loss), program.weight_decay)
     index = np.array([3, 0, 2])
     blocks = case.rng.standard_normal((3, *program.block_shape))
     assert program.block_shape == dense.block_shape
-    expected = case.loss.pooling.gather(dense.outputs(index, blocks))
+    expected = case.readout.gather(dense.outputs(index, blocks))
     np.testing.assert_allclose(program.outputs(index, blocks), expected, rtol=1e-12, atol=1e-13)
     dual = case.rng.standard_normal(program.loss.targets.shape)
-    spread = dense.correlations(case.loss.spread(dual), index)
+    spread = dense.correlations(case.readout.spread(dual), index)
     np.testing.assert_allclose(program.correlations(dual, index), spread, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(program.correlations(dual)[index], spread, rtol=1e-12, atol=1e-13)
 
@@ -222,9 +230,9 @@ def test_gated_programs_equal_brute_force(regions, K):
     _, program = gated(regions, K)
     (q, width), P = program.block_shape, program.n_gates
     blocks = [cvxpy.Variable((q, width)) for _ in range(P)]
-    R = program.n_regions
+    R = program.operator.readout.n_regions
     fitted = sum(
-        program.gated_rows(i).reshape(-1, q, R)[:, :, r] @ blocks[i][:, r * K : (r + 1) * K]
+        program.operator.gate(i).reshape(-1, q, R)[:, :, r] @ blocks[i][:, r * K : (r + 1) * K]
         for i in range(P)
         for r in range(R)
     )
@@ -233,33 +241,33 @@ def test_gated_programs_equal_brute_force(regions, K):
     problem = cvxpy.Problem(cvxpy.Minimize(0.5 * cvxpy.sum_squares(residual) + program.weight_decay * penalty))
     problem.solve("CLARABEL")
     solution = Proximal(tol=1e-9, max_iter=20_000).solve(program)
-    proof = certify_blocks(program, solution.gate_index, solution.blocks, tolerance=1e-6, stopped_by="tolerance")
+    proof = proof_of_blocks(program, solution.weights, 1e-6, "tolerance")
     assert proof.status == "CERTIFIED" and proof.objective == pytest.approx(problem.value, rel=1e-6)
     if R == 1:
         found = Conic().solve(program)
-        conic = certify_blocks(program, found.gate_index, found.blocks, tolerance=1e-6, stopped_by="tolerance")
+        conic = proof_of_blocks(program, found.weights, 1e-6, "tolerance")
         assert conic.objective == pytest.approx(problem.value, rel=1e-6)
 
 
 def test_the_zero_network_is_optimal_exactly_from_the_largest_weight_decay_on():
     _, program = gated((4, 1))
     largest = program.max_weight_decay()
-    assert len(Proximal().solve(program.with_weight_decay(largest)).blocks) == 0
-    assert len(Proximal(max_iter=50).solve(program.with_weight_decay(0.99 * largest)).blocks) > 0
+    assert len(Proximal().solve(program.with_weight_decay(largest)).weights.values) == 0
+    assert len(Proximal(max_iter=50).solve(program.with_weight_decay(0.99 * largest)).weights.values) > 0
 
 
 def test_the_proximal_map_of_the_nuclear_norm_is_its_minimiser():
     case, program = gated((4, 1))
     blocks = case.rng.standard_normal((4, *program.block_shape))
-    shrunk = program.shrink(blocks, 0.5)
+    shrunk = program.norm.prox(blocks, 0.5)
 
     def value(candidate):
-        return 0.5 * np.sum((candidate - blocks) ** 2) + 0.5 * program.norms(candidate).sum()
+        return 0.5 * np.sum((candidate - blocks) ** 2) + 0.5 * program.norm.of(candidate).sum()
 
     for _ in range(20):
         assert value(shrunk) < value(shrunk + 1e-3 * case.rng.standard_normal(blocks.shape))
-    inner = program.dual_norms(blocks - shrunk)
-    np.testing.assert_allclose(inner[program.norms(shrunk) > 0], 0.5)
+    inner = program.norm.dual(blocks - shrunk)
+    np.testing.assert_allclose(inner[program.norm.of(shrunk) > 0], 0.5)
 
 
 def test_what_a_solver_or_program_does_not_take_is_refused():
@@ -267,23 +275,26 @@ def test_what_a_solver_or_program_does_not_take_is_refused():
     _, program = gated((4, 1))
     with pytest.raises(TypeError, match="one Frobenius norm a gate"):
         Conic().solve(program)
-    with pytest.raises(TypeError, match="convolutional programs"):
-        program.in_single_precision()
+    for solver in (GroupNewton(), Subspace()):
+        with pytest.raises(TypeError, match="is for dense data: use 'proximal'"):
+            solver.solve(program)
     largest = Instance(Convolution(2, pooling="max", input_shape=(4, 1)))
     with pytest.raises(ValueError, match="max pooling is not"):
-        PooledProgram.of(largest.rows, np.ones((len(largest.rows), 1), dtype=bool), largest.loss, 1.0)
+        patterns = np.ones((len(largest.rows), 1), dtype=bool)
+        GatedProgram.from_rows(largest.rows, patterns, largest.loss, 1.0, largest.readout)
     with pytest.raises(TypeError, match="max pooling is not linear"):
-        largest.loss.value(np.zeros((len(largest.rows), 1)))
+        largest.readout.gather(np.zeros((len(largest.rows), 1)))
+    with pytest.raises(TypeError, match="max pooling is not linear"):
+        largest.readout.composed(largest.loss)
 
 
 def test_of_many_patches_some_images_tell_the_largest_weight_decay(monkeypatch):
     case = Instance(Convolution(2, input_shape=(6, 1)), n=400, K=2)
-    cases = case.loss.of_cases
-    zero = cases.negative_gradient(np.zeros_like(cases.targets)) + 1.0
-    prover = AllPatterns(case.loss, case.rows, 0.0, np.zeros((0, 3)))
+    zero = case.loss.negative_gradient(np.zeros_like(case.loss.targets)) + 1.0
+    prover = ReluDualBounds(ReluProgram(case.rows, case.loss, 0.0, case.readout), np.zeros((0, 3)))
     value, _ = prover.dual_norm(zero, proved=False)
     monkeypatch.setattr(dual_bounds, "_SPREAD_ENTRIES", 100)
     monkeypatch.setattr(dual_bounds, "_MANY_ENTRIES", 3000)
     some, upper = prover.dual_norm(zero)
     assert 0.5 * value <= some <= 2 * value and value <= upper
-    assert [point.name for point in prover.evidence(zero)] == ["orthant"] and prover.estimate(zero) is None
+    assert [point.name for point in prover.bounded(zero)] == ["orthant"] and prover.estimate(zero) is None

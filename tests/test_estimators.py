@@ -18,9 +18,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
-from convexbn.certificate.certificate import certify_blocks
-from convexbn.program.gated import GatedProgram
+from convexbn.certificate import gated
+from convexbn.program.gated import GateBlocks, gated_outputs
 from convexbn.solvers.base import Progress
+from instances import proof_of_blocks
 
 
 def rows(n=60, d=4, seed=0):
@@ -124,7 +125,7 @@ def test_neurons_are_balanced_and_their_norms_are_the_penalty(K):
     np.testing.assert_allclose(N.gamma**2 + N.shift**2, np.sum(N.output**2, axis=1), rtol=1e-10)
     assert (N.gamma >= 0).all()
     program, used, blocks = blocks_of(model, X, y)
-    proof = certify_blocks(program, used, blocks, tolerance=1e-6, stopped_by="tolerance")
+    proof = proof_of_blocks(program, GateBlocks(used, blocks), 1e-6, "tolerance")
     assert proof.objective == pytest.approx(model.certificate_.objective, rel=1e-10)
     # rank(S_i) neurons a gate, and their plain weight decay is the nuclear norm
     ranks = np.linalg.matrix_rank(blocks, tol=1e-10 * np.linalg.norm(blocks))
@@ -740,8 +741,8 @@ def test_stored_statistics_that_are_not_those_of_the_rows_are_never_certified(ch
 def test_outputs_with_stored_statistics_are_made_only_where_they_may_differ(monkeypatch):
     X = rows()
     model = regressor(weight_decay=0.1).fit(X, values_of(X))
-    made, outputs_on = [], GatedProgram.outputs_on
-    monkeypatch.setattr(GatedProgram, "outputs_on", lambda *args: made.append(args) or outputs_on(*args))
+    made = []
+    monkeypatch.setattr(gated, "gated_outputs", lambda *args: made.append(args) or gated_outputs(*args))
     assert model.certify(X, values_of(X)).status is Status.CERTIFIED and len(made) == 1
     model.network_ = dataclasses.replace(model.network_, n_effective=61.0)
     assert model.certify(X, values_of(X)).status is Status.NUMERICAL and len(made) == 3

@@ -14,14 +14,17 @@ import pytest
 import scipy.optimize
 
 from convexbn import bounds
-from convexbn.certificate.certificate import certify_relu, lower_bound
+from convexbn.certificate.certificate import certify, lower_bound
+from convexbn.certificate.question import Question
 from convexbn.data.whitening import whiten
 from convexbn.program.arrangement import enumerate_patterns, facets
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
-from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.solvers.relu.column_generation import NeuronPricing
+from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.relu.column_generation import ColumnGeneration
 from convexbn_studies.peers.conic_relu import ConicRelu
+from instances import network_outputs
 
 
 class Instance(NamedTuple):
@@ -34,7 +37,7 @@ class Instance(NamedTuple):
     whitening: object
 
     def objective(self, neurons):
-        penalty = self.weight_decay * neurons.masses.sum()
+        penalty = self.weight_decay * neurons.norms.sum()
         return self.loss.value(network_outputs(self.rows, neurons)) + penalty
 
 
@@ -73,7 +76,7 @@ def instance(kind, fraction, K=1, seed=0, loss=SquaredLoss):
     whitening = whiten(X, weights)
     root = np.sqrt(weights)[:, None]
     V = bound.negative_gradient(np.zeros_like(targets)) / root
-    largest = bounds.branch_and_bound(V, root * whitening.rows, tolerance=1e-3).lower
+    largest = bounds.branch_and_bound(V, root * whitening.rows, tol=1e-3).lower
     return Instance(X, whitening.rows, bound, fraction * largest, whitening)
 
 
@@ -90,12 +93,12 @@ def dual_norm(V, A):
 
 def solved(problem):
     """Network of the optimum by Clarabel and its objective; for one output proved by the norm over all cells."""
-    solution = ConicRelu().solve(problem.rows, problem.loss, problem.weight_decay)
-    optimum = problem.objective(solution.neurons)
+    solution = ConicRelu().solve(ReluProgram(problem.rows, problem.loss, problem.weight_decay))
+    optimum = problem.objective(solution.weights)
     assert solution.value == pytest.approx(optimum, rel=2e-9)
     if problem.loss.targets.shape[1] == 1:
         assert optimum * (1 - 2e-9) <= dual_bound(problem, solution.dual) <= optimum
-    return solution.neurons, optimum
+    return solution.weights, optimum
 
 
 @functools.cache
@@ -114,7 +117,9 @@ def dual_bound(problem, dual):
 def pricing(problem, seed=0):
     """Neurons of the solver that is tested."""
     rng = np.random.default_rng(seed)
-    return NeuronPricing(tol=1e-8).solve(problem.rows, problem.loss, problem.weight_decay, rng).neurons
+    return (
+        ColumnGeneration(tol=1e-8).solve(ReluProgram(problem.rows, problem.loss, problem.weight_decay), rng=rng).weights
+    )
 
 
 @functools.cache
@@ -125,16 +130,15 @@ def priced(kind, fraction, K, seed):
 
 def certificate(problem, neurons, seconds):
     """Certificate of the network that the neurons are on the raw rows."""
-    network = BatchNormNetwork.from_neurons(problem.whitening, neurons.first, neurons.output)
-    return certify_relu(
-        problem.rows, problem.loss, problem.X, problem.weight_decay, **network.neurons(),
-        tolerance=1e-9, stopped_by="tolerance", deadline=time.monotonic() + seconds,
-    )  # fmt: skip
+    network = BatchNormNetwork.from_neurons(problem.whitening, neurons)
+    program = ReluProgram(problem.rows, problem.loss, problem.weight_decay)
+    question = Question(problem.X, problem.whitening.mean, program, 1e-9)
+    return certify(question, network, deadline=time.monotonic() + seconds)
 
 
 def objective_from_raw_data(problem, neurons):
     """Loss and ``beta / 2`` times the squared weights, with the batch norm of the raw rows computed here."""
-    network = BatchNormNetwork.from_neurons(problem.whitening, neurons.first, neurons.output)
+    network = BatchNormNetwork.from_neurons(problem.whitening, neurons)
     w = problem.loss.weights
     response = (problem.X - w @ problem.X / w.sum()) @ network.weight
     response -= w @ response / w.sum()
@@ -189,7 +193,7 @@ def test_pricing_finds_the_optimum_of_sixty_rows(fraction):
     weight_decay = fraction * dual_norm(loss.targets, whitening.rows)
     problem = Instance(X, whitening.rows, loss, weight_decay, whitening)
     neurons = pricing(problem)
-    reference = ConicRelu(tol=1e-8).solve(problem.rows, problem.loss, problem.weight_decay)
+    reference = ConicRelu(tol=1e-8).solve(ReluProgram(problem.rows, problem.loss, problem.weight_decay))
     assert problem.objective(neurons) == pytest.approx(reference.value, rel=1e-7)
     dual = loss.negative_gradient(network_outputs(problem.rows, neurons))
     assert dual_bound(problem, dual) >= problem.objective(neurons) * (1 - 1e-7)
@@ -253,7 +257,7 @@ def test_branch_and_bound_encloses_the_largest_value_over_the_cells(kind):
     for seed in range(3):
         V = np.random.default_rng(seed).standard_normal((len(A), 1))
         exact = dual_norm(V, A)
-        found = bounds.branch_and_bound(V, A, tolerance=1e-4, max_nodes=20_000)
+        found = bounds.branch_and_bound(V, A, tol=1e-4, max_nodes=20_000)
         assert found.lower <= exact * (1 + 1e-12) and exact <= found.value
         assert found.stopped_by != "tolerance" or found.value <= exact * (1 + 1.01e-4)
 
@@ -283,8 +287,8 @@ def test_the_reference_refuses_what_it_cannot_solve():
     targets, weights = np.tile([1.0, 0.0], (12, 1)), np.ones(12)
     for loss in (LogisticLoss(targets[:, :1], weights), CrossEntropyLoss(targets, weights)):
         with pytest.raises(TypeError, match="squared loss only"):
-            ConicRelu().solve(rows, loss, beta)
+            ConicRelu().solve(ReluProgram(rows, loss, beta))
     with pytest.raises(TypeError, match="2 whitened columns only, not on 3"):
-        ConicRelu().solve(rows, SquaredLoss(targets, weights), beta)
+        ConicRelu().solve(ReluProgram(rows, SquaredLoss(targets, weights), beta))
     with pytest.raises(MemoryError, match="max_bytes=1000"):
-        ConicRelu(max_bytes=1000).solve(rows, problem.loss, beta)
+        ConicRelu(max_bytes=1000).solve(ReluProgram(rows, problem.loss, beta))

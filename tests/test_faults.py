@@ -20,6 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
+from convexbn.program.gated import GateBlocks
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.training import fit
 
@@ -51,9 +52,9 @@ def install(monkeypatch, distort):
         def __init__(self, **settings):
             self.settings = settings
 
-        def solve(self, program, start=None, budget=None):
+        def solve(self, program, start=None, budget=None, rng=None):
             solution = GroupNewton(**self.settings).solve(program, start, budget)
-            return dataclasses.replace(solution, **distort(solution), stopped_by="tolerance")
+            return dataclasses.replace(solution, weights=distort(solution.weights), stopped_by="tolerance")
 
     monkeypatch.setitem(fit.SOLVERS, "group_newton", Liar)
 
@@ -71,10 +72,10 @@ def fit_quietly(model, X=X, y=Y):
 @pytest.mark.parametrize("part", ["all", "one"])
 @pytest.mark.parametrize("make", [classifier, regressor])
 def test_an_answer_that_is_not_finite_is_numerical(make, part, value, monkeypatch):
-    def distort(solution):
-        blocks = solution.blocks.copy()
+    def distort(weights):
+        blocks = weights.values.copy()
         blocks[... if part == "all" else (0, 0, 0)] = value
-        return {"blocks": blocks}
+        return weights._replace(values=blocks)
 
     install(monkeypatch, distort)
     with pytest.warns(ConvergenceWarning, match="NUMERICAL"):
@@ -84,15 +85,15 @@ def test_an_answer_that_is_not_finite_is_numerical(make, part, value, monkeypatc
 
 
 LIES = {
-    "larger": lambda s: {"blocks": 1.01 * s.blocks},
-    "noise": lambda s: {"blocks": s.blocks + 0.1 * np.random.default_rng(0).standard_normal(s.blocks.shape)},
-    "swapped sign": lambda s: {"blocks": -s.blocks},
-    "dropped": lambda s: {"blocks": s.blocks[1:], "gate_index": s.gate_index[1:]},
-    "nothing": lambda s: {"blocks": s.blocks[:0], "gate_index": s.gate_index[:0]},
-    "zeros": lambda s: {"blocks": 0 * s.blocks},
-    "other gates": lambda s: {"gate_index": (s.gate_index + 1) % 20},
-    "huge": lambda s: {"blocks": 1e200 * s.blocks},
-    "tiny": lambda s: {"blocks": 1e-200 * s.blocks},
+    "larger": lambda w: w._replace(values=1.01 * w.values),
+    "noise": lambda w: w._replace(values=w.values + 0.1 * np.random.default_rng(0).standard_normal(w.values.shape)),
+    "swapped sign": lambda w: w._replace(values=-w.values),
+    "dropped": lambda w: GateBlocks(w.gate_index[1:], w.values[1:]),
+    "nothing": lambda w: GateBlocks(w.gate_index[:0], w.values[:0]),
+    "zeros": lambda w: w._replace(values=0 * w.values),
+    "other gates": lambda w: w._replace(gate_index=(w.gate_index + 1) % 20),
+    "huge": lambda w: w._replace(values=1e200 * w.values),
+    "tiny": lambda w: w._replace(values=1e-200 * w.values),
 }
 
 
@@ -127,7 +128,7 @@ def test_an_exception_of_a_solver_passes_through(error, monkeypatch):
         def __init__(self, **settings):
             pass
 
-        def solve(self, program, start=None, budget=None):
+        def solve(self, program, start=None, budget=None, rng=None):
             raise error
 
     monkeypatch.setitem(fit.SOLVERS, "group_newton", Raiser)

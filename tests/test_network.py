@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.data.preactivations import Responses
+from convexbn.data.preactivations import PreActivations
 from convexbn.data.whitening import whiten
 from convexbn.program import network as module
-from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, block_norms
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
-from instances import THRESHOLD, residual
+from convexbn.program.neurons import Neurons
+from instances import THRESHOLD, neuron_arrays, residual
 
 
 def draw(n=60, d=5, K=2, P=9, seed=0, weighted=False, rank=None, scale=1.0):
@@ -25,7 +26,7 @@ def draw(n=60, d=5, K=2, P=9, seed=0, weighted=False, rank=None, scale=1.0):
     whitening = whiten(X, weights, rank=rank)
     gates, offsets = sample_gates("whitened", P, whitening, np.random.RandomState(seed))
     blocks = rng.standard_normal((P, whitening.rank + 1, K))
-    program = GatedProgram(
+    program = GatedProgram.from_rows(
         whitening.rows, gate_patterns(X, whitening.mean, gates, offsets), SquaredLoss(np.zeros((n, K)), weights), 1.0
     )
     return X, whitening, gates, offsets, blocks, program
@@ -35,7 +36,7 @@ def gated(case, index=None, blocks=None):
     _, whitening, gates, offsets, all_blocks, _ = case
     index = np.arange(len(all_blocks)) if index is None else index
     return BatchNormNetwork.from_blocks(
-        whitening, index, all_blocks[index] if blocks is None else blocks, gates, offsets
+        whitening, GateBlocks(index, all_blocks[index] if blocks is None else blocks), gates, offsets
     )
 
 
@@ -43,7 +44,7 @@ def relu(case, m=7):
     rng = np.random.default_rng(5)
     whitening = case[1]
     first, output = rng.standard_normal((whitening.rank + 1, m)), rng.standard_normal((m, case[4].shape[2]))
-    return BatchNormNetwork.from_neurons(whitening, first, output), first, output
+    return BatchNormNetwork.from_neurons(whitening, Neurons(first, output)), first, output
 
 
 # --- weights ---
@@ -114,7 +115,7 @@ def test_statistics_stored_are_those_of_batch_norm():
     """A forward pass with batch statistics gives the predictions from the stored ones."""
     case = draw(weighted=True)
     X, weights, network = case[0], case[5].loss.weights, gated(case)
-    normalized = Responses.of(X, network.weight, weights).normalized
+    normalized = PreActivations.compute(X, network.weight, weights).normalized
     opened = gate_patterns(X, network.mean, network.gates, network.gate_offsets)
     outputs = (opened * (network.gamma * normalized + network.shift / np.sqrt(weights.sum()))) @ network.output
     assert residual(network.predict(X) - outputs, 60, 10 * np.abs(outputs).max()) < THRESHOLD
@@ -145,7 +146,9 @@ def test_blocks_become_as_many_neurons_as_their_rank(K):
 
 def _blocks_of(network, case, P):
     """``S_i = sum_j s_j c_j'`` over the neurons of a gate, read off the weights through batch norm."""
-    coordinates = case[1].rows[:, :-1].T @ Responses.of(case[0], network.weight, np.ones(len(case[0]))).normalized
+    coordinates = (
+        case[1].rows[:, :-1].T @ PreActivations.compute(case[0], network.weight, np.ones(len(case[0]))).normalized
+    )
     first = np.vstack([network.gamma * coordinates, network.shift])
     blocks = np.zeros((P, len(first), network.output.shape[1]))
     np.add.at(blocks, network.gate_index, first.T[:, :, None] * network.output[:, None, :])
@@ -176,9 +179,9 @@ def test_dead_and_empty_neurons():
     whitening = case[1]
     first, output = np.ones((whitening.rank + 1, 3)), np.ones((3, 2))
     first[:, 0], output[1] = 0, 0
-    assert BatchNormNetwork.from_neurons(whitening, first, output).n_neurons == 1
+    assert BatchNormNetwork.from_neurons(whitening, Neurons(first, output)).n_neurons == 1
     for network in (
-        BatchNormNetwork.from_neurons(whitening, first[:, :0], output[:0]),
+        BatchNormNetwork.from_neurons(whitening, Neurons(first[:, :0], output[:0])),
         gated(case, np.zeros(0, dtype=np.intp)),
         gated(case, np.arange(3), np.zeros((3, whitening.rank + 1, 2))),
     ):
@@ -191,7 +194,7 @@ def test_a_neuron_of_the_constant_alone():
     case = draw(K=1)
     first = np.zeros((case[1].rank + 1, 1))
     first[-1] = 3.0
-    network = BatchNormNetwork.from_neurons(case[1], first, np.array([[2.0]]))
+    network = BatchNormNetwork.from_neurons(case[1], Neurons(first, np.array([[2.0]])))
     assert network.gamma[0] == 0 and network.weight.any() and np.isfinite(network.weight).all()
     assert residual(np.var(case[0] @ network.weight) - 1, 60, 10) < THRESHOLD
     assert residual(network.predict(case[0]) - 6 / np.sqrt(60), 60) < THRESHOLD
@@ -199,10 +202,10 @@ def test_a_neuron_of_the_constant_alone():
 
 def test_neurons_are_what_a_certificate_takes():
     case = draw()
-    assert set(gated(case).neurons()) == {
+    assert set(neuron_arrays(gated(case))) == {
         "weight", "gamma", "shift", "output", "gates", "gate_offsets", "gate_index"
     }  # fmt: skip
-    assert set(relu(case)[0].neurons()) == {"weight", "gamma", "shift", "output"}
+    assert set(neuron_arrays(relu(case)[0])) == {"weight", "gamma", "shift", "output"}
 
 
 # --- prediction ---
@@ -247,7 +250,7 @@ def test_gates_open_on_their_hyperplane_and_relu_does_not_care():
     """A row exactly at the mean with offset zero: the gate is open, the activation is the shift."""
     whitening = whiten(np.array([[-1.0], [0.0], [1.0]]))
     blocks = np.array([[[0.0], [1.0]]])
-    network = BatchNormNetwork.from_blocks(whitening, np.array([0]), blocks, np.array([[1.0]]), np.zeros(1))
+    network = BatchNormNetwork.from_blocks(whitening, GateBlocks(np.array([0]), blocks), np.array([[1.0]]), np.zeros(1))
     expected = np.array([[0.0], [1.0], [1.0]]) / np.sqrt(3)
     assert residual(network.predict(np.array([[-1.0], [0.0], [1.0]])) - expected, 3) < THRESHOLD
 
@@ -261,7 +264,7 @@ def test_activations_are_not_negative_zero_or_negative():
 def test_prediction_changes_nothing_and_repeats():
     case = draw()
     X, network = case[0], gated(case)
-    arrays = [X, network.mean, *network.neurons().values()]
+    arrays = [X, network.mean, *neuron_arrays(network).values()]
     copies = [a.copy() for a in arrays]
     first = network.predict(X)
     assert np.array_equal(first, network.predict(X))

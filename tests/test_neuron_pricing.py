@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 
 from convexbn import bounds
-from convexbn.certificate.certificate import judge
-from convexbn.certificate.dual_bounds import AllPatterns
-from convexbn.certificate.status import Status
+from convexbn.certificate.certificate import Penalty, judge
+from convexbn.certificate.dual_bounds import ReluDualBounds
+from convexbn.certificate.status import Scope, Status
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
+from convexbn.program.neurons import Neurons, merge
+from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget
-from convexbn.solvers.relu import column_generation
-from convexbn.solvers.relu.column_generation import NeuronPricing, Neurons, merge, network_outputs, polish
-from convexbn.solvers.relu.lbfgs import local_phase, random_neurons
+from convexbn.solvers.relu import newton as newton_module
+from convexbn.solvers.relu.column_generation import ColumnGeneration
+from convexbn.solvers.relu.lbfgs import lbfgs, random_neurons
+from convexbn.solvers.relu.newton import polish
 from convexbn.solvers.relu.pruning import merged_in_cones, vertex
-from convexbn.solvers.relu.restricted_master import with_best_masses
+from convexbn.solvers.relu.restricted_master import with_best_norms
+from instances import network_outputs
 
 LOSSES = {"squared": 1, "three outputs": 3, "huber": 1, "squared_hinge": 1, "logistic": 1, "cross_entropy": 3}
 
@@ -59,31 +63,28 @@ def iris(kind):
 def largest(rows, loss):
     root = np.sqrt(loss.weights)[:, None]
     V = loss.negative_gradient(np.zeros_like(loss.targets)) / root
-    return bounds.local_search(V, root * rows, 300, np.random.default_rng(0))[0]
+    return bounds.local_maxima(V, root * rows, 300, np.random.default_rng(0))[0][0]
 
 
 def objective_of(rows, loss, beta, neurons):
-    return loss.value(network_outputs(rows, neurons)) + beta * neurons.masses.sum()
+    return loss.value(network_outputs(rows, neurons)) + beta * neurons.norms.sum()
 
 
 def gap_of(rows, loss, beta, neurons):
     """Relative gap against an estimate of its own: another search with other starts."""
     root = np.sqrt(loss.weights)[:, None]
     V = loss.negative_gradient(network_outputs(rows, neurons)) / root
-    norm = bounds.local_maxima(V, root * rows, 500, np.random.default_rng(77), initial=neurons.first.T)[0][0]
+    norm = bounds.local_maxima(V, root * rows, 500, np.random.default_rng(77), start=neurons.first.T)[0][0]
     objective = objective_of(rows, loss, beta, neurons)
     return (objective - loss.dual_value(min(1.0, beta / norm) * root * V)) / objective
 
 
 def proof_of(rows, loss, beta, neurons, seconds=10.0):
     first = neurons.first.T / np.linalg.norm(neurons.first.T, axis=1)[:, None]
-    prover = AllPatterns(loss, rows, beta, first, tolerance=1e-6, deadline=time.monotonic() + seconds)
-    penalty = float(neurons.masses.sum())
-    return judge(
-        loss, network_outputs(rows, neurons), beta, penalty=penalty, plain_penalty=penalty,
-        evidence=prover.evidence, estimate=prover.estimate, scope="all patterns", tolerance=1e-5,
-        stopped_by="tolerance",
-    )  # fmt: skip
+    program = ReluProgram(rows, loss, beta)
+    prover = ReluDualBounds(program, first, tol=1e-6, deadline=time.monotonic() + seconds)
+    penalty, scope = Penalty(float(neurons.norms.sum()), float(neurons.norms.sum())), Scope("all patterns")
+    return judge(loss, network_outputs(rows, neurons), beta, penalty, prover, scope, 1e-5, "tolerance")
 
 
 # --- the optimum ---
@@ -93,8 +94,8 @@ def proof_of(rows, loss, beta, neurons, seconds=10.0):
 @pytest.mark.parametrize("seed", range(3))
 def test_small_programs_are_certified_over_all_patterns(fraction, seed):
     rows, loss, beta = problem("squared", fraction, seed=seed)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(seed))
-    proof = proof_of(rows, loss, beta, solution.neurons)
+    solution = ColumnGeneration().solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(seed))
+    proof = proof_of(rows, loss, beta, solution.weights)
     assert proof.status is Status.CERTIFIED, proof.sentence
     assert proof.bound == "every cell"
 
@@ -103,10 +104,10 @@ def test_small_programs_are_certified_over_all_patterns(fraction, seed):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_every_loss_reaches_a_tiny_gap_with_few_neurons(kind, fraction):
     rows, loss, beta = problem(kind, fraction)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(0))
+    solution = ColumnGeneration().solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(0))
     assert solution.stopped_by == "tolerance"
-    assert gap_of(rows, loss, beta, solution.neurons) < 1e-6
-    assert len(solution.neurons.output) <= 20
+    assert gap_of(rows, loss, beta, solution.weights) < 1e-6
+    assert len(solution.weights.output) <= 20
 
 
 @pytest.mark.parametrize(
@@ -116,16 +117,18 @@ def test_every_loss_reaches_a_tiny_gap_with_few_neurons(kind, fraction):
 def test_iris_reaches_a_tiny_gap_with_few_neurons(kind, fraction, most):
     rows, loss = iris(kind)
     beta = fraction * largest(rows, loss)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(0))
-    assert gap_of(rows, loss, beta, solution.neurons) < 1e-6
-    assert len(solution.neurons.output) <= most
+    solution = ColumnGeneration().solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(0))
+    assert gap_of(rows, loss, beta, solution.weights) < 1e-6
+    assert len(solution.weights.output) <= most
 
 
 def test_higher_rank_ends_where_other_starts_end():
     rows, loss, beta = problem("three outputs", 0.1, n=80, d=8)
     values = []
     for seed in range(2):
-        neurons = NeuronPricing(tol=1e-5).solve(rows, loss, beta, np.random.default_rng(seed)).neurons
+        neurons = (
+            ColumnGeneration(tol=1e-5).solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(seed)).weights
+        )
         assert gap_of(rows, loss, beta, neurons) < 2e-5
         values.append(objective_of(rows, loss, beta, neurons))
     assert values[0] == pytest.approx(values[1], rel=1e-4)
@@ -133,14 +136,14 @@ def test_higher_rank_ends_where_other_starts_end():
 
 def test_three_outputs_are_certified_within_a_hundredth():
     rows, loss, beta = problem("three outputs", 0.1)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(0))
-    assert proof_of(rows, loss, beta, solution.neurons).relative_gap <= 0.01
+    solution = ColumnGeneration().solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(0))
+    assert proof_of(rows, loss, beta, solution.weights).relative_gap <= 0.01
 
 
 def test_the_valid_and_the_estimated_gap_are_told_apart():
     rows, loss, beta = problem("squared", 0.1, n=200, d=9)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(0))
-    proof = proof_of(rows, loss, beta, solution.neurons, seconds=2.0)
+    solution = ColumnGeneration().solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(0))
+    proof = proof_of(rows, loss, beta, solution.weights, seconds=2.0)
     assert proof.estimated_gap < 1e-4 < proof.relative_gap
     assert proof.status in (Status.RESTRICTED, Status.GAP_OPEN)
     assert "an estimate, not a bound" in proof.sentence
@@ -154,7 +157,7 @@ def test_weights_are_repetition():
     one, two = whiten(X, weights).rows, whiten(X[index]).rows
     values = []
     for A, Y, w in ((one, targets, weights), (two, targets[index], np.ones(60))):
-        solution = NeuronPricing().solve(A, SquaredLoss(Y, w), 0.5, np.random.default_rng(0))
+        solution = ColumnGeneration().solve(ReluProgram(A, SquaredLoss(Y, w), 0.5), rng=np.random.default_rng(0))
         values.append(solution.history[-1].objective)
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
@@ -162,8 +165,8 @@ def test_weights_are_repetition():
 @pytest.mark.parametrize("kind", LOSSES)
 def test_above_the_largest_weight_decay_there_are_no_neurons(kind):
     rows, loss, beta = problem(kind, 1.01)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(0))
-    assert solution.neurons.first.shape == (3, 0)
+    solution = ColumnGeneration().solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(0))
+    assert solution.weights.first.shape == (3, 0)
     assert solution.stopped_by == "tolerance" and solution.history[-1].relative_gap <= 1e-6
 
 
@@ -175,11 +178,11 @@ def test_masses_and_polish_never_lose(kind):
     rows, loss, beta = problem(kind, 0.1)
     rng = np.random.default_rng(2)
     neurons = Neurons(rng.standard_normal((3, 30)), rng.standard_normal((30, LOSSES[kind])))
-    chosen = with_best_masses(rows, loss, beta, neurons)
-    polished = polish(rows, loss, beta, chosen)
+    chosen = with_best_norms(ReluProgram(rows, loss, beta), neurons)
+    polished = polish(ReluProgram(rows, loss, beta), chosen)
     values = [objective_of(rows, loss, beta, network) for network in (neurons, chosen, polished)]
     assert values[0] > values[1] > values[2]
-    assert objective_of(rows, loss, beta, polish(rows, loss, beta, neurons)) < values[0]
+    assert objective_of(rows, loss, beta, polish(ReluProgram(rows, loss, beta), neurons)) < values[0]
     assert len(chosen.output) < 30
 
 
@@ -187,22 +190,26 @@ def test_masses_and_polish_never_lose(kind):
 def test_a_polished_network_is_stationary(kind):
     """``||V'(A u)_+|| = beta`` for every neuron, with the image along its output, at the top of its ascent."""
     rows, loss, beta = problem(kind, 0.05)
-    trained = local_phase(rows, loss, beta, random_neurons(rows, loss, 50, np.random.default_rng(0)))
-    neurons = polish(rows, loss, beta, with_best_masses(rows, loss, beta, trained))
+    trained = lbfgs(
+        ReluProgram(rows, loss, beta), random_neurons(ReluProgram(rows, loss, beta), 50, np.random.default_rng(0))
+    )
+    neurons = polish(ReluProgram(rows, loss, beta), with_best_norms(ReluProgram(rows, loss, beta), trained))
     V = loss.negative_gradient(network_outputs(rows, neurons))
     image = V.T @ np.maximum(rows @ neurons.first, 0) / np.linalg.norm(neurons.first, axis=0)
     output = (neurons.output / np.linalg.norm(neurons.output, axis=1)[:, None]).T
     np.testing.assert_allclose(image, beta * output, rtol=0, atol=1e-6 * beta)
-    climbed = bounds.local_maxima(V, rows, 0, np.random.default_rng(0), initial=neurons.first.T, rounds=1)[0]
+    climbed = bounds.local_maxima(V, rows, 0, np.random.default_rng(0), start=neurons.first.T, rounds=1)[0]
     assert climbed[0] <= beta * (1 + 1e-6)
 
 
 def test_blocks_of_neurons_take_turns_where_all_are_too_many(monkeypatch):
     rows, loss, beta = problem("three outputs", 0.1)
-    trained = local_phase(rows, loss, beta, random_neurons(rows, loss, 50, np.random.default_rng(0)))
-    together = objective_of(rows, loss, beta, polish(rows, loss, beta, trained))
-    monkeypatch.setattr(column_generation, "_MOST_VARIABLES", 60)
-    blocks = objective_of(rows, loss, beta, polish(rows, loss, beta, trained))
+    trained = lbfgs(
+        ReluProgram(rows, loss, beta), random_neurons(ReluProgram(rows, loss, beta), 50, np.random.default_rng(0))
+    )
+    together = objective_of(rows, loss, beta, polish(ReluProgram(rows, loss, beta), trained))
+    monkeypatch.setattr(newton_module, "_MOST_VARIABLES", 60)
+    blocks = objective_of(rows, loss, beta, polish(ReluProgram(rows, loss, beta), trained))
     assert together <= blocks < objective_of(rows, loss, beta, trained)
     assert blocks < together * (1 + 1e-2)
 
@@ -232,7 +239,7 @@ def test_neurons_of_one_cone_and_output_are_one():
     merged = merged_in_cones(rows, pairs)
     assert len(merged.output) == 6
     np.testing.assert_allclose(network_outputs(rows, merged), network_outputs(rows, pairs), rtol=0, atol=1e-12)
-    assert merged.masses.sum() <= pairs.masses.sum()
+    assert merged.norms.sum() <= pairs.norms.sum()
 
 
 def test_dependent_functions_lose_masses_down_to_a_vertex():
@@ -243,7 +250,7 @@ def test_dependent_functions_lose_masses_down_to_a_vertex():
     fewer = vertex(rows, neurons)
     assert len(fewer.output) <= 12
     np.testing.assert_allclose(network_outputs(rows, fewer), network_outputs(rows, neurons), rtol=0, atol=1e-5)
-    assert fewer.masses.sum() <= neurons.masses.sum()
+    assert fewer.norms.sum() <= neurons.norms.sum()
 
 
 # --- warm starts and budgets ---
@@ -251,12 +258,13 @@ def test_dependent_functions_lose_masses_down_to_a_vertex():
 
 def test_a_warm_start_is_never_lost():
     rows, loss, beta = problem("three outputs", 0.05)
-    solution = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(0))
-    optimum = objective_of(rows, loss, beta, solution.neurons)
-    stopped = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(1), Budget(0.0), solution.neurons)
-    assert objective_of(rows, loss, beta, stopped.neurons) <= optimum * (1 + 1e-12)
-    again = NeuronPricing().solve(rows, loss, beta, np.random.default_rng(1), None, solution.neurons)
-    assert objective_of(rows, loss, beta, again.neurons) <= optimum * (1 + 1e-12)
+    program, method = ReluProgram(rows, loss, beta), ColumnGeneration()
+    solution = method.solve(program, rng=np.random.default_rng(0))
+    optimum = objective_of(rows, loss, beta, solution.weights)
+    stopped = method.solve(program, solution.weights, Budget(0.0), np.random.default_rng(1))
+    assert objective_of(rows, loss, beta, stopped.weights) <= optimum * (1 + 1e-12)
+    again = method.solve(program, solution.weights, None, np.random.default_rng(1))
+    assert objective_of(rows, loss, beta, again.weights) <= optimum * (1 + 1e-12)
 
 
 class CountedLoss(SquaredLoss):
@@ -272,24 +280,24 @@ class CountedLoss(SquaredLoss):
 def test_without_time_hardly_anything_is_computed_and_no_gap_is_claimed():
     rows, loss, beta = problem("squared", 0.1)
     CountedLoss.count.clear()
-    solution = NeuronPricing().solve(
-        rows, CountedLoss(loss.targets, loss.weights), beta, np.random.default_rng(0), Budget(0.0)
+    solution = ColumnGeneration().solve(
+        ReluProgram(rows, CountedLoss(loss.targets, loss.weights), beta),
+        rng=np.random.default_rng(0),
+        budget=Budget(0.0),
     )
     assert solution.stopped_by == "time_limit" and len(solution.history) == 1
     assert solution.history[0].relative_gap > 1e-2
     assert sum(CountedLoss.count) < 20
-    assert objective_of(rows, loss, beta, solution.neurons) <= loss.value(np.zeros_like(loss.targets))
+    assert objective_of(rows, loss, beta, solution.weights) <= loss.value(np.zeros_like(loss.targets))
 
 
 def test_the_callback_is_called_once_a_round_and_stops():
     rows, loss, beta = problem("three outputs", 0.02, n=100, d=5)
     reports = []
-    solution = NeuronPricing(tol=0.0).solve(
-        rows,
-        loss,
-        beta,
-        np.random.default_rng(0),
-        Budget(callback=lambda report: reports.append(report) or len(reports) == 2),
+    solution = ColumnGeneration(tol=0.0).solve(
+        ReluProgram(rows, loss, beta),
+        rng=np.random.default_rng(0),
+        budget=Budget(callback=lambda report: reports.append(report) or len(reports) == 2),
     )
     assert solution.stopped_by == "callback" and reports == solution.history
     assert reports[1].objective <= reports[0].objective
@@ -297,5 +305,5 @@ def test_the_callback_is_called_once_a_round_and_stops():
 
 def test_the_number_of_rounds_is_limited():
     rows, loss, beta = problem("three outputs", 0.02, n=100, d=5)
-    solution = NeuronPricing(tol=0.0, max_iter=1).solve(rows, loss, beta, np.random.default_rng(0))
+    solution = ColumnGeneration(tol=0.0, max_iter=1).solve(ReluProgram(rows, loss, beta), rng=np.random.default_rng(0))
     assert solution.stopped_by == "max_iter" and len(solution.history) == 1

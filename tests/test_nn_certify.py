@@ -19,10 +19,11 @@ from convexbn import ConvexBNClassifier, ConvexBNRegressor, FormatError, cli
 from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.files.torch import is_checkpoint, read_checkpoint
-from convexbn.nn import certify, read_tail, to_module
+from convexbn.nn import certify, read_last_layers, to_module
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, HuberLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import Neurons
 from convexbn.program.output_bias import WithOutputBias
 from convexbn.training.audit import audit
 from convexbn.training.audit_report import Cause
@@ -288,7 +289,7 @@ def test_the_loss_with_its_best_bias_is_a_loss(name, decay):
     rng = np.random.default_rng(1)
     K = 1 if name == "logistic" else 3
     inner = LOSSES[name](targets_for(name, 20, K, rng), rng.uniform(0.5, 2, 20))
-    loss, F, step = WithOutputBias.of(inner, decay), rng.standard_normal((20, K)), rng.standard_normal((20, K))
+    loss, F, step = WithOutputBias.with_decay(inner, decay), rng.standard_normal((20, K)), rng.standard_normal((20, K))
     value, dual = loss.value(F), loss.negative_gradient(F)
     for b in rng.standard_normal((30, K)):  # no bias is better
         assert value <= inner.value(F + b) + decay / 2 * b @ b
@@ -304,7 +305,7 @@ def test_the_loss_with_its_best_bias_is_a_loss(name, decay):
 def test_the_best_bias_is_found_from_where_the_huber_loss_is_linear_on_all_rows(delta):
     rng = np.random.default_rng(0)
     inner = HuberLoss(1e4 * np.array([1, -3]) + rng.standard_normal((30, 2)), rng.uniform(0.5, 2, 30), delta=delta)
-    bias = WithOutputBias.of(inner, 0.0).best_bias(np.zeros((30, 2)))
+    bias = WithOutputBias.with_decay(inner, 0.0).best_bias(np.zeros((30, 2)))
     pull = inner.negative_gradient(np.broadcast_to(bias, (30, 2))).sum(axis=0)
     assert np.abs(pull).max() < 30 * EPS * 3e4 * inner.weights.sum()
 
@@ -315,8 +316,8 @@ def test_one_hot_targets_with_an_output_bias_at_the_known_optimum():
     X, Y = np.random.default_rng(0).standard_normal((12, 20)), np.eye(3)[labels]
     whitening, lengths = whiten(X), 2 * np.sqrt(2 / 3)
     output = (lengths - beta) * (np.eye(3) - 1 / 3) / np.sqrt(2 / 3)
-    network = BatchNormNetwork.from_neurons(whitening, whitening.rows.T @ Y / 2, output)
-    layers = Layers.of(network, np.float64, 1e-5)
+    network = BatchNormNetwork.from_neurons(whitening, Neurons(whitening.rows.T @ Y / 2, output))
+    layers = Layers.from_network(network, np.float64, 1e-5)
     module = to_module(network, dtype=torch.float64)
     module[3] = nn.Linear(3, 3).double()
     with torch.no_grad():
@@ -451,7 +452,7 @@ def test_of_a_deep_network_the_last_two_layers_are_judged_on_its_features():
     counts, amplitude = np.array([6, 5, 5]), np.log(2 * (1 - tau) / tau)
     best = np.sum(-counts * np.log1p(-tau) + beta * np.sqrt(counts * 2 / 3) * amplitude) / 16
     assert found.best_known == pytest.approx(best, rel=1e-6) and found.lower_bound <= best * (1 + 1e-9)
-    tail = read_tail(module)
+    tail = read_last_layers(module)
     own = nn.Sequential(*list(module)[1:])
     same = certify(own, tail.features(images), y, loss=loss, optimizer=optimizer, time_limit=0)
     assert same.objective == pytest.approx(found.objective, rel=1e-12) and not same.universal
@@ -490,8 +491,8 @@ def test_dead_neurons_and_repeated_rows():
 
 def test_layers_can_be_judged_without_torch():
     X, y, _, model = optimum("one output")
-    layers = Layers.of(model.network_, np.float64, 1e-5)
-    objective = Objective.with_weight_decay(TrainedLoss.of("squared", y, 1), 0.5)
+    layers = Layers.from_network(model.network_, np.float64, 1e-5)
+    objective = Objective.with_weight_decay(TrainedLoss.from_name("squared", y, 1), 0.5)
     found = audit(layers, X, objective)
     assert found.status is Status.CERTIFIED and found.gap == found.balanced_objective - found.lower_bound
     with pytest.raises(ValueError, match="of 20 features; got shape"):
@@ -531,7 +532,7 @@ class Functional(nn.Module):
 def test_every_kind_of_file_gives_the_same_layers(tmp_path):
     X, _, _, model = optimum("one-hot")
     module = to_module(model.network_, dtype=torch.float64)
-    expected = read_tail(module).layers
+    expected = read_last_layers(module).layers
     for path in written(tmp_path, module, X):
         assert is_checkpoint(path)
         layers, assumed = read_checkpoint(path)
@@ -808,6 +809,6 @@ def test_an_unsafe_torch_is_not_used(tmp_path, monkeypatch):
 def test_losses_of_this_package_take_their_own_targets():
     rng = np.random.default_rng(0)
     F = rng.standard_normal((9, 2))
-    loss = TrainedLoss.of("squared", F + 1, 2)
+    loss = TrainedLoss.from_name("squared", F + 1, 2)
     assert loss.value(F) == pytest.approx(9) and loss.factor == 1
     assert isinstance(LOSSES[loss.name](loss.targets, np.ones(9)), SquaredLoss)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,15 +19,14 @@ from test_sensitivity import program_of
 
 def tensors(program, dtype=torch.float64):
     """Rows, targets and weight decay of a program as leaves."""
-    numbers = (program.rows, program.loss.targets, np.array(program.weight_decay))
+    numbers = (program.operator.rows, program.loss.targets, np.array(program.weight_decay))
     return [torch.tensor(array, dtype=dtype, requires_grad=True) for array in numbers]
 
 
 def unit_weights(program):
     """A program with sample weights of 1, which is what the layer takes."""
-    return program.__class__(
-        program.rows, program.patterns, type(program.loss)(program.loss.targets, np.ones(len(program.rows))), 1.0
-    ).with_weight_decay(program.weight_decay)
+    loss = type(program.loss)(program.loss.targets, np.ones(len(program.operator.rows)))
+    return replace(program, loss=loss)
 
 
 def draw(name="squared", K=1, **settings):
@@ -40,14 +40,14 @@ def draw(name="squared", K=1, **settings):
 @pytest.mark.parametrize("name", ["squared", "logistic"])
 def test_gradcheck(name, K):
     program = draw(name, K, n=12, d=2, P=5, seed=2)
-    layer = ConvexLayer(program.patterns, name)
+    layer = ConvexLayer(program.operator.patterns, name)
     assert torch.autograd.gradcheck(layer, tensors(program), rtol=1e-5, atol=1e-7)
 
 
 def test_gradcheck_of_cross_entropy():
     """In logits of the targets, which stay in the simplex."""
     program = draw("cross_entropy", 3, n=12, d=2, P=5, seed=2)
-    layer = ConvexLayer(program.patterns, "cross_entropy")
+    layer = ConvexLayer(program.operator.patterns, "cross_entropy")
     rows, targets, weight_decay = tensors(program)
     logits = targets.detach().log().requires_grad_()
     assert torch.autograd.gradcheck(
@@ -111,7 +111,7 @@ def test_against_cvxpylayers(n, d, P):
     program = draw(n=n, d=d, P=P, fraction=0.2)
     blocks = [cvxpy.Variable(d + 1) for _ in range(program.n_gates)]
     rows, y, beta = cvxpy.Parameter((n, d + 1)), cvxpy.Parameter(n), cvxpy.Parameter(nonneg=True)
-    opened = program.patterns.T.astype(float)
+    opened = program.operator.patterns.T.astype(float)
     outputs = sum(cvxpy.multiply(gate, rows @ block) for gate, block in zip(opened, blocks, strict=True))
     objective = 0.5 * cvxpy.sum_squares(outputs - y) + beta * sum(map(cvxpy.norm, blocks))
     theirs = cvxpylayers.CvxpyLayer(cvxpy.Problem(cvxpy.Minimize(objective)), [rows, y, beta], blocks)
@@ -120,7 +120,7 @@ def test_against_cvxpylayers(n, d, P):
     )
     gradients = []
     for layer in (lambda *leaves: torch.stack(theirs(*leaves, solver_args=exact)),
-                  lambda A, y, b: ConvexLayer(program.patterns)(A, y, b)[1][:, :, 0]):  # fmt: skip
+                  lambda A, y, b: ConvexLayer(program.operator.patterns)(A, y, b)[1][:, :, 0]):  # fmt: skip
         A, Y, b = tensors(program)
         y = Y.detach()[:, 0].requires_grad_()
         layer(A, y, b).square().sum().backward()
@@ -134,7 +134,7 @@ def test_against_cvxpylayers(n, d, P):
 @pytest.mark.parametrize("K", [1, 3])
 def test_outputs_are_those_of_the_weights(K):
     program = draw(K=K)
-    layer = ConvexLayer(program.patterns)
+    layer = ConvexLayer(program.operator.patterns)
     rows, targets, _ = tensors(program)
     outputs, weights = layer(rows, targets, program.weight_decay)
     assert weights.shape == (program.n_gates, 5, K)
@@ -144,14 +144,14 @@ def test_outputs_are_those_of_the_weights(K):
 def test_a_planted_optimum():
     truth = planted(K=2, n_active=3, seed=1)
     rows, targets, weight_decay = tensors(truth.program)
-    _, weights = ConvexLayer(truth.program.patterns)(rows, targets, weight_decay)
+    _, weights = ConvexLayer(truth.program.operator.patterns)(rows, targets, weight_decay)
     assert np.allclose(weights.detach().numpy()[truth.gate_index], truth.blocks, rtol=1e-10)
 
 
 def test_one_column_of_targets_is_a_vector():
     program = draw()
     rows, targets, weight_decay = tensors(program)
-    layer = ConvexLayer(program.patterns)
+    layer = ConvexLayer(program.operator.patterns)
     vector = targets.detach()[:, 0].requires_grad_()
     outputs = layer(rows, vector, weight_decay)[0]
     assert outputs.shape == (30,)
@@ -162,7 +162,7 @@ def test_one_column_of_targets_is_a_vector():
 
 def test_float32_is_rounded_last():
     program = draw(K=2)
-    layer = ConvexLayer(program.patterns)
+    layer = ConvexLayer(program.operator.patterns)
     wide = [leaf.detach().float().double().requires_grad_() for leaf in tensors(program)]
     narrow = [leaf.detach().float().requires_grad_() for leaf in wide]
     for leaves in (wide, narrow):
@@ -175,7 +175,7 @@ def test_float32_is_rounded_last():
 def test_above_the_largest_weight_decay_nothing_moves():
     program = draw(fraction=1.2)
     leaves = tensors(program)
-    outputs, weights = ConvexLayer(program.patterns)(*leaves)
+    outputs, weights = ConvexLayer(program.operator.patterns)(*leaves)
     (outputs.sum() + weights.sum()).backward()
     assert not weights.any() and not any(leaf.grad.any() for leaf in leaves)
 
@@ -183,7 +183,7 @@ def test_above_the_largest_weight_decay_nothing_moves():
 def test_only_what_is_asked_for_has_a_gradient():
     program = draw()
     rows, targets, weight_decay = tensors(program)
-    layer = ConvexLayer(program.patterns)
+    layer = ConvexLayer(program.operator.patterns)
     layer(rows.detach(), targets.detach(), weight_decay)[0].sum().backward()
     assert weight_decay.grad is not None and rows.grad is None
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_only_what_is_asked_for_has_a_gradient():
 
 def test_the_next_call_starts_from_the_last(monkeypatch):
     program = draw()
-    layer, leaves = ConvexLayer(program.patterns), tensors(program)
+    layer, leaves = ConvexLayer(program.operator.patterns), tensors(program)
     with torch.no_grad():
         layer(*leaves)
         near = layer(*leaves[:2], 1.01 * leaves[2])
@@ -206,14 +206,14 @@ def test_the_next_call_starts_from_the_last(monkeypatch):
 
 def test_data_of_another_shape_start_afresh():
     program, wider = draw(K=1), draw(K=3)
-    layer = ConvexLayer(program.patterns)
+    layer = ConvexLayer(program.operator.patterns)
     layer(*tensors(program))
     assert layer(*tensors(wider))[1].shape == (program.n_gates, 5, 3)
 
 
 def test_copies_pickles_and_state_dicts():
     program = draw()
-    layer, leaves = ConvexLayer(program.patterns), tensors(program)
+    layer, leaves = ConvexLayer(program.operator.patterns), tensors(program)
     outputs = layer(*leaves)[0]
     assert list(layer.state_dict()) == ["patterns"]
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -224,7 +224,7 @@ def test_the_arguments_are_left_as_they_are():
     program = draw()
     leaves = tensors(program)
     before = [leaf.detach().clone() for leaf in leaves]
-    ConvexLayer(program.patterns)(*leaves)[0].sum().backward()
+    ConvexLayer(program.operator.patterns)(*leaves)[0].sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
 
 
@@ -235,14 +235,14 @@ def test_an_ordinary_point_gives_no_warning():
     program = draw()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ConvexLayer(program.patterns)(*tensors(program))[1].sum().backward()
+        ConvexLayer(program.operator.patterns)(*tensors(program))[1].sum().backward()
 
 
 def test_a_group_on_the_edge_is_told():
     truth = planted(n_active=2, seed=1)
     leaving = truth.program.outputs(truth.gate_index[1:], truth.blocks[1:])
     rows, targets, weight_decay = tensors(truth.program)
-    outputs, _ = ConvexLayer(truth.program.patterns)(rows, targets - torch.tensor(leaving), weight_decay)
+    outputs, _ = ConvexLayer(truth.program.operator.patterns)(rows, targets - torch.tensor(leaving), weight_decay)
     with pytest.warns(RuntimeWarning, match="that of one side"):
         outputs.sum().backward()
 
@@ -251,7 +251,7 @@ def test_weights_that_are_not_unique_are_told():
     """A row of zeros does not tell apart two gates that differ there alone."""
     program = draw()
     rows, targets, weight_decay = tensors(program)
-    patterns = np.hstack([program.patterns, program.patterns])
+    patterns = np.hstack([program.operator.patterns, program.operator.patterns])
     patterns[0, program.n_gates :] ^= True
     kept = torch.ones(30, 1, dtype=torch.float64)
     kept[0] = 0
@@ -263,7 +263,7 @@ def test_weights_that_are_not_unique_are_told():
 def test_gradients_of_gradients_are_refused():
     program = draw()
     rows, targets, weight_decay = tensors(program)
-    value = ConvexLayer(program.patterns)(rows, targets, weight_decay)[0].square().sum()
+    value = ConvexLayer(program.operator.patterns)(rows, targets, weight_decay)[0].square().sum()
     (slope,) = torch.autograd.grad(value, weight_decay, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.backward()
@@ -286,11 +286,11 @@ def test_gradients_of_gradients_are_refused():
 def test_questions_that_make_no_sense(change, words):
     program = draw()
     with pytest.raises(ValueError, match=re.escape(words)):
-        ConvexLayer(program.patterns)(*change(*(leaf.detach() for leaf in tensors(program))))
+        ConvexLayer(program.operator.patterns)(*change(*(leaf.detach() for leaf in tensors(program))))
 
 
 def test_layers_that_make_no_sense():
-    patterns = draw().patterns
+    patterns = draw().operator.patterns
     with pytest.raises(ValueError, match="must be one of squared, logistic"):
         ConvexLayer(patterns, loss="hinge")
     with pytest.raises(ValueError, match="rows x gates, got shape"):

@@ -12,12 +12,14 @@ from torch import nn
 
 from convexbn import ConvexBNRegressor
 from convexbn.data.whitening import whiten
-from convexbn.nn import GatedModule, from_module, read_tail, to_module
+from convexbn.nn import GatedModule, from_module, read_last_layers, to_module
+from convexbn.program.gated import GateBlocks
 from convexbn.program.gates import sample_gates
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import Neurons
 from convexbn.program.output_check import probe_rows
-from instances import conditioned, proof_of_relu
+from instances import conditioned, neuron_arrays, proof_of_relu
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -33,7 +35,7 @@ def relu_network(seed=0, n=50, d=6, m=7, K=3, condition=10.0, offset=1.0, weight
     X = single(conditioned(n, d, condition, rng) * np.sqrt(n) + offset)
     whitening = whiten(X, weights)
     first, output = rng.standard_normal((whitening.rank + 1, m)), rng.standard_normal((m, K))
-    return X, BatchNormNetwork.from_neurons(whitening, first, output)
+    return X, BatchNormNetwork.from_neurons(whitening, Neurons(first, output))
 
 
 def gated_network(seed=0, n=50, d=6, K=2, condition=10.0):
@@ -42,7 +44,7 @@ def gated_network(seed=0, n=50, d=6, K=2, condition=10.0):
     whitening = whiten(X)
     gates, offsets = sample_gates("whitened", 9, whitening, np.random.RandomState(seed))
     blocks = rng.standard_normal((9, whitening.rank + 1, K))
-    return X, BatchNormNetwork.from_blocks(whitening, np.arange(9), blocks, gates, offsets)
+    return X, BatchNormNetwork.from_blocks(whitening, GateBlocks(np.arange(9), blocks), gates, offsets)
 
 
 def outputs_of(module, X, *, train=False):
@@ -141,7 +143,7 @@ def test_weighted_statistics_are_stored_in_the_module():
 @pytest.mark.parametrize("kind", [relu_network, gated_network])
 def test_a_module_shares_no_memory_with_the_network(kind):
     _, network = kind()
-    arrays = {"mean": network.mean, **network.neurons()}
+    arrays = {"mean": network.mean, **neuron_arrays(network)}
     copies = {name: array.copy() for name, array in arrays.items()}
     for fold in (False, True):
         module = to_module(network, dtype=torch.float64, fold=fold)
@@ -174,7 +176,7 @@ def test_the_type_is_torchs_default_and_its_global_state_is_left_alone():
 @pytest.mark.parametrize("fold", [False, True])
 def test_a_network_without_neurons_is_one_dead_neuron(kind, fold):
     X, network = kind()
-    neurons = {name: array[..., :0] for name, array in network.neurons().items() if name != "output"}
+    neurons = {name: array[..., :0] for name, array in neuron_arrays(network).items() if name != "output"}
     empty = BatchNormNetwork(**neurons, output=network.output[:0], mean=network.mean, n_effective=50.0)
     module = to_module(empty, fold=fold)
     for train in (False, True):
@@ -233,7 +235,7 @@ def test_only_networks_are_converted():
 def test_numbers_beyond_float32_are_refused(scale):
     _, network = relu_network()
     tiny = BatchNormNetwork(
-        **{**network.neurons(), "weight": network.weight / scale}, mean=network.mean * scale, n_effective=50.0
+        **{**neuron_arrays(network), "weight": network.weight / scale}, mean=network.mean * scale, n_effective=50.0
     )
     with pytest.raises(ValueError, match=r"in float32 the outputs on probe rows differ by .*convert to float64"):
         to_module(tiny)
@@ -242,7 +244,7 @@ def test_numbers_beyond_float32_are_refused(scale):
 
 
 def test_probes_have_the_size_of_the_data():
-    """Responses of size 1 whatever the units, and the features vary about as much as those of the data."""
+    """PreActivations of size 1 whatever the units, and the features vary about as much as those of the data."""
     X, network = relu_network(m=40, condition=100.0)
     units = np.array([1e-30, 1e-3, 1.0, 1e3, 1e6, 1e30])
     rows = probe_rows(network.weight / units[:, None], network.mean * units) / units
@@ -360,11 +362,11 @@ def test_round_trips_give_the_network_back(seed, eps):
     X, network = relu_network(seed, condition=100.0)
     module = to_module(network, eps=eps, dtype=torch.float64)
     for again in (from_module(module, X), from_module(module, X, statistics="batch")):
-        for name, array in {"mean": network.mean, **network.neurons()}.items():
+        for name, array in {"mean": network.mean, **neuron_arrays(network)}.items():
             found = getattr(again, name)
             assert np.abs(found - array).max() < 1e-11 * np.abs(array).max(), name
     without = from_module(module, n_effective=network.n_effective)
-    for name, array in network.neurons().items():
+    for name, array in neuron_arrays(network).items():
         assert np.abs(getattr(without, name) - array).max() < 1e-11 * np.abs(array).max(), name
     assert difference(network.predict(X), without.predict(X)) < 1e-12
     single = from_module(to_module(network, dtype=torch.float32), X)
@@ -397,7 +399,7 @@ def test_the_module_is_left_as_it_was(nesting):
     state, rng = copy.deepcopy(module.state_dict()), torch.get_rng_state()
     grads = [copy.deepcopy(parameter.grad) for parameter in module.parameters()]
     network = from_module(module, X)
-    for array in network.neurons().values():
+    for array in neuron_arrays(network).values():
         array[...] = 0  # no memory is shared
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     for parameter, grad in zip(module.parameters(), grads, strict=True):
@@ -426,7 +428,7 @@ def test_dead_neurons_are_kept_and_those_that_do_not_vary_refused():
 
 def test_statistics_of_rows_far_from_zero():
     _, layers = trained()
-    stored = read_tail(nn.Sequential(*layers)).layers
+    stored = read_last_layers(nn.Sequential(*layers)).layers
     rows = np.random.default_rng(0).standard_normal((5000, 5)) + 1e12
     deviations = rows - 1e12
     assert np.abs(stored.network(rows).mean - 1e12 - deviations.mean(axis=0)).max() < 3e-4  # spacing of floats: 1.2e-4
@@ -610,7 +612,7 @@ def deep(K=3):
 def test_the_tail_of_a_deep_network_and_its_features():
     images, module = deep()
     module[-1] = nn.Linear(8, 3)
-    tail = read_tail(module)
+    tail = read_last_layers(module)
     assert (tail.linear, tail.batch_norm, tail.output) == ("1", "2", "4")
     assert tail.before == ("0.0", "0.1", "0.3", "0.5")
     assert np.array_equal(tail.layers.output_bias, module[-1].bias.detach().double().numpy())
@@ -631,7 +633,7 @@ def test_rows_are_not_written_to():
     images, module = deep()
     images = images.double()
     before = images.clone()
-    read_tail(nn.Sequential(nn.ReLU(inplace=True), module)).features(images)
+    read_last_layers(nn.Sequential(nn.ReLU(inplace=True), module)).features(images)
     assert torch.equal(images, before)
 
 
@@ -643,4 +645,4 @@ def test_a_tail_that_the_forward_does_not_end_with_is_refused():
             return -super().forward(x)
 
     with pytest.raises(ValueError, match="the forward of the Negated does not use '1', '2' and '4'"):
-        read_tail(Negated(*module)).features(images)
+        read_last_layers(Negated(*module)).features(images)

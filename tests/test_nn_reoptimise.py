@@ -12,10 +12,10 @@ from convexbn.certificate.status import Status
 from convexbn.nn.interpolation import Segment
 from convexbn.nn.reoptimise import reoptimise
 from convexbn.program.losses import CrossEntropyLoss
-from convexbn.program.neurons import Neurons, network_outputs
+from convexbn.program.neurons import Neurons
 from convexbn.training.neural_collapse import collapse_metrics
 from convexbn.training.training_set import TrainingSet
-from instances import EPS, labels
+from instances import EPS, labels, network_outputs
 from test_collapse import BALANCED, FIGURES, UNBALANCED, check_figures
 
 torch.set_num_threads(1)
@@ -370,12 +370,12 @@ def test_the_objective_is_convex_along_the_segment():
         merge_features=True,
     )  # fmt: skip
     first, second = (Neurons(rng.standard_normal((5, 6)), rng.standard_normal((6, 3))) for _ in range(2))
-    segment = Segment.between(data, 0.3, first.balanced(), np.array([0.1, -0.2, 0.3]), second)
+    segment = Segment.between(data.relu_program(0.3), first.balanced(), np.array([0.1, -0.2, 0.3]), second)
 
     def objective(step, scale=1.0):
         point = segment.at(step)
         outputs = network_outputs(data.whitening.rows, point.neurons) + point.output_bias
-        return data.loss.value(scale * outputs) + 0.3 * scale * float(point.neurons.masses.sum())
+        return data.loss.value(scale * outputs) + 0.3 * scale * float(point.neurons.norms.sum())
 
     values = np.array([objective(step) for step in np.linspace(0, 1, 11)])
     assert (np.diff(values, 2) >= -1e-12 * values[:-2]).all()

@@ -10,9 +10,11 @@ import pytest
 import convexbn
 from convexbn.data.whitening import whiten
 from convexbn.files.onnx import export
+from convexbn.program.gated import GateBlocks
 from convexbn.program.gates import sample_gates
 from convexbn.program.network import BatchNormNetwork
-from instances import conditioned
+from convexbn.program.neurons import Neurons
+from instances import conditioned, neuron_arrays
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
@@ -24,10 +26,10 @@ def draw(kind, seed=0, n=60, d=6, K=3, condition=10.0, offset=1.0):
     whitening = whiten(X)
     if kind == "relu":
         first, output = rng.standard_normal((whitening.rank + 1, 7)), rng.standard_normal((7, K))
-        return X, BatchNormNetwork.from_neurons(whitening, first, output)
+        return X, BatchNormNetwork.from_neurons(whitening, Neurons(first, output))
     gates, offsets = sample_gates("whitened", 9, whitening, np.random.RandomState(seed))
     blocks = rng.standard_normal((9, whitening.rank + 1, K))
-    return X, BatchNormNetwork.from_blocks(whitening, np.arange(9), blocks, gates, offsets)
+    return X, BatchNormNetwork.from_blocks(whitening, GateBlocks(np.arange(9), blocks), gates, offsets)
 
 
 def run(path, X, dtype="float32"):
@@ -90,7 +92,7 @@ def test_the_file_is_plain_and_says_what_it_is(tmp_path):
 @pytest.mark.parametrize("kind", ["relu", "gated"])
 def test_a_network_without_neurons(tmp_path, kind):
     X, network = draw(kind)
-    neurons = {name: array[..., :0] for name, array in network.neurons().items() if name != "output"}
+    neurons = {name: array[..., :0] for name, array in neuron_arrays(network).items() if name != "output"}
     empty = BatchNormNetwork(**neurons, output=network.output[:0], mean=network.mean, n_effective=60.0)
     export(empty, tmp_path / "m.onnx")
     assert run(tmp_path / "m.onnx", X).shape == (60, 3) and not run(tmp_path / "m.onnx", X).any()

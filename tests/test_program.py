@@ -6,16 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convexbn.certificate.certificate import certify_blocks
 from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.program import gated as module
-from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, block_norms
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
-from instances import EPS, LOSS_NAMES, THRESHOLD, gate_norm_in_digits, residual, targets_for
+from instances import EPS, LOSS_NAMES, THRESHOLD, gate_norm_in_digits, proof_of_blocks, residual, targets_for
 
 
 def draw(n=50, d=4, K=2, n_gates=9, loss="squared", seed=0, weights=None, weight_decay=0.3):
@@ -24,7 +23,9 @@ def draw(n=50, d=4, K=2, n_gates=9, loss="squared", seed=0, weights=None, weight
     X = rng.standard_normal((n, d))
     whitening = whiten(X, weights)
     patterns = gate_patterns(X, whitening.mean, *sample_gates("data", n_gates, whitening, np.random.RandomState(seed)))
-    return GatedProgram(whitening.rows, patterns, LOSSES[loss](targets_for(loss, n, K, rng), weights), weight_decay)
+    return GatedProgram.from_rows(
+        whitening.rows, patterns, LOSSES[loss](targets_for(loss, n, K, rng), weights), weight_decay
+    )
 
 
 def value(program, gate_index, blocks):
@@ -40,7 +41,7 @@ def value(program, gate_index, blocks):
 def test_kernels_against_dense_sums(n, q, K, P, seed):
     rng = np.random.default_rng(seed)
     A, M = rng.standard_normal((n, q)), rng.integers(0, 2, (n, P)).astype(bool)
-    program = GatedProgram(A, M, SquaredLoss(np.zeros((n, K)), np.ones(n)), 1.0)
+    program = GatedProgram.from_rows(A, M, SquaredLoss(np.zeros((n, K)), np.ones(n)), 1.0)
     index = rng.integers(P, size=rng.integers(0, 8))  # gates may repeat, or be none
     S, V = rng.standard_normal((len(index), q, K)), rng.standard_normal((n, K))
     F = np.einsum("nj,nq,jqk->nk", M[:, index].astype(float), A, S)
@@ -64,11 +65,11 @@ def test_kernels_are_adjoint():
 def test_row_blocks_give_the_same(monkeypatch, n):
     rng = np.random.default_rng(n)
     A, M = rng.standard_normal((n, 4)), rng.integers(0, 2, (n, 7)).astype(bool)
-    program = GatedProgram(A, M, SquaredLoss(np.zeros((n, 3)), np.ones(n)), 1.0)
+    program = GatedProgram.from_rows(A, M, SquaredLoss(np.zeros((n, 3)), np.ones(n)), 1.0)
     index, S, V = np.array([6, 0, 2]), rng.standard_normal((3, 4, 3)), rng.standard_normal((n, 3))
     whole = program.outputs(index, S), program.correlations(V), program.correlations(V, index)
     monkeypatch.setattr(module, "_BLOCK_ENTRIES", 1)
-    assert [b.stop - b.start for b in program._row_blocks(1)] == [64] * -(-n // 64)
+    assert [b.stop - b.start for b in program.operator._blocks(1)] == [64] * -(-n // 64)
     blocked = program.outputs(index, S), program.correlations(V), program.correlations(V, index)
     for a, b in zip(whole, blocked, strict=True):
         assert residual(a - b, n, 20) < THRESHOLD
@@ -87,8 +88,11 @@ def test_no_blocks_give_zero_outputs():
 def test_layout_and_type_of_the_patterns_do_not_matter(layout):
     program = draw()
     V = np.random.default_rng(0).standard_normal((50, 2))
-    as_numbers = GatedProgram(
-        np.array(program.rows, order=layout), program.patterns.astype(float), program.loss, program.weight_decay
+    as_numbers = GatedProgram.from_rows(
+        np.array(program.operator.rows, order=layout),
+        program.operator.patterns.astype(float),
+        program.loss,
+        program.weight_decay,
     )
     assert residual(as_numbers.correlations(np.array(V, order=layout)) - program.correlations(V), 50) < THRESHOLD
 
@@ -97,9 +101,9 @@ def test_kernels_do_not_change_their_input():
     program = draw()
     rng = np.random.default_rng(0)
     index, S, V = np.array([1, 2]), rng.standard_normal((2, 5, 2)), rng.standard_normal((50, 2))
-    copies = [a.copy() for a in (program.rows, program.patterns, index, S, V)]
+    copies = [a.copy() for a in (program.operator.rows, program.operator.patterns, index, S, V)]
     program.outputs(index, S), program.correlations(V, index), program.dual_norm_bound(V), program.max_weight_decay()
-    for before, now in zip(copies, (program.rows, program.patterns, index, S, V), strict=True):
+    for before, now in zip(copies, (program.operator.rows, program.operator.patterns, index, S, V), strict=True):
         assert np.array_equal(before, now)
 
 
@@ -122,7 +126,7 @@ def test_dual_norm_bound_covers_long_sums_that_round_one_way():
     """Equal terms: every addition may round downwards."""
     n = 20000
     rows = np.full((n, 1), 1 / np.sqrt(n))
-    program = GatedProgram(rows, np.ones((n, 1), dtype=bool), SquaredLoss(np.zeros((n, 1)), np.ones(n)), 1.0)
+    program = GatedProgram.from_rows(rows, np.ones((n, 1), dtype=bool), SquaredLoss(np.zeros((n, 1)), np.ones(n)), 1.0)
     for number in (1 / 3, 0.1, 0.7, np.pi):
         with mp.workdps(50):
             exact = n * mp.mpf(rows[0, 0]) * mp.mpf(number)
@@ -143,7 +147,9 @@ def test_weights_are_repetition_of_the_whole_program(loss):
         whitening = whiten(rows, weights)
         gates = np.random.RandomState(0).standard_normal((4, 8)), np.zeros(8)
         patterns = gate_patterns(rows, whitening.mean, *gates)
-        programs.append(GatedProgram(whitening.rows, patterns, LOSSES[loss](np.repeat(Y, times, axis=0), weights), 0.5))
+        programs.append(
+            GatedProgram.from_rows(whitening.rows, patterns, LOSSES[loss](np.repeat(Y, times, axis=0), weights), 0.5)
+        )
     weighted, repeated = programs
     turn = _change_of_basis(weighted, repeated, counts)
     index, S = np.array([1, 4, 6]), rng.standard_normal((3, 5, 2))
@@ -159,8 +165,8 @@ def test_weights_are_repetition_of_the_whole_program(loss):
 
 def _change_of_basis(weighted, repeated, counts):
     """Orthogonal map between coordinates on the two sets of whitened rows."""
-    once = repeated.rows[np.cumsum(counts) - 1]
-    return once.T @ (counts[:, None] * weighted.rows)
+    once = repeated.operator.rows[np.cumsum(counts) - 1]
+    return once.T @ (counts[:, None] * weighted.operator.rows)
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)
@@ -170,9 +176,7 @@ def test_zero_is_optimal_from_the_largest_weight_decay_on_and_not_below(loss, K)
     largest = program.max_weight_decay()
     none, zero = np.zeros(0, dtype=np.intp), np.zeros((0, *program.block_shape))
     for factor, optimal in ((1.0, True), (1.5, True), (0.99, False)):
-        proof = certify_blocks(
-            program.with_weight_decay(factor * largest), none, zero, tolerance=1e-10, stopped_by="tolerance"
-        )
+        proof = proof_of_blocks(program.with_weight_decay(factor * largest), GateBlocks(none, zero), 1e-10, "tolerance")
         assert (proof.status is Status.TRIVIAL) == optimal, proof.sentence
     assert _descends_from_zero(program, largest)
 
@@ -192,5 +196,5 @@ def test_with_weight_decay_changes_nothing_else():
     program = draw()
     other = program.with_weight_decay(7.0)
     assert other.weight_decay == 7.0 and program.weight_decay == 0.3
-    assert other.rows is program.rows and other.patterns is program.patterns and other.loss is program.loss
+    assert other.operator is program.operator and other.loss is program.loss
     assert program.block_shape == (5, 2) and program.n_gates == 9

@@ -19,8 +19,8 @@ MODULES = {
     "onnx": ["export"],
     "path": ["PathPoint", "RegularisationPath", "fit_path", "load_path"],
     "nn": [
-        "ConvexLayer", "GatedModule", "Reoptimisation", "Tail", "certify", "from_module", "gated_outputs", "read_tail",
-        "reoptimise", "to_module",
+        "ConvexLayer", "GatedModule", "LastLayers", "Reoptimisation", "certify", "from_module", "gated_outputs",
+        "read_last_layers", "reoptimise", "to_module",
     ],
     "companions": [
         "CrossIterationBatchNorm1d", "CrossIterationBatchNorm2d", "NormalisedLayer", "WeightRescaling",

@@ -1,6 +1,7 @@
 """activation="relu" at the doors: any data, any loss, certified over all patterns where the bounds reach."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from sklearn.linear_model import LogisticRegression
 
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
-from convexbn.certificate.certificate import certify_relu
+from convexbn.certificate.certificate import certify
 from convexbn.program.losses import SquaredLoss
+from convexbn.program.relu import ReluProgram
 from convexbn.training.training_set import TrainingSet
+from instances import neuron_arrays
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -238,12 +241,10 @@ def test_no_wrong_relu_network_is_certified(capsys):
         model = regressor(weight_decay=beta, time_limit=4).fit(X, Y)
         assert model.certificate_.relative_gap <= 1e-4, model.certificate_.sentence
         optimum = model.certificate_.lower_bound
-        for network in _wrong(model.network_.neurons(), rng):
+        for network in _wrong(model.network_, rng):
             for loss in (data.loss, SquaredLoss(data.loss.targets[::-1], np.ones(20))):
-                proof = certify_relu(
-                    data.whitening.rows, loss, data.X, beta, **network, tolerance=1e-6, stopped_by="tolerance",
-                    deadline=time.monotonic() + 0.1,
-                )  # fmt: skip
+                question = data.question(ReluProgram(data.whitening.rows, loss, beta), 1e-6)
+                proof = certify(question, network, deadline=time.monotonic() + 0.1)
                 runs += 1
                 certified = proof.status in (Status.CERTIFIED, Status.TRIVIAL)
                 refused += not certified
@@ -257,12 +258,12 @@ def test_no_wrong_relu_network_is_certified(capsys):
     assert runs >= 60 and refused >= 0.9 * runs - 6 and false == 0
 
 
-def _wrong(neurons, rng):
-    """Networks that are not the optimum, as the arrays that a certificate takes."""
-    noise = rng.standard_normal(neurons["weight"].shape)
-    yield neurons | {"output": neurons["output"] * (1 + 3e-3)}
-    yield neurons | {"gamma": neurons["gamma"] * (1 + 3e-3)}
-    yield neurons | {"weight": neurons["weight"] + 0.03 * np.abs(neurons["weight"]).mean() * noise}
-    yield neurons | {"shift": neurons["shift"] + 0.03}
-    yield {k: v[:, 1:] if k == "weight" else v[1:] for k, v in neurons.items()}
-    yield neurons | {"output": -neurons["output"]}
+def _wrong(network, rng):
+    """Networks that are not the optimum."""
+    noise = rng.standard_normal(network.weight.shape)
+    yield replace(network, output=network.output * (1 + 3e-3))
+    yield replace(network, gamma=network.gamma * (1 + 3e-3))
+    yield replace(network, weight=network.weight + 0.03 * np.abs(network.weight).mean() * noise)
+    yield replace(network, shift=network.shift + 0.03)
+    yield replace(network, **{k: v[:, 1:] if k == "weight" else v[1:] for k, v in neuron_arrays(network).items()})
+    yield replace(network, output=-network.output)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import GatedProgram
-from convexbn.program.gauss_newton import half_hessian
+from convexbn.program.gated import GateBlocks, GatedProgram
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.gated.active_groups import ActiveGroups
 from convexbn.solvers.gated.group_newton import GroupNewton
@@ -25,7 +24,7 @@ def program_of(name="squared", K=1, n=30, d=4, P=12, fraction=0.1, seed=0):
     rows = whiten(rng.standard_normal((n, d))).rows
     patterns = np.unique(rows @ rng.standard_normal((d + 1, P)) >= 0, axis=1)
     loss = LOSSES[name](targets_for(name, n, K, rng, soft=True), rng.uniform(0.5, 2, n))
-    program = GatedProgram(rows, patterns, loss, 1.0)
+    program = GatedProgram.from_rows(rows, patterns, loss, 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
 
@@ -62,8 +61,8 @@ def test_a_rough_solution_is_polished(n):
     program = program_of(n=n, K=2, fraction=0.3)
     rough = GroupNewton(tol=1e-4).solve(program)
     best = optimum_of(program)
-    before = np.abs(program.outputs(rough.gate_index, rough.blocks) - best.outputs).max()
-    polished = ActiveGroups(program, rough.gate_index, rough.blocks)
+    before = np.abs(program.outputs(rough.weights.gate_index, rough.weights.values) - best.outputs).max()
+    polished = ActiveGroups(program, rough.weights.gate_index, rough.weights.values)
     for _ in range(3):
         polished = polished.newton_step()
     assert np.abs(polished.outputs - best.outputs).max() < 1e-8 < before
@@ -94,12 +93,12 @@ def test_a_start_far_away_does_not_matter():
 def test_systems_against_the_dense_hessian(name, K):
     program = program_of(name, K)
     optimum = optimum_of(program)
-    (m, q, _), n = optimum.groups.blocks.shape, len(program.rows)
+    (m, q, _), n = optimum.groups.blocks.shape, len(program.operator.rows)
     size = q * K
     # J of the active groups: outputs (n, K) from blocks (m, q, K)
-    opened = program.patterns[:, optimum.gate_index].astype(float)
-    J = np.einsum("nm,nq,kl->nkmql", opened, program.rows, np.eye(K)).reshape(n * K, m * size)
-    half = half_hessian(program.loss, optimum.outputs)
+    opened = program.operator.patterns[:, optimum.gate_index].astype(float)
+    J = np.einsum("nm,nq,kl->nkmql", opened, program.operator.rows, np.eye(K)).reshape(n * K, m * size)
+    half = program.loss.hessian_root(optimum.outputs)
     curvature = np.einsum("njl,nkl,nm->njmk", half, half, np.eye(n)).reshape(n * K, n * K)
     H = J.T @ curvature @ J
     for i, block in enumerate(optimum.groups.blocks):
@@ -125,14 +124,17 @@ def test_derivatives_against_central_differences(name, K, fraction):
     along = rng.standard_normal(program.loss.targets.shape)
     if name == "cross_entropy":
         along -= along.mean(axis=1, keepdims=True)  # stays in the simplex
-    rows = rng.standard_normal(program.rows.shape)
+    rows = rng.standard_normal(program.operator.rows.shape)
 
     def targets_moved(h):
         return replace(program, loss=replace(program.loss, targets=program.loss.targets + h * along))
 
     curves = {
         "targets": (targets_moved, np.vdot(found.targets, along)),
-        "rows": (lambda h: replace(program, rows=program.rows + h * rows), np.vdot(found.rows, rows)),
+        "rows": (
+            lambda h: replace(program, operator=replace(program.operator, rows=program.operator.rows + h * rows)),
+            np.vdot(found.rows, rows),
+        ),
         "weight decay": (lambda h: program.with_weight_decay(program.weight_decay + h), found.weight_decay),
     }
     for what, (curve, derivative) in curves.items():
@@ -157,10 +159,10 @@ def test_scale_and_rotations_of_the_rows(name, K):
     """Outputs depend on ``A A' / weight_decay^2`` alone: no change along ``A Omega``, nor along (A, weight_decay)."""
     program = program_of(name, K)
     found = optimum_of(program).pullback(outputs=random_scalar(program)[0])
-    Omega = np.random.default_rng(0).standard_normal((program.rows.shape[1],) * 2)
-    size = np.linalg.norm(found.rows) * np.linalg.norm(program.rows)
-    assert abs(np.vdot(found.rows, program.rows @ (Omega - Omega.T))) < 1e-11 * size * np.linalg.norm(Omega)
-    scale = np.vdot(found.rows, program.rows) + program.weight_decay * found.weight_decay
+    Omega = np.random.default_rng(0).standard_normal((program.operator.rows.shape[1],) * 2)
+    size = np.linalg.norm(found.rows) * np.linalg.norm(program.operator.rows)
+    assert abs(np.vdot(found.rows, program.operator.rows @ (Omega - Omega.T))) < 1e-11 * size * np.linalg.norm(Omega)
+    scale = np.vdot(found.rows, program.operator.rows) + program.weight_decay * found.weight_decay
     assert abs(scale) < 1e-11 * size
 
 
@@ -169,8 +171,11 @@ def test_rows_of_another_weight_equal_repeated_ones():
     program = program_of(K=2)
     weighted = replace(program, loss=SquaredLoss(program.loss.targets, np.r_[2.0, np.ones(29)]))
     index = np.r_[0, np.arange(30)]
-    repeated = GatedProgram(
-        program.rows[index], program.patterns[index], SquaredLoss(program.loss.targets[index], np.ones(31)), 1.0
+    repeated = GatedProgram.from_rows(
+        program.operator.rows[index],
+        program.operator.patterns[index],
+        SquaredLoss(program.loss.targets[index], np.ones(31)),
+        1.0,
     ).with_weight_decay(program.weight_decay)
     blocks = random_scalar(program)[1]
     once, twice = (optimum_of(p).pullback(blocks=blocks) for p in (weighted, repeated))
@@ -191,7 +196,9 @@ def test_the_zero_network_does_not_move():
 
 def test_repeated_gates_leave_the_derivatives_of_the_outputs():
     program = program_of(K=2)
-    doubled = replace(program, patterns=np.repeat(program.patterns, 2, axis=1))
+    doubled = replace(
+        program, operator=replace(program.operator, patterns=np.repeat(program.operator.patterns, 2, axis=1))
+    )
     optimum, again = optimum_of(program), optimum_of(doubled)
     assert optimum.unique and not again.unique
     in_outputs = random_scalar(program)[0]
@@ -226,7 +233,9 @@ def test_what_cannot_be_solved_is_refused(monkeypatch):
     program = program_of()
     poor = GroupNewton(tol=1e-5).solve(program_of(seed=5))
     monkeypatch.setattr(
-        GroupNewton, "solve", lambda *_: replace(poor, gate_index=poor.gate_index[:1], blocks=poor.blocks[:1])
+        GroupNewton,
+        "solve",
+        lambda *_: replace(poor, weights=GateBlocks(poor.weights.gate_index[:1], poor.weights.values[:1])),
     )
     with pytest.raises(FloatingPointError, match="raise weight_decay"):
         optimum_of(program)

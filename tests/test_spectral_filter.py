@@ -15,6 +15,7 @@ from convexbn.cli import main
 from convexbn.data.whitening import whiten
 from convexbn.nn import to_module
 from convexbn.program.losses import SquaredLoss
+from convexbn.program.relu import ReluProgram
 from convexbn_studies.peers.conic_relu import ConicRelu
 from instances import THRESHOLD, residual
 
@@ -131,7 +132,7 @@ def test_relu_optimum_is_that_of_all_patterns_by_an_independent_solver(seed):
     X = rows_of_decreasing_size(14, 2, seed)
     y = targets(X, seed)
     rows, _, _ = filtered_rows(X, 0.3)
-    reference = ConicRelu().solve(rows, SquaredLoss(y[:, None], np.ones(len(X))), 0.3)
+    reference = ConicRelu().solve(ReluProgram(rows, SquaredLoss(y[:, None], np.ones(len(X))), 0.3))
     model = ConvexBNRegressor(activation="relu", weight_decay=0.3, spectral_filter=0.3, random_state=0).fit(X, y)
     proof = model.certificate_
     assert proof.status == "CERTIFIED"
@@ -147,13 +148,13 @@ def test_the_objective_is_the_loss_and_the_penalty_of_the_weights(activation, lo
     network, proof, (_, s, _) = model.network_, model.certificate_, filtered_rows(X)
     plain = 0.5 * sum((part**2).sum() for part in (network.gamma, network.shift, network.output))
     loss_value = proof.weight_decay_objective - model.weight_decay_ * plain
-    masses = penalty_of_weights(network, TAU * s[0])
+    norms = penalty_of_weights(network, TAU * s[0])
     if activation == "relu":
-        assert abs(loss_value + model.weight_decay_ * masses.sum() - proof.objective) < 1e-9 * proof.objective
+        assert abs(loss_value + model.weight_decay_ * norms.sum() - proof.objective) < 1e-9 * proof.objective
     else:  # one norm a gate, at most the sum of those of its neurons, at least their root of squares
-        gates = [masses[network.gate_index == i] for i in np.unique(network.gate_index)]
+        gates = [norms[network.gate_index == i] for i in np.unique(network.gate_index)]
         penalty = (proof.objective - loss_value) / model.weight_decay_
-        assert sum(np.linalg.norm(m) for m in gates) * (1 - 1e-9) <= penalty <= masses.sum() * (1 + 1e-9)
+        assert sum(np.linalg.norm(m) for m in gates) * (1 - 1e-9) <= penalty <= norms.sum() * (1 + 1e-9)
     assert np.allclose(np.hypot(network.gamma, network.shift), np.linalg.norm(network.output, axis=1), rtol=1e-9)
     assert proof.lower_bound <= proof.objective and proof.relative_gap < (1e-5 if activation == "gated" else 0.3)
 
@@ -206,7 +207,7 @@ def test_bounds_hold_on_filtered_rows(seed, K):
     small = rows_of_decreasing_size(20, 3, seed)
     A = filtered_rows(small, 0.5)[0]
     V = np.random.default_rng(seed).standard_normal((20, K))
-    exact = bounds.branch_and_bound(V, A, tolerance=1e-3)
+    exact = bounds.branch_and_bound(V, A, tol=1e-3)
     angles = np.random.default_rng(1).standard_normal((200_000, 4))
     sampled = hidden_norms(angles / np.linalg.norm(angles, axis=1)[:, None], V, A).max()
     assert sampled <= exact.value <= exact.lower * (1 + 2e-3) and exact.lower <= sampled * 1.05
@@ -220,10 +221,10 @@ def test_bounds_hold_on_filtered_rows(seed, K):
 def test_chosen_dual_points_are_feasible_on_filtered_rows_and_better_than_scaling():
     small = rows_of_decreasing_size(16, 3)
     y, A = targets(small)[:, None], filtered_rows(small, 0.5)[0]
-    optimum = ConicRelu().solve(A, SquaredLoss(y, np.ones(16)), 0.4)
+    optimum = ConicRelu().solve(ReluProgram(A, SquaredLoss(y, np.ones(16)), 0.4))
     for choose in (bounds.dual_point, bounds.lifted_dual_point):
         point = choose(y, optimum.dual, A, 0.4)
-        norm = bounds.branch_and_bound(point.dual, A, tolerance=1e-6)
+        norm = bounds.branch_and_bound(point.dual, A, tol=1e-6)
         assert norm.lower <= point.value <= 0.4 * (1 + 1e-9)
         value = float(np.sum(point.dual * y) - 0.5 * np.sum(point.dual**2))
         assert 0.9 * optimum.value <= value <= optimum.value * (1 + 1e-7)

@@ -151,9 +151,9 @@ class Broken:
     def __init__(self, **settings):
         self.settings = settings
 
-    def solve(self, program, start=None, budget=None):
+    def solve(self, program, start=None, budget=None, rng=None):
         solution = fit.GroupNewton(**self.settings).solve(program, budget=budget)
-        return dataclasses.replace(solution, blocks=np.nan * solution.blocks)
+        return dataclasses.replace(solution, weights=solution.weights._replace(values=np.nan * solution.weights.values))
 
 
 def test_a_numerical_certificate_is_saved(tmp_path, monkeypatch):

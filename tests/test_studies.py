@@ -329,8 +329,8 @@ def test_a_network_trained_by_torch_is_read_as_it_is():
         scale, shift = torch.tensor(network.gamma / root), torch.tensor(network.shift / root)
         hidden = torch.nn.functional.batch_norm(torch.tensor(X) @ weight, None, None, scale, shift, True, 0.0, 1e-14)
         outputs = (torch.relu(hidden) @ torch.tensor(network.output)).numpy()
-        masses = np.hypot(network.gamma, network.shift) * np.abs(network.output[:, 0])
-        value = 0.5 * np.sum((outputs - Y) ** 2) + 0.1 * masses.sum()
+        norms = np.hypot(network.gamma, network.shift) * np.abs(network.output[:, 0])
+        value = 0.5 * np.sum((outputs - Y) ** 2) + 0.1 * norms.sum()
         assert balanced_objective(network, X, loss, 0.1) == pytest.approx(value, rel=1e-10)
     assert balanced_objective(None, X, loss, 0.1) == np.inf
 

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from convexbn.certificate.certificate import certify_blocks
 from convexbn.certificate.status import Status
-from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows, block_norms
 from convexbn.program.losses import LOSSES, SquaredLoss
-from convexbn.solvers.base import Budget, Solution
+from convexbn.solvers.base import Budget
 from convexbn.solvers.gated import sketched_hessian
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 from convexbn.solvers.gated.subspace import Subspace
 from convexbn.training.fit import FEW_ROWS, NEWTON_ROWS, choose_solver
-from instances import LOSS_NAMES, targets_for
+from instances import LOSS_NAMES, proof_of_blocks, targets_for
 
 
 def draw(n=400, q=7, K=3, P=30, loss="squared", fraction=0.05, seed=0):
@@ -29,7 +28,7 @@ def draw(n=400, q=7, K=3, P=30, loss="squared", fraction=0.05, seed=0):
     rows = np.linalg.qr(np.hstack([root, rng.standard_normal((n, q - 1)) * root]))[0] / root
     patterns = rows @ rng.standard_normal((q, P)) >= 0
     targets = targets_for(loss, n, K, rng)
-    program = GatedProgram(rows, patterns, LOSSES[loss](targets, weights), 1.0)
+    program = GatedProgram.from_rows(rows, patterns, LOSSES[loss](targets, weights), 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
 
@@ -40,7 +39,7 @@ def sampled(monkeypatch):
 
 
 def proof_of(program, solution, tol):
-    return certify_blocks(program, solution.gate_index, solution.blocks, tolerance=tol, stopped_by=solution.stopped_by)
+    return proof_of_blocks(program, solution.weights, tol, solution.stopped_by)
 
 
 # --- the sampled Hessian ---
@@ -49,8 +48,10 @@ def proof_of(program, solution, tol):
 def dense_hessian(program, penalty, outputs):
     """Hessian of one output, mean over outputs, as a dense matrix (P q, P q)."""
     curvature = row_curvature(program.loss, outputs)
-    lifted = (program.patterns[:, :, None] * program.rows[:, None, :]).reshape(len(program.rows), -1)
-    return (lifted.T * curvature) @ lifted + np.diag(np.repeat(penalty, program.rows.shape[1]))
+    lifted = (program.operator.patterns[:, :, None] * program.operator.rows[:, None, :]).reshape(
+        len(program.operator.rows), -1
+    )
+    return (lifted.T * curvature) @ lifted + np.diag(np.repeat(penalty, program.operator.rows.shape[1]))
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)
@@ -86,7 +87,7 @@ def test_samples_are_unbiased(monkeypatch):
     program = draw(n=120, q=2, K=1, P=5)
     rng = np.random.default_rng(2)
     outputs, blocks, gates = np.zeros((120, 1)), rng.standard_normal((5, 2, 1)), np.arange(5)
-    parts = program.patterns * (program.rows @ blocks[..., 0].T)
+    parts = program.operator.patterns * (program.operator.rows @ blocks[..., 0].T)
     exact = (parts.T * program.loss.weights) @ parts
     draws = [factor_hessian(program, gates, blocks, outputs, rng) for _ in range(400)]
     spread = np.std(draws, axis=0) / np.sqrt(len(draws))
@@ -119,7 +120,7 @@ def test_single_precision_kernels_are_right_to_float32(n):
     rng = np.random.default_rng(0)
     S, V = rng.standard_normal((20, 9, 3)), rng.standard_normal((n, 3))
     gates = np.arange(20)
-    scale = np.abs(program.rows)
+    scale = np.abs(program.operator.rows)
     seen, there = single.outputs(gates, S), program.outputs(gates, S)
     assert seen.dtype == np.float32 and single.correlations(V).dtype == np.float32
     bound = (20 + 9) * 2.0**-24 * (scale @ np.abs(S).sum(axis=0))
@@ -132,7 +133,7 @@ def test_memory_is_that_of_blocks_of_rows():
     """Neither kernel holds an array of n x q K or n x P K numbers."""
     n, q, K, P = 20_000, 20, 10, 40
     rng = np.random.default_rng(0)
-    program = GatedProgram(
+    program = GatedProgram.from_rows(
         rng.standard_normal((n, q)).astype(np.float32),
         rng.random((n, P)) < 0.5,
         SquaredLoss(np.zeros((n, K)), np.ones(n)),
@@ -180,7 +181,8 @@ def test_order_of_rows_changes_nothing_beyond_the_gap(sampled):
     program = draw(n=500)
     order = np.random.default_rng(5).permutation(500)
     loss = SquaredLoss(program.loss.targets[order], program.loss.weights[order])
-    shuffled = replace(program, rows=program.rows[order], patterns=program.patterns[order], loss=loss)
+    operator = MaskedRows(program.operator.rows[order], program.operator.patterns[order])
+    shuffled = replace(program, operator=operator, loss=loss)
     a, b = (proof_of(p, Subspace(tol=1e-4).solve(p), 1e-4) for p in (program, shuffled))
     assert a.status is b.status is Status.CERTIFIED
     assert abs(a.objective - b.objective) <= max(a.gap, b.gap)
@@ -189,7 +191,7 @@ def test_order_of_rows_changes_nothing_beyond_the_gap(sampled):
 def test_the_same_twice_bit_for_bit(sampled):
     program = draw(loss="cross_entropy")
     first, second = (Subspace(tol=1e-3).solve(program) for _ in range(2))
-    assert np.array_equal(first.blocks, second.blocks) and first.history == second.history
+    assert np.array_equal(first.weights.values, second.weights.values) and first.history == second.history
 
 
 @pytest.mark.parametrize("exponent", [-100, 100])
@@ -209,7 +211,7 @@ def test_iterations_stay_few():
     solution = Subspace(tol=1e-3).solve(program)
     slow = Proximal(tol=1e-3).solve(program)
     assert solution.stopped_by == "tolerance" and solution.n_iter < 0.25 * slow.n_iter, (solution.n_iter, slow.n_iter)
-    assert len(solution.gate_index) == np.count_nonzero(block_norms(solution.blocks))
+    assert len(solution.weights.gate_index) == np.count_nonzero(block_norms(solution.weights.values))
 
 
 def test_stopping_early_keeps_what_was_reached(sampled):
@@ -240,7 +242,7 @@ def test_a_start_where_the_loss_is_flat_is_left():
     program = draw(n=15, q=10, K=1, P=5, loss="logistic", fraction=1e-3)
     blocks = np.random.default_rng(15).standard_normal((5, 10, 1))
     blocks *= 300 / np.abs(program.outputs(np.arange(5), blocks)).max()
-    solution = Subspace().solve(program, Solution(np.arange(5), blocks, "start"))
+    solution = Subspace().solve(program, GateBlocks(np.arange(5), blocks))
     assert proof_of(program, solution, 1e-6).status is Status.CERTIFIED
 
 
@@ -252,7 +254,9 @@ def _interrupt(report):
 def test_estimators_take_it_where_newton_is_dear(loss):
     def choice(n, q=21, P=100, asked="auto"):
         rows, patterns = np.zeros((n, q)), np.zeros((n, P), dtype=bool)
-        return choose_solver(asked, GatedProgram(rows, patterns, LOSSES[loss](np.zeros((n, 2)), np.ones(n)), 1.0))
+        return choose_solver(
+            asked, GatedProgram.from_rows(rows, patterns, LOSSES[loss](np.zeros((n, 2)), np.ones(n)), 1.0)
+        )
 
     few = "group_newton" if loss == "squared" else "subspace"
     assert choice(FEW_ROWS) == few and choice(NEWTON_ROWS, q=900) == few  # many columns: products are dear as well

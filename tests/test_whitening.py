@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from convexbn.data import qr
-from convexbn.data.preactivations import Responses
+from convexbn.data.preactivations import PreActivations
 from convexbn.data.whitening import whiten
 from instances import EPS, THRESHOLD, conditioned, residual
 
@@ -475,7 +475,7 @@ def test_batch_normalize_gives_the_coordinates_of_the_mathematics(scale):
     data = whiten(X, weights)
     directions = rng.standard_normal((data.rank, 7))
     directions /= np.linalg.norm(directions, axis=0)
-    normalized = Responses.of(X, data.projection @ directions, weights).normalized
+    normalized = PreActivations.compute(X, data.projection @ directions, weights).normalized
     assert residual(normalized - data.rows[:, :-1] @ directions, 50, 10) < THRESHOLD
     assert residual(np.einsum("ij,ij,i->j", normalized, normalized, weights) - 1, 50) < THRESHOLD
     assert residual(weights @ normalized, 50, np.sqrt(weights.sum())) < THRESHOLD
@@ -484,18 +484,18 @@ def test_batch_normalize_gives_the_coordinates_of_the_mathematics(scale):
 def test_batch_normalize_is_blind_to_the_length_of_the_weights_and_to_offsets():
     X, weights = normal(30, 3), np.ones(30)
     W = normal(3, 4, 1)
-    plain = Responses.of(X, W, weights).normalized
-    assert np.array_equal(Responses.of(X, np.ldexp(W, [900, -900, 5, 0]), weights).normalized, plain)
-    assert residual(Responses.of(X + 1e6, W, weights).normalized - plain, 30, 1e6) < THRESHOLD
+    plain = PreActivations.compute(X, W, weights).normalized
+    assert np.array_equal(PreActivations.compute(X, np.ldexp(W, [900, -900, 5, 0]), weights).normalized, plain)
+    assert residual(PreActivations.compute(X + 1e6, W, weights).normalized - plain, 30, 1e6) < THRESHOLD
     signs, small = np.sign(X), np.ldexp(W, -1030)
-    huge = Responses.of(1.5e308 * signs, small, weights).normalized
-    assert residual(huge - Responses.of(signs, W, weights).normalized, 30) < THRESHOLD
+    huge = PreActivations.compute(1.5e308 * signs, small, weights).normalized
+    assert residual(huge - PreActivations.compute(signs, W, weights).normalized, 30) < THRESHOLD
 
 
 def test_batch_normalize_of_a_direction_that_does_not_vary_is_zero():
     X = normal(30, 3)
     X[:, 1] = 4.0
-    normalized = Responses.of(X, np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]), np.ones(30)).normalized
+    normalized = PreActivations.compute(X, np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]), np.ones(30)).normalized
     assert not normalized[:, 0].any() and normalized[:, 1].any()
 
 
@@ -504,7 +504,7 @@ def test_inputs_are_not_changed():
     copies = X.copy(), weights.copy()
     data = whiten(X, weights, rank=2)
     data.transform(X)
-    Responses.of(X, data.projection, weights)
+    PreActivations.compute(X, data.projection, weights)
     assert np.array_equal(X, copies[0]) and np.array_equal(weights, copies[1])
 
 

@@ -10,7 +10,7 @@ from convexbn import ConvexBNClassifier
 from convexbn.data import moments
 from convexbn.data.gram import spectrum
 from convexbn.data.moments import Moments
-from convexbn.data.preactivations import Responses
+from convexbn.data.preactivations import PreActivations
 from convexbn.data.whitening import whiten
 from instances import THRESHOLD, residual
 
@@ -203,12 +203,12 @@ def test_units(scale):
 def test_memory_is_that_of_the_result_and_some_blocks(monkeypatch):
     X = images(n=60_000, d=100)
     monkeypatch.setattr(moments, "BLOCK_BYTES", 1 << 20)
-    Responses.of(X[:9000], np.ones((100, 2)), np.ones(9000))
+    PreActivations.compute(X[:9000], np.ones((100, 2)), np.ones(9000))
     tracemalloc.start()
     found = whiten(X, rank=5)
     whitening = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    Responses.of(X, found.projection, np.ones(len(X)))
+    PreActivations.compute(X, found.projection, np.ones(len(X)))
     normalising = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert whitening < found.rows.nbytes + (10 << 20) < X.nbytes * 4
@@ -220,7 +220,7 @@ def test_the_data_are_not_changed():
         X = images(dtype)
         copy, weights = X.copy(), np.ones(N)
         whiten(X, weights, rank=4)
-        Responses.of(X, np.ones((D, 1)), weights)
+        PreActivations.compute(X, np.ones((D, 1)), weights)
         assert np.array_equal(X, copy) and np.all(weights == 1)
 
 

@@ -26,14 +26,14 @@ SINGLE_THREAD_ROWS = 3000
 
 
 @contextmanager
-def solving(n_rows: int) -> Iterator[None]:
+def blas_threads(n_rows: int) -> Iterator[None]:
     """Surround the solve of a problem of this size."""
     threads = _threads.single("all") if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
     with np.errstate(all="ignore"), threads:
         yield
 
 
-def numpy_alone() -> AbstractContextManager[None]:
+def single_scipy_blas() -> AbstractContextManager[None]:
     """Surround work in which products of numpy and small factorisations of scipy take turns.
 
     The wheels of either have a BLAS of their own, whose threads spin for a while after each call: those of one against
@@ -71,7 +71,7 @@ def workers() -> Iterator[Workers]:
         yield Workers(pool, count)
 
 
-def dealt(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def parallel_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Results of ``work`` on the items in their order, as many at a time as there are threads."""
     waiting = list(items)
     if len(waiting) == 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import EPS, Float
+from convexbn._types import Float
 from convexbn.program.network import BatchNormNetwork
 from convexbn_studies import drawing
 from convexbn_studies.data import draw, planted
@@ -111,21 +111,19 @@ class _Judge:
     """Dual values of networks: a bound for all widths and patterns, sharp at rank n - 1 and where cells are few."""
 
     def __init__(self, X: Float, Y: Float, weight_decay: float) -> None:
-        from convexbn.certificate.dual_bounds import AllPatterns
+        from convexbn.certificate.dual_bounds import ReluDualBounds
         from convexbn.program.losses import SquaredLoss
         from convexbn.training.training_set import TrainingSet
 
-        self.data = TrainingSet.prepare(
-            X, Y, np.ones(len(X)), loss=SquaredLoss, rank=None, input_eps=EPS, merge_features=True
-        )
-        rows, self.weight_decay = self.data.whitening.rows, weight_decay
-        self.patterns = AllPatterns(self.data.loss, rows, weight_decay, directions=rows[:0], deadline=0.0)
+        self.data, self.weight_decay = TrainingSet.prepare(X, Y, np.ones(len(X)), loss=SquaredLoss), weight_decay
+        program = self.data.relu_program(weight_decay)
+        self.prover = ReluDualBounds(program, directions=program.rows[:0], deadline=0.0)
 
     def lower_bound(self, network: BatchNormNetwork) -> float:
         """Value of the best feasible multiple of the network's negative gradient."""
         loss = self.data.loss
         dual = loss.negative_gradient(network.predict(self.data.X))
-        bound = min(evidence.bound for evidence in self.patterns.evidence(dual))
+        bound = min(point.bound for point in self.prover.bounded(dual))
         best = float(np.sum(dual * loss.targets) / np.sum(dual**2))
         return loss.dual_value(float(np.clip(best, 0.0, self.weight_decay / bound)) * dual)
 

@@ -84,7 +84,7 @@ class _Problem:
         values = whitening.singular_values[: whitening.rank]
         Y = [np.eye(_CLASSES)[labels] for _, labels in parts]
         opened = [(X - whitening.mean) @ gates >= 0 for X, _ in parts]
-        program = GatedProgram(whitening.rows, opened[0], SquaredLoss(Y[0], np.ones(given["n"])), 1.0)
+        program = GatedProgram.from_rows(whitening.rows, opened[0], SquaredLoss(Y[0], np.ones(given["n"])), 1.0)
         return cls(
             Z=[torch.tensor(whitening.transform(X)[:, :-1] * values) for X, _ in parts],
             Y=[torch.tensor(y) for y in Y],

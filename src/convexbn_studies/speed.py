@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convexbn._types import EPS, Bool, Float
+from convexbn._types import Bool, Float
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.base import Budget, Progress
@@ -62,7 +62,7 @@ class _Instance(NamedTuple):
 
     @property
     def program(self) -> GatedProgram:
-        return GatedProgram(self.rows, self.patterns, self.loss, self.weight_decay)
+        return GatedProgram.from_rows(self.rows, self.patterns, self.loss, self.weight_decay)
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -108,7 +108,7 @@ def pictures(rows: list[Row]) -> list[Picture]:
 def _instance(name: str) -> _Instance:
     n, d, count, fraction = _PROGRAMS[name]
     X, Y = planted(n, d, seed=0, neurons=10 if count or d > 2 else 5)
-    data = TrainingSet.prepare(X, Y, np.ones(n), loss=SquaredLoss, rank=None, input_eps=EPS, merge_features=True)
+    data = TrainingSet.prepare(X, Y, np.ones(n), loss=SquaredLoss)
     X, Y, rows = np.asarray(data.X), data.loss.targets, data.whitening.rows
     gates = np.random.default_rng(1).standard_normal((rows.shape[1], max(count, 1)))
     instance = _Instance(X, Y, rows, gates, rows @ gates >= 0, 1.0)
@@ -153,21 +153,17 @@ def _clarabel_gated(instance: _Instance, given: Any) -> list[Row]:
 
     started = time.process_time()
     solution = Conic(tol=1e-6).solve(instance.program)
-    seconds, program = time.process_time() - started, instance.program
-    outputs = program.outputs(solution.gate_index, solution.blocks)
-    penalty = float(np.linalg.norm(solution.blocks, axis=(1, 2)).sum())
-    return [_line(seconds, program.loss.value(outputs) + program.weight_decay * penalty)]
+    return [_line(time.process_time() - started, instance.program.objective(solution.weights))]
 
 
 def _clarabel_relu(instance: _Instance, given: Any) -> list[Row]:
-    from convexbn.program.neurons import network_outputs
+    from convexbn.program.relu import ReluProgram
     from convexbn_studies.peers.conic_relu import ConicRelu
 
     started = time.process_time()
-    neurons = ConicRelu(tol=1e-8).solve(instance.rows, instance.loss, instance.weight_decay).neurons
-    seconds = time.process_time() - started
-    value = instance.loss.value(network_outputs(instance.rows, neurons))
-    return [_line(seconds, value + instance.weight_decay * float(neurons.masses.sum()))]
+    program = ReluProgram(instance.rows, instance.loss, instance.weight_decay)
+    neurons = ConicRelu(tol=1e-8).solve(program).weights
+    return [_line(time.process_time() - started, program.objective(neurons))]
 
 
 def _pyscnn(instance: _Instance, given: Any) -> list[Row]:

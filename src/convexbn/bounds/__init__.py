@@ -2,7 +2,7 @@
 
 ``A`` (n, q) has orthonormal columns, or orthogonal ones of at most unit norm (a spectral filter); weighted data: rows
 times ``sqrt(w)``, ``V / sqrt(w)``. Every bound is a
-number that is never below the maximum, rounding included; ``local_search`` gives a lower estimate.
+number that is never below the maximum, rounding included; ``local_maxima`` gives lower estimates.
 
 ===================== ============== ==================================================================
 ``orthant``           K outputs      ignores A; exact at rank n - 1
@@ -21,8 +21,8 @@ from convexbn.bounds.dual_point import DualPoint, dual_point
 from convexbn.bounds.enumeration import EveryCell, few_cells
 from convexbn.bounds.lifted import lifted
 from convexbn.bounds.lifted_dual_point import lifted_dual_point
-from convexbn.bounds.local_search import local_maxima, local_search
-from convexbn.bounds.orthant import group_directions, orthant
+from convexbn.bounds.local_search import local_maxima
+from convexbn.bounds.orthant import orthant
 from convexbn.bounds.relaxation import Relaxed, relaxation
 
 __all__ = [
@@ -35,11 +35,9 @@ __all__ = [
     "branch_and_bound",
     "dual_point",
     "few_cells",
-    "group_directions",
     "lifted",
     "lifted_dual_point",
     "local_maxima",
-    "local_search",
     "orthant",
     "relaxation",
 ]

@@ -52,7 +52,7 @@ def branch_and_bound(
     V: Float,
     A: Float,
     *,
-    tolerance: float = 1e-2,
+    tol: float = 1e-2,
     max_nodes: int = 100_000,
     deadline: float | None = None,
     start: Float | None = None,
@@ -65,7 +65,7 @@ def branch_and_bound(
     V : ndarray (n, K)
     A : ndarray (n, q), or groups (n, G, q)
         Orthonormal columns, ``q <= 8``. The hidden unit of a group is the largest of its rows, or 0.
-    tolerance : float
+    tol : float
         Stop when the bound is within this factor (less 1) of the best value found.
     max_nodes : int
         Largest number of cones that are bounded; a batch under way is finished, at most 512 more.
@@ -99,7 +99,7 @@ def branch_and_bound(
     for attempt in range(_ATTEMPTS):
         # other orthants have other thin cones, and any of their bounds is valid
         middle = None if attempt == 0 else normalise(rng.standard_normal((1, q)))[0]
-        search = _Search(V, A, tolerance, target / scale, start, middle)
+        search = _Search(V, A, tol, target / scale, start, middle)
         reason = search.run(max_nodes - work, deadline)
         upper, work, start = min(upper, search.upper), work + search.nodes, search.best[None]
         if reason != "rounding":
@@ -111,10 +111,10 @@ def branch_and_bound(
 class _Search:
     """The open cones, their bounds, and the best value found so far."""
 
-    def __init__(self, V: Float, A: Float, tolerance: float, target: float, start: Float, middle: Float | None) -> None:
+    def __init__(self, V: Float, A: Float, tol: float, target: float, start: Float, middle: Float | None) -> None:
         # one output: the two signs are two problems; several outputs: one problem of norms
         self.problems = [V, -V] if V.shape[1] == 1 else [V]
-        self.V, self.A, self.tolerance, self.target = V, A, tolerance, target
+        self.V, self.A, self.tol, self.target = V, A, tol, target
         self.lower, self.settled, self.nodes = 0.0, 0.0, 0
         self.best = normalise(start)[0]
         self.improve(normalise(start))
@@ -130,7 +130,7 @@ class _Search:
     @property
     def enough(self) -> float:
         """The bound that is asked for."""
-        return max(self.lower * (1 + self.tolerance), self.target)
+        return max(self.lower * (1 + self.tol), self.target)
 
     @property
     def threshold(self) -> float:

@@ -34,64 +34,45 @@ _FOLLOWED_ENTRIES = 1 << 18
 _HIDDEN_ENTRIES = 1 << 23
 
 
-def local_search(V: Float, A: Float, starts: int, rng: np.random.Generator) -> tuple[float, Float]:
-    """Best local maximum of ``||V'(A u)_+||`` over the unit sphere found from random starts.
+def local_maxima(
+    V: Float,
+    A: Float,
+    n_starts: int,
+    rng: np.random.Generator,
+    *,
+    start: Float | None = None,
+    rounds: int = 30,
+) -> tuple[Float, Float]:
+    """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= 30``.
+
+    The directions of ``start`` and the random ones are thinned apart from each other: near an optimum the neurons all
+    have the largest value, and would leave no place for a start that leads elsewhere.
 
     Parameters
     ----------
     V : ndarray (n, K)
     A : ndarray (n, q)
-        Orthonormal columns.
-    starts : int
+        Orthonormal columns; or groups of rows (n, G, q).
+    n_starts : int
         Number of random starts.
     rng : numpy.random.Generator
-
-    Returns
-    -------
-    value : float
-        ``||V'(A u)_+||``: a lower estimate of the maximum, never an upper bound.
-    u : ndarray (q,)
-        Unit vector.
-    """
-    values, directions = local_maxima(V, A, starts, rng)
-    return float(values[0]), directions[0]
-
-
-def local_maxima(
-    V: Float,
-    A: Float,
-    starts: int,
-    rng: np.random.Generator,
-    *,
-    initial: Float | None = None,
-    rounds: int = 30,
-) -> tuple[Float, Float]:
-    """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= 30``.
-
-    The initial directions and the random ones are thinned apart from each other: near an optimum the neurons all
-    have the largest value, and would leave no place for a start that leads elsewhere.
-
-    Parameters
-    ----------
-    V, A, starts, rng
-        As in ``local_search``.
-    initial : ndarray (m, q), optional
+    start : ndarray (m, q), optional
         Directions to ascend from, and from around them, besides the random ones: the neurons of the moment.
     rounds : int
         Largest number of convex-concave steps.
     """
     scale = unit_scale(V)
     V = V / scale
-    raw = normalise(rng.standard_normal((starts, A.shape[-1])))
-    outputs = normalise(rng.standard_normal((starts, V.shape[1])))
+    raw = normalise(rng.standard_normal((n_starts, A.shape[-1])))
+    outputs = normalise(rng.standard_normal((n_starts, V.shape[1])))
     moved = _fixed_point(raw, outputs, V, A)
     keep = max(_FOLLOWED, _FOLLOWED_ENTRIES // A.size)
     # the fixed point takes many starts to few places: some are followed from where they are
     followed = [distinct(moved, hidden_norms(moved, V, A), keep), raw[:keep]]
-    if initial is not None and len(initial):
-        known = normalise(initial)
+    if start is not None and len(start):
+        known = normalise(start)
         followed.append(distinct(known, hidden_norms(known, V, A), keep))
-        followed += [scattered(known[:starts], starts // 2, spread, rng) for spread in _SPREADS]
+        followed += [scattered(known[:n_starts], n_starts // 2, spread, rng) for spread in _SPREADS]
     directions = ascend(np.vstack(followed), V, A, rounds)
     directions = distinct(directions, hidden_norms(directions, V, A), _FOLLOWED)
     return hidden_norms(directions, V, A) * scale, directions

@@ -6,6 +6,7 @@ import numpy as np
 
 from convexbn._types import EPS, Float
 from convexbn.data.scaling import unit_scale
+from convexbn.program.rays import group_directions
 
 #: Different directions up to which the Perron bound is computed: its matrix is square in them.
 _PERRON_ROWS = 2000
@@ -48,31 +49,6 @@ def orthant(dual: Float) -> tuple[float, float]:
 
 def _largest_eigenvalue(matrix: Float) -> float:
     return float(max(np.linalg.eigvalsh(matrix)[-1], 0.0))
-
-
-def group_directions(rows: Float) -> tuple[np.ndarray, Float]:
-    """Group rows of equal direction: group of each row (-1 for zero rows), and unit directions (G, K).
-
-    Directions are equal when all their entries agree to nine decimals, or lie on a chain of such steps.
-    """
-    norms = np.linalg.norm(rows, axis=1)
-    live = norms > 0
-    group = np.full(len(rows), -1)
-    if not live.any():
-        return group, np.zeros((0, rows.shape[1]))
-    directions = rows[live] / norms[live][:, None]
-    chains = np.column_stack([_chains(column) for column in directions.T])
-    _, first, inverse = np.unique(chains, axis=0, return_index=True, return_inverse=True)
-    group[live] = inverse.ravel()
-    return group, directions[first]
-
-
-def _chains(values: Float) -> np.ndarray:
-    """Number of the run that each value lies in: sorted values less than 1e-9 apart are one run."""
-    order = np.argsort(values)
-    chains = np.zeros(len(values), dtype=np.intp)
-    chains[order[1:]] = np.cumsum(np.diff(values[order]) > 1e-9)
-    return chains
 
 
 def _merge_directions(dual: Float) -> tuple[Float, float]:

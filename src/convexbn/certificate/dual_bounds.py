@@ -14,7 +14,9 @@ import numpy as np
 from convexbn import bounds
 from convexbn._types import Float
 from convexbn.data.row_matrix import MappedRows
-from convexbn.program.losses import Loss, SquaredLoss
+from convexbn.program.gated import GatedProgram
+from convexbn.program.losses import SquaredLoss
+from convexbn.program.relu import ReluProgram
 
 #: Rows up to which the lifted relaxations are tried: their matrices are of order n + q.
 _LIFTED_ROWS = 600
@@ -41,7 +43,7 @@ _MANY_ENTRIES = 1 << 20
 _ROUNDS, _ROUNDS_ENTRIES = 30, 1 << 18
 
 
-class Evidence(NamedTuple):
+class DualBound(NamedTuple):
     """A dual point with a valid upper bound of its dual norm, rounding included, and where that comes from."""
 
     dual: Float
@@ -51,46 +53,57 @@ class Evidence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AllPatterns:
+class GateDualBounds:
+    """The exact dual norm of a gated program: one product with the rows."""
+
+    program: GatedProgram
+
+    def bounded(self, dual: Float) -> Iterator[DualBound]:
+        """The dual point with the largest of the norms of its correlations."""
+        yield DualBound(dual, *self.program.dual_norm_bound(dual), "gates")
+
+    def estimate(self, dual: Float) -> float | None:
+        """Nothing is left to be estimated."""
+        return None
+
+
+@dataclass(frozen=True)
+class ReluDualBounds:
     """Bounds of ``max over ||u|| <= 1 of ||V'(A u)_+||`` in order of cost, until the caller has enough.
 
     Parameters
     ----------
-    loss : Loss
-    rows : ndarray (n, q)
-        ``A``, whose columns times ``sqrt(w)`` are orthonormal (under a spectral filter orthogonal, of at most unit
-        norm). Rows that are mapped when they are read are too many for any bound but the orthant.
-    weight_decay : float
+    program : ReluProgram
+        Rows that are computed on access are too many for any bound but the orthant's.
     directions : ndarray (m, q)
         First layers of the network: where large values are likely.
-    tolerance : float
+    tol : float
         Relative gap that counts as optimal: no bound is made sharper than it needs.
     deadline : float or None
         ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work.
     """
 
-    loss: Loss
-    rows: Float | MappedRows
-    weight_decay: float
+    program: ReluProgram
     directions: Float
-    tolerance: float = 1e-6
+    tol: float = 1e-6
     deadline: float | None = None
 
-    def evidence(self, dual: Float) -> Iterator[Evidence]:
+    def bounded(self, dual: Float) -> Iterator[DualBound]:
         """The dual point with each bound in turn, and dual points chosen for the relaxations."""
         V = dual / self._root
-        for bound, name in self._cheap(V, self.weight_decay):
-            yield Evidence(dual, bound.value, bound.rounding, name)
-        if not (V.shape[1] == 1 and isinstance(self.loss, SquaredLoss)):
-            for bound, name in self._lifted(V, self.weight_decay):
-                yield Evidence(dual, bound.value, bound.rounding, name)
+        for bound, name in self._cheap(V, self.program.weight_decay):
+            yield DualBound(dual, bound.value, bound.rounding, name)
+        dense = self.program.readout.rows_per_case == 1
+        if not (dense and V.shape[1] == 1 and isinstance(self.program.loss, SquaredLoss)):
+            for bound, name in self._lifted(V, self.program.weight_decay):
+                yield DualBound(dual, bound.value, bound.rounding, name)
             return
-        targets = self._root * self.loss.targets
+        targets = self._root * self.program.loss.targets
         for choose, name in ((bounds.dual_point, "chosen dual point"), (bounds.lifted_dual_point, "lifted dual point")):
             if self._late or (choose is bounds.lifted_dual_point and len(V) > _LIFTED_ROWS):
                 return
-            chosen = choose(targets, V, self._A, self.weight_decay, deadline=self.deadline)
-            yield Evidence(self._root * chosen.dual, chosen.value, chosen.rounding, name)
+            chosen = choose(targets, V, self._A, self.program.weight_decay, deadline=self.deadline)
+            yield DualBound(self._root * chosen.dual, chosen.value, chosen.rounding, name)
 
     def dual_norm(self, dual: Float, *, proved: bool = True) -> tuple[float, float]:
         """Value of a local search and valid upper bound of ``max over ||u|| <= 1 of ||V'(A u)_+||``.
@@ -98,7 +111,7 @@ class AllPatterns:
         Infinity stands for a bound that is not asked for. Of very many patches the search sees some images.
         """
         V = dual / self._root
-        if self._many:
+        if self._too_many:
             return self._of_some_rows(dual), next(self._cheap(V, 0.0))[0].value
         values, found = self._local_maxima(V)
         lower, upper = float(values[0]), np.inf
@@ -116,50 +129,53 @@ class AllPatterns:
 
         None after the deadline on data of a size where the search takes more than about a second.
         """
-        if self._many:
+        if self._too_many:
             return None
         V = dual / self._root
         if self._cells is not None:
-            return float(self._cells.maxima(self.loss.spread(V), self.weight_decay).value)
-        if self._late and self.rows.size > _QUICK_ENTRIES:
+            return float(self._cells.maxima(self._spread(V), self.program.weight_decay).value)
+        if self._late and self.program.rows.size > _QUICK_ENTRIES:
             return None
         return float(self._local_maxima(V)[0][0])
 
     def _local_maxima(self, V: Float) -> tuple[Float, Float]:
-        many = self.rows.size > _MANY_ENTRIES
-        starts, rounds = (30, 0) if many else (300, min(_ROUNDS, _ROUNDS * _ROUNDS_ENTRIES // self.rows.size))
+        size = self.program.rows.size
+        starts, rounds = (30, 0) if size > _MANY_ENTRIES else (300, min(_ROUNDS, _ROUNDS * _ROUNDS_ENTRIES // size))
         rng = np.random.default_rng(0)
-        spread = self.loss.spread(V)
-        return bounds.local_maxima(spread, self._A, starts, rng, initial=self.directions, rounds=rounds)
+        return bounds.local_maxima(self._spread(V), self._A, starts, rng, start=self.directions, rounds=rounds)
 
     def _of_some_rows(self, dual: Float) -> float:
         """Value of the local search on the first cases, in proportion to their number: of many images an estimate."""
-        together, n = self.loss.rows_together, len(dual)
-        count = max(1, _MANY_ENTRIES // (together * max(self.rows.shape[1], self.loss.targets.shape[1])))
-        part = slice(0, min(count, n) * together)
-        some = replace(self, loss=self.loss.of_rows(part), rows=self.rows[part])
+        program, n = self.program, len(dual)
+        together = program.readout.rows_per_case
+        count = max(1, _MANY_ENTRIES // (together * max(program.n_inputs, program.n_outputs)))
+        rows, loss = program.rows[: min(count, n) * together], program.loss.of_rows(slice(0, min(count, n)))
+        some = replace(self, program=replace(program, rows=rows, loss=loss))
         largest = float(some._local_maxima(dual[:count] / some._root)[0][0])
         return float(n / min(count, n)) * largest
 
     @property
-    def _many(self) -> bool:
-        """Whether there is no other bound than the orthant."""
-        return isinstance(self.rows, MappedRows) or self.loss.targets.size > _SPREAD_ENTRIES
+    def _too_many(self) -> bool:
+        """True if the problem is too large for any bound but the orthant's."""
+        rows = self.program.rows
+        return isinstance(rows, MappedRows) or len(rows) * self.program.n_outputs > _SPREAD_ENTRIES
 
     @property
     def _root(self) -> Float:
-        root: Float = np.sqrt(self.loss.of_cases.weights)[:, None]
+        root: Float = np.sqrt(self.program.loss.weights)[:, None]
         return root
 
-    @functools.cached_property
+    @property
     def _A(self) -> Float:
-        """``sqrt(w) A``, in groups where the hidden units are maxima."""
-        return self.loss.arranged(np.sqrt(self.loss.weights)[:, None] * self.rows[:])
+        return self.program.unit_rows
+
+    def _spread(self, V: Float) -> Float:
+        return self.program.readout.spread(V)
 
     @functools.cached_property
     def _cells(self) -> bounds.EveryCell | None:
         """All cells, where they can be enumerated."""
-        one_output = self.loss.targets.shape[1] == 1 and self._A.ndim == 2
+        one_output = self.program.n_outputs == 1 and self._A.ndim == 2
         return bounds.EveryCell(self._A) if one_output and bounds.few_cells(self._A) else None
 
     @property
@@ -169,21 +185,21 @@ class AllPatterns:
     def _cheap(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """Orthant; every cell where there are few; else branch and bound where the rank allows it, relaxation."""
         value, rounding = bounds.orthant(V)
-        largest = self.loss.hidden_norm
+        largest = self.program.readout.norm
         yield bounds.Bound(largest * value, largest * rounding, 1), "orthant"
-        if self._many:
+        if self._too_many:
             return
-        V = self.loss.spread(V)
+        V = self._spread(V)
         if self._cells is not None:
             yield self._cells.maxima(V, target), "every cell"
             return
         if self._late:
             return
-        if self.rows.shape[1] <= bounds.MAX_RANK:
+        if self.program.n_inputs <= bounds.MAX_RANK:
             now = time.monotonic()
             until = None if self.deadline is None else now + _BRANCHING_SHARE * (self.deadline - now)
             yield bounds.branch_and_bound(
-                V, self._A, tolerance=0.1 * self.tolerance, target=target, start=self.directions,
+                V, self._A, tol=0.1 * self.tol, target=target, start=self.directions,
                 max_nodes=_CONES if until is None else _MOST_CONES, deadline=until,
             ), "branch and bound"  # fmt: skip
         if V.shape[1] == 1 and self._A.ndim == 2 and not self._late:
@@ -191,8 +207,8 @@ class AllPatterns:
 
     def _lifted(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """The doubly nonnegative relaxation, for a moderate number of rows."""
-        if len(self.rows) <= _LIFTED_ROWS and self._A.ndim == 2 and not self._late:
+        if len(self.program.rows) <= _LIFTED_ROWS and self._A.ndim == 2 and not self._late:
             yield (
-                bounds.lifted(self.loss.spread(V), self._A, deadline=self.deadline, target=target),
+                bounds.lifted(self._spread(V), self._A, deadline=self.deadline, target=target),
                 "lifted relaxation",
             )

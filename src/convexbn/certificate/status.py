@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -34,59 +35,90 @@ STOPPED_BY = {
 }
 
 
-def status_of(relative: float, tolerance: float, *, trivial: bool, stopped_by: str, estimated: float | None) -> Status:
-    """Status that the numbers earn; what the solver said can only lower it."""
+@dataclass(frozen=True)
+class Scope:
+    """Among what a network is compared.
+
+    Attributes
+    ----------
+    name : {"these gates", "all patterns"}
+    restriction : str
+        How the program differs from the plain one on all directions of dense data, in words.
+    block_norm : str
+        Penalty of a gate.
+    """
+
+    name: str
+    restriction: str = ""
+    block_norm: str = "Frobenius"
+
+    def __str__(self) -> str:
+        if self.name == "these gates":
+            return f"all networks with these gates (penalty: one {self.block_norm} norm per gate){self.restriction}"
+        return f"all batch-normalised ReLU networks of any width{self.restriction}"
+
+
+def status_of(relative: float, tol: float, *, trivial: bool, stopped_by: str, estimated: float | None) -> Status:
+    """Status that the numbers earn; what the solver said can only lower it.
+
+    Parameters
+    ----------
+    relative : float
+        Relative gap to the valid bound.
+    tol : float
+        Relative gap that counts as optimal.
+    trivial : bool
+        Whether the zero network is proved to be optimal.
+    stopped_by : str
+        A key of ``STOPPED_BY``.
+    estimated : float or None
+        Relative gap to an estimate of the bound.
+    """
     if stopped_by == "outside" or not (np.isfinite(relative) and relative >= 0):
         return Status.NUMERICAL
-    if relative <= tolerance:
+    if relative <= tol:
         return Status.TRIVIAL if trivial else Status.CERTIFIED
     if stopped_by == "numerical":
         return Status.NUMERICAL
     if stopped_by == "callback":
         return Status.INTERRUPTED
-    return Status.GAP_OPEN if estimated is None or estimated > tolerance else Status.RESTRICTED
+    return Status.GAP_OPEN if estimated is None or estimated > tol else Status.RESTRICTED
 
 
-def told_apart(status: Status, relative: float, estimated: float | None, bound: str) -> str:
+def bound_note(status: Status, estimated: float | None, bound: str) -> str:
     """Where the valid bound comes from, and the estimate beside it, for networks over all patterns."""
     if bound in ("gates", "none"):
         return ""
-    told = f" The bound is valid ({bound})."
+    note = f" The bound is valid ({bound})."
     if estimated is not None and status in (Status.RESTRICTED, Status.GAP_OPEN):
-        told += f" A local search over patterns estimates a gap of {estimated:.1g}: an estimate, not a bound."
-    return told
+        note += f" A local search over patterns estimates a gap of {estimated:.1g}: an estimate, not a bound."
+    return note
 
 
-def restriction_to(directions: int | None, filtered: bool) -> str:
-    """How a program differs from the plain one on all directions of the data, in words."""
-    words = f" on the leading {directions} directions of the data (rank)" if directions is not None else ""
-    return words + " with this spectral filter (weight decay of the filtered program)" * filtered
-
-
-def sentence_of(
-    status: Status,
-    objective: float,
-    relative: float,
-    tolerance: float,
-    floor: float,
-    scope: str,
-    stopped_by: str,
-    restriction: str = "",
-    block_norm: str = "Frobenius",
+def message(
+    status: Status, objective: float, relative: float, tol: float, floor: float, scope: Scope, stopped_by: str
 ) -> str:
-    """Status, cause and remedy in words."""
-    among = {
-        "these gates": f"all networks with these gates (penalty: one {block_norm} norm per gate)",
-        "all patterns": "all batch-normalised ReLU networks of any width",
-    }[scope] + restriction
+    """Status, cause and remedy in words.
+
+    Parameters
+    ----------
+    status : Status
+    objective, relative : float
+        Objective and relative gap.
+    tol, floor : float
+        Relative gap that counts as optimal, and the smallest that float64 can prove.
+    scope : Scope
+    stopped_by : str
+        A key of ``STOPPED_BY``.
+    """
     reason = STOPPED_BY[stopped_by]
     if status is Status.TRIVIAL:
         return (
-            f"The zero network is optimal among {among}: weight_decay is at or above its largest useful "
+            f"The zero network is optimal among {scope}: weight_decay is at or above its largest useful "
             "value; lower it to obtain a network."
         )
     if status is Status.CERTIFIED:
-        return f"Objective {objective:.9g} is proved to be within {relative:.2g} (relative) of the best among {among}."
+        return f"Objective {objective:.9g} is proved to be within {relative:.2g} (relative) of the best among {scope}."
     if status is Status.NUMERICAL:
         return (
             f"No valid bound: objective {objective:.9g}; "
@@ -95,12 +127,12 @@ def sentence_of(
     if status is Status.RESTRICTED:
         return (
             "Optimal for its own patterns, and a local search found no better neuron; proved is only that the "
-            f"objective {objective:.9g} is at most {relative:.2g} (relative) above the best among {among}; allow more "
+            f"objective {objective:.9g} is at most {relative:.2g} (relative) above the best among {scope}; allow more "
             "time for the proof, or raise weight_decay."
         )
-    if tolerance < floor:
-        reason = f"{reason}; tol={tolerance:.1g} is below what float64 can prove here ({floor:.1g})".lstrip("; ")
+    if tol < floor:
+        reason = f"{reason}; tol={tol:.1g} is below what float64 can prove here ({floor:.1g})".lstrip("; ")
     return (
-        f"Not yet optimal within tol={tolerance:.1g}: objective {objective:.9g} is at most {relative:.2g} "
-        f"(relative) above the best among {among}; {reason or 'the network is not the optimum of its program'}."
+        f"Not yet optimal within tol={tol:.1g}: objective {objective:.9g} is at most {relative:.2g} "
+        f"(relative) above the best among {scope}; {reason or 'the network is not the optimum of its program'}."
     )

@@ -111,7 +111,7 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     n_outputs = layers.output.shape[1]
     targets = targets_of_labels(options.loss, source.y, n_outputs)
     huber_delta = 1.0 if options.huber_delta is None else options.huber_delta
-    loss = TrainedLoss.of(options.loss, targets, n_outputs, huber_delta=huber_delta)
+    loss = TrainedLoss.from_name(options.loss, targets, n_outputs, huber_delta=huber_delta)
     if options.weight_decay is not None:
         objective = Objective.with_weight_decay(loss, options.weight_decay)
     else:

@@ -9,7 +9,7 @@ import numpy as np
 
 from convexbn._types import FloatMatrix
 from convexbn.data.patches import Geometry
-from convexbn.data.pooling import Pooling
+from convexbn.data.pooling import Regions
 
 #: A number, or one for each dimension.
 Sizes = int | tuple[int, ...]
@@ -91,13 +91,13 @@ class Convolution:
         )
 
     @property
-    def pool(self) -> Pooling:
-        """Pooling of the locations."""
+    def pool(self) -> Regions:
+        """Regions of the locations that are pooled."""
         locations = self.geometry.locations
         grid = locations if self.regions == "all" else self._both("regions", 1)
         if any(parts > size for parts, size in zip(grid, locations, strict=True)):
             raise ValueError(f"regions={self.regions} are more than the {locations} locations of the filters.")
-        return Pooling(self.pooling, locations, grid)
+        return Regions(locations, grid)
 
     def rows(self, X: Any) -> FloatMatrix:
         """Inputs of several axes as rows (n, features) with the channels of a pixel side by side.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import blas
 
-from convexbn._threads import numpy_alone
+from convexbn._threads import single_scipy_blas
 from convexbn._types import EPS, Bool, Float, FloatMatrix
 from convexbn.data.scaling import times_power
 
@@ -108,7 +108,7 @@ def weighted_sums(parts: Iterable[tuple[Float, Float]], size: int) -> tuple[Floa
     3,072 columns takes longer than the product.
     """
     upper, sums = np.zeros((size, size), order="F"), np.zeros(size)
-    with numpy_alone() if size <= _NARROW else nullcontext():
+    with single_scipy_blas() if size <= _NARROW else nullcontext():
         for weights, rows in parts if size else ():  # BLAS takes no matrix without columns
             root = np.sqrt(weights)
             scaled = rows * root[:, None]

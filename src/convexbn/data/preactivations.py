@@ -32,8 +32,8 @@ _MISSED = 16.0
 
 
 @dataclass(frozen=True)
-class Responses:
-    """``C X w_j / ||C X w_j|| = basis coefficients[:, j]`` on some rows; made by ``of``.
+class PreActivations:
+    """``C X w_j / ||C X w_j|| = basis coefficients[:, j]`` on some rows; made by ``compute``.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Responses:
 
     @classmethod
     @np.errstate(all="ignore")
-    def of(
+    def compute(
         cls,
         X: FloatMatrix,
         weight: Float,
@@ -63,8 +63,8 @@ class Responses:
         *,
         rank: int | None = None,
         mean: Float | None = None,
-    ) -> Responses:
-        """Responses of rows (n, d), with their own statistics, to the columns of ``weight`` (d, m).
+    ) -> PreActivations:
+        """PreActivations of rows (n, d), with their own statistics, to the columns of ``weight`` (d, m).
 
         Parameters
         ----------

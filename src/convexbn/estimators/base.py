@@ -21,7 +21,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from convexbn._threads import solving
+from convexbn._threads import blas_threads
 from convexbn._types import Float, FloatMatrix
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status
@@ -32,7 +32,7 @@ from convexbn.estimators.validation import check_finite, checked_data, checked_r
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training.fit import SOLVERS, Fit, certify, fit_gated, fit_relu
+from convexbn.training.fit import SOLVERS, Fit, ReluSettings, fit_gated, fit_relu, judged
 from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
 
 if TYPE_CHECKING:
@@ -120,12 +120,14 @@ class BaseConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        with solving(len(X)):
+        with blas_threads(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
-            program = None if self.gates_ is None else data.gated_program(self.gates_, self.gate_offsets_)
-            return certify(
-                data, self.network_, self.weight_decay_, program,
-                tol=self.tol, stopped_by="tolerance", own_rows=data.fingerprint == self.fingerprint_,
+            if self.gates_ is None:
+                program: Any = data.relu_program(self.weight_decay_)
+            else:
+                program = data.gated_program(self.gates_, self.gate_offsets_, self.weight_decay_)
+            return judged(
+                data, self.network_, program, tol=self.tol, own_rows=data.fingerprint == self.fingerprint_,
                 deadline=Budget(self.time_limit).deadline,
             )  # fmt: skip
 
@@ -160,7 +162,7 @@ class BaseConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if self.convolution is not None:
             raise ValueError("to_relu is for dense data: train a convolutional ReLU network with activation='relu'.")
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        with solving(len(X)):
+        with blas_threads(len(X)):
             data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
             if data.fingerprint != self.fingerprint_:
                 raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
@@ -205,7 +207,7 @@ class BaseConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         Y, labels = self._encode_new(y)
-        with solving(len(X)):
+        with blas_threads(len(X)):
             return self._training_set(X, Y, weights, input_eps, layer), labels
 
     def _solved(
@@ -215,38 +217,36 @@ class BaseConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         start: Any = None,
         drawn: tuple[Float, Float, GatedProgram] | None = None,
     ) -> dict[str, Any]:
-        """Fitted attributes on a training set; from a ``Solution`` of the gated program or ``Neurons`` if given.
+        """Fitted attributes on a training set; from blocks of the gated program or neurons if given.
 
         ``drawn`` are the gates, where they are known already.
         """
         random_state = _own_random_state(self.random_state)
-        with solving(len(data.X)):
+        with blas_threads(len(data.X)):
             if self.activation == "relu":
                 weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
-                fit = fit_relu(
-                    data, weight_decay,
-                    tol=self.tol, max_iter=self.max_iter, width=self.width, n_starts=self.n_starts, budget=budget,
-                    random_state=random_state, start=start,
-                )  # fmt: skip
+                settings = ReluSettings(self.width, self.n_starts, self.max_iter)
+                rng = np.random.default_rng(random_state.randint(2**31))
+                fit = fit_relu(data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start)
                 return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
             gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
             weight_decay = self._resolved(program.max_weight_decay)
             fit = fit_gated(
-                data, program.with_weight_decay(weight_decay), gates, offsets,
+                data, program.with_weight_decay(weight_decay), (gates, offsets),
                 solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
             )  # fmt: skip
             return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
 
     def _max_weight_decay(self, data: TrainingSet, *, proved: bool) -> float | tuple[float, float]:
         """Of a gated network a number; of a ReLU network the value of a search and an upper bound, if to be proved."""
-        with solving(len(data.X)):
+        with blas_threads(len(data.X)):
             if self.activation == "relu":
                 return data.max_weight_decay_relu(proved=proved)
             return self._drawn(data)[2].max_weight_decay()
 
     def _drawn(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
         """Gates, their offsets and program, the same each time where ``random_state`` is an integer."""
-        with solving(len(data.X)):
+        with blas_threads(len(data.X)):
             return data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
 
     def _resolved(self, largest: Callable[[], float]) -> float:

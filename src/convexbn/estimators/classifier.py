@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from convexbn._types import Float
 from convexbn.estimators.base import BaseConvexBN
 from convexbn.program.losses import LOSSES, LossKind, softmax
+from convexbn.program.targets import class_targets
 
 if TYPE_CHECKING:
     pass
@@ -175,14 +176,5 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         return self._encode(y, self.classes_)
 
     def _encode(self, y: np.ndarray, classes: np.ndarray) -> Float:
-        targets = encode_classes(y, classes)
-        return 2 * targets - 1 if self.loss == "squared_hinge" and targets.shape[1] > 1 else targets
-
-
-def encode_classes(y: np.ndarray, classes: np.ndarray) -> Float:
-    """-1 and +1 for two classes (n, 1); one-hot for more (n, K)."""
-    labels = np.searchsorted(classes, y)
-    if len(classes) == 2:
-        return np.where(labels == 1, 1.0, -1.0)[:, None]
-    one_hot: Float = np.eye(len(classes))[labels]
-    return one_hot
+        n_outputs = 1 if len(classes) == 2 else len(classes)
+        return class_targets(np.searchsorted(classes, y), n_outputs, self.loss)

@@ -171,7 +171,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def transform(self, X: Any) -> Float:
         """Hidden activations of the best estimator, one a neuron."""
-        return self._best.transform(X)  # type: ignore[no-any-return]
+        return self._best.transform(X)
 
     def predict(self, X: Any) -> Any:
         """Predictions of the best estimator."""
@@ -179,7 +179,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
         """Judge the best estimator's network on rows: those it was trained on, or others."""
-        return self._best.certify(X, y, sample_weight)  # type: ignore[no-any-return]
+        return self._best.certify(X, y, sample_weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the best estimator to a safetensors file; ``convexbn.load`` gives that estimator back."""
@@ -251,11 +251,11 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the best estimator: (n,) for two classes, else (n, n_classes)."""
-        return self._best.decision_function(X)  # type: ignore[no-any-return]
+        return self._best.decision_function(X)
 
     def predict_proba(self, X: Any) -> Float:
         """Class probabilities of the best estimator (n, n_classes)."""
-        return self._best.predict_proba(X)  # type: ignore[no-any-return]
+        return self._best.predict_proba(X)
 
 
 class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):

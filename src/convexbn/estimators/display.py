@@ -11,7 +11,7 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.data.patches import PatchMatrix
-from convexbn.data.preactivations import Responses
+from convexbn.data.preactivations import PreActivations
 from convexbn.data.whitening import whiten
 from convexbn.solvers.base import Progress
 from convexbn.training.neural_collapse import CollapseMetrics
@@ -274,7 +274,7 @@ class SpectrumDisplay:
             X = PatchMatrix(X, model.network_.convolution.geometry)
             weights = np.repeat(weights, X.rows_together)
         network, whitening = model.network_, whiten(X, weights, rank=X.shape[1])
-        responses = Responses.of(X, network.weight, weights, rank=model.rank_)
+        responses = PreActivations.compute(X, network.weight, weights, rank=model.rank_)
         coordinates = network.gamma * responses.products(whitening.rows, weights)
         energies = coordinates**2 @ (network.output**2).sum(axis=1)
         total = energies.sum()

@@ -23,7 +23,6 @@ from convexbn.estimators import persistence_header as headers
 from convexbn.files import model_file
 from convexbn.files.model_file import JSON, FormatError
 from convexbn.files.schema import require, same_names
-from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
 
@@ -150,9 +149,8 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
         "source_": header["source"],
         "_single_output": header["single_output"],
     }
-    dense = _network(arrays, header["n_effective"])
     return {
-        "network_": dense if layer is None else ConvolutionalNetwork.of(dense, layer),
+        "network_": _network(arrays, header["n_effective"], layer),
         "gates_": arrays.get("gates"),
         "gate_offsets_": arrays.get("gate_offsets"),
         "certificate_": headers.certificate(header["certificate"]),
@@ -192,14 +190,11 @@ def _is_balanced(network: BatchNormNetwork) -> bool:
     return np.allclose(inner, outer, rtol=_ROUNDING, atol=0)
 
 
-@np.errstate(over="ignore")
-def _plain_penalty(network: BatchNormNetwork) -> float:
-    return 0.5 * sum(float(np.sum(part**2)) for part in (network.gamma, network.shift, network.output))
-
-
 def _claims(proof: Certificate, model: Any, network: BatchNormNetwork, weight_decay: float) -> Iterator[bool]:
     """Whether a certificate contradicts neither itself nor the weights."""
     numbers = (proof.objective, proof.lower_bound, proof.weight_decay_objective)
+    with np.errstate(over="ignore"):
+        penalty = weight_decay * network.weight_decay_penalty
     largest = proof.weight_decay_objective * (1 + _ROUNDING) + float(np.finfo(np.float64).tiny)
     yield proof.scope == headers.SCOPES[model.activation]
     yield proof.status is Status.NUMERICAL or all(map(math.isfinite, numbers))
@@ -208,7 +203,7 @@ def _claims(proof: Certificate, model: Any, network: BatchNormNetwork, weight_de
     yield proof.status is Status.NUMERICAL or model.spectral_filter is not None or proof.objective <= largest
     yield proof.status not in _PROVED or 0 <= proof.relative_gap <= proof.tolerance
     yield proof.status is not Status.TRIVIAL or network.n_neurons == 0
-    yield not weight_decay * _plain_penalty(network) > largest  # the loss is not negative; NaN claims nothing
+    yield not penalty > largest  # the loss is not negative; NaN claims nothing
 
 
 def tensors_of(model: Any) -> dict[str, np.ndarray]:
@@ -240,14 +235,14 @@ def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
         require(holds, name)
 
 
-def _network(arrays: Mapping[str, np.ndarray], n_effective: float) -> BatchNormNetwork:
+def _network(arrays: Mapping[str, np.ndarray], n_effective: float, layer: Convolution | None) -> BatchNormNetwork:
     """The network; a gated neuron has the gate of the program that it sits on."""
     parts: dict[str, Any] = {name: arrays[name] for name in _NETWORK}
     if "gates" in arrays:
         index = arrays["gate_index"].astype(np.intp)
         parts |= {"gates": arrays["gates"][:, index], "gate_offsets": arrays["gate_offsets"][index]}
         parts["gate_index"] = index
-    return BatchNormNetwork(n_effective=n_effective, **parts)
+    return BatchNormNetwork(n_effective=n_effective, convolution=layer, **parts)
 
 
 def _history(stored: Float) -> list[Progress]:

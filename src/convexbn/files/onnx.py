@@ -10,7 +10,6 @@ import numpy as np
 from convexbn._types import Float, FloatMatrix
 from convexbn._version import __version__
 from convexbn.files.model_file import write_atomically
-from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.layers import Layers, convertible
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import check_conversion
@@ -73,7 +72,7 @@ def export(
         raise ImportError("convexbn.onnx needs the onnx package: pip install 'convexbn[onnx]'.") from error
     if dtype not in ("float32", "float64"):
         raise ValueError(f"dtype must be 'float32' or 'float64', got {dtype!r}.")
-    if isinstance(network, ConvolutionalNetwork):
+    if network.convolution is not None:
         raise TypeError("convolutional networks are not exported to ONNX here: use convexbn.nn.to_module.")
     network = convertible(network)
     model = _model(network, dtype)
@@ -133,7 +132,7 @@ def _nodes(gated: bool) -> list[tuple[Any, ...]]:
 
 def _arrays(network: BatchNormNetwork, dtype: str) -> dict[str, np.ndarray]:
     """Arrays of the graph by name."""
-    layers = Layers.of(network, dtype, _EPS)
+    layers = Layers.from_network(network, dtype, _EPS)
     names = ("weight", "bias", "scale", "offset", "running_mean", "running_var", "output")
     arrays: dict[str, np.ndarray] = {name: getattr(layers, name).astype(dtype) for name in names}
     if network.gates is not None and network.gate_offsets is not None:

@@ -8,19 +8,19 @@ except ImportError as error:
 from convexbn.nn.certify import certify
 from convexbn.nn.convex_layer import ConvexLayer, gated_outputs
 from convexbn.nn.from_module import from_module
-from convexbn.nn.last_layers import Tail, read_tail
+from convexbn.nn.last_layers import LastLayers, read_last_layers
 from convexbn.nn.reoptimise import Reoptimisation, reoptimise
 from convexbn.nn.to_module import GatedModule, to_module
 
 __all__ = [
     "ConvexLayer",
     "GatedModule",
+    "LastLayers",
     "Reoptimisation",
-    "Tail",
     "certify",
     "from_module",
     "gated_outputs",
-    "read_tail",
+    "read_last_layers",
     "reoptimise",
     "to_module",
 ]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn.nn.convolution import ConvolutionalTail, is_convolutional, read_convolutional
-from convexbn.nn.last_layers import Tail, as_tensor, kind_of, read_tail
+from convexbn.nn.convolution import ConvolutionalLayers, is_convolutional, read_convolutional
+from convexbn.nn.last_layers import LastLayers, as_tensor, kind_of, read_last_layers
 from convexbn.training.audit import audit
 from convexbn.training.audit_report import Audit
-from convexbn.training.trained_objective import LOSS_NAMES, TORCH_LOSSES, Objective, TrainedLoss
+from convexbn.training.trained_objective import Objective, TrainedLoss, loss_names, torch_losses
 
 
 def certify(
@@ -78,8 +78,8 @@ def certify(
     Raises
     ------
     TypeError, ValueError
-        As ``read_tail``; for losses, optimisers and targets that have no such objective; for neurons that do not vary
-        over the rows.
+        As ``read_last_layers``; for losses, optimisers and targets that have no such objective; for neurons that do not
+        vary over the rows.
 
     Examples
     --------
@@ -97,28 +97,28 @@ def certify(
             read_convolutional(module, rows), rows, y, loss, optimizer, weight_decay,
             tol=tol, time_limit=time_limit, random_state=random_state,
         )  # fmt: skip
-    tail = read_tail(module)
-    objective = objective_of(trained_loss(loss, y, tail.layers.output.shape[1]), tail, optimizer, weight_decay)
+    last = read_last_layers(module)
+    objective = objective_of(trained_loss(loss, y, last.layers.output.shape[1]), last, optimizer, weight_decay)
     return audit(
-        tail.layers, tail.features(rows), objective,
-        deep=bool(tail.before), tol=tol, time_limit=time_limit, random_state=random_state,
+        last.layers, last.features(rows), objective,
+        deep=bool(last.before), tol=tol, time_limit=time_limit, random_state=random_state,
     )  # fmt: skip
 
 
 def _certify_convolutional(
-    tail: ConvolutionalTail, X: torch.Tensor, y: Any, loss: Any, optimizer: Any, weight_decay: float | None,
+    last: ConvolutionalLayers, X: torch.Tensor, y: Any, loss: Any, optimizer: Any, weight_decay: float | None,
     **effort: Any,
 ) -> Audit:  # fmt: skip
     """The same of a convolutional network, on the patches of its images."""
-    if np.abs(tail.layers.output_bias).max(initial=0.0) > 0:
-        raise ValueError(f"Linear '{tail.output}' has a bias, which is not judged after a convolution: train without.")
-    n_outputs = len(tail.layers.output_bias)
-    objective = objective_of(trained_loss(loss, y, n_outputs), tail, optimizer, weight_decay)
-    rows = tail.convolution.rows(X.numpy())
-    objective = replace(objective, rows_together=tail.convolution.geometry.n_locations)
+    if np.abs(last.layers.output_bias).max(initial=0.0) > 0:
+        raise ValueError(f"Linear '{last.output}' has a bias, which is not judged after a convolution: train without.")
+    n_outputs = len(last.layers.output_bias)
+    objective = objective_of(trained_loss(loss, y, n_outputs), last, optimizer, weight_decay)
+    rows = last.convolution.rows(X.numpy())
+    objective = replace(objective, rows_together=last.convolution.geometry.n_locations)
     if weight_decay is not None:
         objective = replace(objective, hidden_decay=objective.hidden_decay * objective.rows_together)
-    return audit(tail.layers, rows, objective, convolution=tail.convolution, **effort)
+    return audit(last.layers, rows, objective, convolution=last.convolution, **effort)
 
 
 #: Optimisers that add weight_decay times the parameter to the gradient, unless they are told to decouple it.
@@ -134,7 +134,7 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     ----------
     loss : torch.nn.Module or str
         ``MSELoss``, ``HuberLoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` of reduction ``"mean"`` or ``"sum"``,
-        without class weights; or a name of ``TrainedLoss.of``.
+        without class weights; or a name of ``TrainedLoss.from_name``.
     y : array-like or Tensor
         Targets as that loss takes them.
     n_outputs : int
@@ -146,12 +146,12 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     """
     targets = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
     if isinstance(loss, str):
-        return TrainedLoss.of(loss, targets, n_outputs)
+        return TrainedLoss.from_name(loss, targets, n_outputs)
     name = type(loss).__name__
-    if not isinstance(loss, nn.Module) or name not in TORCH_LOSSES or type(loss) is not getattr(nn, name):
+    if not isinstance(loss, nn.Module) or name not in torch_losses() or type(loss) is not getattr(nn, name):
         raise TypeError(
-            f"loss must be {', '.join(f'nn.{known}()' for known in TORCH_LOSSES)} or one of the names "
-            f"{', '.join(LOSS_NAMES)}; got {loss!r}."
+            f"loss must be {', '.join(f'nn.{known}()' for known in torch_losses())} or one of the names "
+            f"{', '.join(loss_names())}; got {loss!r}."
         )
     for setting in ("weight", "pos_weight"):
         if getattr(loss, setting, None) is not None:
@@ -163,7 +163,7 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
         raise ValueError(f"{name} has reduction={loss.reduction!r}: give the one that was trained, 'mean' or 'sum'.")
     if targets.ndim == 1 and (targets == getattr(loss, "ignore_index", None)).any():
         raise ValueError(f"{name} ignores the rows of y that are {loss.ignore_index}: leave them out of X and y.")
-    return TrainedLoss.of(
+    return TrainedLoss.from_name(
         name, targets, n_outputs,
         reduction=str(loss.reduction), label_smoothing=float(getattr(loss, "label_smoothing", 0.0)),
         huber_delta=float(getattr(loss, "delta", 1.0)),
@@ -171,7 +171,7 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
 
 
 def objective_of(
-    loss: TrainedLoss, tail: Tail | ConvolutionalTail, optimizer: Any, weight_decay: float | None
+    loss: TrainedLoss, last: LastLayers | ConvolutionalLayers, optimizer: Any, weight_decay: float | None
 ) -> Objective:
     """The objective of a weight decay of this package, or of an optimiser that holds the layers' parameters.
 
@@ -190,26 +190,26 @@ def objective_of(
         )
     if weight_decay is not None:
         return Objective.with_weight_decay(loss, float(weight_decay))
-    decays = _decays(tail, optimizer)
-    scale, offset = decays[f"{tail.batch_norm}.weight"], decays[f"{tail.batch_norm}.bias"]
+    decays = _decays(last, optimizer)
+    scale, offset = decays[f"{last.batch_norm}.weight"], decays[f"{last.batch_norm}.bias"]
     if scale != offset:
         raise ValueError(
             f"the optimiser's weight decay is {scale} for weight and {offset} for bias of BatchNorm1d "
-            f"'{tail.batch_norm}': only with one for both is the objective that of a program; give the weight_decay "
+            f"'{last.batch_norm}': only with one for both is the objective that of a program; give the weight_decay "
             "that you mean."
         )
-    output = decays[f"{tail.output}.weight"]
-    return Objective.with_optimizer_decay(loss, scale, output, decays.get(f"{tail.output}.bias", 0.0))
+    output = decays[f"{last.output}.weight"]
+    return Objective.with_optimizer_decay(loss, scale, output, decays.get(f"{last.output}.bias", 0.0))
 
 
-def _decays(tail: Tail | ConvolutionalTail, optimizer: Any) -> dict[str, float]:
+def _decays(last: LastLayers | ConvolutionalLayers, optimizer: Any) -> dict[str, float]:
     """Weight decay of batch norm and of the last layer, by parameter name."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     decays = {}
-    for layer in (tail.batch_norm, tail.output):
-        module = tail.module.get_submodule(layer)
+    for layer in (last.batch_norm, last.output):
+        module = last.module.get_submodule(layer)
         for key, tensor in module.named_parameters():
             if id(tensor) not in groups:
                 raise ValueError(

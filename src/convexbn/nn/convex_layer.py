@@ -11,13 +11,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from convexbn._types import Float
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, MaskedRows
 from convexbn.program.gates import first_of_each_pattern
 from convexbn.program.losses import LOSSES, Loss
+from convexbn.program.targets import are_soft_targets
 from convexbn.solvers.gated.implicit_differentiation import Optimum, optimum_of
-
-#: Losses with a second derivative everywhere.
-_LOSSES = ("squared", "logistic", "cross_entropy")
 
 #: Margin below which a derivative is told to be that of one side.
 _ON_THE_EDGE = 1e-9
@@ -94,8 +92,9 @@ class ConvexLayer(nn.Module):
 
     def __init__(self, patterns: np.ndarray | torch.Tensor, loss: str = "squared") -> None:
         super().__init__()
-        if loss not in _LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}.")
+        smooth = [name for name, kind in LOSSES.items() if kind.target_slope is not None]
+        if loss not in smooth:
+            raise ValueError(f"loss must be one of {', '.join(smooth)}, got {loss!r}.")
         gates = _numpy(torch.as_tensor(patterns)).astype(bool)
         if gates.ndim != 2 or not gates.size:
             raise ValueError(f"patterns must be rows x gates, got shape {gates.shape}.")
@@ -138,13 +137,14 @@ class ConvexLayer(nn.Module):
             raise ValueError("rows and targets must be finite: drop or impute the others.")
         if beta.size != 1 or not 0 < beta.item() < np.inf:
             raise ValueError(f"weight_decay must be one positive number, got {beta}.")
-        return GatedProgram(A, _numpy(self.patterns), self._bound_loss(Y.reshape(n, -1)), beta.item())
+        loss = self._bound_loss(Y.reshape(n, -1))
+        return GatedProgram(MaskedRows(A, _numpy(self.patterns)), loss, beta.item())
 
     def _bound_loss(self, Y: Float) -> Loss:
-        if self.loss == "logistic" and np.abs(Y).max() > 1:
-            raise ValueError("the logistic loss takes targets between -1 and 1.")
-        if self.loss == "cross_entropy" and (Y.min() < 0 or np.abs(Y.sum(axis=1) - 1).max() > 1e-6):
-            raise ValueError("cross-entropy takes rows of probabilities as targets, such as one-hot rows.")
+        if not are_soft_targets(Y, self.loss):
+            signs = LOSSES[self.loss].target_kind == "signs"
+            asked = "targets between -1 and 1" if signs else "rows of probabilities as targets, such as one-hot rows"
+            raise ValueError(f"the {self.loss.replace('_', '-')} loss takes {asked}.")
         return LOSSES[self.loss](Y, np.ones(len(Y)))
 
 

@@ -18,9 +18,10 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.nn.last_layers import NO_OPS, leaves_of, numbers_of, read_layers, unwrapped
-from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.layers import Layers
+from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import output_error
+from convexbn.program.readout import readout_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -36,7 +37,7 @@ _ENDING = "only networks of Conv, BatchNorm, ReLU, pooling, Linear can be read"
 
 
 @dataclass(frozen=True, eq=False)
-class ConvolutionalTail:
+class ConvolutionalLayers:
     """A module of Conv, BatchNorm, ReLU, pooling, Linear.
 
     Attributes
@@ -68,7 +69,7 @@ def is_convolutional(module: Any) -> bool:
     return len(kinds) > 2 and kinds[-1] is nn.Linear and kinds[-2] in _NORMS and kinds[-3] in _CONVOLUTIONS
 
 
-def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalTail:
+def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalLayers:
     """Layers of a module, judged by the outputs of a copy on images (n, channels, ...).
 
     Raises
@@ -86,11 +87,11 @@ def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalTail:
     plain = _plain_convolution(conv, names[0], X)
     outputs, failures = _outputs_of(module, X), []
     for layer in _candidates(plain, pools, conv.out_channels, output.in_features):
-        tail = ConvolutionalTail(module, names[1], names[2], _layers(names, conv, batch_norm, output, layer), layer)
-        found = tail.layers.predict(np.asarray(tail.patches(X[: len(outputs)]), dtype=np.float64))
+        own = ConvolutionalLayers(module, names[1], names[2], _layers(names, conv, batch_norm, output, layer), layer)
+        found = own.layers.predict(np.asarray(own.patches(X[: len(outputs)]), dtype=np.float64))
         error = output_error(found, outputs) if found.shape == outputs.shape else np.inf
         if error <= _SAME_FUNCTION:
-            return tail
+            return own
         failures.append(error)
     raise ValueError(
         f"the forward of the {type(module).__name__} is not that of its layers one after the other: its outputs differ "
@@ -98,21 +99,21 @@ def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalTail:
     )
 
 
-def from_convolutional(module: nn.Module, X: torch.Tensor, statistics: str = "stored") -> ConvolutionalNetwork:
+def from_convolutional(module: nn.Module, X: torch.Tensor, statistics: str = "stored") -> BatchNormNetwork:
     """The network of a module, in terms of the statistics of images; of its function in eval mode or in train mode."""
-    tail = read_convolutional(module, X)
-    if np.abs(tail.layers.output_bias).max(initial=0.0) > 0:
+    own = read_convolutional(module, X)
+    if np.abs(own.layers.output_bias).max(initial=0.0) > 0:
         raise ValueError(
-            f"Linear '{tail.output}' has a bias, which a network of this package has not: train it with bias=False."
+            f"Linear '{own.output}' has a bias, which a network of this package has not: train it with bias=False."
         )
-    patches = np.asarray(tail.patches(X), dtype=np.float64)
-    layers = tail.layers.with_statistics_of(patches) if statistics == "batch" else tail.layers
-    return ConvolutionalNetwork.of(layers.network(patches), tail.convolution)
+    patches = np.asarray(own.patches(X), dtype=np.float64)
+    layers = own.layers.with_statistics_of(patches) if statistics == "batch" else own.layers
+    return replace(layers.network(patches), convolution=own.convolution)
 
 
-def layers_of(network: ConvolutionalNetwork, hidden: list[torch.Tensor], batch_norm: nn.Module | None) -> list[Any]:
+def layers_of(network: BatchNormNetwork, hidden: list[torch.Tensor], batch_norm: nn.Module | None) -> list[Any]:
     """Modules of a network from the weight (h, m) and bias of its filters, and batch norm unless it is folded."""
-    layer, (weight, bias) = network.convolution, hidden
+    layer, (weight, bias) = network.layer, hidden
     geometry, dims = layer.geometry, layer.dimensions
     kernel, stride, padding = (sizes[-dims:] for sizes in (geometry.kernel, geometry.stride, geometry.padding))
     kind: Any = nn.Conv1d if dims == 1 else nn.Conv2d
@@ -122,23 +123,23 @@ def layers_of(network: ConvolutionalNetwork, hidden: list[torch.Tensor], batch_n
     return [conv, *([] if batch_norm is None else [batch_norm]), nn.ReLU(), *_pool(layer), nn.Flatten()]
 
 
-def images_of(network: ConvolutionalNetwork, rows: FloatMatrix) -> torch.Tensor:
+def images_of(network: BatchNormNetwork, rows: FloatMatrix) -> torch.Tensor:
     """Flattened rows as torch takes images: (n, channels, ...)."""
-    height, width, channels = network.convolution.geometry.image
+    height, width, channels = network.layer.geometry.image
     images = torch.tensor(rows, device="cpu").reshape(len(rows), height, width, channels).permute(0, 3, 1, 2)
-    return images[:, :, 0] if network.convolution.dimensions == 1 else images
+    return images[:, :, 0] if network.layer.dimensions == 1 else images
 
 
-def probe_images(network: ConvolutionalNetwork) -> Float:
+def probe_images(network: BatchNormNetwork) -> Float:
     """Random images (64, features) about the mean of the patches, whose responses are of size 1 together."""
-    geometry = network.convolution.geometry
+    geometry = network.layer.geometry
     noise = np.random.default_rng(0).standard_normal((64, geometry.n_features))
     responses = np.asarray(PatchMatrix(noise, geometry)) @ network.weight
     size = float(np.sqrt(np.mean(responses**2))) if responses.size else 0.0
     return float(network.mean.mean()) + noise / (size if size > 0 else 1.0)
 
 
-def output_weight(network: ConvolutionalNetwork) -> Float:
+def output_weight(network: BatchNormNetwork) -> Float:
     """Weights (m R, K) of the last layer, which sees the regions of a channel one after the other."""
     return network.output.reshape(-1, network.n_outputs)
 
@@ -152,7 +153,7 @@ def _pool(layer: Convolution) -> list[nn.Module]:
         ("average", 1): nn.AdaptiveAvgPool1d, ("average", 2): nn.AdaptiveAvgPool2d,
         ("max", 1): nn.AdaptiveMaxPool1d, ("max", 2): nn.AdaptiveMaxPool2d,
     }  # fmt: skip
-    return [kinds[pool.kind, layer.dimensions](grid)]
+    return [kinds[layer.pooling, layer.dimensions](grid)]
 
 
 def _layer_of(module: nn.Module, name: str) -> Any:
@@ -213,7 +214,9 @@ def _layers(names: list[str], conv: Any, batch_norm: Any, output: Any, layer: Co
     if flat.shape[1] != m * R:
         raise ValueError(f"Linear '{names[2]}' takes {flat.shape[1]} numbers, and pooling gives {m * R}; {_ENDING}.")
     by_region = flat.T.reshape(m, R * len(flat))
-    return replace(read_layers(names, weight.reshape(m, -1).T, conv, batch_norm, by_region, output), pooling=layer.pool)
+    return replace(
+        read_layers(names, weight.reshape(m, -1).T, conv, batch_norm, by_region, output), readout=readout_of(layer)
+    )
 
 
 def _outputs_of(module: nn.Module, X: torch.Tensor) -> Float:

@@ -1,4 +1,4 @@
-"""Standing: objective and accuracy of a module, the same measure before and after its layers are replaced."""
+"""Objective and accuracy of a module, the same measure before and after its layers are replaced."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from convexbn._types import Float, Index
 from convexbn.nn.batch_statistics import outputs_of
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, Loss
+from convexbn.program.targets import checked_labels, class_targets
 from convexbn.training.trained_objective import TrainedLoss
 
 
 @dataclass(frozen=True)
-class Standing:
+class Evaluation:
     """Objective and accuracy of a module.
 
     Attributes
@@ -65,7 +66,7 @@ class Task:
     validation: tuple[torch.Tensor, Index] | None = None
 
     @classmethod
-    def of(cls, rows: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
+    def from_targets(cls, rows: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
         """Targets (n, K) of classes or numbers.
 
         Raises
@@ -82,55 +83,38 @@ class Task:
                 "output) or 'cross_entropy' (more)."
             )
         values, n = _array(y), len(rows)
-        if values.dtype.kind not in "iub":
-            labels, targets = None, TrainedLoss.of(loss, values, K).targets
+        labels = None
+        if values.dtype.kind in "iub":
+            labels = checked_labels(values, K, n)
+            targets = class_targets(labels, K, loss)
         else:
-            labels = as_labels(values, K, n)
-            targets = np.eye(max(K, 2))[labels][:, -K:]
-            targets = 2 * targets - 1 if K == 1 or loss == "squared_hinge" else targets
+            targets = TrainedLoss.from_name(loss, values, K).targets
         if len(targets) != n:
             raise ValueError(f"X has {n} rows and y {len(targets)}: give one target for every row.")
         return cls(rows, LOSSES[loss](targets, np.ones(n)), labels, weight_decay)
 
     def validated_on(self, rows: torch.Tensor, y: Any) -> Task:
         """The same task with validation rows and their classes."""
-        return replace(self, validation=(rows, as_labels(y, self.loss.targets.shape[1], len(rows), "y_val")))
+        labels = checked_labels(_array(y), self.loss.targets.shape[1], len(rows), "y_val")
+        return replace(self, validation=(rows, labels))
 
     def validates(self, module: nn.Module) -> float:
         """Validation accuracy of a module."""
         assert self.validation is not None
         return _accuracy(module, *self.validation)
 
-    def standing(self, module: nn.Module, layers: Layers, features: Float) -> Standing:
-        """Of a module whose last layers are ``layers`` on features (n, p)."""
+    def evaluation(self, module: nn.Module, layers: Layers, features: Float) -> Evaluation:
+        """Objective and accuracy of a module whose last layers are ``layers`` on features (n, p)."""
         network, value = layers.network(features), self.loss.value(layers.predict(features))
         penalty = float(np.hypot(network.gamma, network.shift) @ np.linalg.norm(network.output, axis=1))
         squares = len(features) * (layers.scale @ layers.scale + layers.offset @ layers.offset)
-        return Standing(
+        return Evaluation(
             objective=value + self.weight_decay * penalty,
             weight_decay_objective=float(value + self.weight_decay / 2 * (squares + np.sum(layers.output**2))),
             n_neurons=network.n_neurons,
             train_accuracy=None if self.labels is None else _accuracy(module, self.rows, self.labels),
             validation_accuracy=None if self.validation is None else _accuracy(module, *self.validation),
         )
-
-
-def as_labels(y: Any, K: int, n: int, name: str = "y") -> Index:
-    """Classes of ``n`` rows for a module of ``K`` outputs; with one output 0, or -1, and 1."""
-    values, classes = _array(y), max(K, 2)
-    if values.shape != (n,) or values.dtype.kind not in "iub":
-        raise ValueError(
-            f"{name} must hold {n} integers, the classes; got shape {values.shape} of type {values.dtype}."
-        )
-    labels: Index = values.astype(np.intp)
-    if K == 1:
-        labels = np.where(labels == -1, 0, labels)
-    if n and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"{name} must hold classes from 0 to {classes - 1}, the numbers of the module's outputs; got "
-            f"{values.min()} to {values.max()}."
-        )
-    return labels
 
 
 def _array(y: Any) -> np.ndarray:

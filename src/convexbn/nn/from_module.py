@@ -10,7 +10,7 @@ from torch import nn
 
 from convexbn._types import Float
 from convexbn.nn.convolution import from_convolutional, is_convolutional
-from convexbn.nn.last_layers import Tail, as_tensor, kind_of, read_tail
+from convexbn.nn.last_layers import LastLayers, as_tensor, kind_of, read_last_layers
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import probe_rows
 
@@ -24,7 +24,7 @@ def from_module(
     """Network of a torch module made of Linear, BatchNorm1d, ReLU, Linear, in any nesting.
 
     Or of Conv, BatchNorm, ReLU, pooling, Linear: its ``X`` are images (n, channels, height, width), and the network is
-    a ``ConvolutionalNetwork`` with channels first.
+    a ``BatchNormNetwork`` with a convolution, channels first.
 
     ReLU may be a call in ``forward``; Identity, Flatten and Dropout, which change nothing in eval mode, are skipped.
     Parameters of any floating type are taken as they are, in float64. Neurons keep their order and their norms. The
@@ -70,50 +70,50 @@ def from_module(
         if X is None:
             raise ValueError("a convolutional module does not hold the shape of its images: give X.")
         return from_convolutional(module, as_tensor(X), statistics)
-    tail = read_tail(module)
-    _check_two_layer(tail)
-    layers, d = tail.layers, len(tail.layers.weight)
+    last = read_last_layers(module)
+    _check_two_layer(last)
+    layers, d = last.layers, len(last.layers.weight)
     if X is None:
         if n_effective is None or statistics == "batch":
             raise ValueError("a module does not hold its training rows: give X, or n_effective for their number.")
         if not 0 < n_effective < np.inf:
             raise ValueError(f"n_effective must be a positive number of rows, got {n_effective}.")
-        _check_inputs(tail, torch.empty(0, d, dtype=torch.float64, device="cpu"))
+        _check_inputs(last, torch.empty(0, d, dtype=torch.float64, device="cpu"))
         return layers.network_without_rows(float(n_effective))
     if n_effective is not None:
         raise ValueError("give X or n_effective, not both: n_effective is the number of rows of X.")
     tensor = as_tensor(X)
     rows = _checked_rows(tensor, d)
-    _check_inputs(tail, tensor)
+    _check_inputs(last, tensor)
     return (layers.with_statistics_of(rows) if statistics == "batch" else layers).network(rows)
 
 
-def _check_two_layer(tail: Tail) -> None:
+def _check_two_layer(last: LastLayers) -> None:
     """Refuse layers that a two-layer network has not."""
-    if tail.before:
-        first = kind_of(tail.module.get_submodule(tail.before[0]))
+    if last.before:
+        first = kind_of(last.module.get_submodule(last.before[0]))
         raise ValueError(
-            f"{first} '{tail.before[0]}' comes before Linear '{tail.linear}', and a network of this package has two "
+            f"{first} '{last.before[0]}' comes before Linear '{last.linear}', and a network of this package has two "
             "layers: give the module from there on, and its inputs as data."
         )
-    bias = np.abs(tail.layers.output_bias).max(initial=0.0)
+    bias = np.abs(last.layers.output_bias).max(initial=0.0)
     if bias > 0:
         raise ValueError(
-            f"Linear '{tail.output}' has a bias (up to {bias:.1e}), which a network of this package has not: train it "
+            f"Linear '{last.output}' has a bias (up to {bias:.1e}), which a network of this package has not: train it "
             "with bias=False."
         )
 
 
-def _check_inputs(tail: Tail, X: torch.Tensor) -> None:
+def _check_inputs(last: LastLayers, X: torch.Tensor) -> None:
     """Run the module on random rows and on the first of ``X`` (n, ...), which gives their shape: Linear takes them."""
-    mean = tail.layers.implied_mean()
-    near = probe_rows(tail.layers.weight * tail.layers.gain, mean)
+    mean = last.layers.implied_mean()
+    near = probe_rows(last.layers.weight * last.layers.gain, mean)
     far = mean + _FAR * (near - mean)
     rows = torch.cat([torch.from_numpy(np.vstack([near, far])).reshape(-1, *X.shape[1:]), X[: len(near)]])
-    expected, features = rows.flatten(1).numpy(), tail.features(rows)
+    expected, features = rows.flatten(1).numpy(), last.features(rows)
     if not np.array_equal(features, expected):
         raise ValueError(
-            f"the forward of the {kind_of(tail.module)} changes its inputs before Linear '{tail.linear}': give the "
+            f"the forward of the {kind_of(last.module)} changes its inputs before Linear '{last.linear}': give the "
             "layers in a Sequential, and changed inputs as data."
         )
 

@@ -16,8 +16,8 @@ import numpy as np
 import scipy.optimize
 
 from convexbn._types import Float
-from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.training.training_set import TrainingSet
+from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
 
 #: Points of the segment that are tried.
 _POINTS = 21
@@ -33,12 +33,11 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The mixtures of two networks on the whitened rows of ``data``.
+    """The mixtures of two networks on the whitened rows of a program.
 
     Attributes
     ----------
-    data : TrainingSet
-    weight_decay : float
+    program : ReluProgram
     trained : Neurons
         Balanced, at its best scale.
     output_bias : ndarray (K,)
@@ -47,30 +46,27 @@ class Segment:
         Without an output bias.
     """
 
-    data: TrainingSet
-    weight_decay: float
+    program: ReluProgram
     trained: Neurons
     output_bias: Float
     optimum: Neurons
 
     @classmethod
-    def between(
-        cls, data: TrainingSet, weight_decay: float, trained: Neurons, output_bias: Float, optimum: Neurons
-    ) -> Segment:
+    def between(cls, program: ReluProgram, trained: Neurons, output_bias: Float, optimum: Neurons) -> Segment:
         """The segment from the trained network, whose scale is chosen here."""
-        outputs = network_outputs(data.whitening.rows, trained) + output_bias
-        price = weight_decay * float(trained.masses.sum())
+        outputs = program.outputs(trained) + output_bias
+        price = program.objective_at(0.0, trained)
 
         def objective(scale: float) -> float:
-            return data.loss.value(scale * outputs) + scale * price
+            return program.loss.value(scale * outputs) + scale * price
 
         # no loss is negative, so that beyond this the penalty alone costs more
         largest = objective(1.0) / price if price > 0 else 1.0
         options = {"xatol": 1e-8 * largest}
         found = scipy.optimize.minimize_scalar(objective, bounds=(0.0, largest), method="bounded", options=options)
         scale = min((1.0, float(found.x)), key=objective)
-        shrunk = trained.with_masses(scale * trained.masses)
-        return cls(data, weight_decay, shrunk, scale * output_bias, optimum.balanced())
+        shrunk = trained.with_norms(scale * trained.norms)
+        return cls(program, shrunk, scale * output_bias, optimum.balanced())
 
     def points(self) -> Iterator[Point]:
         """Networks of the segment, of the least objective first."""
@@ -78,14 +74,14 @@ class Segment:
         yield from (self.at(float(step)) for step in steps[np.argsort(self._objectives(steps), kind="stable")])
 
     def _objectives(self, steps: Float) -> Float:
-        rows, loss = self.data.whitening.rows, self.data.loss
-        start, end = network_outputs(rows, self.trained) + self.output_bias, network_outputs(rows, self.optimum)
-        masses = np.array([self.trained.masses.sum(), self.optimum.masses.sum()])
-        values = [loss.value((1 - t) * start + t * end) + self.weight_decay * masses @ [1 - t, t] for t in steps]
+        program = self.program
+        start, end = program.outputs(self.trained) + self.output_bias, program.outputs(self.optimum)
+        prices = np.array([program.objective_at(0.0, self.trained), program.objective_at(0.0, self.optimum)])
+        values = [program.loss.value((1 - t) * start + t * end) + prices @ [1 - t, t] for t in steps]
         return np.array(values, dtype=np.float64)
 
     def at(self, step: float) -> Point:
         """The network so far on the way: 0 the trained one, 1 the optimum."""
         sides = self.trained, self.optimum
-        kept = [one.with_masses(share * one.masses) for one, share in zip(sides, (1 - step, step), strict=True)]
+        kept = [one.with_norms(share * one.norms) for one, share in zip(sides, (1 - step, step), strict=True)]
         return Point(step, kept[0].joined(kept[1]), (1 - step) * self.output_bias)

@@ -1,4 +1,4 @@
-"""Tail: the Linear, BatchNorm1d, ReLU, Linear at the end of a torch module, found and judged by their outputs.
+"""The last layers of a torch module: its final Linear, BatchNorm1d, ReLU, Linear, found and judged by outputs.
 
 Which layers these are is read off the order in which the module defines them; that its forward uses them so, whatever
 code it holds, is checked by comparing outputs. The module itself is never run or changed: a copy is.
@@ -32,7 +32,7 @@ _BATCH = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Tail:
+class LastLayers:
     """The last Linear, BatchNorm1d, ReLU, Linear of a module.
 
     Attributes
@@ -92,7 +92,7 @@ class Tail:
         return torch.cat(features).numpy(), torch.cat(outputs).numpy()
 
 
-def read_tail(module: nn.Module) -> Tail:
+def read_last_layers(module: nn.Module) -> LastLayers:
     """Last Linear, BatchNorm1d, ReLU, Linear of a module, as it defines them.
 
     Parameters
@@ -114,7 +114,7 @@ def read_tail(module: nn.Module) -> Tail:
     names = [name for name, _ in leaves]
     linear, batch_norm, output = (layer for _, layer in leaves[-3:])
     layers = _layers(names[-3:], linear, batch_norm, output)
-    return Tail(module, names[-3], names[-2], names[-1], layers, tuple(names[:-3]))
+    return LastLayers(module, names[-3], names[-2], names[-1], layers, tuple(names[:-3]))
 
 
 def _layers(names: list[str], linear: Any, batch_norm: Any, output: Any) -> Layers:

@@ -9,7 +9,6 @@ section 4).
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,24 +16,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._threads import solving
+from convexbn._threads import blas_threads
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.nn.batch_statistics import with_full_batch_statistics, without_momentum
-from convexbn.nn.evaluation import Standing, Task
+from convexbn.nn.evaluation import Evaluation, Task
 from convexbn.nn.interpolation import Point, Segment
-from convexbn.nn.last_layers import Tail, as_tensor, read_tail
+from convexbn.nn.last_layers import LastLayers, as_tensor, read_last_layers
 from convexbn.program.layers import Layers, convertible, rounded
 from convexbn.program.losses import LOSSES
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
-from convexbn.solvers import closed_form
-from convexbn.solvers.base import Budget
-from convexbn.solvers.relu.column_generation import NeuronPricing
-from convexbn.solvers.relu.lbfgs import local_phase
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.base import Budget, Solution, is_over
+from convexbn.solvers.closed_form import ClosedForm, NoFormulaError
+from convexbn.solvers.relu.column_generation import ColumnGeneration
+from convexbn.solvers.relu.lbfgs import lbfgs
 from convexbn.training.audit import check_effort
-from convexbn.training.fit import PRICING_TOL, SOLVER_SHARE
-from convexbn.training.fit import certify as certified
+from convexbn.training.fit import PRICING_TOL, SOLVER_SHARE, judged
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.training_set import TrainingSet
 
@@ -55,7 +54,7 @@ class Reoptimisation:
     ----------
     module : torch.nn.Module
         The new module, in eval mode.
-    before, after : Standing
+    before, after : Evaluation
         Of the module that was given and of the new one.
     certificate : Certificate or None
         What is proved of the new module, over all widths and patterns, on its features. None if it was not asked for,
@@ -67,8 +66,8 @@ class Reoptimisation:
     """
 
     module: nn.Module
-    before: Standing
-    after: Standing
+    before: Evaluation
+    after: Evaluation
     certificate: Certificate | None
     step: float = 1.0
     statistics: str = "all rows"
@@ -171,35 +170,34 @@ def reoptimise(
     check_effort(tol, time_limit)
     if (X_val is None) != (y_val is None):
         raise ValueError("give X_val and y_val together: validation rows are there for their accuracy.")
-    budget, given, rows = Budget(time_limit), read_tail(module), as_tensor(X)
-    task = Task.of(rows, y, given.layers.output.shape[1], loss, weight_decay)
+    budget, given, rows = Budget(time_limit), read_last_layers(module), as_tensor(X)
+    task = Task.from_targets(rows, y, given.layers.output.shape[1], loss, weight_decay)
     if X_val is not None and task.labels is not None:
         task = task.validated_on(as_tensor(X_val), y_val)
     numbers = _numbers(given)
     given.features(rows[:_FEW])
     start = _beginning(given, task)
-    with solving(len(rows)):
+    with blas_threads(len(rows)):
         data = TrainingSet.prepare(
             start.features, task.loss.targets, task.loss.weights,
-            loss=LOSSES[loss], rank=None, input_eps=float(np.finfo(numbers).eps), merge_features=True,
+            loss=LOSSES[loss], input_eps=float(np.finfo(numbers).eps),
         )  # fmt: skip
         trained = neurons_of(data, start.layers.network(start.features)).balanced()
-        found, stopped_by = _solved(
-            data, trained, weight_decay, tol=tol, max_iter=max_iter, budget=budget, random_state=random_state
-        )
-        segment = Segment.between(data, weight_decay, trained, start.layers.output_bias, found)
+        program = data.relu_program(weight_decay)
+        found = _solved(data, program, trained, tol=tol, max_iter=max_iter, budget=budget, random_state=random_state)
+        segment = Segment.between(program, trained, start.layers.output_bias, found.weights)
         step, layers = 1.0, _layers_of(segment.at(1.0), data, given)
         if task.validation is not None:
-            step, layers = _chosen(segment, start, given, task)
+            step, layers = _choose(segment, data, start, given, task)
         proof = None
         if certify and not layers.output_bias.any():
-            proof = certified(
-                data, layers.network(start.features), weight_decay, None,
-                tol=tol, stopped_by=stopped_by, own_rows=True, deadline=budget.deadline,
+            proof = judged(
+                data, layers.network(start.features), program,
+                tol=tol, stopped_by=found.stopped_by, own_rows=True, deadline=budget.deadline,
             )  # fmt: skip
     new = _with_layers(start.module, given, layers)
-    before = task.standing(given.module, start.layers, start.features)
-    after = task.standing(new, layers, start.features)
+    before = task.evaluation(given.module, start.layers, start.features)
+    after = task.evaluation(new, layers, start.features)
     return Reoptimisation(new, before, after, proof, step, start.statistics)
 
 
@@ -212,71 +210,70 @@ class _Beginning:
     layers: Layers
     statistics: str
 
-    def with_layers(self, given: Tail) -> nn.Module:
+    def with_layers(self, given: LastLayers) -> nn.Module:
         """The whole module."""
         return _with_layers(self.module, given, self.layers)
 
 
-def _beginning(given: Tail, task: Task) -> _Beginning:
+def _beginning(given: LastLayers, task: Task) -> _Beginning:
     """The statistics of all rows, unless the module has higher validation accuracy with the stored ones."""
     module = with_full_batch_statistics(given.module, given.before, task.rows)
-    features = read_tail(module).features(task.rows)
+    features = read_last_layers(module).features(task.rows)
     exact = _Beginning(module, features, given.layers.with_statistics_of(features), "all rows")
     if task.validation is None or task.validates(exact.with_layers(given)) >= task.validates(given.module):
         return exact
     return _Beginning(without_momentum(given.module), given.features(task.rows), given.layers, "stored")
 
 
-def _chosen(segment: Segment, start: _Beginning, given: Tail, task: Task) -> tuple[float, Layers]:
+def _choose(
+    segment: Segment, data: TrainingSet, start: _Beginning, given: LastLayers, task: Task
+) -> tuple[float, Layers]:
     """Step and layers of least objective with which the module, as it will be, is no less accurate than it began."""
     least = task.validates(start.with_layers(given))
     for point in segment.points():
-        layers = _layers_of(point, segment.data, given)
+        layers = _layers_of(point, data, given)
         if task.validates(_with_layers(start.module, given, layers)) >= least:
             return point.step, layers
     return 0.0, start.layers
 
 
-def _layers_of(point: Point, data: TrainingSet, given: Tail) -> Layers:
+def _layers_of(point: Point, data: TrainingSet, given: LastLayers) -> Layers:
     """Last layers of a point in numbers of the module's type."""
-    network = BatchNormNetwork.from_neurons(data.whitening, point.neurons.first, point.neurons.output)
+    network = BatchNormNetwork.from_neurons(data.whitening, point.neurons)
     numbers = _numbers(given)
-    layers = Layers.of(convertible(network), numbers, given.layers.eps)
+    layers = Layers.from_network(convertible(network), numbers, given.layers.eps)
     return replace(layers, output_bias=rounded(point.output_bias, numbers))
 
 
 def _solved(
     data: TrainingSet,
+    program: ReluProgram,
     own: Neurons,
-    weight_decay: float,
     *,
     tol: float,
     max_iter: int,
     budget: Budget,
     random_state: int,
-) -> tuple[Neurons, str]:
-    """The network by formula where there is one, from the given one elsewhere; why it stopped."""
-    rows, n = data.whitening.rows, len(data.X)
+) -> Solution[Neurons]:
+    """The network by formula where there is one, from the given one elsewhere."""
     if data.has_orthogonal_rows:
         try:
-            return Neurons(*closed_form.solve_full_rank(rows, data.loss, weight_decay)), "formula"
-        except closed_form.NoFormulaError:
+            return ClosedForm().solve(program)
+        except NoFormulaError:
             pass
     solving_time = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
     share = replace(budget, time_limit=solving_time)
-    found = local_phase(rows, data.loss, weight_decay, own, max_iter=max_iter, deadline=share.deadline)
-    stopped_by = "time_limit" if share.deadline is not None and time.monotonic() >= share.deadline else "tolerance"
-    if n <= PRICING_ROWS:
-        pricing, rng = NeuronPricing(tol=PRICING_TOL * tol), np.random.default_rng(random_state)
-        solution = pricing.solve(rows, data.loss, weight_decay, rng, share, initial=found)
-        found, stopped_by = solution.neurons, solution.stopped_by
-    return found, stopped_by
+    found = lbfgs(program, own, max_iter, share.deadline)
+    if len(data.X) <= PRICING_ROWS:
+        rng = np.random.default_rng(random_state)
+        return ColumnGeneration(tol=PRICING_TOL * tol).solve(program, found, share, rng)
+    return Solution(found, "time_limit" if is_over(share.deadline) else "tolerance")
 
 
-def _with_layers(module: nn.Module, tail: Tail, layers: Layers) -> nn.Module:
+def _with_layers(module: nn.Module, last: LastLayers, layers: Layers) -> nn.Module:
     """A copy with other last layers, of any width."""
     copied = copy.deepcopy(module)
-    linear, batch_norm, output = _last_layers(copied, tail)
+    linear, batch_norm, output = _last_layers(copied, last)
     _fill(linear, weight=layers.weight.T, bias=layers.bias)
     _fill(batch_norm, weight=layers.scale, bias=layers.offset)
     _fill(batch_norm, running_mean=layers.running_mean, running_var=layers.running_var)
@@ -288,9 +285,9 @@ def _with_layers(module: nn.Module, tail: Tail, layers: Layers) -> nn.Module:
     return copied
 
 
-def _last_layers(module: nn.Module, tail: Tail) -> list[Any]:
+def _last_layers(module: nn.Module, last: LastLayers) -> list[Any]:
     """Linear, batch norm, Linear."""
-    return [module.get_submodule(name) for name in (tail.linear, tail.batch_norm, tail.output)]
+    return [module.get_submodule(name) for name in (last.linear, last.batch_norm, last.output)]
 
 
 def _fill(layer: Any, **arrays: Float) -> None:
@@ -301,9 +298,9 @@ def _fill(layer: Any, **arrays: Float) -> None:
         setattr(layer, name, value if name in layer._buffers else nn.Parameter(value, old.requires_grad))
 
 
-def _numbers(tail: Tail) -> type[np.floating[Any]]:
+def _numbers(last: LastLayers) -> type[np.floating[Any]]:
     """Type of the numbers of the last layers."""
-    dtype = _last_layers(tail.module, tail)[0].weight.dtype
+    dtype = _last_layers(last.module, last)[0].weight.dtype
     if dtype not in _NUMBERS:
         raise TypeError(f"the module holds {dtype}: convert it to torch.float32 or torch.float64 first.")
     return _NUMBERS[dtype]

@@ -10,7 +10,6 @@ from torch import nn
 
 from convexbn._types import Float, FloatMatrix
 from convexbn.nn.convolution import images_of, layers_of, output_weight, probe_images
-from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.layers import Layers, convertible, folded
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import check_conversion
@@ -82,7 +81,7 @@ def to_module(
     if not 0 < eps < np.inf:
         raise ValueError(f"eps must be positive, got {eps}: torch refuses to train with others.")
     network = convertible(network)
-    image_network = network if isinstance(network, ConvolutionalNetwork) else None
+    image_network = network if network.convolution is not None else None
     if image_network is not None and network.gates is not None:
         raise TypeError("a gated convolutional network is no plain torch module: train with activation='relu'.")
     hidden = _folded_layers(network, dtype) if fold else _normalised_layers(network, dtype, eps)
@@ -94,7 +93,7 @@ def to_module(
             outputs: FloatMatrix = module(inputs).numpy()
         return outputs
 
-    flat = X if X is None or image_network is None else image_network.convolution.rows(X)
+    flat = X if X is None or image_network is None else image_network.layer.rows(X)
     rows = None if flat is None else np.asarray(flat, dtype=np.float64)
     probes = None if image_network is None else probe_images(image_network)
     check_conversion(network, converted, _NUMBERS[dtype], rows, tol, probes)
@@ -102,8 +101,8 @@ def to_module(
 
 
 def _normalised_layers(network: BatchNormNetwork, dtype: torch.dtype, eps: float) -> list[nn.Module]:
-    layers = Layers.of(network, _NUMBERS[dtype], eps)
-    images = isinstance(network, ConvolutionalNetwork) and network.convolution.dimensions == 2
+    layers = Layers.from_network(network, _NUMBERS[dtype], eps)
+    images = network.convolution is not None and network.convolution.dimensions == 2
     batch_norm = _filled(
         (nn.BatchNorm2d if images else nn.BatchNorm1d)(network.n_neurons, eps=eps, momentum=0.0, device="meta"),
         weight=_tensor(layers.scale, dtype),

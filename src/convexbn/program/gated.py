@@ -1,29 +1,157 @@
-"""The gated convex program on whitened data, for one or K outputs.
+"""The gated convex program on whitened data: an operator, a norm and a loss.
 
-    min over S_i in R^{(r+1) x K}   L(sum_i D_i A S_i) + weight_decay * sum_i ||S_i||_F
+    min over S_i   L(sum_i D_i A S_i) + weight_decay * sum_i ||S_i||
 
 with fixed gates ``D_i`` (mathematics, section 2b). Its dual is ``max_V D(V)`` subject to
-``max_i ||A' D_i V||_F <= weight_decay``: exact and cheap to check.
+``max_i ||A' D_i V||_* <= weight_decay``: exact and cheap to check.
+
+Dense: the operator masks the rows, ``S_i`` is (q, K), and the norm is Frobenius'. Convolutional: with fixed gates the
+pooled units are linear in the weights, ``F = sum_i sum_r T_r D_i A S_ir``, so that the rows ``B_i = [T_r D_i A]`` of a
+gate are computed once, and an image costs what a row costs elsewhere. With several regions many neurons share a gate,
+each with a filter and an output layer over the regions, and the norm is the nuclear norm of ``S_i`` (q, R K)
+(mathematics, section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from convexbn._types import EPS, Bool, Float, Index
+from convexbn._types import EPS, Bool, Float, FloatMatrix, Index
+from convexbn.data.blocks import row_blocks
 from convexbn.program.losses import Loss
+from convexbn.program.readout import Readout
 
-#: Entries of the row-wise products held at once: 4 MB in float64, 2 MB in float32.
-_BLOCK_ENTRIES = 1 << 19
+#: Entries of the row-wise products held at once: 4 MB in float64, 2 MB in float32; and the fewest rows of a block.
+_BLOCK_ENTRIES, _LEAST_ROWS = 1 << 19, 64
+
+#: Entries of pooled rows that are formed at a time.
+_POOLED_ENTRIES = 1 << 22
+
+
+class GateBlocks(NamedTuple):
+    """Nonzero blocks of a gated program: the gates (m,) that they are on, and their values (m, q, K)."""
+
+    gate_index: Index
+    values: Float
+
+
+# --- norms ---
+
+
+class Norm(Protocol):
+    """Norm of the blocks of a program, its dual and its proximal map."""
+
+    name: str
+
+    def of(self, blocks: Float) -> Float:
+        """Norm of every block: (m, q, K) -> (m,)."""
+
+    def dual(self, correlations: Float) -> Float:
+        """Dual norm of every correlation: (m, q, K) -> (m,)."""
+
+    def prox(self, blocks: Float, threshold: float) -> Float:
+        """Proximal map of ``threshold * sum_i ||S_i||``."""
 
 
 @dataclass(frozen=True)
-class GatedProgram:
-    """Data of the program.
+class Frobenius:
+    """``||S||_F``, its own dual.
+
+    Examples
+    --------
+    >>> Frobenius().of(np.array([[[3.0], [4.0]]])), Frobenius().prox(np.array([[[3.0], [4.0]]]), 2.5).ravel()
+    (array([5.]), array([1.5, 2. ]))
+    """
+
+    name = "Frobenius"
+
+    def of(self, blocks: Float) -> Float:
+        """Norm of every block: (m, q, K) -> (m,)."""
+        return block_norms(blocks)
+
+    def dual(self, correlations: Float) -> Float:
+        """The same norm."""
+        return block_norms(correlations)
+
+    def prox(self, blocks: Float, threshold: float) -> Float:
+        """``(1 - threshold / ||S_i||)_+ S_i``."""
+        norms = block_norms(blocks)
+        factors = np.maximum(1 - np.divide(threshold, norms, out=np.ones_like(norms), where=norms > 0), 0)
+        shrunk: Float = factors[:, None, None] * blocks
+        return shrunk
+
+
+@dataclass(frozen=True)
+class Nuclear:
+    """Sum of the singular values; the dual norm is the largest one.
+
+    Examples
+    --------
+    >>> float(Nuclear().of(np.diag([3.0, 4.0])[None])[0]), float(Nuclear().dual(np.diag([3.0, 4.0])[None])[0])
+    (7.0, 4.0)
+    """
+
+    name = "nuclear"
+
+    def of(self, blocks: Float) -> Float:
+        """Sum of the singular values of every block."""
+        total: Float = np.linalg.svd(blocks, compute_uv=False).sum(axis=1)
+        return total
+
+    def dual(self, correlations: Float) -> Float:
+        """Largest singular value of every correlation."""
+        largest: Float = np.linalg.svd(correlations, compute_uv=False).max(axis=1, initial=0.0)
+        return largest
+
+    def prox(self, blocks: Float, threshold: float) -> Float:
+        """The singular values lose the threshold."""
+        left, values, right = np.linalg.svd(blocks, full_matrices=False)
+        shrunk: Float = (left * np.maximum(values - threshold, 0)[:, None, :]) @ right
+        return shrunk
+
+
+def block_norms(blocks: Float) -> Float:
+    """Frobenius norm of every block: (m, q, K) -> (m,)."""
+    norms: Float = np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
+    return norms
+
+
+# --- operators ---
+
+
+class Operator(Protocol):
+    """The linear map from blocks to outputs, ``F = sum_j O_i(j) S_j``, and its adjoint.
+
+    It holds what it is made of: whitened ``rows`` (N, q), ``patterns`` (N, P) of the gates, and a ``readout``.
+    """
+
+    rows: Any
+    patterns: Bool
+    readout: Readout
+
+    def block_shape(self, n_outputs: int) -> tuple[int, int]:
+        """Shape of a block for ``K`` outputs."""
+
+    def apply(self, gate_index: Index, blocks: Float) -> Float:
+        """``F`` (n, K) of blocks (m, ., .) on the gates ``gate_index`` (m,)."""
+
+    def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
+        """Correlations ``O_i' V`` of a dual point (n, K) for every gate, or those of ``gate_index``."""
+
+    def gate(self, gate: int) -> Float:
+        """``O_i`` of one gate as rows (n, .)."""
+
+    def rounding(self, dual: Float, weights: Float) -> float:
+        """What rounding may take from a norm of ``adjoint(dual)`` in float64."""
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """``O_i = D_i A``: the rows of a gate are those on which it is open.
 
     Parameters
     ----------
@@ -31,10 +159,6 @@ class GatedProgram:
         Whitened rows ``A`` with the constant column, ``q = r + 1``.
     patterns : ndarray (n, P) of bool
         Diagonals of the gates ``D_i``.
-    loss : Loss
-        Loss bound to targets (n, K) and sample weights.
-    weight_decay : float
-        Strength of the weight decay, beta of the mathematics.
 
     Notes
     -----
@@ -44,84 +168,251 @@ class GatedProgram:
 
     rows: Float
     patterns: Bool
-    loss: Loss
-    weight_decay: float
+    readout: ClassVar[Readout] = Readout()
 
-    @property
-    def on_rows(self) -> Loss:
-        """The loss as the rows see it."""
-        return self.loss
+    def block_shape(self, n_outputs: int) -> tuple[int, int]:
+        """``(q, K)``."""
+        return self.rows.shape[1], n_outputs
 
-    @property
-    def penalty(self) -> str:
-        """Norm of a block: ``"Frobenius"``."""
-        return "Frobenius"
-
-    def norms(self, blocks: Float) -> Float:
-        """Norm of every block: (m, q, K) -> (m,)."""
-        return block_norms(blocks)
-
-    def dual_norms(self, correlations: Float) -> Float:
-        """Dual norm of every correlation: (m, q, K) -> (m,)."""
-        return block_norms(correlations)
-
-    def shrink(self, blocks: Float, threshold: float) -> Float:
-        """Proximal map of ``threshold * sum_i ||S_i||``: ``(1 - threshold / ||S_i||)_+ S_i``."""
-        norms = block_norms(blocks)
-        factors = np.maximum(1 - np.divide(threshold, norms, out=np.ones_like(norms), where=norms > 0), 0)
-        shrunk: Float = factors[:, None, None] * blocks
-        return shrunk
-
-    @property
-    def block_shape(self) -> tuple[int, int]:
-        """Shape ``(q, K)`` of one block ``S_i``."""
-        return self.rows.shape[1], self.loss.targets.shape[1]
-
-    @property
-    def n_gates(self) -> int:
-        """Number of gates ``P``."""
-        return int(self.patterns.shape[1])
-
-    def in_single_precision(self) -> GatedProgram:
-        """The same program with float32 kernels: twice as fast, for iterates that float64 judges."""
+    def in_single_precision(self) -> MaskedRows:
+        """The same operator with float32 kernels: twice as fast, for iterates that float64 judges."""
         return replace(self, rows=self.rows.astype(np.float32))
 
-    def gated_rows(self, gate: int) -> Float:
+    def gate(self, gate: int) -> Float:
         """``D_i A`` of one gate: (n, q)."""
         return self.patterns[:, [gate]] * self.rows
 
-    def with_weight_decay(self, weight_decay: float) -> GatedProgram:
-        """The same program at another weight decay."""
-        return replace(self, weight_decay=weight_decay)
-
-    def outputs(self, gate_index: Index, blocks: Float) -> Float:
+    def apply(self, gate_index: Index, blocks: Float) -> Float:
         """``F = sum_j D_{i(j)} A S_j`` for blocks (m, q, K) on the gates ``gate_index`` (m,): (n, K)."""
-        q, K = self.block_shape
+        q, K = blocks.shape[1:]
         result = np.empty((len(self.rows), K), dtype=self.rows.dtype)
         stacked = blocks.transpose(0, 2, 1).reshape(-1, K * q).astype(self.rows.dtype, copy=False)
-        for part in self._row_blocks(q * K):
+        for part in self._blocks(q * K):
             summed = self._opened(part, gate_index) @ stacked  # sum_j D_j S_j, row by row
             np.einsum("nkq,nq->nk", summed.reshape(-1, K, q), self.rows[part], out=result[part])
         return result
 
-    def outputs_on(self, rows: Any, patterns: Bool, blocks: Float) -> Float:
-        """Outputs on other rows (n, q') with patterns (n, m) for blocks (m, q', K), one a pattern: (n, K)."""
-        return replace(self, rows=rows, patterns=patterns).outputs(np.arange(len(blocks)), blocks)
-
-    def correlations(self, dual: Float, gate_index: Index | None = None) -> Float:
+    def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
         """``A' D_i V`` for every gate (or those of ``gate_index``): (P, q, K)."""
-        q, K = self.block_shape
-        count = self.n_gates if gate_index is None else len(gate_index)
+        q, K = self.rows.shape[1], dual.shape[1]
+        count = self.patterns.shape[1] if gate_index is None else len(gate_index)
         total = np.zeros((count, K * q), dtype=self.rows.dtype)
         dual = dual.astype(self.rows.dtype, copy=False)
-        for part in self._row_blocks(q * K):
+        for part in self._blocks(q * K):
             products = (dual[part][:, :, None] * self.rows[part][:, None, :]).reshape(-1, K * q)
             total += self._opened(part, gate_index).T @ products
         return np.ascontiguousarray(total.reshape(count, K, q).transpose(0, 2, 1))
 
+    def rounding(self, dual: Float, weights: Float) -> float:
+        """What rounding may take from a norm of ``adjoint(dual)`` in float64."""
+        n, q = self.rows.shape
+        scaled = np.linalg.norm(dual / np.sqrt(weights)[:, None])
+        return float((n + q + 4) * EPS * np.sqrt(q) * scaled)
+
+    def _opened(self, part: slice, gate_index: Index | None) -> Float:
+        patterns = self.patterns[part] if gate_index is None else self.patterns[part][:, gate_index]
+        return patterns.astype(self.rows.dtype, copy=False)
+
+    def _blocks(self, width: int) -> Any:
+        widest = max(width, self.patterns.shape[1])
+        return row_blocks(len(self.rows), widest, entries=_BLOCK_ENTRIES, least=_LEAST_ROWS)
+
+
+@dataclass(frozen=True)
+class PooledFeatures:
+    """``O_i = B_i = [T_r D_i A]``: pooled rows of images under every gate.
+
+    Parameters
+    ----------
+    rows : ndarray (N, q), or MappedRows
+        Whitened patches.
+    patterns : ndarray (N, P) of bool
+    readout : Readout
+        Linear.
+    features : ndarray (n, P, q R)
+        The regions of a whitened direction side by side.
+    """
+
+    rows: Any
+    patterns: Bool
+    readout: Readout
+    features: FloatMatrix
+
+    @classmethod
+    def from_rows(cls, rows: Float, patterns: Bool, readout: Readout) -> PooledFeatures:
+        """Pool whitened patches (N, q), which may be computed on access, under patterns (N, P).
+
+        Raises
+        ------
+        ValueError
+            For max pooling, which is not linear in the weights under fixed gates.
+        """
+        if not readout.linear:
+            raise ValueError(
+                "gated networks are linear under fixed gates, and max pooling is not: use pooling='average', or "
+                "activation='relu'."
+            )
+        return cls(rows, patterns, readout, _pooled(rows, patterns, readout))
+
+    def block_shape(self, n_outputs: int) -> tuple[int, int]:
+        """``(q, R K)``: a filter's weights, and an output layer's."""
+        R = self.readout.n_regions
+        return self.features.shape[2] // R, R * n_outputs
+
+    def gate(self, gate: int) -> Float:
+        """``B_i`` (n, q R)."""
+        return self.features[:, gate]
+
+    def apply(self, gate_index: Index, blocks: Float) -> Float:
+        """``F = sum_j B_{i(j)} S_j`` for blocks (m, q, R K) on the gates ``gate_index`` (m,): (n, K)."""
+        n, P, width = self.features.shape
+        every = len(gate_index) == P and np.array_equal(gate_index, np.arange(P))
+        features = (self.features if every else self.features[:, gate_index]).reshape(n, len(gate_index) * width)
+        outputs: Float = features @ blocks.reshape(features.shape[1], blocks.shape[2] // self.readout.n_regions)
+        return outputs
+
+    def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
+        """``B_i'V`` for every gate (or those of ``gate_index``): (P, q, R K)."""
+        features = self.features if gate_index is None else self.features[:, gate_index]
+        flat = features.reshape(len(features), features.shape[1] * features.shape[2])
+        products: Float = flat.T @ dual
+        return products.reshape(features.shape[1], *self.block_shape(dual.shape[1]))
+
+    def rounding(self, dual: Float, weights: Float) -> float:
+        """What rounding may take from a norm of ``adjoint(dual)``, and what it left out of the features."""
+        n, _, width = self.features.shape
+        terms = n + self.readout.rows_per_case + width + 4
+        scaled = np.linalg.norm(dual / np.sqrt(weights)[:, None]) * self.readout.norm
+        return float(terms * EPS * np.sqrt(width) * scaled)
+
+
+def _pooled(rows: Float, patterns: Bool, readout: Any) -> Float:
+    """``T_r D_i A`` of every image and gate: (n, P, q R)."""
+    (N, q), P, averages = rows.shape, patterns.shape[1], readout.regions.averages
+    R, count = averages.shape
+    features = np.empty((N // count, P, q, R))
+    for images in row_blocks(N // count, count * max(P, q * R), entries=_POOLED_ENTRIES):
+        part = slice(images.start * count, images.stop * count)
+        spread = np.einsum("rk,nkq->nkqr", averages, rows[part].reshape(-1, count, q), optimize=True)
+        opened = patterns[part].reshape(-1, count, P).transpose(0, 2, 1).astype(np.float64)
+        flat = opened @ spread.reshape(len(spread), count, -1)
+        features[images.start : images.start + len(flat)] = flat.reshape(len(flat), P, q, -1)
+    return features.reshape(len(features), P, -1)
+
+
+def gated_outputs(rows: Any, patterns: Bool, blocks: Float, readout: Readout) -> Float:
+    """Outputs (n, K) on any rows (N, q) with patterns (N, m), one for each of the blocks (m, q, R K).
+
+    Parameters
+    ----------
+    rows : ndarray (N, q), or MappedRows
+    patterns : ndarray (N, m) of bool
+    blocks : ndarray (m, q, R K)
+    readout : Readout
+        Linear.
+    """
+    index, count = np.arange(len(blocks)), readout.rows_per_case
+    if count == 1:
+        return MaskedRows(rows, patterns).apply(index, blocks)
+    outputs = []
+    for images in row_blocks(len(rows) // count, count * max(len(index), blocks.shape[2]), entries=_POOLED_ENTRIES):
+        part = slice(images.start * count, images.stop * count)
+        outputs.append(readout.gather(MaskedRows(rows[part], patterns[part]).apply(index, blocks)))
+    return np.concatenate(outputs)
+
+
+# --- the program ---
+
+
+@dataclass(frozen=True)
+class GatedProgram:
+    """Data of the program.
+
+    Parameters
+    ----------
+    operator : MaskedRows or PooledFeatures
+        From blocks to outputs.
+    loss : Loss
+        Loss bound to targets (n, K) and sample weights.
+    weight_decay : float
+        Strength of the weight decay, beta of the mathematics.
+    norm : Frobenius or Nuclear, default=Frobenius()
+        Penalty of a block.
+
+    Examples
+    --------
+    >>> from convexbn.program.losses import SquaredLoss
+    >>> operator = MaskedRows(np.eye(2), np.ones((2, 1), dtype=bool))
+    >>> program = GatedProgram(operator, SquaredLoss(np.array([[3.0], [4.0]]), np.ones(2)), weight_decay=1.0)
+    >>> program.max_weight_decay()
+    5.0
+    """
+
+    operator: Any
+    loss: Loss
+    weight_decay: float
+    norm: Norm = field(default_factory=Frobenius)
+
+    @classmethod
+    def from_rows(
+        cls, rows: Float, patterns: Bool, loss: Loss, weight_decay: float, readout: Readout | None = None
+    ) -> GatedProgram:
+        """The program of whitened rows (N, q) and patterns (N, P), pooled by a readout where there is one.
+
+        Parameters
+        ----------
+        rows : ndarray (N, q), or MappedRows
+        patterns : ndarray (N, P) of bool
+        loss : Loss
+            Bound to the cases.
+        weight_decay : float
+        readout : Readout, optional
+
+        Raises
+        ------
+        ValueError
+            For max pooling.
+        """
+        if readout is None or readout.rows_per_case == 1:
+            return cls(MaskedRows(rows, patterns), loss, weight_decay)
+        norm = Nuclear() if readout.n_regions > 1 else Frobenius()
+        return cls(PooledFeatures.from_rows(rows, patterns, readout), loss, weight_decay, norm)
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """Shape of one block ``S_i``."""
+        shape: tuple[int, int] = self.operator.block_shape(self.loss.targets.shape[1])
+        return shape
+
+    @property
+    def n_gates(self) -> int:
+        """Number of gates ``P``."""
+        return int(self.operator.patterns.shape[1])
+
+    def in_single_precision(self) -> GatedProgram:
+        """The same program with float32 kernels."""
+        return replace(self, operator=self.operator.in_single_precision())
+
+    def with_weight_decay(self, weight_decay: float) -> GatedProgram:
+        """The same program at another weight decay; what is known of its correlations at zero is kept."""
+        other = replace(self, weight_decay=weight_decay)
+        if "correlations_at_zero" in self.__dict__:
+            other.__dict__["correlations_at_zero"] = self.correlations_at_zero
+        return other
+
+    def outputs(self, gate_index: Index, blocks: Float) -> Float:
+        """``F`` (n, K) of blocks on the gates ``gate_index`` (m,)."""
+        outputs: Float = self.operator.apply(gate_index, blocks)
+        return outputs
+
+    def correlations(self, dual: Float, gate_index: Index | None = None) -> Float:
+        """``A' D_i V`` for every gate, or those of ``gate_index``: (P, q, K)."""
+        correlations: Float = self.operator.adjoint(dual, gate_index)
+        return correlations
+
     def correlation_norms(self, dual: Float) -> Float:
         """``||A' D_i V||``, the dual norm, for every gate: (P,)."""
-        return self.dual_norms(self.correlations(dual))
+        return self.norm.dual(self.correlations(dual))
 
     def dual_norm_bound(self, dual: Float) -> tuple[float, float]:
         """Upper bound of ``max_i ||A' D_i V||``, and the part of it that covers rounding."""
@@ -130,27 +421,18 @@ class GatedProgram:
 
     def correlation_rounding(self, dual: Float) -> float:
         """What rounding may take from a norm of ``correlations(dual)`` in float64."""
-        n, q = self.rows.shape
-        scaled = np.linalg.norm(dual / np.sqrt(self.loss.weights)[:, None])
-        return float((n + q + 4) * EPS * np.sqrt(q) * scaled)
+        return float(self.operator.rounding(dual, self.loss.weights))
+
+    @functools.cached_property
+    def correlations_at_zero(self) -> Float:
+        """``A' D_i V0`` of the zero network, ``V0 = -grad L(0)``: (P, q, K)."""
+        return self.correlations(self.loss.negative_gradient(np.zeros_like(self.loss.targets)))
 
     def max_weight_decay(self) -> float:
         """Smallest weight decay at which the zero network is optimal: ``max_i ||A' D_i V0||``, exact."""
-        n, K = self.loss.targets.shape
-        dual = self.loss.negative_gradient(np.zeros((n, K)))
-        return float(self.correlation_norms(dual).max(initial=0.0))
+        return float(self.norm.dual(self.correlations_at_zero).max(initial=0.0))
 
-    def _opened(self, part: slice, gate_index: Index | None) -> Float:
-        patterns = self.patterns[part] if gate_index is None else self.patterns[part][:, gate_index]
-        return patterns.astype(self.rows.dtype, copy=False)
-
-    def _row_blocks(self, width: int) -> Iterator[slice]:
-        size = max(64, _BLOCK_ENTRIES // max(width, self.n_gates, 1))
-        for start in range(0, len(self.rows), size):
-            yield slice(start, start + size)
-
-
-def block_norms(blocks: Float) -> Float:
-    """Frobenius norm of every block: (m, q, K) -> (m,)."""
-    norms: Float = np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
-    return norms
+    def objective(self, blocks: GateBlocks) -> float:
+        """Loss plus penalty of nonzero blocks."""
+        value = self.loss.value(self.outputs(*blocks))
+        return value + self.weight_decay * float(self.norm.of(blocks.values).sum())

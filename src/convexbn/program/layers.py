@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from convexbn._types import EPS, Float
-from convexbn.data.pooling import Pooling
 from convexbn.program.network import BatchNormNetwork
+from convexbn.program.readout import Readout
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Layers:
         Batch norm's own weight and bias.
     output, output_bias : ndarray (m, K), (K,)
         Second affine map.
-    pooling : Pooling or None
-        Of a convolutional network, whose rows are patches and whose ``output`` is (m, R K).
+    readout : Readout
+        Of a convolutional network, whose rows are patches and whose ``output`` is (m, R K), its pooling.
     """
 
     weight: Float
@@ -47,11 +47,11 @@ class Layers:
     offset: Float
     output: Float
     output_bias: Float
-    pooling: Pooling | None = None
+    readout: Readout = Readout()
 
     @classmethod
     @np.errstate(all="ignore")
-    def of(cls, network: BatchNormNetwork, dtype: DTypeLike, eps: float) -> Layers:
+    def from_network(cls, network: BatchNormNetwork, dtype: DTypeLike, eps: float) -> Layers:
         """Layers of a network, rounded to numbers of ``dtype``.
 
         The bias centres the pre-activations, and the running mean is what rounding leaves of their mean.
@@ -82,8 +82,7 @@ class Layers:
         """Outputs from the stored statistics: (n, d) -> (n, K)."""
         response = X @ self.weight + (self.bias - self.running_mean)
         hidden = np.maximum(self.gain * response + self.offset, 0)
-        seen = hidden @ self.output if self.pooling is None else self.pooling.outputs(hidden, self.output)
-        outputs: Float = seen + self.output_bias
+        outputs: Float = self.readout.outputs(hidden, self.output) + self.output_bias
         return outputs
 
     def with_statistics_of(self, X: Float) -> Layers:

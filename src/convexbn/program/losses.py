@@ -14,7 +14,9 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
-from convexbn._types import EPS, Float, FloatMatrix, Index
+from convexbn._types import EPS, Float, Index
+from convexbn.program.gauss_newton import Derivative, sum_of_squares
+from convexbn.program.rays import Formula, NoFormulaError, shrunk_rays, two_sides, with_norm
 
 #: What a dual variable may lie outside its domain by rounding alone.
 _ROUNDING = 64 * EPS
@@ -38,8 +40,24 @@ class Loss:
     weights: Float
     constant: float = 0.0
 
+    #: Public name.
+    name: ClassVar[str] = ""
+
+    #: What it is for: ``"classification"``, ``"regression"`` or both.
+    tasks: ClassVar[frozenset[str]] = frozenset()
+
+    #: What targets are: ``"numbers"``, ``"signs"`` (-1 and +1, or soft labels between) or ``"probabilities"``.
+    target_kind: ClassVar[str] = "numbers"
+
+    #: Torch's module of this loss, and what its sum over rows and outputs is, in units of this one.
+    torch_name: ClassVar[str] = ""
+    torch_factor: ClassVar[float] = 1.0
+
     #: Upper bound of the second derivative of ``l`` in any direction of ``f``.
     curvature: ClassVar[float]
+
+    #: Derivative of ``V`` in the targets, in units of the sample weights; None unless ``l`` has a second derivative.
+    target_slope: ClassVar[float | None] = None
 
     #: Whether rows of equal outputs depend on their targets through the mean alone.
     depends_on_means: ClassVar[bool] = True
@@ -67,62 +85,41 @@ class Loss:
         """``D(V)``, rounded downwards; ``-inf`` outside the domain."""
         raise NotImplementedError
 
-    @property
-    def rows_together(self) -> int:
-        """Consecutive rows that share a term: blocks of rows hold whole terms."""
-        return 1
+    def hessian_root(self, outputs: Float) -> Float:
+        """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``, a generalised one where ``l`` has a kink."""
+        n, K = outputs.shape
+        scaled: Float = np.sqrt(self.weights)[:, None, None] * np.broadcast_to(self._root(outputs), (n, K, K))
+        return scaled
 
-    @property
-    def of_cases(self) -> Loss:
-        """The loss as a function of what its terms see: of the outputs of rows where each has a term of its own."""
-        return self
+    def _root(self, outputs: Float) -> Float:
+        """``R`` for weights of 1: (n, K, K), or (K, K) for all rows alike."""
+        raise NotImplementedError
 
-    def pooled(self, hidden: FloatMatrix) -> FloatMatrix:
-        """Hidden units (n, m) as the output layer sees them, (n, R m) for ``R`` regions of each neuron, here one."""
-        return hidden
+    def gauss_newton(self, outputs: Float, derivative: Derivative, size: int) -> Float:
+        """``J' L'' J`` (size, size) for outputs (n, K) with derivative ``J`` in so many variables.
 
-    def unpooled(self, gradient: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
-        """Gradient by the hidden units from that by the pooled ones."""
-        return gradient
+        Parameters
+        ----------
+        outputs : ndarray (n, K)
+        derivative : callable
+            ``R_i' J_i`` of a part of the rows, of which it gets ``R`` and their slice: (rows, K, size).
+        size : int
+        """
+        return sum_of_squares(self.hessian_root(outputs), derivative, size)
 
-    def by_region(self, output: FloatMatrix) -> FloatMatrix:
-        """An output layer (m, R K), one row a neuron, as one (R m, K) of the pooled units."""
-        return output
+    def full_rank(self, weight_decay: float) -> Formula:
+        """Optimal hidden units (n, m), times ``sqrt(w)``, and output layer (m, K) at rank n - 1.
 
-    def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
-        """The way back: (R m, K) as (m, R K)."""
-        return regional
-
-    def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
-        """What the terms see of hidden units (n, m) and an output layer (m, R K)."""
-        outputs: FloatMatrix = self.pooled(hidden) @ self.by_region(output)
-        return outputs
-
-    def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
-        """``<dual, outputs(hidden, output)>`` differentiated by both."""
-        by_hidden = self.unpooled(dual @ self.by_region(output).T, hidden)
-        return by_hidden, self.by_neuron(self.pooled(hidden).T @ dual)
-
-    def spread(self, dual: Float) -> Float:
-        """A dual point of what the terms see as one of the hidden units."""
-        return dual
-
-    def arranged(self, rows: Float) -> Float:
-        """Rows (n, q) as the hidden units are made of them: one each, or the largest of a group, (n, G, q)."""
-        return rows
-
-    @property
-    def hidden_norm(self) -> float:
-        """Upper bound of ``||hidden units|| / ||rows||``."""
-        return 1.0
+        Raises
+        ------
+        NoFormulaError
+            When loss and targets have none.
+        """
+        raise NoFormulaError(f"there is no formula for {type(self).__name__}.")
 
     def of_rows(self, part: Index | slice) -> Loss:
         """The terms of some rows."""
         return replace(self, targets=self.targets[part], weights=self.weights[part], constant=0.0)
-
-    def at_best_bias(self, outputs: Float) -> tuple[Loss, Float, float | None]:
-        """Loss without output bias, outputs with the best one, and the decay of the bias: None where there is none."""
-        return self, outputs, None
 
     def merged(self, groups: np.ndarray, n_groups: int) -> Loss:
         """The same loss as a function of one output row per group of rows, where it ``depends_on_means``.
@@ -150,7 +147,12 @@ class Loss:
 class SquaredLoss(Loss):
     """``1/2 sum_i w_i ||f_i - y_i||^2``."""
 
+    name: ClassVar[str] = "squared"
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification", "regression"})
+    torch_name: ClassVar[str] = "MSELoss"
+    torch_factor: ClassVar[float] = 2.0
     curvature: ClassVar[float] = 1.0
+    target_slope: ClassVar[float | None] = 1.0
     nearly_quadratic: ClassVar[bool] = True
 
     @property
@@ -168,8 +170,14 @@ class SquaredLoss(Loss):
         half = 0.5 * dual / self.weights[:, None]
         return _sum_downwards(dual * (self.targets - half)) + self.constant
 
+    def _root(self, outputs: Float) -> Float:
+        return np.eye(outputs.shape[1])
+
     def _left_behind(self, means: Float) -> float:
         return SquaredLoss(self.targets, self.weights).value(means)
+
+    def full_rank(self, weight_decay: float) -> Formula:
+        return shrunk_rays(np.sqrt(self.weights)[:, None] * self.targets, weight_decay)
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,9 @@ class HuberLoss(Loss):
     2.625
     """
 
+    name: ClassVar[str] = "huber"
+    tasks: ClassVar[frozenset[str]] = frozenset({"regression"})
+    torch_name: ClassVar[str] = "HuberLoss"
     curvature: ClassVar[float] = 1.0
     depends_on_means: ClassVar[bool] = False
     nearly_quadratic: ClassVar[bool] = True
@@ -213,6 +224,24 @@ class HuberLoss(Loss):
         sizes = np.abs(dual) * (np.abs(self.targets) + 0.5 * np.abs(q))
         return _sum_downwards(dual * (self.targets - 0.5 * q), sizes) + self.constant
 
+    def _root(self, outputs: Float) -> Float:
+        return _diagonals(np.where(np.abs(outputs - self.targets) < self.delta, 1.0, 0.0))
+
+    def full_rank(self, weight_decay: float) -> Formula:
+        """One neuron for the positive targets and one for the negative ones."""
+        if self.targets.shape[1] > 1:
+            raise NoFormulaError("no formula: the Huber loss has one for one output only.")
+        return two_sides(self.weights, self.targets[:, 0], functools.partial(self._amplitudes, weight_decay))
+
+    def _amplitudes(self, weight_decay: float, weights: Float, y: Float) -> Float:
+        """Minimise ``sum w h(y - f) + beta ||sqrt(w) f||`` over ``f >= 0``, for ``y > 0``.
+
+        ``clip(y - f, -delta, delta) = lambda f``, so that ``f = min(y / (1 + lambda), delta / lambda)``.
+        """
+        if weight_decay >= np.linalg.norm(np.sqrt(weights) * np.minimum(y, self.delta)):
+            return np.zeros_like(y)
+        return with_norm(weights, lambda ratio: np.minimum(y / (1 + ratio) * ratio, self.delta) / ratio, weight_decay)
+
 
 @dataclass(frozen=True)
 class SquaredHingeLoss(Loss):
@@ -222,6 +251,9 @@ class SquaredHingeLoss(Loss):
     loss is then ``((f - y)^2 + 1 - y^2) / 2``.
     """
 
+    name: ClassVar[str] = "squared_hinge"
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+    target_kind: ClassVar[str] = "signs"
     curvature: ClassVar[float] = 1.0
     nearly_quadratic: ClassVar[bool] = True
 
@@ -249,12 +281,25 @@ class SquaredHingeLoss(Loss):
         terms, sizes = q * (linear - square) + apart, np.abs(q) * (np.abs(linear) + np.abs(square)) + apart
         return _sum_downwards(w * terms, w * sizes) + self.constant
 
+    def _root(self, outputs: Float) -> Float:
+        p = 0.5 * (1 + self.targets)
+        return _diagonals(np.sqrt(p * (outputs < 1) + (1 - p) * (outputs > -1)))
+
+    def full_rank(self, weight_decay: float) -> Formula:
+        """That of the squared loss: outputs stay between the margins, where the two differ by a constant."""
+        return shrunk_rays(np.sqrt(self.weights)[:, None] * self.targets, weight_decay)
+
 
 @dataclass(frozen=True)
 class LogisticLoss(Loss):
     """``sum_i w_i log(1 + exp(-y_i f_i))``, targets -1 or +1; a target in between is a soft label."""
 
+    name: ClassVar[str] = "logistic"
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+    target_kind: ClassVar[str] = "signs"
+    torch_name: ClassVar[str] = "BCEWithLogitsLoss"
     curvature: ClassVar[float] = 0.25
+    target_slope: ClassVar[float | None] = 0.5
 
     def value(self, outputs: Float) -> float:
         # log(1 + e^f) - p f with p = (1 + y) / 2, in the form that never overflows
@@ -272,12 +317,39 @@ class LogisticLoss(Loss):
         terms = _entropy_downwards(p, q) + _entropy_downwards(1 - p, -q)
         return _sum_downwards(self.weights[:, None] * terms) + self.constant
 
+    def _root(self, outputs: Float) -> Float:
+        residual = self.negative_gradient(outputs) / self.weights[:, None]
+        p = np.clip(0.5 * (1 + self.targets) - residual, 0, 1)
+        return _diagonals(np.sqrt(p * (1 - p)))
+
+    def full_rank(self, weight_decay: float) -> Formula:
+        """One neuron for the rows that lean to +1 and one for those that lean to -1."""
+        return two_sides(self.weights, self.targets[:, 0], functools.partial(self._amplitudes, weight_decay))
+
+    def _amplitudes(self, weight_decay: float, weights: Float, y: Float) -> Float:
+        """Minimise ``sum w (log(1 + e^f) - p f) + beta ||sqrt(w) f||`` over ``f >= 0``, ``p = (1 + y) / 2 > 1/2``.
+
+        Hard labels: ``f = log(||sqrt(w)|| / beta - 1)``. Soft ones: ``p - sigmoid(f) = lambda f`` with
+        ``lambda ||sqrt(w) f|| = beta``, both monotone, by nested bisection.
+        """
+        p = 0.5 * (1 + y)
+        if weight_decay >= np.linalg.norm(np.sqrt(weights) * (p - 0.5)):
+            return np.zeros_like(p)
+        if np.all(p == 1):
+            return np.full_like(p, np.log(np.sqrt(weights.sum()) / weight_decay - 1))
+        return with_norm(weights, lambda ratio: _stationary(p, ratio), weight_decay)
+
 
 @dataclass(frozen=True)
 class CrossEntropyLoss(Loss):
     """``sum_i w_i (log sum_k exp(f_ik) - <y_i, f_i>)``, targets one-hot or any rows of the simplex."""
 
+    name: ClassVar[str] = "cross_entropy"
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
+    target_kind: ClassVar[str] = "probabilities"
+    torch_name: ClassVar[str] = "CrossEntropyLoss"
     curvature: ClassVar[float] = 0.5
+    target_slope: ClassVar[float | None] = 1.0
 
     def value(self, outputs: Float) -> float:
         peak, exponentials = _shifted(outputs)
@@ -303,18 +375,51 @@ class CrossEntropyLoss(Loss):
             return -np.inf
         return _sum_downwards(self.weights[:, None] * _entropy_downwards(self.targets, q)) + self.constant
 
+    def _root(self, outputs: Float) -> Float:
+        """``(I - p 1') diag(p)^(1/2)``, since ``diag(p) - p p' = (I - p 1') diag(p) (I - 1 p')``."""
+        residual = self.negative_gradient(outputs) / self.weights[:, None]
+        p = np.clip(self.targets - residual, 0, 1)
+        root = np.sqrt(p)
+        half: Float = root[:, None, :] * np.eye(p.shape[1]) - p[:, :, None] * root[:, None, :]
+        return half
+
+    def full_rank(self, weight_decay: float) -> Formula:
+        """One shared logit row ``amplitude (e_k - 1/K)`` a class; ``1 - p_own = tau`` at the optimum."""
+        K = self.targets.shape[1]
+        labels = self.targets.argmax(axis=1)
+        if not np.array_equal(self.targets, np.eye(K)[labels]):
+            raise NoFormulaError(
+                "no formula: rows with equal features carry different classes, which makes their labels soft."
+            )
+        totals = np.bincount(labels, self.weights, K)
+        hidden = np.sqrt(self.weights / totals[labels])[:, None] * self.targets
+        with np.errstate(divide="ignore"):
+            tau = weight_decay / np.sqrt(totals) * np.sqrt((K - 1) / K)
+        live = tau < (K - 1) / K
+        safe = np.where(live, tau, (K - 1) / K)  # amplitude 0
+        amplitude = np.log((K - 1) * (1 - safe) / safe)
+        amplitude[~live] = 0.0
+        return hidden, (np.sqrt(totals) * amplitude)[:, None] * (np.eye(K) - 1 / K)
+
 
 #: What binds targets and weights of rows to a loss.
 LossKind: TypeAlias = Callable[[Float, Float], Loss]
 
 #: The losses by their public names.
 LOSSES: dict[str, type[Loss]] = {
-    "squared": SquaredLoss,
-    "huber": HuberLoss,
-    "squared_hinge": SquaredHingeLoss,
-    "logistic": LogisticLoss,
-    "cross_entropy": CrossEntropyLoss,
+    loss.name: loss for loss in (SquaredLoss, HuberLoss, SquaredHingeLoss, LogisticLoss, CrossEntropyLoss)
 }
+
+
+def losses_for(task: str) -> list[str]:
+    """Names of the losses for ``"classification"`` or ``"regression"``.
+
+    Examples
+    --------
+    >>> losses_for("regression")
+    ['squared', 'huber']
+    """
+    return [name for name, loss in LOSSES.items() if task in loss.tasks]
 
 
 def loss_kind(name: str, *, huber_delta: float = 1.0) -> LossKind:
@@ -375,3 +480,20 @@ def _shifted(outputs: Float) -> tuple[np.ndarray, Float]:
     """Mask of the first largest output of every row, and ``exp(f - max f)``."""
     peak = np.arange(outputs.shape[1]) == outputs.argmax(axis=1)[:, None]
     return peak, np.exp(outputs - outputs.max(axis=1, keepdims=True))
+
+
+def _diagonals(entries: Float) -> Float:
+    """Diagonal matrices (n, K, K) of rows (n, K)."""
+    matrices: Float = entries[:, :, None] * np.eye(entries.shape[1])
+    return matrices
+
+
+def _stationary(p: Float, ratio: float) -> Float:
+    """Root of ``p - sigmoid(f) = ratio f`` in ``f >= 0`` for every ``p``, by bisection."""
+    low, high = np.zeros_like(p), np.full_like(p, 0.5 / ratio)
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        positive = p - 0.5 * (1 + np.tanh(0.5 * middle)) > ratio * middle
+        low, high = np.where(positive, middle, low), np.where(positive, high, middle)
+    root: Float = 0.5 * (low + high)
+    return root

@@ -1,19 +1,25 @@
-"""BatchNormNetwork: a two-layer batch-normalised network as ordinary weights."""
+"""BatchNormNetwork: a two-layer batch-normalised network as ordinary weights, on rows or on the patches of images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from convexbn._types import EPS, Float, FloatMatrix, Index
+from convexbn.data.blocks import row_blocks
+from convexbn.data.convolution import Convolution
+from convexbn.data.patches import PatchMatrix
 from convexbn.data.scaling import centre, times_power
 from convexbn.data.whitening import Whitening
+from convexbn.program.gated import GateBlocks
 from convexbn.program.gates import distinct_gates, gate_patterns
+from convexbn.program.neurons import Neurons
+from convexbn.program.readout import readout_of
 
-#: Hidden activations held at once when predicting (rows times neurons).
-_CHUNK_ENTRIES = 1 << 21
+#: Hidden activations held at once when predicting (rows times neurons), and those of images.
+_CHUNK_ENTRIES, _IMAGE_ENTRIES = 1 << 21, 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +30,27 @@ class BatchNormNetwork:
     times the identity. Every ``weight`` column is scaled so that ``||C X_train w||^2 = n_effective``
     (unit biased variance), so that the statistics are ``mean`` and ``n_effective`` alone.
 
+    With a ``convolution`` the rows are patches, of which pooling makes ``R`` regions of an image:
+    ``F(x) = sum_j sum_r pool_r(phi(gamma_j BN(patches w_j) + shift_j / sqrt(N))) output_jr``.
+
     Attributes
     ----------
     weight : ndarray (d, m)
-        First-layer weights on the raw features.
+        First-layer weights on the raw features; with a convolution (h, m) the filters in torch's order (channel, down,
+        across).
     gamma, shift : ndarray (m,)
         The paper's batch-norm scale and shift; ``gamma^2 + shift^2 = ||output row||^2``.
     output : ndarray (m, K)
-        Second-layer weights.
+        Second-layer weights; (m, R K) with the regions of a neuron one after the other.
     mean : ndarray (d,)
-        Training means of the features.
+        Training means of the features, or of the patches.
     n_effective : float
-        Sum of the sample weights.
+        Sum of the sample weights, of all patches with a convolution.
     gates, gate_offsets, gate_index : ndarray (d, m), (m,), (m,) or None
         Gate of each neuron: open where ``(x - mean)'g + b >= 0``, and its place among the gates of
         the program. ``None`` for ReLU networks.
+    convolution : Convolution or None
+        Filter sizes, input shape and pooling.
     """
 
     weight: Float
@@ -50,6 +62,7 @@ class BatchNormNetwork:
     gates: Float | None = None
     gate_offsets: Float | None = None
     gate_index: Index | None = None
+    convolution: Convolution | None = None
 
     def __post_init__(self) -> None:
         # BLAS rounds by the layout of its operands: a loaded network must compute what the saved one did
@@ -59,26 +72,44 @@ class BatchNormNetwork:
 
     @property
     def n_features(self) -> int:
-        """Numbers of a row that it is used on."""
-        return len(self.mean)
+        """Numbers of a row, or of an image, that it is used on."""
+        return len(self.mean) if self.convolution is None else self.convolution.geometry.n_features
 
     @property
     def n_neurons(self) -> int:
         """Width ``m``."""
         return int(self.weight.shape[1])
 
+    @property
+    def n_outputs(self) -> int:
+        """``K``."""
+        return int(self.output.shape[1]) // readout_of(self.convolution).n_regions
+
     def hidden(self, X: FloatMatrix) -> Float:
-        """Hidden activations, one a neuron: (n, d) -> (n, m). Each row depends on itself alone."""
-        return self._hidden(X, self._distinct_gates())
+        """Hidden activations, pooled region by region: (n, features) -> (n, R m). Each row depends on itself alone."""
+        if self.convolution is None:
+            return self._hidden(X, self._distinct_gates())
+        readout = readout_of(self.convolution)
+        return np.concatenate([readout.pool(hidden) for _, hidden in self._chunks(X)])
 
     def predict(self, X: FloatMatrix) -> Float:
-        """Outputs ``F(X)``: (n, d) -> (n, K), in chunks of bounded memory."""
-        outputs, distinct = np.zeros((len(X), self.output.shape[1])), self._distinct_gates()
-        size = max(1, _CHUNK_ENTRIES // max(self.n_neurons, X.shape[1], 1))
-        for start in range(0, len(X), size):
-            part = slice(start, start + size)
-            outputs[part] = self._hidden(X[part], distinct) @ self.output
+        """Outputs ``F(X)``: (n, features) -> (n, K), in chunks of bounded memory."""
+        outputs, readout = np.zeros((len(X), self.n_outputs)), readout_of(self.convolution)
+        for part, hidden in self._chunks(X):
+            outputs[part] = readout.outputs(hidden, self.output)
         return outputs
+
+    def _chunks(self, X: FloatMatrix) -> Iterator[tuple[slice, Float]]:
+        """Where some rows or images are, and their activations, with a convolution at all locations (b Kp, m)."""
+        distinct = self._distinct_gates()
+        if self.convolution is None:
+            for part in row_blocks(len(X), max(self.n_neurons, X.shape[1]), entries=_CHUNK_ENTRIES):
+                yield part, self._hidden(X[part], distinct)
+            return
+        geometry = self.convolution.geometry
+        width = geometry.n_locations * max(self.n_neurons, geometry.patch_size)
+        for part in row_blocks(max(len(X), 1), width, entries=_IMAGE_ENTRIES):
+            yield part, self._hidden(PatchMatrix(np.asarray(X[part]), geometry)[:], distinct)
 
     def _hidden(self, X: FloatMatrix, distinct: tuple[Float, Float, Index] | None) -> Float:
         centred, exponent = centre(X, self.mean)
@@ -99,19 +130,57 @@ class BatchNormNetwork:
         first, place = distinct_gates(self.gates, self.gate_offsets)
         return self.gates[:, first], self.gate_offsets[first], place
 
-    def neurons(self) -> dict[str, Any]:
-        """The arrays that belong to neurons, by name: what a certificate takes."""
-        names = [f.name for f in fields(self) if f.name not in ("mean", "n_effective")]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    @property
+    def layer(self) -> Convolution:
+        """The convolution.
+
+        Raises
+        ------
+        TypeError
+            For a dense network.
+        """
+        if self.convolution is None:
+            raise TypeError("the network has no convolution: its rows are features.")
+        return self.convolution
+
+    @property
+    def fixed_gates(self) -> tuple[Float, Float, Index]:
+        """Directions (d, m), offsets (m,) and places in the program (m,) of the neurons' gates.
+
+        Raises
+        ------
+        TypeError
+            For a ReLU network.
+        """
+        if self.gates is None or self.gate_offsets is None or self.gate_index is None:
+            raise TypeError("the network has no gates: it is a ReLU network.")
+        return self.gates, self.gate_offsets, self.gate_index
+
+    @property
+    def weight_decay_penalty(self) -> float:
+        """Half the squared norm of batch norm's scale and shift and of the output layer."""
+        return float(0.5 * (self.gamma @ self.gamma + self.shift @ self.shift + np.sum(self.output**2)))
 
     @classmethod
-    def from_neurons(cls, whitening: Whitening, first: Float, output: Float) -> BatchNormNetwork:
-        """ReLU network of first-layer columns (r + 1, m) on the whitened data and output rows (m, K).
+    def from_neurons(
+        cls, whitening: Whitening, neurons: Neurons, convolution: Convolution | None = None
+    ) -> BatchNormNetwork:
+        """ReLU network of neurons on the whitened data.
 
         Columns on filtered rows ``A Phi`` are ``Phi^{-1} s_j``. Norms are balanced: each neuron is rescaled so that
         ``||s_j|| = ||output_j||``, which leaves the function and makes the weight decay
         ``sum_j ||s_j|| ||output_j||`` (mathematics, section 1a).
+
+        Parameters
+        ----------
+        whitening : Whitening
+            Of the rows, or of the patches.
+        neurons : Neurons
+            Columns (r + 1, m) and output rows.
+        convolution : Convolution, optional
+            Where the rows are patches.
         """
+        first, output = neurons.first, neurons.output
         phi = np.append(whitening.filter, 1.0)[:, None]
         plain = phi * first
         inner, outer = np.linalg.norm(plain, axis=0), np.linalg.norm(output, axis=1)
@@ -129,24 +198,33 @@ class BatchNormNetwork:
             output=output[live] / scale[:, None],
             mean=whitening.mean,
             n_effective=whitening.total_weight,
+            convolution=convolution,
         )
 
     @classmethod
     def from_blocks(
-        cls, whitening: Whitening, gate_index: Index, blocks: Float, gates: Float, gate_offsets: Float
+        cls,
+        whitening: Whitening,
+        blocks: GateBlocks,
+        gates: Float,
+        gate_offsets: Float,
+        convolution: Convolution | None = None,
     ) -> BatchNormNetwork:
-        """Gated network of blocks ``S_i`` (m', q, K): ``rank(S_i)`` neurons each, by its SVD."""
-        left, values, right = np.linalg.svd(blocks, full_matrices=False)
-        cut = EPS * max(blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
+        """Gated network of blocks ``S_i``: ``rank(S_i)`` neurons each, by its SVD.
+
+        Parameters
+        ----------
+        whitening : Whitening
+        blocks : GateBlocks
+        gates, gate_offsets : ndarray (d, P), (P,)
+            All gates of the program.
+        convolution : Convolution, optional
+        """
+        left, values, right = np.linalg.svd(blocks.values, full_matrices=False)
+        cut = EPS * max(blocks.values.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
         block, atom = np.nonzero((values > cut) & (values > 0))
         root = np.sqrt(values[block, atom])[:, None]
-        plain = cls.from_neurons(whitening, (root * left[block, :, atom]).T, root * right[block, atom])
-        index = gate_index[block]
-        return cls(
-            **plain.neurons(),
-            mean=plain.mean,
-            n_effective=plain.n_effective,
-            gates=gates[:, index],
-            gate_offsets=gate_offsets[index],
-            gate_index=index,
-        )
+        neurons = Neurons((root * left[block, :, atom]).T, root * right[block, atom])
+        index = blocks.gate_index[block]
+        plain = cls.from_neurons(whitening, neurons, convolution)
+        return replace(plain, gates=gates[:, index], gate_offsets=gate_offsets[index], gate_index=index)

@@ -16,11 +16,14 @@ from typing import ClassVar
 import numpy as np
 
 from convexbn._types import EPS, Float, Index
-from convexbn.program.gauss_newton import half_hessian, in_the_bias
+from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.losses import Loss
 
 #: Newton's method stops long before, or no bias is best: a class without rows drives its bias to infinity.
 _MOST_STEPS = 60
+
+#: Eigenvalues of the second derivative in the bias below this, relative, are 0: the softmax does not see a common bias.
+_FLAT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class WithOutputBias(Loss):
     Examples
     --------
     >>> from convexbn.program.losses import SquaredLoss
-    >>> loss = WithOutputBias.of(SquaredLoss(np.array([[1.0], [3.0]]), np.ones(2)), decay=0.0)
+    >>> loss = WithOutputBias.with_decay(SquaredLoss(np.array([[1.0], [3.0]]), np.ones(2)), decay=0.0)
     >>> loss.best_bias(np.zeros((2, 1))), loss.value(np.zeros((2, 1)))
     (array([2.]), 1.0)
     """
@@ -50,7 +53,7 @@ class WithOutputBias(Loss):
     recent: Float = field(kw_only=True, repr=False)
 
     @classmethod
-    def of(cls, inner: Loss, decay: float) -> WithOutputBias:
+    def with_decay(cls, inner: Loss, decay: float) -> WithOutputBias:
         """The loss with a bias of this decay."""
         return cls(inner.targets, inner.weights, inner=inner, decay=decay, recent=np.zeros(inner.targets.shape[1]))
 
@@ -78,11 +81,20 @@ class WithOutputBias(Loss):
     def of_rows(self, part: Index | slice) -> WithOutputBias:
         """The terms of some rows, with a bias of their own and their share of its decay: together no more than all."""
         inner = self.inner.of_rows(part)
-        return WithOutputBias.of(inner, self.decay * float(inner.weights.sum() / self.weights.sum()))
+        return WithOutputBias.with_decay(inner, self.decay * float(inner.weights.sum() / self.weights.sum()))
 
-    def at_best_bias(self, outputs: Float) -> tuple[Loss, Float, float | None]:
-        """``L``, outputs with the best bias, and its decay."""
-        return self.inner, outputs + self.best_bias(outputs), self.decay
+    def gauss_newton(self, outputs: Float, derivative: Derivative, size: int) -> Float:
+        """``J' L'' J`` of the loss at the best bias, whose ``K`` variables are eliminated (Schur complement)."""
+        root = self.inner.hessian_root(outputs + self.best_bias(outputs))
+
+        def with_bias(half: Float, part: slice) -> Float:
+            turned = half.transpose(0, 2, 1)
+            return np.concatenate([derivative(half, part).reshape(*turned.shape[:2], size), turned], axis=2)
+
+        total = sum_of_squares(root, with_bias, size + root.shape[1])
+        coupling, bias = total[:size, size:], total[size:, size:] + self.decay * np.eye(root.shape[1])
+        eliminated: Float = coupling @ np.linalg.pinv(bias, rcond=_FLAT, hermitian=True) @ coupling.T
+        return total[:size, :size] - eliminated
 
     def best_bias(self, outputs: Float) -> Float:
         """Minimiser ``b`` (K,), by Newton's method with halved steps."""
@@ -91,7 +103,7 @@ class WithOutputBias(Loss):
         )
         for _ in range(_MOST_STEPS):
             slope = self.inner.negative_gradient(outputs + bias).sum(axis=0) - self.decay * bias
-            hessian = in_the_bias(half_hessian(self.inner, outputs + bias), self.decay)
+            hessian = self._curvature(outputs + bias)
             step = np.linalg.pinv(hessian, hermitian=True) @ slope  # the softmax does not see a common bias
             if (straight := hessian.diagonal() == 0).any():
                 ahead = np.diag(slope / self.weights.sum())[straight]
@@ -104,6 +116,13 @@ class WithOutputBias(Loss):
                 break
         self.recent[:] = np.nan_to_num(bias)
         return bias
+
+    def _curvature(self, outputs: Float) -> Float:
+        """Second derivative in the bias: (K, K)."""
+        root = self.inner.hessian_root(outputs)
+        side = root.transpose(1, 0, 2).reshape(root.shape[1], -1)
+        second: Float = side @ side.T + self.decay * np.eye(len(side))
+        return second
 
     def _far(self, outputs: Float, bias: Float, step: Float) -> Float:
         """A step in one output, whose loss is linear here, doubled as long as that lowers the value."""

@@ -1,37 +1,153 @@
-"""Outputs of a ReLU network on many rows: blocks of rows that threads share, and no hidden layer as a whole."""
+"""The ReLU program over all activation patterns and widths, in terms of the neurons of a network.
+
+    min over m, s_j, c_j   L(sum_j (A s_j)_+ c_j') + weight_decay * sum_j ||s_j|| ||c_j||
+
+is convex in the measure that the neurons are. Its dual is ``max_V D(V)`` subject to
+``||V'(A u)_+|| <= weight_decay`` for all ``||u|| <= 1`` (mathematics, section 2a).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from convexbn._threads import dealt
+from convexbn._threads import parallel_map
 from convexbn._types import Float, FloatMatrix
+from convexbn.data.blocks import row_blocks
 from convexbn.data.row_matrix import MappedRows
 from convexbn.program.losses import Loss
+from convexbn.program.neurons import Neurons
+from convexbn.program.readout import Readout
 
 #: Entries of the hidden layer that are formed at a time: 4 MB in float64.
-_BLOCK_ENTRIES = 1 << 19
+BLOCK_ENTRIES = 1 << 19
+
+#: Fewest rows of a block of hidden units.
+LEAST_ROWS = 256
 
 
-def relu_outputs(rows: FloatMatrix | MappedRows, loss: Loss, first: Float, output: Float) -> Float:
-    """What the terms of the loss see of ``(A first)_+`` and an output layer, in float64; made as precisely as the rows.
+@dataclass(frozen=True, eq=False)
+class ReluProgram:
+    """Data of the program.
 
-    ``2 n m (q + K)`` flops, and one reading of rows that are made when they are read.
+    Parameters
+    ----------
+    rows : ndarray (N, q), or MappedRows
+        Whitened rows ``A``; their columns times ``sqrt(row_weights)`` are orthonormal, or orthogonal and shorter.
+    loss : Loss
+        Bound to targets (n, K) and weights of the cases.
+    weight_decay : float
+        Beta.
+    readout : Readout, default=Readout()
+        What the loss sees of the hidden units of a case's rows.
+    fixed : ndarray (n, K) or None
+        Outputs of neurons that stay as they are, added to those of others.
+
+    Examples
+    --------
+    >>> from convexbn.program.losses import SquaredLoss
+    >>> program = ReluProgram(np.eye(2), SquaredLoss(np.ones((2, 1)), np.ones(2)), weight_decay=0.5)
+    >>> program.objective(Neurons(np.eye(2), np.ones((2, 1))))
+    1.0
+    """
+
+    rows: Float | MappedRows
+    loss: Loss
+    weight_decay: float
+    readout: Readout = field(default_factory=Readout)
+    fixed: Float | None = None
+
+    @functools.cached_property
+    def row_weights(self) -> Float:
+        """Weights of the rows: (N,)."""
+        return self.readout.row_weights(self.loss.weights)
+
+    @property
+    def n_inputs(self) -> int:
+        """``q``: numbers of a neuron's first layer."""
+        return int(self.rows.shape[1])
+
+    @property
+    def n_outputs(self) -> int:
+        """``R K``: numbers of a neuron's output layer."""
+        return self.readout.n_regions * int(self.loss.targets.shape[1])
+
+    @property
+    def no_neurons(self) -> Neurons:
+        """The network of width 0."""
+        return Neurons(np.zeros((self.n_inputs, 0)), np.zeros((0, self.n_outputs)))
+
+    def outputs(self, neurons: Neurons) -> Float:
+        """``F`` (n, K) in float64, computed in the precision of the rows: ``2 N m (q + R K)`` flops."""
+        found = relu_outputs(self.rows, self.readout, neurons.first, neurons.output)
+        return found if self.fixed is None else self.fixed + found
+
+    def objective(self, neurons: Neurons) -> float:
+        """Loss plus penalty."""
+        return self.objective_at(self.loss.value(self.outputs(neurons)), neurons)
+
+    def objective_at(self, value: float, neurons: Neurons) -> float:
+        """Objective of a network whose loss is known."""
+        return value + self.weight_decay * float(neurons.norms.sum())
+
+    def dual(self, neurons: Neurons) -> Float:
+        """``V = -grad L(F)``: (n, K)."""
+        return self.loss.negative_gradient(self.outputs(neurons))
+
+    def dual_bound(self, dual: Float, norm: float) -> float:
+        """Dual value of ``V`` scaled to feasibility, if ``norm`` is ``max over ||u|| <= 1 of ||V'(A u)_+||``."""
+        root = np.sqrt(self.loss.weights)[:, None]
+        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * root * (dual / root))
+
+    @functools.cached_property
+    def unit_rows(self) -> Float:
+        """``sqrt(w) A``, of orthonormal columns; in groups (n R, G, q) where hidden units are maxima."""
+        return self.readout.arranged(np.sqrt(self.row_weights)[:, None] * self.rows[:])
+
+    def unit_dual(self, dual: Float) -> Float:
+        """``V / sqrt(w)`` on ``unit_rows``, so that ``||V'(A u)_+||`` is that of plain rows."""
+        return self.readout.spread(dual / np.sqrt(self.loss.weights)[:, None])
+
+    @property
+    def on_rows(self) -> ReluProgram:
+        """The same program with one case a row: a linear readout becomes part of the loss.
+
+        Raises
+        ------
+        TypeError
+            For max pooling.
+        """
+        return ReluProgram(self.rows, self.readout.composed(self.loss), self.weight_decay, fixed=self.fixed)
+
+    @property
+    def in_single_precision(self) -> ReluProgram:
+        """The same program on rows in float32."""
+        rows: Any = self.rows
+        single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
+        return replace(self, rows=single)
+
+
+def relu_outputs(rows: FloatMatrix | MappedRows, readout: Readout, first: Float, output: Float) -> Float:
+    """Outputs of ``(A first)_+`` and an output layer, (n, K) in float64, computed in the precision of the rows.
+
+    Blocks of rows are shared by threads, and no hidden layer is ever whole. ``2 N m (q + R K)`` flops, and one reading
+    of rows that are computed on access.
+
+    Parameters
+    ----------
+    rows : ndarray (N, q), or MappedRows
+    readout : Readout
+    first : ndarray (q, m)
+    output : ndarray (m, R K)
     """
     first, output = (weight.astype(rows.dtype, copy=False) for weight in (first, output))
 
     def outputs(part: slice) -> FloatMatrix:
         hidden: FloatMatrix = rows[part] @ first
-        return loss.outputs(np.maximum(hidden, 0, out=hidden), output)
+        return readout.outputs(np.maximum(hidden, 0, out=hidden), output)
 
-    parts = row_blocks(len(rows), len(output), loss.rows_together)
-    return np.concatenate(list(dealt(outputs, parts))).astype(np.float64, copy=False)
-
-
-def row_blocks(n: int, width: int, together: int = 1) -> Iterator[slice]:
-    """Slices of the rows, such that a hidden layer of this width is of bounded size; ``together`` stay in one."""
-    size = -(-max(256, _BLOCK_ENTRIES // max(width, 1)) // together) * together
-    for start in range(0, n, size):
-        yield slice(start, start + size)
+    blocks = row_blocks(len(rows), len(output), entries=BLOCK_ENTRIES, least=LEAST_ROWS, together=readout.rows_per_case)
+    return np.concatenate(list(parallel_map(outputs, blocks))).astype(np.float64, copy=False)

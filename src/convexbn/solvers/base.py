@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from convexbn._types import Float, Index
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, Nuclear, PooledFeatures
+from convexbn.program.losses import Loss
+
+Program = TypeVar("Program", contravariant=True)
+Weights = TypeVar("Weights")
 
 
 class Progress(NamedTuple):
@@ -25,6 +28,11 @@ class Progress(NamedTuple):
     def relative_gap(self) -> float:
         """Gap relative to the objective, 0 when the objective is 0."""
         return (self.objective - self.lower_bound) / self.objective if self.objective else 0.0
+
+
+def is_over(deadline: float | None) -> bool:
+    """Whether a ``time.monotonic()`` has passed; never without one."""
+    return deadline is not None and time.monotonic() >= deadline
 
 
 @dataclass(frozen=True)
@@ -61,21 +69,19 @@ class Budget:
             return "tolerance"
         if asked:
             return "callback"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if is_over(self.deadline):
             return "time_limit"
         return "max_iter" if progress.iteration >= max_iter else None
 
 
 @dataclass(frozen=True)
-class Solution:
-    """Nonzero blocks of a solution and how it was reached.
+class Solution(Generic[Weights]):
+    """Weights of a solution and how it was reached.
 
     Attributes
     ----------
-    gate_index : ndarray (m,)
-        Gates with a nonzero block.
-    blocks : ndarray (m, q, K)
-        The blocks ``S_i``.
+    weights : GateBlocks or Neurons
+        Nonzero blocks of a gated program, neurons of a ReLU program.
     stopped_by : str
         A key of ``status.STOPPED_BY``.
     history : list of Progress
@@ -84,17 +90,10 @@ class Solution:
         Cholesky factorisations of size n.
     """
 
-    gate_index: Index
-    blocks: Float
+    weights: Weights
     stopped_by: str
     history: list[Progress] = field(default_factory=list)
     n_factorizations: int = 0
-
-    def finite(self) -> Solution:
-        """Return this solution, or the zero one stopped by ``"numerical"`` when a block is not finite."""
-        if np.isfinite(self.blocks).all():
-            return self
-        return replace(self, gate_index=self.gate_index[:0], blocks=self.blocks[:0], stopped_by="numerical")
 
     @property
     def n_iter(self) -> int:
@@ -102,7 +101,75 @@ class Solution:
         return self.history[-1].iteration if self.history else 0
 
 
-def zero_solution(program: GatedProgram, budget: Budget) -> Solution | None:
+class Solver(Protocol[Program, Weights]):
+    """Frozen settings with one method; no state is kept between solves, and the arguments are not changed."""
+
+    def solve(
+        self,
+        program: Program,
+        start: Weights | None = None,
+        budget: Budget | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Solution[Weights]:
+        """Solve a program.
+
+        Parameters
+        ----------
+        program : GatedProgram or ReluProgram
+        start : GateBlocks or Neurons, optional
+            Weights to begin with, where the method can use them.
+        budget : Budget, optional
+            By default the solver's own limits alone.
+        rng : numpy.random.Generator, optional
+            For methods with random starts; by default one of seed 0.
+        """
+
+
+def new_rng(rng: np.random.Generator | None) -> np.random.Generator:
+    """The generator that was given, or one of seed 0."""
+    return np.random.default_rng(0) if rng is None else rng
+
+
+class UnsupportedProgramError(TypeError, ValueError):
+    """A solver does not take a program; the message says what is missing, and which solver does."""
+
+
+@dataclass(frozen=True)
+class Solves:
+    """What a solver of gated programs takes, checked before any work.
+
+    Attributes
+    ----------
+    losses : tuple of Loss classes or None
+        None: every loss.
+    operators : tuple of operator classes
+    norms : tuple of norm classes
+    """
+
+    losses: tuple[type[Loss], ...] | None = None
+    operators: tuple[type, ...] = (MaskedRows, PooledFeatures)
+    norms: tuple[type, ...] = (Frobenius, Nuclear)
+
+    def check(self, solver: str, program: GatedProgram) -> None:
+        """Refuse a program that a solver does not take.
+
+        Raises
+        ------
+        UnsupportedProgramError
+            With what is missing, and another solver.
+        """
+        if self.losses is not None and not isinstance(program.loss, self.losses):
+            names = " and ".join(loss.name.replace("_", " ") for loss in self.losses)
+            raise UnsupportedProgramError(f"solver={solver!r} solves the {names} loss only: use 'proximal' for others.")
+        if not isinstance(program.operator, self.operators):
+            raise UnsupportedProgramError(f"solver={solver!r} is for dense data: use 'proximal' with a convolution.")
+        if not isinstance(program.norm, self.norms):
+            raise UnsupportedProgramError(
+                f"solver={solver!r} has one Frobenius norm a gate: use 'proximal' for regions."
+            )
+
+
+def zero_solution(program: GatedProgram, budget: Budget) -> Solution[GateBlocks] | None:
     """The zero network where the weight decay makes it optimal, else None."""
     if program.max_weight_decay() > program.weight_decay * (1 + 1e-14):
         return None
@@ -110,15 +177,5 @@ def zero_solution(program: GatedProgram, budget: Budget) -> Solution | None:
     report = Progress(1, value, value, 0)
     if budget.callback is not None:
         budget.callback(report)
-    return Solution(np.zeros(0, dtype=np.intp), np.zeros((0, *program.block_shape)), "tolerance", [report])
-
-
-class Solver(Protocol):
-    """Frozen settings with one method; no state is kept between solves."""
-
-    @property
-    def tol(self) -> float:
-        """Relative duality gap to reach."""
-
-    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
-        """Solve the program, from ``start`` where the method can use it."""
+    nothing = GateBlocks(np.zeros(0, dtype=np.intp), np.zeros((0, *program.block_shape)))
+    return Solution(nothing, "tolerance", [report])

@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convexbn._threads import solving
-from convexbn._types import EPS, Float
+from convexbn._threads import blas_threads
+from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status, status_of
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.program.layers import Layers
 from convexbn.program.network import BatchNormNetwork
-from convexbn.program.neurons import Neurons, case_outputs, merge
+from convexbn.program.neurons import Neurons, merge
 from convexbn.program.output_bias import WithOutputBias
-from convexbn.program.pooled_loss import PooledLoss
+from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget
-from convexbn.solvers.relu.column_generation import polish
-from convexbn.solvers.relu.lbfgs import local_phase
+from convexbn.solvers.relu.lbfgs import lbfgs
+from convexbn.solvers.relu.newton import polish
 from convexbn.training.audit_report import Audit, Cause, explanation_of, scope_of
-from convexbn.training.fit import Fit, certify, fit_relu
+from convexbn.training.fit import Fit, fit_relu, judged
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.trained_objective import Objective
 from convexbn.training.training_set import TrainingSet
@@ -79,9 +79,9 @@ def audit(
     seen = X if convolution is None else np.asarray(PatchMatrix(X, convolution.geometry), dtype=np.float64)
     _check(layers, seen, len(X), objective, tol, time_limit)
     budget = Budget(time_limit)
-    with solving(len(X)):
+    with blas_threads(len(X)):
         batch = layers.with_statistics_of(seen)
-        case = _Case.of(batch, X, seen, objective, tol, convolution)
+        case = _Case.prepare(batch, X, seen, objective, tol, convolution)
         alone = case.certified(case.network, deadline=0.0)
         found = _Found.nothing(alone, case.n_neurons)
         if time_limit != 0 and alone.status in (Status.GAP_OPEN, Status.RESTRICTED):
@@ -97,30 +97,26 @@ def audit(
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """The question (rows, loss, weight decay) and the network that is judged."""
+    """The question and the network that is judged."""
 
     data: TrainingSet
+    program: ReluProgram
     objective: Objective
     network: BatchNormNetwork
     n_rows: int
     tol: float
 
     @classmethod
-    def of(
+    def prepare(
         cls, batch: Layers, X: Float, seen: Float, objective: Objective, tol: float, convolution: Convolution | None
     ) -> _Case:
+        """Rows, program and network of layers with the statistics of ``seen``."""
         loss = objective.loss
-        data = TrainingSet.prepare(
-            X, loss.targets, np.ones(len(X)),
-            loss=loss.kind, rank=None, input_eps=EPS, merge_features=True, convolution=convolution,
-        )  # fmt: skip
+        data = TrainingSet.prepare(X, loss.targets, np.ones(len(X)), loss=loss.kind, convolution=convolution)
         if batch.output_bias.any():
-            data = replace(data, loss=WithOutputBias.of(data.loss, objective.bias_decay))
-        return cls(data, objective, data.network(batch.network(seen)), len(X), tol)
-
-    @property
-    def weight_decay(self) -> float:
-        return self.objective.weight_decay
+            data = replace(data, loss=WithOutputBias.with_decay(data.loss, objective.bias_decay))
+        network = replace(batch.network(seen), convolution=convolution)
+        return cls(data, data.relu_program(objective.weight_decay), objective, network, len(X), tol)
 
     @property
     def has_bias(self) -> bool:
@@ -136,29 +132,17 @@ class _Case:
         return len(self.neurons.output)
 
     def certified(self, network: BatchNormNetwork, deadline: float | None) -> Certificate:
-        return certify(
-            self.data, network, self.weight_decay, None,
-            tol=self.tol, stopped_by="tolerance", own_rows=False, deadline=deadline,
-        )  # fmt: skip
+        return judged(self.data, network, self.program, tol=self.tol, deadline=deadline)
 
     def trained_on(self, deadline: float | None) -> Neurons:
         """The network's own neurons or fewer, at a stationary point."""
-        rows, loss, beta = self.data.whitening.rows, self.data.loss, self.weight_decay
-        found = local_phase(rows, loss, beta, self.neurons, max_iter=_ITERATIONS, deadline=deadline)
-        maxima = isinstance(loss, PooledLoss) and not loss.pooling.linear
-        return found if maxima else polish(rows, loss, beta, found, deadline=deadline)
+        found = lbfgs(self.program, self.neurons, _ITERATIONS, deadline)
+        return polish(self.program.on_rows, found, deadline=deadline) if self.program.readout.linear else found
 
     def of_any_width(self, budget: Budget, random_state: int) -> Fit:
-        """Network of our own, by formula or pricing."""
-        return fit_relu(
-            self.data, self.weight_decay,
-            tol=self.tol, max_iter=None, budget=budget, random_state=np.random.RandomState(random_state),
-        )  # fmt: skip
-
-    def objective_of(self, neurons: Neurons) -> float:
-        """Loss and penalty on the whitened rows."""
-        outputs = case_outputs(self.data.whitening.rows, self.data.loss, neurons)
-        return self.data.loss.of_cases.value(outputs) + self.weight_decay * float(neurons.masses.sum())
+        """Network of our own, by formula or column generation."""
+        rng = np.random.default_rng(np.random.RandomState(random_state).randint(2**31))
+        return fit_relu(self.data, self.program.weight_decay, tol=self.tol, budget=budget, rng=rng)
 
 
 @dataclass(frozen=True)
@@ -183,7 +167,7 @@ def _search(case: _Case, alone: Certificate, budget: Budget, random_state: int) 
     soon = None if limit is None else budget.started + _FURTHER_SHARE * limit
     further = case.trained_on(soon)
     in_time = soon is None or time.monotonic() < soon
-    reached = min(case.objective_of(further), alone.objective)
+    reached = min(case.program.objective(further), alone.objective)
     rest = Budget(None if limit is None else (1 - _FURTHER_SHARE) * limit)
     ours = case.of_any_width(rest, random_state)
     known = [(reached, _width(further)), (ours.certificate.objective, _width(neurons_of(case.data, ours.network)))]
@@ -219,7 +203,7 @@ def _report(
         explanation="",
         scope=scope_of(deep, case.has_bias),
         factor=factor,
-        weight_decay=case.weight_decay,
+        weight_decay=case.program.weight_decay,
         n_neurons=case.n_neurons,
         loss=loss,
         stored_loss=stored,

@@ -16,7 +16,8 @@ import numpy as np
 
 from convexbn._types import EPS, Float, FloatMatrix, Index
 from convexbn.program.losses import LOSSES
-from convexbn.solvers.closed_form import solve_full_rank
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.closed_form import ClosedForm
 
 #: Entries of the distances held at once (rows times classes times features).
 _BLOCK_ENTRIES = 1 << 22
@@ -137,7 +138,9 @@ def optimal_collapse(counts: Sequence[int], weight_decay: float, *, loss: str) -
     weights, K = np.asarray(counts, dtype=np.float64), len(counts)
     # rows of a class have equal hidden activations at the optimum, so one row of its weight stands for all of them
     rows = np.diag(1 / np.sqrt(weights))
-    first, output = solve_full_rank(rows, LOSSES[loss](np.eye(K), weights), weight_decay)
+    program = ReluProgram(rows, LOSSES[loss](np.eye(K), weights), weight_decay)
+    neurons = ClosedForm().solve(program).weights
+    first, output = neurons.first, neurons.output
     root = np.sqrt(np.linalg.norm(output, axis=1))  # the first layer has unit norms
     labels = np.repeat(np.arange(K), counts)
     return collapse_metrics((np.maximum(rows @ first, 0) * root)[labels], labels, output / root[:, None])

@@ -18,16 +18,15 @@ import numpy as np
 
 from convexbn._types import EPS, Float, Index
 from convexbn.certificate.certificate import Certificate
-from convexbn.data.preactivations import Responses
+from convexbn.data.preactivations import PreActivations
 from convexbn.data.whitening import Whitening
-from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows
 from convexbn.program.gates import first_of_each_pattern, gate_patterns
 from convexbn.program.network import BatchNormNetwork
+from convexbn.program.neurons import Neurons
 from convexbn.program.realizability import nearest_directions, realised
-from convexbn.solvers.base import Budget
 from convexbn.solvers.cone_decomposition import difference_in_cones
-from convexbn.solvers.relu.column_generation import Neurons
-from convexbn.training.fit import certify, fit_gated
+from convexbn.training.fit import fit_gated, judged
 from convexbn.training.training_set import TrainingSet
 
 
@@ -100,27 +99,18 @@ def to_relu(
         raise ValueError("the network has no gates: it is a ReLU network already.")
     if unrealisable not in ("refuse", "nearest"):
         raise ValueError(f"unrealisable must be 'refuse' or 'nearest', got {unrealisable!r}.")
-    before = split = _Blocks.of(data, network, weight_decay)
+    before = split = _SplitProgram.from_network(data, network, weight_decay)
     n_unrealisable = before.n_unrealisable
     if n_unrealisable and unrealisable == "nearest":
         gates, gate_offsets = _with_nearest(data, gates, gate_offsets)
-        network = fit_gated(
-            data,
-            data.gated_program(gates, gate_offsets, weight_decay),
-            gates,
-            gate_offsets,
-            solver="auto",
-            tol=tol,
-            max_iter=None,
-            budget=Budget(),
-        ).network
-        split = _Blocks.of(data, network, weight_decay)
+        program = data.gated_program(gates, gate_offsets, weight_decay)
+        network = fit_gated(data, program, (gates, gate_offsets), tol=tol).network
+        split = _SplitProgram.from_network(data, network, weight_decay)
     if missing := split.n_unrealisable:
         raise ValueError(_refusal(missing, len(split.blocks), data.whitening))
-    neurons = split.split()
-    converted = BatchNormNetwork.from_neurons(data.whitening, neurons.first, neurons.output)
+    converted = BatchNormNetwork.from_neurons(data.whitening, split.split())
     # the proof is not what the conversion is for: the orthant alone
-    proof = certify(data, converted, weight_decay, None, tol=tol, stopped_by="tolerance", own_rows=True, deadline=0.0)
+    proof = judged(data, converted, data.relu_program(weight_decay), tol=tol, own_rows=True, deadline=0.0)
     outputs = network.predict(data.X)
     error = np.abs(converted.predict(data.X) - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float64).tiny)
     return Conversion(converted, proof, before.objective, split.objective, n_unrealisable, float(error))
@@ -128,8 +118,9 @@ def to_relu(
 
 def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
     """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
-    responses = Responses.of(data.inputs, network.weight, data.loss.weights, rank=data.whitening.rank)
-    coordinates = responses.products(data.whitening.rows, data.loss.weights)
+    weights = data.row_weights
+    responses = PreActivations.compute(data.inputs, network.weight, weights, rank=data.whitening.rank)
+    coordinates = responses.products(data.whitening.rows, weights)
     coordinates /= (data.whitening.filter**2)[:, None]
     lengths = np.linalg.norm(data.whitening.filter[:, None] * coordinates, axis=0)
     coordinates /= np.where(lengths > 0, lengths, 1)
@@ -145,7 +136,7 @@ def blocks_of(neurons: Neurons, gate_index: Index) -> tuple[Index, Float]:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class _SplitProgram:
     """Gates that a network uses, their nearest directions on the whitened rows (q, m), and its blocks (m, q, K)."""
 
     program: GatedProgram
@@ -153,27 +144,27 @@ class _Blocks:
     blocks: Float
 
     @classmethod
-    def of(cls, data: TrainingSet, network: BatchNormNetwork, weight_decay: float) -> _Blocks:
+    def from_network(cls, data: TrainingSet, network: BatchNormNetwork, weight_decay: float) -> _SplitProgram:
         """Sum the neurons of every gate."""
-        assert network.gates is not None
-        assert network.gate_offsets is not None
-        assert network.gate_index is not None
-        first, blocks = blocks_of(neurons_of(data, network), network.gate_index)
-        gates, offsets = network.gates[:, first], network.gate_offsets[first]
+        gates, offsets, index = network.fixed_gates
+        first, blocks = blocks_of(neurons_of(data, network), index)
+        gates, offsets = gates[:, first], offsets[first]
         program = data.gated_program(gates, offsets, weight_decay)
         return cls(program, _directions(data, gates, offsets), blocks)
 
     @property
     def objective(self) -> float:
         """Loss plus ``weight_decay * sum_i ||S_i||_F``."""
-        program = self.program
-        outputs = program.outputs(np.arange(len(self.blocks)), self.blocks)
-        return program.loss.value(outputs) + program.weight_decay * float(block_norms(self.blocks).sum())
+        return self.program.objective(GateBlocks(np.arange(len(self.blocks)), self.blocks))
+
+    @property
+    def _operator(self) -> MaskedRows:
+        return self.program.operator
 
     @property
     def n_unrealisable(self) -> int:
         """Gates that no direction of the whitened rows realises."""
-        return int((~realised(self.program.rows, self.program.patterns, self.directions)).sum())
+        return int((~realised(self._operator.rows, self._operator.patterns, self.directions)).sum())
 
     def split(self) -> Neurons:
         """Two ReLU neurons an atom of every block."""
@@ -181,7 +172,7 @@ class _Blocks:
         cut = EPS * max(self.blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
         block, atom = np.nonzero((values > cut) & (values > 0))
         vectors, output = values[block, atom][:, None] * left[block, :, atom], right[block, atom]
-        positive, negative = difference_in_cones(self.program.rows, self.program.patterns.T[block], vectors)
+        positive, negative = difference_in_cones(self._operator.rows, self._operator.patterns.T[block], vectors)
         return Neurons(np.vstack([positive, negative]).T, np.vstack([output, -output]))
 
 

@@ -15,17 +15,17 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, LossKind, loss_kind
+from convexbn.program.targets import checked_targets, numbers, ranked_labels, require
 
-#: Torch's losses: the loss of this package, and the factor of torch's sum over rows and outputs.
-TORCH_LOSSES = {
-    "MSELoss": ("squared", 2.0),
-    "HuberLoss": ("huber", 1.0),
-    "CrossEntropyLoss": ("cross_entropy", 1.0),
-    "BCEWithLogitsLoss": ("logistic", 1.0),
-}
 
-#: All names of a loss: those of this package are sums over rows, torch's are means as torch's own default.
-LOSS_NAMES = (*LOSSES, *TORCH_LOSSES)
+def torch_losses() -> dict[str, str]:
+    """Torch's losses, and those of this package that they are a multiple of."""
+    return {loss.torch_name: name for name, loss in LOSSES.items() if loss.torch_name}
+
+
+def loss_names() -> list[str]:
+    """All names of a loss: those of this package are sums over rows, torch's are means as torch's own default."""
+    return [*LOSSES, *torch_losses()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class TrainedLoss:
     huber_delta: float = 1.0
 
     @classmethod
-    def of(
+    def from_name(
         cls,
         name: str,
         y: Any,
@@ -87,25 +87,27 @@ class TrainedLoss:
 
         Examples
         --------
-        >>> TrainedLoss.of("MSELoss", [1.0, 2.0, 4.0, 5.0], 1).factor
+        >>> TrainedLoss.from_name("MSELoss", [1.0, 2.0, 4.0, 5.0], 1).factor
         0.5
         """
-        if name not in LOSS_NAMES:
-            raise ValueError(f"loss must be one of {', '.join(LOSS_NAMES)}; got {name!r}.")
-        own, factor = TORCH_LOSSES.get(name, (name, 1.0))
-        targets = _probabilities(y, n_outputs) if own == "cross_entropy" else _numbers(y, n_outputs)
-        if name == "BCEWithLogitsLoss":
-            _require(bool((np.abs(targets - 0.5) <= 0.5).all()), "BCEWithLogitsLoss takes targets in [0, 1]")
+        if name not in loss_names():
+            raise ValueError(f"loss must be one of {', '.join(loss_names())}; got {name!r}.")
+        by_torch = torch_losses()
+        own = by_torch.get(name, name)
+        if name in by_torch and LOSSES[own].target_kind == "signs":
+            targets = numbers(y, n_outputs)
+            require(bool((np.abs(targets - 0.5) <= 0.5).all()), f"{name} takes targets in [0, 1]")
             targets = 2 * targets - 1
-        elif own in ("logistic", "squared_hinge"):
-            words = "the logistic loss" if own == "logistic" else "the squared hinge"
-            _require(bool((np.abs(targets) == 1).all()), f"{words} takes targets -1 and +1")
-        elif own == "huber" and not 0 < huber_delta < np.inf:
-            raise ValueError(f"huber_delta must be a positive number, got {huber_delta}.")
-        elif own == "cross_entropy":
+        else:
+            targets = checked_targets(y, n_outputs, own)
+        probabilities = LOSSES[own].target_kind == "probabilities"
+        if probabilities:
             targets = (1 - label_smoothing) * targets + label_smoothing / n_outputs
-        if name in TORCH_LOSSES and reduction == "mean":
-            factor /= len(targets) if own == "cross_entropy" else targets.size
+        if not 0 < huber_delta < np.inf:
+            raise ValueError(f"huber_delta must be a positive number, got {huber_delta}.")
+        factor = LOSSES[own].torch_factor if name in by_torch else 1.0
+        if name in by_torch and reduction == "mean":
+            factor /= len(targets) if probabilities else targets.size
         return cls(own, targets, factor, huber_delta)
 
     @property
@@ -191,7 +193,7 @@ def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.
     Parameters
     ----------
     name : str
-        As ``TrainedLoss.of``.
+        As ``TrainedLoss.from_name``.
     y : ndarray (n,)
         Numbers for a squared or Huber loss of one output. Else labels: integers from 0 to K - 1 are the numbers of the
         outputs, others are put in order.
@@ -208,48 +210,12 @@ def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.
     >>> targets_of_labels("CrossEntropyLoss", np.array(["b", "a", "c"]), 3)
     array([1, 0, 2])
     """
-    own = TORCH_LOSSES.get(name, (name, 1.0))[0]
-    if own in ("squared", "huber") and n_outputs == 1 and y.dtype.kind in "iufb":
+    own = torch_losses().get(name, name)
+    kind = LOSSES[own].target_kind
+    if "regression" in LOSSES[own].tasks and n_outputs == 1 and y.dtype.kind in "iufb":
         return y
-    classes = 2 if n_outputs == 1 else n_outputs
-    labels = y
-    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= classes:
-        known, labels = np.unique(y, return_inverse=True)
-        _require(len(known) == classes, f"the network has outputs for {classes} classes, and y has {len(known)} labels")
-    if own == "cross_entropy":
+    labels = ranked_labels(y, max(n_outputs, 2))
+    if kind == "probabilities":
         return labels
     one_hot = labels[:, None] if n_outputs == 1 else np.eye(n_outputs)[labels]
-    return 2 * one_hot - 1 if name in ("logistic", "squared_hinge") else one_hot
-
-
-def _numbers(y: Any, n_outputs: int) -> Float:
-    targets = np.asarray(y, dtype=np.float64)
-    targets = targets[:, None] if targets.ndim == 1 else targets
-    _require(
-        targets.ndim == 2 and targets.shape[1] == n_outputs,
-        f"the network has {n_outputs} outputs, and y has shape {np.shape(y)}",
-    )
-    _require(bool(np.isfinite(targets).all()), "y must be finite")
-    return targets
-
-
-def _probabilities(y: Any, n_classes: int) -> Float:
-    """One-hot rows of class indices (n,), or rows of probabilities (n, K)."""
-    labels = np.asarray(y)
-    if labels.ndim != 1:
-        rows = _numbers(y, n_classes)
-        _require(
-            bool(rows.min(initial=0.0) >= 0 and np.abs(rows.sum(axis=1) - 1).max(initial=0.0) < 1e-6),
-            "cross-entropy takes class indices or rows of probabilities, and y has rows that are none",
-        )
-        normalised: Float = rows / rows.sum(axis=1, keepdims=True)
-        return normalised
-    inside = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0 and labels.max(initial=0) < n_classes
-    _require(bool(inside), f"cross-entropy takes class indices from 0 to {n_classes - 1}, integers, and y holds others")
-    one_hot: Float = np.eye(n_classes)[labels]
-    return one_hot
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise ValueError(f"{sentence}: give the targets that the loss was trained with.")
+    return 2 * one_hot - 1 if kind == "signs" and name == own else one_hot

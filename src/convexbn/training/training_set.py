@@ -10,35 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import Bool, Float, FloatMatrix
-from convexbn.certificate.dual_bounds import AllPatterns
+from convexbn._types import EPS, Float, FloatMatrix
+from convexbn.certificate.dual_bounds import ReluDualBounds
+from convexbn.certificate.question import Question
 from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import Whitening, whiten
-from convexbn.program.convolutional_network import ConvolutionalNetwork
 from convexbn.program.gated import GatedProgram
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program.losses import Loss, LossKind
-from convexbn.program.network import BatchNormNetwork
-from convexbn.program.pooled_loss import PooledLoss
-from convexbn.program.pooled_program import PooledProgram
+from convexbn.program.readout import Readout, readout_of
+from convexbn.program.relu import ReluProgram
 from convexbn.solvers import closed_form
-from convexbn.solvers.relu.sgd import StochasticPhase, random_start
+from convexbn.solvers.relu.sgd import SGD, random_start
 
 #: Fraction of the largest useful weight decay that ``weight_decay="auto"`` takes.
 AUTO_FRACTION = 0.02
 
-
 #: The descent whose neurons are trained gates, and rows that it sees at least, each as often as it takes.
-GATES_DESCENT, GATES_ROWS = StochasticPhase(epochs=8, learning_rate=0.2), 250_000
-
+GATES_DESCENT, GATES_ROWS = SGD(epochs=8, learning_rate=0.2), 250_000
 
 #: The descent on images: one is as many patches, which agree on a class.
-IMAGES_DESCENT = StochasticPhase(batch_size=100)
+IMAGES_DESCENT = SGD(batch_size=100)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingSet:
     """Canonical training rows, their loss and whitening.
 
@@ -47,9 +44,9 @@ class TrainingSet:
     X : ndarray (n, d)
         Distinct rows in canonical order.
     loss : Loss
-        Loss bound to targets and weights of those rows, as the rows that the first layer sees make its outputs.
+        Loss bound to targets and weights of those rows.
     whitening : Whitening
-        Whitened rows and statistics.
+        Whitened rows and statistics, of the patches where the rows are images.
     fingerprint : str
         Hash of the canonical rows, targets and weights.
     inputs : ndarray (n, d), or PatchMatrix
@@ -73,16 +70,31 @@ class TrainingSet:
         sample_weight: Float,
         *,
         loss: LossKind,
-        rank: int | float | None,
-        input_eps: float,
-        merge_features: bool,
+        rank: int | float | None = None,
         spectral_filter: float | None = None,
+        input_eps: float = EPS,
+        merge_features: bool = True,
         convolution: Convolution | None = None,
     ) -> TrainingSet:
         """Canonical order, merging and whitening: of the rows, or of the patches of images.
 
-        With ``merge_features`` (ReLU by formula) rows of equal features are merged whatever their targets, where the
-        loss depends on their mean: averaged for the squared loss, soft labels for those of classes.
+        Parameters
+        ----------
+        X : ndarray (n, d)
+            Finite rows of any real type.
+        Y : ndarray (n, K)
+            Targets as the loss takes them.
+        sample_weight : ndarray (n,)
+            Weights, not negative; rows of weight zero are left out.
+        loss : callable
+            Binds targets and weights to a loss.
+        rank, spectral_filter, input_eps
+            As in ``whiten``.
+        merge_features : bool, default=True
+            Whether rows of equal features are merged whatever their targets, where the loss depends on their mean:
+            averaged for the squared loss, soft labels for those of classes. Formulas and exact ReLU training need it.
+        convolution : Convolution, optional
+            Where the rows are flattened images.
         """
         X, Y, weights = canonical_rows(X, Y, sample_weight)
         mark = fingerprint(X, Y, weights)
@@ -90,15 +102,20 @@ class TrainingSet:
         if merge_features and bound.depends_on_means:
             X, place = distinct_rows(X)
             bound = bound.merged(place, len(X))
-        if convolution is not None:
-            bound = PooledLoss.of(bound, convolution.pool)
         inputs: Any = X if convolution is None else PatchMatrix(X, convolution.geometry)
-        whitening = whiten(inputs, bound.weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
+        row_weights = readout_of(convolution).row_weights(bound.weights)
+        whitening = whiten(inputs, row_weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
         return cls(X, bound, whitening, mark, inputs, convolution)
 
-    def network(self, dense: BatchNormNetwork) -> BatchNormNetwork:
-        """A network on what the first layer sees as one on the rows."""
-        return dense if self.convolution is None else ConvolutionalNetwork.of(dense, self.convolution)
+    @property
+    def readout(self) -> Readout:
+        """What the loss sees of the hidden units of a case's rows."""
+        return readout_of(self.convolution)
+
+    @property
+    def row_weights(self) -> Float:
+        """Weights of what the first layer sees."""
+        return self.readout.row_weights(self.loss.weights)
 
     @property
     def has_orthogonal_rows(self) -> bool:
@@ -110,19 +127,33 @@ class TrainingSet:
         """The same rows on fewer directions, or filtered: one SVD serves them all, see ``Whitening.leading``."""
         return replace(self, whitening=self.whitening.leading(rank, spectral_filter))
 
-    def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
-        """The gated program on these rows."""
-        return self._program(gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets), weight_decay)
+    def relu_program(self, weight_decay: float) -> ReluProgram:
+        """The ReLU program on these rows."""
+        return ReluProgram(self.whitening.rows, self.loss, weight_decay, self.readout)
 
-    def _program(self, patterns: Bool, weight_decay: float) -> GatedProgram:
-        if isinstance(self.loss, PooledLoss):
-            return PooledProgram.of(self.whitening.rows, patterns, self.loss, weight_decay)
-        return GatedProgram(self.whitening.rows, patterns, self.loss, weight_decay)
+    def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
+        """The gated program on these rows, of gates (d, P) with offsets (P,)."""
+        patterns = gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets)
+        return GatedProgram.from_rows(self.whitening.rows, patterns, self.loss, weight_decay, self.readout)
+
+    def question(self, program: GatedProgram | ReluProgram, tol: float) -> Question:
+        """What a network on these rows is judged by."""
+        phi = self.whitening.filter if self.whitening.filtered else None
+        return Question(self.inputs, self.whitening.mean, program, tol, self.whitening.truncated, phi)
 
     def draw_gates(
         self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
     ) -> tuple[Float, Float, GatedProgram]:
-        """Sampled or given gates, of equal training patterns the first, (d, P) and (P,), and their program."""
+        """Sampled or given gates, of equal training patterns the first, (d, P) and (P,), and their program.
+
+        Parameters
+        ----------
+        gates : {"data", "whitened", "trained"} or ndarray (d, P) or (d + 1, P)
+            How gates are drawn, or the gates, with offsets in the last row if there is one.
+        n_gates : int
+            Number of draws.
+        random_state : numpy.random.RandomState
+        """
         n, d = self.inputs.shape
         if isinstance(gates, str):
             check_memory(n, d, n_gates)
@@ -133,7 +164,8 @@ class TrainingSet:
             check_memory(n, d, len(offsets))
         patterns = gate_patterns(self.inputs, self.whitening.mean, directions, offsets)
         kept = first_of_each_pattern(patterns)
-        program = self._program(np.ascontiguousarray(patterns[:, kept]), 1.0)
+        patterns = np.ascontiguousarray(patterns[:, kept])
+        program = GatedProgram.from_rows(self.whitening.rows, patterns, self.loss, 1.0, self.readout)
         return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
 
     def _trained_gates(
@@ -144,12 +176,9 @@ class TrainingSet:
         untrained = self.gated_program(*gates_along(whitening, directions))
         rng, n = np.random.default_rng(random_state.randint(2**31)), len(whitening.rows)
         settings = GATES_DESCENT if self.convolution is None else IMAGES_DESCENT
-        epochs = max(GATES_DESCENT.epochs, -(-GATES_ROWS // n))
-        descent = replace(settings, epochs=epochs).run(
-            whitening.rows, self.loss, AUTO_FRACTION * untrained.max_weight_decay(),
-            random_start(directions, self.loss, rng), rng,
-        )  # fmt: skip
-        neurons, _ = deque(descent, maxlen=1).pop()
+        descent = replace(settings, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // n)))
+        program = self.relu_program(AUTO_FRACTION * untrained.max_weight_decay())
+        neurons, _ = deque(descent.run(program, random_start(program, directions, rng), rng), maxlen=1).pop()
         return gates_along(whitening, neurons.first)
 
     def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
@@ -163,10 +192,9 @@ class TrainingSet:
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
             except closed_form.NoFormulaError:
                 pass
-        cases, q = self.loss.of_cases, self.whitening.rank + 1
-        dual = cases.negative_gradient(np.zeros_like(cases.targets))
-        prover = AllPatterns(self.loss, self.whitening.rows, weight_decay=0.0, directions=np.zeros((0, q)))
-        return prover.dual_norm(dual, proved=proved)
+        program = self.relu_program(weight_decay=0.0)
+        prover = ReluDualBounds(program, directions=np.zeros((0, program.n_inputs)))
+        return prover.dual_norm(self.loss.negative_gradient(np.zeros_like(self.loss.targets)), proved=proved)
 
 
 def split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.program.gated import GateBlocks
 from convexbn.program.neurons import Neurons
-from convexbn.solvers.base import Solution
 from convexbn.training.relu_conversion import blocks_of
 from convexbn.training.training_set import TrainingSet
 
 
-def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> Solution | Neurons | None:
+def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks | Neurons | None:
     """A solution near that of ``model``, from one or two fitted before it; None without any."""
     if not former or (draws_whitened(model) and model.rank != former[-1].rank):
         return None  # whitened gates of another rank are others
@@ -26,7 +26,7 @@ def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> Solution |
         if (last - before) * (now - last) > 0:  # solutions are nearly linear in the weight decay, piece by piece
             blocks += (now - last) / (last - before) * (blocks - _blocks(data, former[0]))
     index = np.flatnonzero(blocks.any(axis=(1, 2)))
-    return Solution(index, blocks[index], "start")
+    return GateBlocks(index, blocks[index])
 
 
 def _blocks(data: TrainingSet, fitted: Any) -> Float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +21,22 @@ import scipy.sparse
 
 from convexbn._types import Float, Index
 from convexbn.program.arrangement import Cells, enumerate_max_regions, enumerate_patterns, facets
-from convexbn.program.losses import Loss, SquaredLoss
+from convexbn.program.losses import SquaredLoss
 from convexbn.program.neurons import Neurons
-from convexbn.program.pooled_loss import PooledLoss
+from convexbn.program.readout import Pooling
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.base import Budget, Solution
 
 #: Share of the objective below which a neuron's penalty is what an interior point leaves of a zero.
 _NEGLIGIBLE = 1e-8
 
 
-class ConicSolution(NamedTuple):
+@dataclass(frozen=True)
+class ConicSolution(Solution[Neurons]):
     """Optimum of the conic solver.
 
     Attributes
     ----------
-    neurons : Neurons
-        The network, balanced.
     dual : ndarray (n, K)
         The dual point ``V`` of the rows (or groups of max pooling), ``max ||V'(A u)_+|| <= beta`` to the solver's
         accuracy.
@@ -43,9 +44,8 @@ class ConicSolution(NamedTuple):
         The objective.
     """
 
-    neurons: Neurons
-    dual: Float
-    value: float
+    dual: Float = field(kw_only=True)
+    value: float = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,21 @@ class ConicRelu:
     tol: float = 1e-11
     max_bytes: int = 1 << 30
 
-    def solve(self, rows: Float, loss: Loss, weight_decay: float) -> ConicSolution:
+    def solve(
+        self,
+        program: ReluProgram,
+        start: Neurons | None = None,
+        budget: Budget | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> ConicSolution:
         """Optimal network and dual point.
 
         Parameters
         ----------
-        rows : ndarray (n, q)
-            Whitened rows.
-        loss : Loss
-            Squared, with targets (n, K), pooled or not; several outputs need ``q = 2``, of max pooling there may be
-            one.
-        weight_decay : float
+        program : ReluProgram
+            Of squared loss, pooled or not; several outputs need ``q = 2``, of max pooling there may be one.
+        start, budget, rng
+            Not used.
 
         Returns
         -------
@@ -92,9 +96,9 @@ class ConicRelu:
             cvxpy: Any = importlib.import_module("cvxpy")
         except ImportError as error:
             raise ImportError("the reference over all patterns needs CVXPY: pip install cvxpy clarabel.") from error
-        q, K = rows.shape[1], loss.targets.shape[1]
-        A, cases = loss.arranged(rows), loss.of_cases
-        if not isinstance(cases, SquaredLoss):
+        q, K, loss = program.n_inputs, program.n_outputs, program.loss
+        A = program.readout.arranged(program.rows[:])
+        if not isinstance(loss, SquaredLoss):
             raise TypeError("the conic reference solves the squared loss only.")
         if K > 1 and (q != 2 or A.ndim == 3):
             raise TypeError(f"the conic reference solves several outputs on 2 whitened columns only, not on {q}.")
@@ -105,15 +109,15 @@ class ConicRelu:
             cells = enumerate_patterns(A, max_bytes=self.max_bytes)
             blocks = _Vectors(cvxpy, len(A), *_cells(A, cells)) if K == 1 else _PlaneCones(cvxpy, A, cells, K)
         fitted = cvxpy.Variable((len(A), K))
-        residual = cvxpy.multiply(np.sqrt(cases.weights)[:, None], _seen(loss, fitted) - cases.targets)
-        objective = 0.5 * cvxpy.sum_squares(residual) + weight_decay * blocks.penalty + loss.constant
+        residual = cvxpy.multiply(np.sqrt(loss.weights)[:, None], _seen(program, fitted) - loss.targets)
+        objective = 0.5 * cvxpy.sum_squares(residual) + program.weight_decay * blocks.penalty + loss.constant
         problem = cvxpy.Problem(cvxpy.Minimize(objective), [fitted == blocks.outputs, *blocks.constraints])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Solution may be inaccurate")
             problem.solve("CLARABEL", tol_gap_rel=self.tol, tol_gap_abs=self.tol, tol_feas=self.tol)
         value = float(problem.value)
-        neurons = _balanced(blocks.neurons(), _NEGLIGIBLE * value / weight_decay)
-        return ConicSolution(neurons, problem.constraints[0].dual_value, value)
+        neurons = _balanced(blocks.neurons(), _NEGLIGIBLE * value / program.weight_decay)
+        return ConicSolution(neurons, "tolerance", dual=problem.constraints[0].dual_value, value=value)
 
 
 class _Linear(NamedTuple):
@@ -148,12 +152,12 @@ def _max_regions(groups: Float, max_bytes: int) -> tuple[int, _Linear, _Linear]:
     return len(regions.members), opened, _Linear(region, np.arange(len(inward)), inward)
 
 
-def _seen(loss: Loss, fitted: Any) -> Any:
-    """What the terms of the loss see of the outputs of all rows, or groups, as an expression."""
-    if not isinstance(loss, PooledLoss):
+def _seen(program: ReluProgram, fitted: Any) -> Any:
+    """What the loss sees of the outputs of all rows, or groups, as an expression."""
+    readout, (n, K) = program.readout, program.loss.targets.shape
+    if not isinstance(readout, Pooling):
         return fitted
-    n, K = loss.of_images.targets.shape
-    matrix = loss.pooling.matrix if loss.pooling.linear else np.eye(loss.pooling.n_regions)
+    matrix = readout.regions.averages if readout.linear else np.eye(readout.n_regions)
     maps = (scipy.sparse.kron(scipy.sparse.eye_array(n), row[None, :]).tocsr() for row in matrix)
     return sum(region @ fitted[:, r * K : (r + 1) * K] for r, region in enumerate(maps))
 
@@ -213,8 +217,8 @@ def _rays(rows: Float, cells: Cells) -> Float:
 
 
 def _balanced(neurons: Neurons, negligible: float) -> Neurons:
-    """Neurons of more than negligible mass, with equal norms on both sides."""
-    live = neurons.masses > negligible
+    """Neurons of more than negligible norm, with equal norms on both sides."""
+    live = neurons.norms > negligible
     first, output = neurons.first[:, live], neurons.output[live]
     root = np.sqrt(np.linalg.norm(output, axis=1) / np.linalg.norm(first, axis=0))
     return Neurons(first * root, output / root[:, None])

@@ -24,7 +24,6 @@ import scipy.linalg
 
 from convexbn._types import Bool, Float, Index
 from convexbn.program.gated import GatedProgram, block_norms
-from convexbn.program.gauss_newton import half_hessian
 from convexbn.program.losses import SquaredLoss
 
 #: Eigenvalues below this of a matrix of unit diagonal are 0: the groups depend on one another.
@@ -68,7 +67,7 @@ class ActiveGroups:
     --------
     >>> rng = np.random.default_rng(0)
     >>> A, D, Y = rng.standard_normal((30, 4)), rng.random((30, 8)) < 0.5, rng.standard_normal((30, 1))
-    >>> program = GatedProgram(A, D, SquaredLoss(Y, np.ones(30)), 1.0)
+    >>> program = GatedProgram.from_rows(A, D, SquaredLoss(Y, np.ones(30)), 1.0)
     >>> groups = ActiveGroups(program, np.arange(8), np.ones((8, 4, 1)))
     >>> for _ in range(12):
     ...     groups = groups.newton_step()
@@ -140,16 +139,16 @@ class ActiveGroups:
         loss, outputs = self.program.loss, self.outputs
         if isinstance(loss, SquaredLoss):
             loss, outputs = replace(loss, targets=loss.targets[:, :1]), outputs[:, :1]
-        return half_hessian(loss, outputs)
+        return loss.hessian_root(outputs)
 
     @cached_property
     def _opened(self) -> Float:
-        return self.program.patterns[:, self.gate_index].astype(np.float64)
+        return self.program.operator.patterns[:, self.gate_index].astype(np.float64)
 
     @cached_property
     def _factor(self) -> tuple[Float, bool]:
         """Cholesky factor of ``C``."""
-        rows, (n, K, _) = self.program.rows, self._half.shape
+        rows, (n, K, _) = self.program.operator.rows, self._half.shape
         kernel = (rows @ rows.T) * ((self._opened * self.lengths) @ self._opened.T)
         flat = self._half.transpose(0, 2, 1).reshape(n * K, K)
         C = ((flat @ flat.T).reshape(n, K, n, K) * kernel[:, None, :, None]).reshape(n * K, n * K)
@@ -160,7 +159,7 @@ class ActiveGroups:
     @cached_property
     def _images(self) -> Float:
         """``p_i`` (m, n, K)."""
-        return self._root_transposed(self._opened.T[:, :, None] * (self.program.rows @ self.directions))
+        return self._root_transposed(self._opened.T[:, :, None] * (self.program.operator.rows @ self.directions))
 
     @cached_property
     def _solved_images(self) -> Float:

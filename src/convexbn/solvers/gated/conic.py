@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse
 
 from convexbn._types import Float
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.base import Budget, Progress, Solution
+from convexbn.solvers.base import Budget, Progress, Solution, Solves
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,38 @@ class Conic:
     tol: float = 1e-6
     max_iter: int = 200
 
-    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
-        """Solve the program; an interior point takes no warm start, and ``start`` is not used.
+    solves: ClassVar[Solves] = Solves(losses=(SquaredLoss,), norms=(Frobenius,))
+
+    def solve(
+        self,
+        program: GatedProgram,
+        start: GateBlocks | None = None,
+        budget: Budget | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Solution[GateBlocks]:
+        """Solve the program.
+
+        Parameters
+        ----------
+        program : GatedProgram
+        start : GateBlocks, optional
+            Not used: an interior point takes no warm start.
+        budget : Budget, optional
+        rng : numpy.random.Generator, optional
+            Not used: nothing is random.
 
         Raises
         ------
         ImportError
             When Clarabel is not installed.
         TypeError
-            For another loss than the squared one.
+            For another loss than the squared one, and for the nuclear norm.
         """
+        self.solves.check("conic", program)
         try:
             import clarabel
         except ImportError as error:
             raise ImportError("solver='conic' needs Clarabel: pip install 'convexbn[reference]'.") from error
-        if not isinstance(program.loss, SquaredLoss):
-            raise TypeError("the conic reference solves the squared loss only; use solver='proximal' for others.")
-        if program.penalty != "Frobenius":
-            raise TypeError("the conic reference has one Frobenius norm a gate; use solver='proximal' for regions.")
         settings = clarabel.DefaultSettings()
         settings.verbose = False
         settings.max_iter = self.max_iter
@@ -69,7 +84,7 @@ def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
     eye = scipy.sparse.identity(K)
     columns: list[scipy.sparse.spmatrix] = [scipy.sparse.identity(n * K)]
     for i in range(m):
-        columns.append(-scipy.sparse.kron(root * program.gated_rows(i), eye))
+        columns.append(-scipy.sparse.kron(root * program.operator.gate(i), eye))
         columns.append(scipy.sparse.csc_matrix((n * K, 1)))
     # cone rows hold (t_i, S_i) = b - A x with b = 0
     order = np.arange(m * (q * K + 1)).reshape(m, -1)[:, np.r_[q * K, 0 : q * K]].ravel()
@@ -82,7 +97,7 @@ def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
     return quadratic, linear, constraints, right, cones
 
 
-def _solution(program: GatedProgram, answer) -> Solution:  # type: ignore[no-untyped-def]
+def _solution(program: GatedProgram, answer) -> Solution[GateBlocks]:  # type: ignore[no-untyped-def]
     """Blocks above the solver's own accuracy, with its word for why it stopped."""
     (n, K), (q, _) = program.loss.targets.shape, program.block_shape
     stacked = np.asarray(answer.x)[n * K :].reshape(program.n_gates, q * K + 1)
@@ -91,4 +106,4 @@ def _solution(program: GatedProgram, answer) -> Solution:  # type: ignore[no-unt
     solved = str(answer.status) in ("Solved", "AlmostSolved")
     reason = "tolerance" if solved else ("time_limit" if "Time" in str(answer.status) else "max_iter")
     history = [Progress(answer.iterations, answer.obj_val + program.loss.constant, answer.obj_val_dual, len(index))]
-    return Solution(index, blocks[index], reason, history)
+    return Solution(GateBlocks(index, blocks[index]), reason, history)

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
 from scipy.linalg.lapack import dpotrf, dpotrs
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.base import Budget, Progress, Solution, zero_solution
+from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
 
 #: Below this many rows everything is factorised in float64.
 _SMALL = 500
@@ -47,22 +48,38 @@ class GroupNewton:
     tol: float = 1e-6
     max_iter: int = 200
 
-    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
-        """Solve the program, warm-started from the blocks of ``start``.
+    solves: ClassVar[Solves] = Solves(losses=(SquaredLoss,), operators=(MaskedRows,), norms=(Frobenius,))
+
+    def solve(
+        self,
+        program: GatedProgram,
+        start: GateBlocks | None = None,
+        budget: Budget | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Solution[GateBlocks]:
+        """Solve the program.
+
+        Parameters
+        ----------
+        program : GatedProgram
+        start : GateBlocks, optional
+            A warm start.
+        budget : Budget, optional
+        rng : numpy.random.Generator, optional
+            Not used: nothing is random.
 
         Raises
         ------
         TypeError
-            For another loss than the squared one; use ``Proximal``.
+            For another loss than the squared one, and for convolutional programs; use ``Proximal``.
         """
-        if not isinstance(program.loss, SquaredLoss):
-            raise TypeError("group_newton solves the squared loss only; use solver='proximal' for others.")
+        self.solves.check("group_newton", program)
         budget = budget or Budget()
         zero = zero_solution(program, budget)
         if zero is not None:
             return zero
         state = _Scaled(program)
-        norms = block_norms(state.program.correlations(state.targets))
+        norms = block_norms(program.correlations_at_zero) / state.unit
         scales = state.initial_scales(norms, start)
         point = state.evaluate(scales, accuracy=1.0)
         history: list[Progress] = []
@@ -135,7 +152,7 @@ class _Scaled:
         self.beta = max(program.weight_decay / self.unit, 1e-12)
         self.program = replace(
             program,
-            rows=root * program.rows,
+            operator=replace(program.operator, rows=root * program.operator.rows),
             loss=SquaredLoss(self.targets, np.ones(len(targets))),
             weight_decay=self.beta,
         )
@@ -144,17 +161,17 @@ class _Scaled:
 
     def _use(self, dtype: np.dtype) -> None:
         """Build what the factorisation reads in its precision: ``A`` and ``A A'``, and room for ``C``."""
-        self.rows = self.program.rows.astype(dtype)
+        self.rows = self.program.operator.rows.astype(dtype)
         self.gram = (self.rows @ self.rows.T).T  # symmetric, in LAPACK's order
         self.factor = np.zeros_like(self.gram)  # syrk and potrf touch the lower triangle only
         self.syrk, self.trsm = scipy.linalg.get_blas_funcs(("syrk", "trsm"), (self.gram,))
         self.potrf, self.potrs = scipy.linalg.get_lapack_funcs(("potrf", "potrs"), (self.gram,))
 
-    def initial_scales(self, norms: Float, start: Solution | None) -> Float:
+    def initial_scales(self, norms: Float, start: GateBlocks | None) -> Float:
         """Scales of a warm start (norms of its blocks), or equal ones on the 64 largest gates."""
         scales = np.zeros(len(norms))
         if start is not None and len(start.gate_index):
-            scales[start.gate_index] = block_norms(start.blocks) / self.unit
+            scales[start.gate_index] = block_norms(start.values) / self.unit
             return scales
         largest = np.argsort(-norms, kind="stable")[:64]
         scales[largest] = np.linalg.norm(self.targets) / len(largest)
@@ -163,12 +180,13 @@ class _Scaled:
     def evaluate(self, scales: Float, accuracy: float) -> _Point:
         """Factorise ``C``, solve for ``alpha`` by refined conjugate gradients, and evaluate ``J``."""
         active = np.flatnonzero(scales)
-        restricted = replace(self.program, patterns=self.program.patterns[:, active])
+        operator = self.program.operator
+        restricted = replace(operator, patterns=operator.patterns[:, active])
         self._factorize(scales[active], active)
         everything = np.arange(len(active))
 
         def image(alpha: Float) -> Float:  # the masked kernel, without forming it
-            return restricted.outputs(everything, scales[active, None, None] * restricted.correlations(alpha))
+            return restricted.apply(everything, scales[active, None, None] * restricted.adjoint(alpha))
 
         goal = 0.03 * self.beta * accuracy
         alpha, outputs = self._conjugate_gradients(image, goal)
@@ -196,7 +214,7 @@ class _Scaled:
 
     def _gates(self, index: Index) -> FloatMatrix:
         """Patterns of the gates ``index``, one a row, in the precision of the factorisation."""
-        return np.ascontiguousarray(self.program.patterns.T[index], dtype=self.rows.dtype)
+        return np.ascontiguousarray(self.program.operator.patterns.T[index], dtype=self.rows.dtype)
 
     def _conjugate_gradients(self, image: Callable[[Float], Float], goal: float) -> tuple[Float, Float]:
         """Solve ``(beta I + image) alpha = Y`` in float64, one run a column, preconditioned by the factor."""
@@ -245,11 +263,11 @@ class _Scaled:
         hessian: Float = self.beta * (stacked @ stacked.T).astype(np.float64)
         return hessian
 
-    def solution(self, point: _Point, gradients: Float, reason: str, history: list[Progress]) -> Solution:
+    def solution(self, point: _Point, gradients: Float, reason: str, history: list[Progress]) -> Solution[GateBlocks]:
         """Blocks ``S_i = eta_i A' D_i alpha`` in the units of the program."""
         active = np.flatnonzero(point.scales)
         blocks = self.unit * point.scales[active, None, None] * gradients[active]
-        return Solution(active, blocks, reason, history, self.n_factorizations)
+        return Solution(GateBlocks(active, blocks), reason, history, self.n_factorizations)
 
 
 def _working_set(scales: Float, norms: Float) -> Index:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import Float, Index
-from convexbn.program.gated import GatedProgram
-from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
-from convexbn.solvers.base import Solution
+from convexbn.program.gated import GateBlocks, GatedProgram
+from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.gated.active_groups import ActiveGroups
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.subspace import Subspace
@@ -32,9 +31,6 @@ _STEPS, _CONVERGED = 20, 1e-13
 
 #: How often a group may enter, and the length relative to the longest below which it leaves first.
 _ROUNDS, _SHORT = 6, 1e-7
-
-#: Derivative of ``V`` in the targets, in units of the sample weights: the losses with a second derivative everywhere.
-_TARGET_SLOPE = {SquaredLoss: 1.0, LogisticLoss: 0.5, CrossEntropyLoss: 1.0}
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class Optimum:
         change = groups.image(u)
         return Derivatives(
             rows=_in_rows(groups, u, groups.dual) + _in_rows(groups, groups.blocks, outputs - groups.curved(change)),
-            targets=_TARGET_SLOPE[type(loss)] * loss.weights[:, None] * change,
+            targets=(loss.target_slope or 0.0) * loss.weights[:, None] * change,
             weight_decay=-float(np.vdot(u, groups.directions)),
         )
 
@@ -132,25 +128,25 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     --------
     >>> rng = np.random.default_rng(0)
     >>> A, D, Y = rng.standard_normal((30, 4)), rng.random((30, 8)) < 0.5, rng.standard_normal((30, 1))
-    >>> optimum = optimum_of(GatedProgram(A, D, SquaredLoss(Y, np.ones(30)), 3.0))
+    >>> optimum = optimum_of(GatedProgram.from_rows(A, D, SquaredLoss(Y, np.ones(30)), 3.0))
     >>> optimum.gate_index
     array([0, 1, 2, 3, 4, 6])
     >>> optimum.pullback(outputs=np.ones((30, 1))).targets.shape
     (30, 1)
     """
-    if type(program.loss) not in _TARGET_SLOPE:
+    if program.loss.target_slope is None:
         name = type(program.loss).__name__
         raise TypeError(f"the optimum of {name} is not differentiated: take squared, logistic or cross-entropy loss.")
-    solution = None
+    blocks = None
     if start is not None:
-        solution = Solution(start.gate_index, start.groups.blocks, "tolerance")
-        optimum = _polished(program, solution)
+        blocks = GateBlocks(start.gate_index, start.groups.blocks)
+        optimum = _polished(program, blocks)
         if optimum.residual <= _ACCURATE:
             return optimum
     for tol in _TOLERANCES:
         solver = GroupNewton(tol) if isinstance(program.loss, SquaredLoss) else Subspace(tol)
-        solution = solver.solve(program, solution)
-        optimum = _polished(program, solution)
+        blocks = solver.solve(program, blocks).weights
+        optimum = _polished(program, blocks)
         if optimum.residual <= _ACCURATE:
             return optimum
     if optimum.residual > _TOO_ROUGH:
@@ -161,9 +157,9 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     return optimum
 
 
-def _polished(program: GatedProgram, solution: Solution) -> Optimum:
+def _polished(program: GatedProgram, blocks: GateBlocks) -> Optimum:
     """Newton on the groups of a solution; one that cannot stay at zero enters."""
-    groups = ActiveGroups(program, solution.gate_index, solution.blocks)
+    groups = ActiveGroups(program, blocks.gate_index, blocks.values)
     groups = groups.only(groups.lengths > _SHORT * groups.lengths.max(initial=0.0))
     for _ in range(_ROUNDS):
         groups = _stationary(groups)
@@ -195,6 +191,6 @@ def _stationary(groups: ActiveGroups) -> ActiveGroups:
 def _in_rows(groups: ActiveGroups, blocks: Float, dual: Float) -> Float:
     """``sum_i D_i dual S_i'``: the derivative of ``<dual, J S>`` in the rows, (n, q)."""
     m, q, K = blocks.shape
-    opened = groups.program.patterns[:, groups.gate_index].astype(np.float64)
+    opened = groups.program.operator.patterns[:, groups.gate_index].astype(np.float64)
     derivative: Float = np.einsum("nqk,nk->nq", (opened @ blocks.reshape(m, q * K)).reshape(-1, q, K), dual)
     return derivative

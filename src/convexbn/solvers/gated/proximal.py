@@ -8,12 +8,13 @@ the dual bound comes free with the gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.program.gated import GatedProgram
-from convexbn.solvers.base import Budget, Progress, Solution, zero_solution
+from convexbn.program.gated import GateBlocks, GatedProgram
+from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,26 @@ class Proximal:
     tol: float = 1e-6
     max_iter: int = 5000
 
-    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
-        """Solve the program, warm-started from the blocks of ``start``."""
+    solves: ClassVar[Solves] = Solves()
+
+    def solve(
+        self,
+        program: GatedProgram,
+        start: GateBlocks | None = None,
+        budget: Budget | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Solution[GateBlocks]:
+        """Solve the program.
+
+        Parameters
+        ----------
+        program : GatedProgram
+        start : GateBlocks, optional
+            A warm start.
+        budget : Budget, optional
+        rng : numpy.random.Generator, optional
+            Not used: nothing is random.
+        """
         budget = budget or Budget()
         zero = zero_solution(program, budget)
         if zero is not None:
@@ -40,7 +59,7 @@ class Proximal:
         loss, beta = program.loss, program.weight_decay
         x = np.zeros((program.n_gates, *program.block_shape))
         if start is not None:
-            x[start.gate_index] = start.blocks
+            x[start.gate_index] = start.values
         at_x = _outputs(program, x)
         y, at_y, momentum = x, at_x, 1.0
         lipschitz = loss.curvature * _squared_norm(program)
@@ -49,17 +68,17 @@ class Proximal:
         while True:
             dual = loss.negative_gradient(at_y)
             gradient = program.correlations(dual)
-            feasible = min(1.0, beta / max(program.dual_norms(gradient).max(), np.finfo(float).tiny))
+            feasible = min(1.0, beta / max(program.norm.dual(gradient).max(), np.finfo(float).tiny))
             bound = max(bound, loss.dual_value(feasible * dual))
             new, at_new, lipschitz = _step(program, y, at_y, dual, gradient, lipschitz)
-            objective = loss.value(at_new) + beta * float(program.norms(new).sum())
+            objective = loss.value(at_new) + beta * float(program.norm.of(new).sum())
             active = int(np.count_nonzero(new.any(axis=(1, 2))))
             history.append(Progress(len(history) + 1, objective, bound, active))
             # the certificate takes its dual point at the new outputs: leave it room
             reason = budget.stop_reason(history[-1], tol=0.5 * self.tol, max_iter=self.max_iter)
             if reason is not None:
                 index = np.flatnonzero(new.any(axis=(1, 2)))
-                return Solution(index, new[index], reason, history)
+                return Solution(GateBlocks(index, new[index]), reason, history)
             if np.vdot(y - new, new - x) > 0:
                 momentum = 1.0
             following = 0.5 * (1 + np.sqrt(1 + 4 * momentum**2))
@@ -75,7 +94,7 @@ def _step(
     lipschitz *= 0.95
     value = program.loss.value(at_y)
     while True:
-        new = program.shrink(y + gradient / lipschitz, program.weight_decay / lipschitz)
+        new = program.norm.prox(y + gradient / lipschitz, program.weight_decay / lipschitz)
         at_new = _outputs(program, new)
         model = value - np.vdot(dual, at_new - at_y) + 0.5 * lipschitz * np.sum((new - y) ** 2)
         if not program.loss.value(at_new) > model + 1e-14 * abs(value):

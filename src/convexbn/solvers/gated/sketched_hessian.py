@@ -14,15 +14,14 @@ with the sample's rows both ways.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.program.gated import GatedProgram
-from convexbn.program.gauss_newton import gauss_newton, half_hessian
+from convexbn.data.blocks import row_blocks
+from convexbn.program.gated import GatedProgram, MaskedRows
 from convexbn.program.losses import Loss
 
 #: Shares of the sample and of the independent estimate: those of smallest gap after 15 and 30 iterations among a dozen.
@@ -44,15 +43,15 @@ class SketchedHessian:
 
     Attributes
     ----------
-    scaled : GatedProgram
-        The program on the rows of ``T``.
+    scaled : MaskedRows
+        On the rows of ``T``.
     base_inverse : ndarray (P, P)
         Inverse of ``B``.
     factor : tuple
         Cholesky factor of ``I + T (B x I)^{-1} T'``.
     """
 
-    scaled: GatedProgram
+    scaled: MaskedRows
     base_inverse: FloatMatrix
     factor: tuple[FloatMatrix, bool]
 
@@ -60,30 +59,31 @@ class SketchedHessian:
     def at(cls, program: GatedProgram, penalty: Float, outputs: Float, rng: np.random.Generator) -> SketchedHessian:
         """The Hessian at penalty weights (P,) and outputs (n, K), in the precision of the program's rows."""
         part, there = sampled(program, outputs, sample_size(program), rng)
+        A, D = part.operator.rows, part.operator.patterns
         curvature = row_curvature(part.loss, there)
-        dtype, q = part.rows.dtype, part.rows.shape[1]
-        gates = part.patterns.astype(dtype)
+        dtype, q = A.dtype, A.shape[1]
+        gates = D.astype(dtype)
         base = np.diag(penalty)
-        if len(part.rows) < len(program.rows):
-            leverage = curvature * np.einsum("nq,nq->n", part.rows, part.rows) / q
+        if len(A) < len(program.operator.rows):
+            leverage = curvature * np.einsum("nq,nq->n", A, A) / q
             independent = (gates.T * leverage.astype(dtype)) @ gates
             base += np.trace(independent) / len(base) * np.eye(len(base)) + _COMMON * independent
             curvature *= _SKETCH
         inverse = np.linalg.inv(base).astype(dtype)
-        rows = np.sqrt(curvature).astype(dtype)[:, None] * part.rows
+        rows = np.sqrt(curvature).astype(dtype)[:, None] * A
         capacity = gates @ inverse @ gates.T
         capacity *= rows @ rows.T
         # beyond the identity what rounding may take from a singular product
         capacity[np.diag_indices(len(capacity))] += 1 + len(capacity) * np.finfo(dtype).eps * capacity.diagonal().max()
         factor = scipy.linalg.cho_factor(capacity, lower=True, overwrite_a=True, check_finite=False)
-        return cls(replace(part, rows=rows), inverse, factor)
+        return cls(replace(part.operator, rows=rows), inverse, factor)
 
     def solve(self, blocks: FloatMatrix) -> FloatMatrix:
         """The inverse applied to blocks (P, q, K)."""
         first = self._apply_base(blocks)
-        seen = self.scaled.outputs(np.arange(len(blocks)), first)
+        seen = self.scaled.apply(np.arange(len(blocks)), first)
         return first - self._apply_base(
-            self.scaled.correlations(scipy.linalg.cho_solve(self.factor, seen, check_finite=False))
+            self.scaled.adjoint(scipy.linalg.cho_solve(self.factor, seen, check_finite=False))
         )
 
     def _apply_base(self, blocks: FloatMatrix) -> FloatMatrix:
@@ -99,34 +99,36 @@ def factor_hessian(
 
     It takes so many rows that their products cost no more than a product with the blocks, and more than it has columns.
     """
-    (q, K), n, m = program.block_shape, len(program.rows), len(blocks)
+    (q, K), n, m = program.block_shape, len(program.operator.rows), len(blocks)
     part, there = sampled(program, outputs, min(n, max(_SMALLEST, n * q // m, _PER_COLUMN * m // K)), rng)
-    dtype = part.rows.dtype
+    A, D = part.operator.rows, part.operator.patterns
+    dtype = A.dtype
     exponent = np.frexp(np.abs(blocks).max())[1]  # into the range of float32
     stacked = np.ldexp(blocks, -exponent).transpose(1, 2, 0).reshape(q, -1).astype(dtype)
 
     def derivative(half: Float, rows: slice) -> FloatMatrix:
-        change = (part.rows[rows] @ stacked).reshape(-1, K, m)
-        change *= part.patterns[rows][:, None, gate_index]
+        change = (A[rows] @ stacked).reshape(-1, K, m)
+        change *= D[rows][:, None, gate_index]
         turned: FloatMatrix = half.astype(dtype).transpose(0, 2, 1) @ change
         return turned
 
-    hessian: Float = np.ldexp(gauss_newton(part.loss, there, derivative, m), 2 * exponent)
+    hessian: Float = np.ldexp(part.loss.gauss_newton(there, derivative, m), 2 * exponent)
     return hessian
 
 
 def sample_size(program: GatedProgram) -> int:
     """Number of rows of the preconditioner: a factorisation costs no more than an iteration or two."""
-    (q, K), n = program.block_shape, len(program.rows)
+    (q, K), n = program.block_shape, len(program.operator.rows)
     return min(n, max(_SMALLEST, int((2.0 * n * q * program.n_gates * K) ** (1 / 3))))
 
 
 def sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
     """The program on rows drawn in part by leverage, each weighted by the rows it stands for, and their outputs."""
-    n = len(program.rows)
+    operator = program.operator
+    n = len(operator.rows)
     if count >= n:
         return program, outputs
-    leverage = row_curvature(program.loss, outputs) * np.einsum("nq,nq->n", program.rows, program.rows)
+    leverage = row_curvature(program.loss, outputs) * np.einsum("nq,nq->n", operator.rows, operator.rows)
     total = leverage.sum()
     if not total > 0:  # where the loss is linear or zero on all rows, they are alike
         leverage, total = np.ones(n), float(n)
@@ -134,20 +136,15 @@ def sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Ge
     index, times = np.unique(rng.choice(n, count, p=chances), return_counts=True)
     weights = program.loss.weights[index] * times / (count * chances[index])
     loss = replace(program.loss, targets=program.loss.targets[index], weights=weights)
-    return replace(program, rows=program.rows[index], patterns=program.patterns[index], loss=loss), outputs[index]
+    part = replace(operator, rows=operator.rows[index], patterns=operator.patterns[index])
+    return replace(program, operator=part, loss=loss), outputs[index]
 
 
 def row_curvature(loss: Loss, outputs: Float) -> Float:
     """Mean second derivative of every row's loss over the outputs: (n,)."""
     n, K = outputs.shape
     curvature = np.empty(n)
-    for part in _row_blocks(n, K * K):
-        here = replace(loss, targets=loss.targets[part], weights=loss.weights[part])
-        half = half_hessian(here, outputs[part])
+    for part in row_blocks(n, K * K, entries=_BLOCK_ENTRIES):
+        half = loss.of_rows(part).hessian_root(outputs[part])
         curvature[part] = np.einsum("nkl,nkl->n", half, half) / K
     return curvature
-
-
-def _row_blocks(n: int, width: int) -> Iterator[slice]:
-    size = max(1, _BLOCK_ENTRIES // width)
-    return (slice(start, start + size) for start in range(0, n, size))

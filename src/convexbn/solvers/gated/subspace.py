@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from convexbn._threads import numpy_alone
+from convexbn._threads import single_scipy_blas
 from convexbn._types import Float, FloatMatrix
-from convexbn.program.gated import GatedProgram, block_norms
-from convexbn.solvers.base import Budget, Progress, Solution, zero_solution
+from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
+from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
 from convexbn.solvers.gated.group_newton import bounded_quadratic
 from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 
@@ -76,12 +77,36 @@ class Subspace:
     tol: float = 1e-6
     max_iter: int = 500
 
-    def solve(self, program: GatedProgram, start: Solution | None = None, budget: Budget | None = None) -> Solution:
-        """Solve the program, warm-started from the blocks of ``start``."""
-        with numpy_alone():
+    solves: ClassVar[Solves] = Solves(operators=(MaskedRows,), norms=(Frobenius,))
+
+    def solve(
+        self,
+        program: GatedProgram,
+        start: GateBlocks | None = None,
+        budget: Budget | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Solution[GateBlocks]:
+        """Solve the program.
+
+        Parameters
+        ----------
+        program : GatedProgram
+        start : GateBlocks, optional
+            A warm start.
+        budget : Budget, optional
+        rng : numpy.random.Generator, optional
+            Not used: rows are sampled by a generator of its own.
+
+        Raises
+        ------
+        TypeError
+            For convolutional programs; use ``Proximal``.
+        """
+        self.solves.check("subspace", program)
+        with single_scipy_blas():
             return self._solved(program, start, budget or Budget())
 
-    def _solved(self, program: GatedProgram, start: Solution | None, budget: Budget) -> Solution:
+    def _solved(self, program: GatedProgram, start: GateBlocks | None, budget: Budget) -> Solution[GateBlocks]:
         descent = _Descent(program, start)
         zero = None if descent.below_zero else zero_solution(program, budget)
         if zero is not None:
@@ -104,13 +129,13 @@ class Subspace:
 class _Descent:
     """A point with its outputs, dual and correlations, the last steps, and the best bound so far."""
 
-    def __init__(self, program: GatedProgram, start: Solution | None) -> None:
+    def __init__(self, program: GatedProgram, start: GateBlocks | None) -> None:
         self.program, self.loss, self.beta = program, program.loss, program.weight_decay
-        self.kernels = program if sample_size(program) == len(program.rows) else program.in_single_precision()
+        self.kernels = program if sample_size(program) == len(program.operator.rows) else program.in_single_precision()
         self.rng = np.random.default_rng(0)
         blocks = np.zeros((program.n_gates, *program.block_shape))
         if start is not None:
-            blocks[start.gate_index] = start.blocks
+            blocks[start.gate_index] = start.values
         self.bound = self.loss.dual_value(np.zeros_like(self.loss.targets))
         self.certified = self.halved = self.judged = np.inf
         self.exhausted = False
@@ -153,10 +178,10 @@ class _Descent:
         """Objective, best bound and number of blocks."""
         return Progress(iteration, self.objective, self.bound, int(np.count_nonzero(self.norms)))
 
-    def solution(self, reason: str, history: list[Progress]) -> Solution:
+    def solution(self, reason: str, history: list[Progress]) -> Solution[GateBlocks]:
         """The nonzero blocks."""
         index = np.flatnonzero(self.norms)
-        return Solution(index, self.blocks[index], reason, history)
+        return Solution(GateBlocks(index, self.blocks[index]), reason, history)
 
     def estimated_gap(self) -> float:
         """Relative gap to the dual value of the scaled residual, as far as the products are right."""
@@ -191,7 +216,7 @@ class _Descent:
     def _forget(self) -> None:
         self.age = _STALE
         self.steps = np.zeros((self.blocks[..., 0].size, 0))  # columns of U, the newest first
-        self.step_outputs = np.zeros((len(self.program.rows), 0))
+        self.step_outputs = np.zeros((len(self.program.operator.rows), 0))
 
     def _dual_value(self, rounding: float) -> float:
         largest = float(block_norms(self.correlations).max()) + rounding

@@ -1,34 +1,34 @@
-"""ReLU networks over all patterns: local phase, masses, Newton's method, pricing, repeated.
+"""Column generation: ReLU networks over all patterns, neurons found by pricing and trained by turns.
 
-A sampled set of patterns is not the program. The local phase trains a wide network on the whitened data, which
-finds patterns that matter; the program over the masses keeps the neurons that are needed; Newton's method on the
-kinks makes them stationary to rounding; pricing looks for a neuron ``u`` with
-``||V'(A u)_+|| > weight_decay ||u||``, which would lower the objective, and hands it back. For a stationary network
-that is all there is to optimality. What pricing does not find is bounded by ``bounds``, not by pricing.
+A sampled set of patterns is not the program. L-BFGS trains a wide network on the whitened data, which finds patterns
+that matter; the restricted master problem keeps the neurons that are needed; Newton's method on the kinks makes them
+stationary to rounding; pricing looks for a neuron ``u`` with ``||V'(A u)_+|| > weight_decay ||u||``, which would lower
+the objective, and hands it back. For a stationary network that is all there is to optimality. What pricing does not
+find is bounded by ``bounds``, not by pricing.
+
+Under max pooling a hidden unit has kinks where the largest row of a region changes, which Newton's method on the kinks
+of single rows does not know: there L-BFGS alone trains, and ends at some 1e-4 of the objective.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from convexbn import bounds
 from convexbn._types import Float
-from convexbn.bounds.local_search import distinct, hidden_norms, normalise
-from convexbn.program.losses import Loss
-from convexbn.program.neurons import Neurons, merge, network_outputs
-from convexbn.solvers.base import Budget, Progress
-from convexbn.solvers.relu.lbfgs import local_phase, random_neurons
-from convexbn.solvers.relu.newton import KinkNewton
-from convexbn.solvers.relu.pricing import NeuronSearch
+from convexbn.bounds.local_search import distinct, hidden_norms, hidden_units, normalise
+from convexbn.program.neurons import Neurons, merge
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.base import Budget, Progress, Solution, new_rng
+from convexbn.solvers.relu.lbfgs import lbfgs, random_neurons
+from convexbn.solvers.relu.newton import MOST_SYSTEMS, polish
+from convexbn.solvers.relu.pricing import Pricing
 from convexbn.solvers.relu.pruning import merged_in_cones, vertex
-from convexbn.solvers.relu.restricted_master import with_best_masses
-
-__all__ = ["NeuronPricing", "Neurons", "ReluSolution", "local_phase", "merge", "network_outputs", "polish"]
+from convexbn.solvers.relu.restricted_master import with_best_norms
 
 #: Neurons that enter in a round.
 _NEWCOMERS = 30
@@ -45,20 +45,11 @@ _PATIENCE = 5
 #: Cubes of the number of variables that one polish may spend on Newton systems, and that count as a round of work.
 _POLISH_WORK, _ROUND_WORK = 2e10, 4e8
 
-#: Least and most Newton systems of a polish.
-_FEWEST_SYSTEMS, _MOST_SYSTEMS = 5, 100
+#: Least Newton systems of a polish.
+_FEWEST_SYSTEMS = 5
 
-#: Variables of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix.
-_MOST_VARIABLES = 3000
-
-
-@dataclass(frozen=True)
-class ReluSolution:
-    """Neurons, why the solver stopped, and the history of (objective, estimated bound)."""
-
-    neurons: Neurons
-    stopped_by: str
-    history: list[Progress] = field(default_factory=list)
+#: Rounds by default, with Newton's method and without, and iterations of L-BFGS in a round without.
+_ROUNDS, _ROUNDS_OF_MAXIMA, _ITERATIONS = 100, 10, 2000
 
 
 class _Priced(NamedTuple):
@@ -70,193 +61,69 @@ class _Priced(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NeuronPricing:
-    """Local phase, masses, Newton's method, pricing, until nothing better is found.
+class ColumnGeneration:
+    """L-BFGS, restricted master problem, Newton's method, pricing, until nothing better is found.
 
     Parameters
     ----------
     tol : float, default=1e-6
         Relative gap against the estimated bound at which to stop.
-    max_iter : int, default=100
-        Largest number of rounds; with more than 737 variables a round counts as many, in proportion to their cube.
+    max_iter : int or None, default=None
+        Largest number of rounds; None for 100, and 10 with max pooling. With more than 737 variables a round of
+        Newton's method counts as many, in proportion to their cube.
     width : int, default=200
-        Neurons of the local phase.
+        Neurons of the first network.
     n_starts : int, default=100
         Random starts of a batch of pricing, fewer where the data are large; ten batches have to find nothing.
     """
 
     tol: float = 1e-6
-    max_iter: int = 100
+    max_iter: int | None = None
     width: int = 200
     n_starts: int = 100
 
     def solve(
         self,
-        rows: Float,
-        loss: Loss,
-        weight_decay: float,
-        rng: np.random.Generator,
+        program: ReluProgram,
+        start: Neurons | None = None,
         budget: Budget | None = None,
-        initial: Neurons | None = None,
-    ) -> ReluSolution:
+        rng: np.random.Generator | None = None,
+    ) -> Solution[Neurons]:
         """Train on whitened rows; the bounds in the history rest on a search and prove nothing.
 
         Parameters
         ----------
-        rows : ndarray (n, q)
-        loss : Loss
-        weight_decay : float
-        rng : numpy.random.Generator
+        program : ReluProgram
+        start : Neurons, optional
+            A warm start, which joins the random neurons; the solution is never worse.
         budget : Budget, optional
-        initial : Neurons, optional
-            A warm start, which joins the trained neurons; the solution is never worse.
+        rng : numpy.random.Generator, optional
         """
-        budget = budget or Budget()
-        problem = _Problem(rows, loss, weight_decay, budget.deadline)
-        neurons = problem.trained(random_neurons(rows, loss, self.width, rng))
-        best = problem.nothing
-        if initial is not None:
-            neurons, best = initial.joined(neurons), problem.cheaper(initial, best)
+        budget, rng = budget or Budget(), new_rng(rng)
+        method = _NewtonRounds if program.readout.linear else _Rounds
+        rounds = method(program, self.tol, self.n_starts, budget.deadline, rng)
+        most = rounds.most_rounds if self.max_iter is None else self.max_iter
+        neurons, best = rounds.begin(random_neurons(program, self.width, rng), start)
         history: list[Progress] = []
-        rounds = 0.0
+        work = 0.0
         while True:
-            gap = history[-1].relative_gap if history else 1.0
-            neurons = problem.polished(problem.selected(neurons), gap)
-            best = problem.cheaper(neurons, best)
-            record = problem.objective(best)
-            for priced in self._price(problem, neurons, record, rng):
+            neurons = rounds.trained(neurons, history[-1].relative_gap if history else 1.0)
+            best = rounds.cheaper(neurons, best)
+            record = rounds.program.objective(best)
+            for priced in rounds.price(neurons, record):
                 progress = Progress(len(history) + 1, record, priced.bound, len(neurons.output))
-                tol = self.tol if priced.last else -np.inf
-                reason = budget.stop_reason(progress, tol=tol, max_iter=self.max_iter)
+                reason = budget.stop_reason(progress, tol=self.tol if priced.last else -np.inf, max_iter=most)
                 if reason is not None:
                     break
             history.append(progress)
-            rounds += max(1.0, problem.variables(neurons) ** 3 / _ROUND_WORK)
-            if reason is None and rounds >= self.max_iter:
+            work += rounds.work(neurons)
+            if reason is None and work >= most:
                 reason = "max_iter"
             if reason is None and (not len(priced.violators) or _without_progress(history)):
                 reason = "stalled"
             if reason is not None:
-                return ReluSolution(problem.with_fewest(best), reason, history)
-            neurons = neurons.joined(problem.newcomers(neurons, priced.violators))
-
-    def _price(self, problem: _Problem, neurons: Neurons, record: float, rng: np.random.Generator) -> Iterator[_Priced]:
-        """Look for directions that would lower the objective.
-
-        Every cell is looked at where there are few. Else starts are followed batch by batch until enough of them
-        leave a gap to the best objective so far. Where the first batch finds none, branch and bound looks in low
-        rank, and nothing else is left to do when it has looked everywhere. A search that time cuts short estimates
-        nothing: a valid bound takes its place.
-        """
-        V = problem.dual(neurons)
-        threshold = problem.weight_decay * (1 + 0.1 * self.tol)
-        if problem.cells is not None:
-            maxima = problem.cells.maxima(V, threshold)
-            values = hidden_norms(maxima.directions, V, problem.A)
-            yield _Priced(distinct(maxima.directions, values, _NEWCOMERS), problem.estimate(V, maxima.value), last=True)
-            return
-        search = NeuronSearch(V, problem.A, problem.deadline)
-        search.from_neurons(neurons.first.T, self.n_starts, rng)
-        for batch in range(1, _BATCHES + 1):
-            search.from_random(self.n_starts, rng)
-            found, bound = search.above(threshold, _NEWCOMERS), problem.estimate(V, search.largest)
-            gap = record - bound > self.tol * record
-            enough = gap and len(found) * batch > _ENOUGH * len(neurons.output)
-            if search.late:
-                bound = problem.estimate(V, float(np.linalg.norm(V, 2)))
-            last = enough or search.late or batch == _BATCHES
-            yield _Priced(found, bound, last)
-            if last:
-                return
-            if batch == 1 and not (gap and len(found)) and search.by_branch_and_bound(threshold, self.tol):
-                found = search.above(threshold, _NEWCOMERS)
-                yield _Priced(found, problem.estimate(V, search.largest), last=True)
-                return
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The program, and when to stop working on it."""
-
-    rows: Float
-    loss: Loss
-    weight_decay: float
-    deadline: float | None
-
-    @functools.cached_property
-    def root(self) -> Float:
-        root: Float = np.sqrt(self.loss.weights)[:, None]
-        return root
-
-    @functools.cached_property
-    def A(self) -> Float:
-        """Rows of orthonormal columns."""
-        return self.root * self.rows
-
-    @functools.cached_property
-    def cells(self) -> bounds.EveryCell | None:
-        """All cells, where they can be enumerated."""
-        one_output = self.loss.targets.shape[1] == 1
-        return bounds.EveryCell(self.A) if one_output and bounds.few_cells(self.A) else None
-
-    @property
-    def nothing(self) -> Neurons:
-        """The network without neurons."""
-        return Neurons(np.zeros((self.rows.shape[1], 0)), np.zeros((0, self.loss.targets.shape[1])))
-
-    def objective(self, neurons: Neurons) -> float:
-        """Loss and penalty."""
-        penalty = self.weight_decay * float(neurons.masses.sum())
-        return self.loss.value(network_outputs(self.rows, neurons)) + penalty
-
-    def cheaper(self, one: Neurons, other: Neurons) -> Neurons:
-        """The network of smaller objective."""
-        return one if self.objective(one) < self.objective(other) else other
-
-    def dual(self, neurons: Neurons) -> Float:
-        """``V / sqrt(w)``."""
-        dual: Float = self.loss.negative_gradient(network_outputs(self.rows, neurons)) / self.root
-        return dual
-
-    def estimate(self, V: Float, norm: float) -> float:
-        """Dual value of ``V`` scaled to feasibility, were ``norm`` its dual norm."""
-        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * self.root * V)
-
-    def trained(self, neurons: Neurons) -> Neurons:
-        """The local phase, and what it leaves in clusters as one neuron each."""
-        return merge(local_phase(self.rows, self.loss, self.weight_decay, neurons, deadline=self.deadline))
-
-    def selected(self, neurons: Neurons) -> Neurons:
-        """The neurons that are needed, with their best masses."""
-        best = with_best_masses(self.rows, self.loss, self.weight_decay, neurons, deadline=self.deadline)
-        return merged_in_cones(self.rows, best)
-
-    def polished(self, neurons: Neurons, gap: float) -> Neurons:
-        """Newton's method, as carefully started and as accurate as a relative gap asks for."""
-        return polish(
-            self.rows, self.loss, self.weight_decay, neurons,
-            damping=float(np.clip(gap, 1e-6, 0.1)), tol=float(np.clip(1e-3 * gap**2, 1e-14, 1e-9)),
-            max_iter=int(np.clip(_POLISH_WORK / max(self.variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, _MOST_SYSTEMS)),
-            deadline=self.deadline,
-        )  # fmt: skip
-
-    def variables(self, neurons: Neurons) -> int:
-        """Weights of the network."""
-        return int(neurons.first.size + neurons.output.size)
-
-    def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
-        """New neurons with their best outputs; the program over the masses decides on these."""
-        image = np.maximum(directions @ self.A.T, 0) @ self.dual(neurons)
-        mass = float(neurons.masses.mean()) if len(neurons.output) else 1.0
-        return Neurons(directions.T, normalise(image)).with_masses(np.full(len(directions), mass))
-
-    def with_fewest(self, neurons: Neurons) -> Neurons:
-        """The same network with fewer neurons, polished, where that does not cost anything."""
-        fewer = vertex(self.A, merged_in_cones(self.rows, neurons))
-        if len(fewer.output) == len(neurons.output):
-            return neurons
-        fewer = self.polished(fewer, gap=0.0)
-        return fewer if self.objective(fewer) <= self.objective(neurons) * (1 + 1e-12) else neurons
+                return Solution(rounds.reduced(best), reason, history)
+            neurons = neurons.joined(rounds.newcomers(neurons, priced.violators))
 
 
 def _without_progress(history: list[Progress]) -> bool:
@@ -264,28 +131,141 @@ def _without_progress(history: list[Progress]) -> bool:
     return len(history) > _PATIENCE and history[-1].objective >= history[-1 - _PATIENCE].objective * (1 - 1e-13)
 
 
-def polish(
-    rows: Float,
-    loss: Loss,
-    weight_decay: float,
-    neurons: Neurons,
-    *,
-    damping: float = 0.1,
-    tol: float = 1e-14,
-    max_iter: int = _MOST_SYSTEMS,
-    deadline: float | None = None,
-) -> Neurons:
-    """A stationary network by Newton's method, never worse than the one that is given.
+class _Rounds:
+    """Rounds of L-BFGS and pricing by local search: what max pooling takes."""
 
-    Where all variables are too many for one system, blocks of neurons take turns, the heaviest first.
-    """
-    neurons = neurons.chosen(np.argsort(-neurons.masses)).balanced()
-    most = max(1, _MOST_VARIABLES // (rows.shape[1] + loss.targets.shape[1]))
-    blocks = [neurons.chosen(slice(start, start + most)) for start in range(0, len(neurons.output), most)]
-    for k, block in enumerate(blocks):
-        fixed = np.zeros_like(loss.targets)
-        for other in blocks[:k] + blocks[k + 1 :]:
-            fixed += network_outputs(rows, other)
-        newton = KinkNewton(rows, loss, weight_decay, fixed)
-        blocks[k] = newton.solve(block, damping=damping, tol=tol, max_iter=max_iter, deadline=deadline)
-    return functools.reduce(Neurons.joined, blocks, neurons.chosen(slice(0)))
+    most_rounds = _ROUNDS_OF_MAXIMA
+
+    def __init__(
+        self, program: ReluProgram, tol: float, n_starts: int, deadline: float | None, rng: np.random.Generator
+    ) -> None:
+        self.program, self.tol, self.n_starts = program, tol, n_starts
+        self.deadline, self.rng = deadline, rng
+
+    def begin(self, random: Neurons, start: Neurons | None) -> tuple[Neurons, Neurons]:
+        """First neurons, and the best network so far."""
+        if start is None:
+            return random, self.program.no_neurons
+        return start.joined(random), self.cheaper(start, self.program.no_neurons)
+
+    def trained(self, neurons: Neurons, gap: float) -> Neurons:
+        """All neurons, trained on."""
+        return merge(lbfgs(self.program, neurons, _ITERATIONS, self.deadline)).balanced()
+
+    def cheaper(self, one: Neurons, other: Neurons) -> Neurons:
+        """The network of smaller objective."""
+        return one if self.program.objective(one) < self.program.objective(other) else other
+
+    def price(self, neurons: Neurons, record: float) -> Iterator[_Priced]:
+        """Directions that would lower the objective, of a local search."""
+        dual = self.program.dual(neurons)
+        V, A = self.program.unit_dual(dual), self.program.unit_rows
+        values, found = bounds.local_maxima(V, A, self.n_starts, self.rng, start=neurons.first.T)
+        violators = found[values > self.program.weight_decay * (1 + self.tol)]
+        yield _Priced(violators, self.program.dual_bound(dual, float(values[0])), last=True)
+
+    def work(self, neurons: Neurons) -> float:
+        """Rounds that a round counts as."""
+        return 1.0
+
+    def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
+        """New neurons with their best outputs and small norms."""
+        V = self.program.unit_dual(self.program.dual(neurons))
+        norm = 1e-2 * float(neurons.norms.mean()) if len(neurons.output) else 1.0
+        new = Neurons(directions.T, normalise(hidden_units(directions, self.program.unit_rows) @ V))
+        return new.with_norms(np.full(len(directions), norm))
+
+    def reduced(self, neurons: Neurons) -> Neurons:
+        """The network that is returned."""
+        return neurons
+
+
+class _NewtonRounds(_Rounds):
+    """Rounds of the restricted master problem, Newton's method, and pricing by searches of growing effort."""
+
+    most_rounds = _ROUNDS
+
+    def __init__(
+        self, program: ReluProgram, tol: float, n_starts: int, deadline: float | None, rng: np.random.Generator
+    ) -> None:
+        super().__init__(program.on_rows, tol, n_starts, deadline, rng)
+        self.by_case = program
+        few = self.program.n_outputs == 1 and bounds.few_cells(self.program.unit_rows)
+        self.cells = bounds.EveryCell(self.program.unit_rows) if few else None
+
+    def begin(self, random: Neurons, start: Neurons | None) -> tuple[Neurons, Neurons]:
+        """The random neurons after L-BFGS, those that it leaves in clusters as one each; and the best so far."""
+        return super().begin(merge(lbfgs(self.by_case, random, deadline=self.deadline)), start)
+
+    def trained(self, neurons: Neurons, gap: float) -> Neurons:
+        """The neurons that are needed, with their best norms, made stationary."""
+        best = with_best_norms(self.program, neurons, deadline=self.deadline)
+        return self._polished(merged_in_cones(self.program.rows[:], best), gap)
+
+    def price(self, neurons: Neurons, record: float) -> Iterator[_Priced]:
+        """Look for directions that would lower the objective.
+
+        Every cell is looked at where there are few. Else starts are followed batch by batch until enough of them
+        leave a gap to the best objective so far. Where the first batch finds none, branch and bound looks in low
+        rank, and nothing else is left to do when it has looked everywhere. A search that time cuts short estimates
+        nothing: a valid bound takes its place.
+        """
+        program, dual = self.program, self.program.dual(neurons)
+        V, A = program.unit_dual(dual), program.unit_rows
+        threshold = program.weight_decay * (1 + 0.1 * self.tol)
+        if self.cells is not None:
+            maxima = self.cells.maxima(V, threshold)
+            values = hidden_norms(maxima.directions, V, A)
+            found = distinct(maxima.directions, values, _NEWCOMERS)
+            yield _Priced(found, program.dual_bound(dual, maxima.value), last=True)
+            return
+        search = Pricing(V, A, self.deadline)
+        search.from_neurons(neurons.first.T, self.n_starts, self.rng)
+        for batch in range(1, _BATCHES + 1):
+            search.from_random(self.n_starts, self.rng)
+            found, bound = search.above(threshold, _NEWCOMERS), program.dual_bound(dual, search.largest)
+            gap = record - bound > self.tol * record
+            enough = gap and len(found) * batch > _ENOUGH * len(neurons.output)
+            if search.late:
+                bound = program.dual_bound(dual, float(np.linalg.norm(V, 2)))
+            last = enough or search.late or batch == _BATCHES
+            yield _Priced(found, bound, last)
+            if last:
+                return
+            if batch == 1 and not (gap and len(found)) and search.by_branch_and_bound(threshold, self.tol):
+                found = search.above(threshold, _NEWCOMERS)
+                yield _Priced(found, program.dual_bound(dual, search.largest), last=True)
+                return
+
+    def work(self, neurons: Neurons) -> float:
+        """Rounds that a round counts as: Newton systems grow with the cube of the variables."""
+        return max(1.0, _variables(neurons) ** 3 / _ROUND_WORK)
+
+    def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
+        """New neurons with their best outputs; the restricted master problem decides on these."""
+        V = self.program.unit_dual(self.program.dual(neurons))
+        image = np.maximum(directions @ self.program.unit_rows.T, 0) @ V
+        norm = float(neurons.norms.mean()) if len(neurons.output) else 1.0
+        return Neurons(directions.T, normalise(image)).with_norms(np.full(len(directions), norm))
+
+    def reduced(self, neurons: Neurons) -> Neurons:
+        """The same network with fewer neurons, polished, where that does not cost anything."""
+        fewer = vertex(self.program.unit_rows, merged_in_cones(self.program.rows[:], neurons))
+        if len(fewer.output) == len(neurons.output):
+            return neurons
+        fewer = self._polished(fewer, gap=0.0)
+        return fewer if self.program.objective(fewer) <= self.program.objective(neurons) * (1 + 1e-12) else neurons
+
+    def _polished(self, neurons: Neurons, gap: float) -> Neurons:
+        """Newton's method, as carefully started and as accurate as a relative gap asks for."""
+        systems = np.clip(_POLISH_WORK / max(_variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, MOST_SYSTEMS)
+        return polish(
+            self.program, neurons,
+            damping=float(np.clip(gap, 1e-6, 0.1)), tol=float(np.clip(1e-3 * gap**2, 1e-14, 1e-9)),
+            max_iter=int(systems), deadline=self.deadline,
+        )  # fmt: skip
+
+
+def _variables(neurons: Neurons) -> int:
+    """Weights of a network."""
+    return int(neurons.first.size + neurons.output.size)

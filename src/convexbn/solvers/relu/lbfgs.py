@@ -1,52 +1,57 @@
-"""The local phase: L-BFGS on the balanced network, from random neurons, finds the patterns that matter.
+"""L-BFGS on the balanced network: cheap, and it finds the patterns that matter.
 
     min  L((A first)_+ output) + beta / 2 (||first||^2 + ||output||^2)
 
-The objective has kinks, on which L-BFGS ends; it is cheap, and wide networks find more than narrow ones. Rows are taken
-in blocks, in their own precision: ``6 n q m + 6 n m K`` flops an evaluation, and no array of size ``n x m``; with an
-output bias, which all rows share, ``8 n q m + 8 n m K``.
+The objective has kinks, on which L-BFGS ends; wide networks find more than narrow ones. Rows are taken in blocks, in
+their own precision: ``6 n q m + 6 n m K`` flops an evaluation, and no array of size ``n x m``; with an output bias,
+which all rows share, ``8 n q m + 8 n m K``.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
 import scipy.optimize
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.data.row_matrix import MappedRows
-from convexbn.program.losses import Loss
-from convexbn.program.neurons import Neurons, case_outputs
-from convexbn.program.relu import row_blocks
+from convexbn.data.blocks import row_blocks
+from convexbn.program.neurons import Neurons
+from convexbn.program.relu import BLOCK_ENTRIES, LEAST_ROWS, ReluProgram
+from convexbn.solvers.base import is_over
 
 
-def local_phase(
-    rows: FloatMatrix | MappedRows,
-    loss: Loss,
-    weight_decay: float,
-    neurons: Neurons,
-    max_iter: int = 400,
-    deadline: float | None = None,
-) -> Neurons:
-    """Train both layers; ``deadline`` is a ``time.monotonic()``."""
+def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline: float | None = None) -> Neurons:
+    """Train both layers from given neurons.
+
+    Parameters
+    ----------
+    program : ReluProgram
+        Its rows may be of float32; sums are of float64.
+    neurons : Neurons
+        Where to begin.
+    max_iter : int, default=400
+        Largest number of iterations.
+    deadline : float, optional
+        ``time.monotonic()`` at which to stop.
+    """
+    dtype, decay = program.rows.dtype, program.weight_decay
     size, shapes = neurons.first.size, (neurons.first.shape, neurons.output.shape)
 
     def split(x: Float) -> Neurons:
         return Neurons(x[:size].reshape(shapes[0]), x[size:].reshape(shapes[1]))
 
     def value(x: Float) -> tuple[float, Float]:
-        network = split(x.astype(rows.dtype, copy=False))
-        total, ascent = 0.5 * weight_decay * float(x @ x), np.zeros(len(x))
-        for block, hidden, of_block, dual in _terms(rows, loss, network):
-            back, by_output = loss.pull_back(dual.astype(rows.dtype, copy=False), hidden, network.output)
+        network = split(x.astype(dtype, copy=False))
+        total, ascent = 0.5 * decay * float(x @ x), np.zeros(len(x))
+        for block, hidden, of_block, dual in _terms(program, network):
+            back, by_output = program.readout.pull_back(dual.astype(dtype, copy=False), hidden, network.output)
             total += of_block
             ascent += np.concatenate([(block.T @ (back * (hidden > 0))).ravel(), by_output.ravel()])
-        return total, weight_decay * x - ascent
+        return total, decay * x - ascent
 
     def stop_when_late(intermediate_result: object) -> None:
-        if deadline is not None and time.monotonic() >= deadline:
+        if is_over(deadline):
             raise StopIteration
 
     start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
@@ -57,30 +62,38 @@ def local_phase(
     return split(answer.x)
 
 
-def _terms(
-    rows: FloatMatrix | MappedRows, loss: Loss, network: Neurons
-) -> Iterator[tuple[FloatMatrix, FloatMatrix, float, Float]]:
-    """Rows, hidden units, loss and dual point, block by block; of a loss that is no sum the outputs are made twice."""
-    cases, together = loss.of_cases, loss.rows_together
-    whole = None if cases.separable else case_outputs(rows, loss, network)
-    dual = None if whole is None else cases.negative_gradient(whole)
-    total = cases.constant if whole is None else cases.value(whole)
-    for part in row_blocks(len(rows), len(network.output), together):
+def _terms(program: ReluProgram, network: Neurons) -> Iterator[tuple[FloatMatrix, FloatMatrix, float, Float]]:
+    """Rows, hidden units, loss and dual point, block by block; a loss that is not a sum takes a pass of its own."""
+    rows, loss, together = program.rows, program.loss, program.readout.rows_per_case
+    whole = None if loss.separable else program.outputs(network)
+    dual = None if whole is None else loss.negative_gradient(whole)
+    total = loss.constant if whole is None else loss.value(whole)
+    blocks = row_blocks(len(rows), len(network.output), entries=BLOCK_ENTRIES, least=LEAST_ROWS, together=together)
+    for part in blocks:
         block, of_part = rows[part], slice(part.start // together, part.stop // together)
         hidden = np.maximum(block @ network.first, 0)
         if dual is not None:
             yield block, hidden, total, dual[of_part]
         else:
-            outputs, here = loss.outputs(hidden, network.output).astype(np.float64, copy=False), cases.of_rows(of_part)
+            outputs = program.readout.outputs(hidden, network.output).astype(np.float64, copy=False)
+            here = loss.of_rows(of_part)
             yield block, hidden, total + here.value(outputs), here.negative_gradient(outputs)
         total = 0.0
 
 
-def random_neurons(rows: Float, loss: Loss, width: int, rng: np.random.Generator) -> Neurons:
-    """Random directions and outputs, with masses at the size of the targets."""
-    first = rng.standard_normal((rows.shape[1], width))
-    output = rng.standard_normal((width, loss.targets.shape[1]))
-    cases = loss.of_cases
-    dual = cases.negative_gradient(np.zeros_like(cases.targets)) / np.sqrt(cases.weights)[:, None]
-    size = np.linalg.norm(dual) * np.sqrt(loss.rows_together)
-    return Neurons(first, output).with_masses(np.full(width, size / width))
+def random_neurons(program: ReluProgram, width: int, rng: np.random.Generator) -> Neurons:
+    """Random directions and outputs, with norms at the size of the targets.
+
+    Parameters
+    ----------
+    program : ReluProgram
+    width : int
+        Neurons.
+    rng : numpy.random.Generator
+    """
+    loss = program.loss
+    first = rng.standard_normal((program.n_inputs, width))
+    output = rng.standard_normal((width, program.n_outputs))
+    dual = loss.negative_gradient(np.zeros_like(loss.targets)) / np.sqrt(loss.weights)[:, None]
+    size = np.linalg.norm(dual) * np.sqrt(program.readout.rows_per_case)
+    return Neurons(first, output).with_norms(np.full(width, size / width))

@@ -8,22 +8,29 @@ program has no use for. Optimality among all networks is for the pricing to find
 
 from __future__ import annotations
 
-import time
+import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float
-from convexbn.program.losses import Loss
-from convexbn.program.neurons import Neurons, network_outputs
-from convexbn.solvers.relu.newton_model import KinkModel, Step
+from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.base import is_over
+from convexbn.solvers.relu.newton_model import NewtonModel, Step
 
-#: Masses are dropped below this multiple of the largest.
+#: Norms are dropped below this multiple of the largest.
 _DROPPED = 1e-9
 
 _LEAST_DAMPING = 1e-8
 _MOST_DAMPING = 1e6
+
+#: Variables of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix.
+_MOST_VARIABLES = 3000
+
+#: Newton systems that a polish may take by default.
+MOST_SYSTEMS = 100
 
 
 class _Trial(NamedTuple):
@@ -31,84 +38,102 @@ class _Trial(NamedTuple):
     value: float
 
 
-class KinkNewton:
-    """Minimise ``L(fixed + (A first)_+ output) + weight_decay sum ||s_j|| ||c_j||`` from given neurons.
+def newton(
+    program: ReluProgram,
+    neurons: Neurons,
+    *,
+    damping: float = 0.1,
+    tol: float = 1e-14,
+    max_iter: int = MOST_SYSTEMS,
+    deadline: float | None = None,
+) -> Neurons:
+    """Descend from given neurons until the model predicts a decrease of at most ``tol`` relative to the objective.
 
     Parameters
     ----------
-    rows : ndarray (n, q)
-    loss : Loss
-    weight_decay : float
-    fixed : ndarray (n, K)
-        Outputs of neurons that stay as they are.
+    program : ReluProgram
+        With one case a row.
+    neurons : Neurons
+    damping : float
+        First multiple of ``weight_decay`` on the diagonal: less when the neurons are nearly stationary.
+    tol : float
+    max_iter : int
+        Largest number of models.
+    deadline : float, optional
+        ``time.monotonic()`` after which no model is built.
     """
+    neurons = neurons.balanced()
+    point = _Trial(neurons, program.objective(neurons))
+    for _ in range(max_iter):
+        if is_over(deadline) or damping > _MOST_DAMPING or not len(point.neurons.output):
+            break
+        step = _model_step(program, point.neurons, damping, deadline)
+        if step is None:
+            damping = max(10 * damping, 1e-4)
+            continue
+        length, following = _search(program, point, step)
+        if following.value < point.value:
+            damping = max((0.2 if length == 1 else 4.0) * damping, _LEAST_DAMPING)
+            point = following
+        else:
+            damping = max(10 * damping, 1e-4)
+        if abs(step.predicted) <= tol * point.value:
+            break
+    return point.neurons
 
-    def __init__(self, rows: Float, loss: Loss, weight_decay: float, fixed: Float) -> None:
-        self.rows, self.loss, self.weight_decay, self.fixed = rows, loss, weight_decay, fixed
 
-    def objective(self, neurons: Neurons) -> float:
-        """Loss and penalty."""
-        outputs = self.fixed + network_outputs(self.rows, neurons)
-        return self.loss.value(outputs) + self.weight_decay * float(neurons.masses.sum())
+def polish(
+    program: ReluProgram,
+    neurons: Neurons,
+    *,
+    damping: float = 0.1,
+    tol: float = 1e-14,
+    max_iter: int = MOST_SYSTEMS,
+    deadline: float | None = None,
+) -> Neurons:
+    """A stationary network by Newton's method, never worse than the one that is given.
 
-    def solve(
-        self, neurons: Neurons, *, damping: float = 0.1, tol: float = 1e-14, max_iter: int = 100,
-        deadline: float | None = None,
-    ) -> Neurons:  # fmt: skip
-        """Descend until the model predicts a decrease of at most ``tol`` relative to the objective.
+    Where all variables are too many for one system, blocks of neurons take turns, the heaviest first.
 
-        Parameters
-        ----------
-        neurons : Neurons
-        damping : float
-            First multiple of ``weight_decay`` on the diagonal: less when the neurons are nearly stationary.
-        tol : float
-        max_iter : int
-            Largest number of models.
-        deadline : float, optional
-            ``time.monotonic()`` after which no model is built.
-        """
-        neurons = neurons.balanced()
-        point = _Trial(neurons, self.objective(neurons))
-        for _ in range(max_iter):
-            late = deadline is not None and time.monotonic() >= deadline
-            if late or damping > _MOST_DAMPING or not len(point.neurons.output):
-                break
-            step = self._model_step(point, damping, deadline)
-            if step is None:
-                damping = max(10 * damping, 1e-4)
-                continue
-            length, following = self._search(point, step)
-            if following.value < point.value:
-                damping = max((0.2 if length == 1 else 4.0) * damping, _LEAST_DAMPING)
-                point = following
-            else:
-                damping = max(10 * damping, 1e-4)
-            if abs(step.predicted) <= tol * point.value:
-                break
-        return point.neurons
+    Parameters
+    ----------
+    program, neurons, damping, tol, max_iter, deadline
+        As in ``newton``.
+    """
+    neurons = neurons.select(np.argsort(-neurons.norms)).balanced()
+    most = max(1, _MOST_VARIABLES // (program.n_inputs + program.n_outputs))
+    blocks = [neurons.select(slice(start, start + most)) for start in range(0, len(neurons.output), most)]
+    for k, block in enumerate(blocks):
+        fixed = np.zeros_like(program.loss.targets)
+        for other in blocks[:k] + blocks[k + 1 :]:
+            fixed += program.outputs(other)
+        apart = replace(program, fixed=fixed)
+        blocks[k] = newton(apart, block, damping=damping, tol=tol, max_iter=max_iter, deadline=deadline)
+    return functools.reduce(Neurons.joined, blocks, neurons.select(slice(0)))
 
-    def _model_step(self, point: _Trial, damping: float, deadline: float | None) -> Step | None:
-        try:
-            model = KinkModel(self.rows, self.loss, self.weight_decay, self.fixed, point.neurons, damping)
-        except scipy.linalg.LinAlgError:  # rounding made the model indefinite
-            return None
-        return model.minimise(deadline)
 
-    def _search(self, point: _Trial, step: Step) -> tuple[float, _Trial]:
-        """Halve the step until the objective decreases by a share of the prediction, ten times at most."""
-        length = 1.0
-        for _ in range(10):
-            following = self._moved(point, step, length)
-            if following.value <= point.value - 1e-4 * length * step.predicted:
-                break
-            length *= 0.5
-        return length, following
+def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline: float | None) -> Step | None:
+    try:
+        model = NewtonModel(program, neurons, damping)
+    except scipy.linalg.LinAlgError:  # rounding made the model indefinite
+        return None
+    return model.minimise(deadline)
 
-    def _moved(self, point: _Trial, step: Step, length: float) -> _Trial:
-        """Turn the neurons along the step; their masses change linearly, so that they can leave in one step."""
-        masses = np.maximum(point.neurons.masses * (1 + length * step.growth), 0)
-        masses[masses < _DROPPED * masses.max(initial=0.0)] = 0
-        turned = Neurons(point.neurons.first + length * step.first, point.neurons.output + length * step.output)
-        neurons = turned.with_masses(masses)
-        return _Trial(neurons, self.objective(neurons))
+
+def _search(program: ReluProgram, point: _Trial, step: Step) -> tuple[float, _Trial]:
+    """Halve the step until the objective decreases by a share of the prediction, ten times at most."""
+    length = 1.0
+    for _ in range(10):
+        following = _moved(program, point.neurons, step, length)
+        if following.value <= point.value - 1e-4 * length * step.predicted:
+            break
+        length *= 0.5
+    return length, following
+
+
+def _moved(program: ReluProgram, neurons: Neurons, step: Step, length: float) -> _Trial:
+    """Turn the neurons along the step; their norms change linearly, so that they can leave in one step."""
+    norms = np.maximum(neurons.norms * (1 + length * step.growth), 0)
+    norms[norms < _DROPPED * norms.max(initial=0.0)] = 0
+    turned = Neurons(neurons.first + length * step.first, neurons.output + length * step.output).with_norms(norms)
+    return _Trial(turned, program.objective(turned))

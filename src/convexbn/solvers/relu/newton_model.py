@@ -13,33 +13,32 @@ Hinges enter when a step would cross them, and the step solves the box program d
 
     min over 0 <= theta <= w   1/2 ||L^{-1}(grad + E theta)||^2 - t'theta,      L L' the second derivative.
 
-A neuron that is to leave has a hinge too: its mass, linear in the step, stays nonnegative.
+A neuron that is to leave has a hinge too: its norm, linear in the step, stays nonnegative.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 
 from convexbn._types import Bool, Float, Index
-from convexbn.program.gauss_newton import gauss_newton
-from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.base import is_over
 from convexbn.solvers.box_qp import minimise_over_box
 
 #: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.
 _RESTING = 1e-6
 
-#: Multiplier of a mass in units of ``weight_decay`` times the largest mass: above what any mass needs.
-_MASS_WEIGHT = 100.0
+#: Multiplier of a norm in units of ``weight_decay`` times the largest norm: above what any norm needs.
+_NORM_WEIGHT = 100.0
 
 
 class Step(NamedTuple):
-    """Change of the network, relative change of the masses, and the decrease that the model predicts."""
+    """Change of the network, relative change of the norms, and the decrease that the model predicts."""
 
     first: Float
     output: Float
@@ -47,37 +46,35 @@ class Step(NamedTuple):
     predicted: float
 
 
-class KinkModel:
+class NewtonModel:
     """The model at one network.
 
     Parameters
     ----------
-    rows : ndarray (n, q)
-    loss : Loss
-    weight_decay : float
-    fixed : ndarray (n, K)
-        Outputs that are added to those of the neurons.
+    program : ReluProgram
+        With one case a row.
     neurons : Neurons
         Balanced.
     damping : float
         Multiple of ``weight_decay`` that is added to the second derivative.
     """
 
-    def __init__(
-        self, rows: Float, loss: Loss, weight_decay: float, fixed: Float, neurons: Neurons, damping: float
-    ) -> None:
+    def __init__(self, program: ReluProgram, neurons: Neurons, damping: float) -> None:
+        rows, loss, weight_decay = program.rows[:], program.loss, program.weight_decay
         self.rows, self.beta, self.neurons = rows, weight_decay, neurons
         self.response = rows @ neurons.first
         self.opened = self.response > 0
         hidden = np.maximum(self.response, 0)
-        outputs = fixed + hidden @ neurons.output
+        outputs = hidden @ neurons.output
+        if program.fixed is not None:
+            outputs = program.fixed + outputs
         dual = loss.negative_gradient(outputs)
         self.pull = dual @ neurons.output.T  # g, (n, m)
         self.size = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(neurons.first, axis=0)
         smooth_first = weight_decay * neurons.first - rows.T @ (self.opened * self.pull)
         smooth_output = weight_decay * neurons.output - hidden.T @ dual
         gradient = np.hstack([smooth_first.T, smooth_output])  # (m, q + K)
-        hessian = gauss_newton(loss, outputs, functools.partial(self._derivative, hidden), gradient.size)
+        hessian = loss.gauss_newton(outputs, functools.partial(self._derivative, hidden), gradient.size)
         self._add_blocks(hessian, dual, weight_decay * (1 + damping))
         self.factor = scipy.linalg.cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
         self.gradient = self._solve(gradient.ravel())
@@ -88,10 +85,9 @@ class KinkModel:
         new = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
         leaving = np.zeros(len(self.neurons.output), dtype=bool)
         for _ in range(max_sweeps):
-            late = deadline is not None and time.monotonic() >= deadline
-            if late or len(hinges.offset) + np.count_nonzero(new) > self.gradient.size:
+            if is_over(deadline) or len(hinges.offset) + np.count_nonzero(new) > self.gradient.size:
                 return None
-            hinges = hinges.joined(self._kinks(new)).joined(self._masses(leaving))
+            hinges = hinges.joined(self._kinks(new)).joined(self._norms(leaving))
             hinges, z = hinges.solved(self.gradient, deadline)
             change = scipy.linalg.solve_triangular(self.factor, z, lower=True, trans=1, check_finite=False)
             new, leaving = self._missing(hinges, change.reshape(len(leaving), -1))
@@ -142,25 +138,25 @@ class KinkModel:
             np.where(self.opened[i, j], weight, 0.0), i * m + j,
         )  # fmt: skip
 
-    def _masses(self, chosen: Bool) -> _Hinges:
-        """Hinges of the chosen neurons' masses, ``-1 - growth <= 0``."""
+    def _norms(self, chosen: Bool) -> _Hinges:
+        """Hinges of the chosen neurons' norms, ``-1 - growth <= 0``."""
         j = np.flatnonzero(chosen)
         m, w = len(self.neurons.output), len(self.gradient) // len(self.neurons.output)
         columns = np.zeros((m, w, len(j)))
         columns[j, :, np.arange(len(j))] = -self._radial()[j]
-        masses = self.beta * self.neurons.masses
-        cap = np.full(len(j), _MASS_WEIGHT * masses.max())
+        norms = self.beta * self.neurons.norms
+        cap = np.full(len(j), _NORM_WEIGHT * norms.max())
         closed = np.zeros(len(j), dtype=bool)
-        return _Hinges(self._solve(columns.reshape(m * w, -1)), np.full(len(j), -1.0), cap, closed, masses[j], -1 - j)
+        return _Hinges(self._solve(columns.reshape(m * w, -1)), np.full(len(j), -1.0), cap, closed, norms[j], -1 - j)
 
     def _radial(self) -> Float:
         """Derivative of ``log ||s_j|| ||c_j||`` (m, q + K)."""
         first, output = self.neurons.first.T, self.neurons.output
-        radial: Float = np.hstack([first, output]) / self.neurons.masses[:, None]  # balanced: both norms squared
+        radial: Float = np.hstack([first, output]) / self.neurons.norms[:, None]  # balanced: both norms squared
         return radial
 
     def _missing(self, hinges: _Hinges, change: Float) -> tuple[Bool, Bool]:
-        """Convex kinks and masses that a step crosses and that are not among the hinges."""
+        """Convex kinks and norms that a step crosses and that are not among the hinges."""
         ahead = self.response + self.rows @ change[:, : self.rows.shape[1]].T
         crossed = ((ahead > 0) != self.opened) & (self.pull < 0) & (np.abs(ahead) > 1e-9 * self.size)
         leaving = np.sum(self._radial() * change, axis=1) < -1 - 1e-9
@@ -182,7 +178,7 @@ class _Hinges(NamedTuple):
     weight: Float
     opened: Bool  # whose slope is in the gradient already
     theta: Float  # multipliers, 0 <= theta <= weight
-    label: Index  # of a kink: its flat index; of a mass: -1 - j
+    label: Index  # of a kink: its flat index; of a norm: -1 - j
 
     @classmethod
     def none(cls, size: int) -> _Hinges:

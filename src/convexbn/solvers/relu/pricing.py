@@ -7,13 +7,12 @@ what is missing elsewhere is found from the others. So all of them are followed.
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from convexbn import bounds
 from convexbn._types import Float
 from convexbn.bounds.local_search import ascend, distinct, hidden_norms, normalise, scattered
+from convexbn.solvers.base import is_over
 
 #: Starts are followed up to this many entries of ``starts x n x q``, and at least 30; so many of them at a time.
 _FOLLOWED_ENTRIES = 1 << 23
@@ -29,7 +28,7 @@ _ROUNDS = 10
 _NODES = 5_000
 
 
-class NeuronSearch:
+class Pricing:
     """Directions of large dual norm, as far as time allows.
 
     Parameters
@@ -59,7 +58,7 @@ class NeuronSearch:
     @property
     def late(self) -> bool:
         """No time is left."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        return is_over(self.deadline)
 
     def from_neurons(self, directions: Float, starts: int, rng: np.random.Generator) -> None:
         """Take the directions (m, q), and climb from them and from around them."""
@@ -82,7 +81,7 @@ class NeuronSearch:
         if self.A.shape[1] > bounds.MAX_RANK or self.late:
             return False
         enclosure = bounds.branch_and_bound(
-            self.V, self.A, tolerance=tolerance, max_nodes=_NODES, deadline=self.deadline, start=self.found,
+            self.V, self.A, tol=tolerance, max_nodes=_NODES, deadline=self.deadline, start=self.found,
             target=threshold,
         )  # fmt: skip
         self._add(enclosure.maximiser[None, :])

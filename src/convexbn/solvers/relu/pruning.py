@@ -1,7 +1,7 @@
 """A network of the same function and penalty with fewer neurons.
 
 Two reductions that never raise the penalty (mathematics, sections 1a and 1b): neurons of one output direction in one
-closed cone are linear together there, so that their sum replaces them; and masses of fixed neurons move along a
+closed cone are linear together there, so that their sum replaces them; and norms of fixed neurons move along a
 linear dependence of the functions ``(A u_j)_+ c_j'`` until one of them is zero (Caratheodory), at most ``n K`` remain.
 """
 
@@ -24,12 +24,12 @@ _DEPENDENT = 1e-13
 
 def merged_in_cones(rows: Float, neurons: Neurons) -> Neurons:
     """Sum up the neurons that share a closed cone and an output direction, heaviest first."""
-    neurons = neurons.chosen(np.argsort(-neurons.masses)).balanced()
-    unit = neurons.with_masses(np.ones(len(neurons.output)))
+    neurons = neurons.select(np.argsort(-neurons.norms)).balanced()
+    unit = neurons.with_norms(np.ones(len(neurons.output)))
     response = (rows @ unit.first) / np.linalg.norm(rows, axis=1)[:, None]
     opened, closed = response > _RESTING, response < -_RESTING
     leaders: list[int] = []
-    sums = unit.first * neurons.masses
+    sums = unit.first * neurons.norms
     for j in range(len(unit.output)):
         equal = (leader for leader in leaders if unit.output[leader] @ unit.output[j] > _EQUAL)
         home = next((leader for leader in equal if _share_a_cone(opened, closed, leader, j)), None)
@@ -44,8 +44,8 @@ def merged_in_cones(rows: Float, neurons: Neurons) -> Neurons:
 
 def vertex(rows: Float, neurons: Neurons) -> Neurons:
     """Masses without a linear dependence among the functions of their neurons; rows scaled by ``sqrt(w)``."""
-    unit = neurons.with_masses(np.ones(len(neurons.output)))
-    masses = neurons.masses[neurons.masses > 0]
+    unit = neurons.with_norms(np.ones(len(neurons.output)))
+    norms = neurons.norms[neurons.norms > 0]
     hidden = np.maximum(rows @ unit.first, 0)
     gram = (hidden.T @ hidden) * (unit.output @ unit.output.T)
     live = np.flatnonzero(gram.diagonal() > 0)
@@ -57,11 +57,11 @@ def vertex(rows: Float, neurons: Neurons) -> Neurons:
         dependence = vectors[:, 0] / lengths
         dependence *= 1.0 if dependence.sum() >= 0 else -1.0
         ratios = np.full(len(live), np.inf)
-        np.divide(masses[live], dependence, out=ratios, where=dependence > 0)
+        np.divide(norms[live], dependence, out=ratios, where=dependence > 0)
         first = int(ratios.argmin())
-        masses[live] = np.maximum(masses[live] - ratios[first] * dependence, 0)
+        norms[live] = np.maximum(norms[live] - ratios[first] * dependence, 0)
         live = np.delete(live, first)
-    return unit.chosen(live).with_masses(masses[live])
+    return unit.select(live).with_norms(norms[live])
 
 
 def _share_a_cone(opened: Bool, closed: Bool, j: int, k: int) -> bool:

@@ -1,4 +1,4 @@
-"""The local phase on many rows: mini-batch gradient descent with momentum on the whitened data, in float32.
+"""Mini-batch gradient descent on many rows, with momentum on the whitened data, in float32.
 
 On whitened rows batch normalisation has become plain weight decay (mathematics, section 0), so that no statistics
 are needed and a batch is two layers,
@@ -30,10 +30,10 @@ import numpy as np
 
 from convexbn._threads import workers
 from convexbn._types import Float, FloatMatrix
-from convexbn.data.row_matrix import MappedRows
-from convexbn.program.losses import Loss
-from convexbn.program.neurons import Neurons, case_outputs
-from convexbn.solvers.relu.sgd_workers import Cases, DealtImages, DealtNeurons, Descent
+from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
+from convexbn.solvers.base import is_over
+from convexbn.solvers.relu.sgd_workers import Batches, DataParallel, ModelParallel, Step
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
@@ -48,7 +48,7 @@ _SAMPLE, _FEWEST, _STABLE = 1000, 50, 1.0
 
 
 @dataclass(frozen=True)
-class StochasticPhase:
+class SGD:
     """Settings of the descent; the learning rate rises linearly and falls as a cosine (Smith and Topin 2019).
 
     Parameters
@@ -68,33 +68,35 @@ class StochasticPhase:
     momentum: float = 0.9
 
     def run(
-        self,
-        rows: Float | MappedRows,
-        loss: Loss,
-        weight_decay: float,
-        start: Neurons,
-        rng: np.random.Generator,
-        deadline: float | None = None,
+        self, program: ReluProgram, start: Neurons, rng: np.random.Generator, deadline: float | None = None
     ) -> Iterator[tuple[Neurons, float]]:
         """Train given neurons; yields the network after each epoch and the loss on its way.
 
-        With a ``deadline``, a ``time.monotonic()``, the learning rate falls as fast as it needs to be there in time.
-        Where it diverges all begins again at a smaller learning rate.
+        Parameters
+        ----------
+        program : ReluProgram
+        start : Neurons
+        rng : numpy.random.Generator
+            Orders the batches.
+        deadline : float, optional
+            ``time.monotonic()``: the learning rate falls as fast as it needs to be there in time. Where the descent
+            diverges all begins again at a smaller learning rate.
         """
-        cases, root = loss.of_cases, float(np.sqrt(loss.weights.sum()))
-        decay = weight_decay * root / float(cases.weights.sum()) / cases.output_scale
-        descent = Descent(root, decay, self.momentum)
-        dealt = DealtNeurons if loss.of_cases is loss else DealtImages
+        loss, root = program.loss, float(np.sqrt(program.row_weights.sum()))
+        decay = program.weight_decay * root / float(loss.weights.sum()) / loss.output_scale
+        step = Step(root, decay, self.momentum)
+        parallel = ModelParallel if program.readout.rows_per_case == 1 else DataParallel
         with workers() as threads:
-            scaled, most = Cases(rows, root, loss), _OF_ZERO * cases.value(np.zeros_like(cases.targets))
-            largest, late = self._largest_rate(scaled, start, rng), False
+            batches, most = Batches(program, root), _OF_ZERO * loss.value(np.zeros_like(loss.targets))
+            largest, late = self._largest_rate(batches, start, rng), False
             while not late:
-                clock = _Clock(self.epochs * -(-len(cases.targets) // self.batch_size), deadline)
-                for neurons, value in self._epochs(dealt(start, threads, loss, descent), scaled, largest, clock, rng):
+                clock = _Clock(self.epochs * -(-len(loss.targets) // self.batch_size), deadline)
+                layers = parallel(start, threads, program, step)
+                for neurons, value in self._epochs(layers, batches, largest, clock, rng):
                     late = clock.late
                     if not value <= most:
-                        most = max(most, _OF_START * cases.value(case_outputs(rows, loss, start)))
-                    if not (value <= most and np.isfinite(neurons.masses).all()):
+                        most = max(most, _OF_START * loss.value(program.outputs(start)))
+                    if not (value <= most and np.isfinite(neurons.norms).all()):
                         largest /= _SLOWER
                         break
                     yield neurons, value
@@ -103,20 +105,20 @@ class StochasticPhase:
 
     def _epochs(
         self,
-        layers: DealtNeurons | DealtImages,
-        cases: Cases,
+        layers: ModelParallel | DataParallel,
+        batches: Batches,
         largest: float,
         clock: _Clock,
         rng: np.random.Generator,
     ) -> Iterator[tuple[Neurons, float]]:
         """The network after each epoch and the loss on its way, at a largest learning rate."""
-        loss = cases.loss.of_cases
+        loss = batches.loss
         outputs = np.zeros_like(loss.targets)
         for _ in range(self.epochs):
             order, seen = rng.permutation(len(outputs)), 0
             while seen < len(outputs) and clock.done < 1:
                 batch = order[seen : seen + self.batch_size]
-                layers.step(cases, batch, largest * shape(clock.tick()), outputs)
+                layers.step(batches, batch, largest * shape(clock.tick()), outputs)
                 seen += len(batch)
             layers.settle()
             value = loss.of_rows(order[:seen]).value(outputs[order[:seen]])
@@ -124,15 +126,15 @@ class StochasticPhase:
             if clock.done >= 1:
                 return
 
-    def _largest_rate(self, cases: Cases, start: Neurons, rng: np.random.Generator) -> float:
+    def _largest_rate(self, batches: Batches, start: Neurons, rng: np.random.Generator) -> float:
         """The learning rate, or where the loss is nearly quadratic what is stable for the hidden layer."""
-        loss = cases.loss.of_cases
+        loss, readout = batches.loss, batches.readout
         if not loss.nearly_quadratic:
             return self.learning_rate
-        first = start.first / cases.root / np.sqrt(loss.output_scale)
-        sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // cases.loss.rows_together, _FEWEST)]
-        blocks = (np.maximum(rows @ first, 0) for _, rows in cases.pieces(sample, len(start.output)))
-        square = _largest_square(np.concatenate([cases.loss.pooled(hidden) for hidden in blocks]))
+        first = start.first / batches.root / np.sqrt(loss.output_scale)
+        sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // readout.rows_per_case, _FEWEST)]
+        blocks = (np.maximum(rows @ first, 0) for _, rows in batches.pieces(sample, len(start.output)))
+        square = _largest_square(np.concatenate([readout.pool(hidden) for hidden in blocks]))
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 
 
@@ -143,12 +145,21 @@ def shape(done: float) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))))
 
 
-def random_start(directions: Float, loss: Loss, rng: np.random.Generator) -> Neurons:
-    """Neurons along normal directions (q, m): hidden units of order one, outputs of the size that the loss asks for."""
-    (q, m), scale = directions.shape, loss.of_cases.output_scale
-    first = directions * np.sqrt(2 * loss.weights.sum() / q * scale)
-    regions = loss.targets.shape[1] // loss.of_cases.targets.shape[1]
-    return Neurons(first, rng.standard_normal((m, loss.targets.shape[1])) * np.sqrt(scale / (m * regions)))
+def random_start(program: ReluProgram, directions: Float, rng: np.random.Generator) -> Neurons:
+    """Neurons along normal directions: hidden units of order one, outputs of the size that the loss asks for.
+
+    Parameters
+    ----------
+    program : ReluProgram
+    directions : ndarray (q, m)
+        Standard normal.
+    rng : numpy.random.Generator
+        Draws the output layer.
+    """
+    (q, m), scale = directions.shape, program.loss.output_scale
+    first = directions * np.sqrt(2 * program.row_weights.sum() / q * scale)
+    output = rng.standard_normal((m, program.n_outputs)) * np.sqrt(scale / (m * program.readout.n_regions))
+    return Neurons(first, output)
 
 
 class _Clock:
@@ -170,7 +181,7 @@ class _Clock:
     @property
     def late(self) -> bool:
         """Whether the time is over."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        return is_over(self.deadline)
 
 
 def _largest_square(hidden: FloatMatrix) -> float:

@@ -1,9 +1,9 @@
-"""A network in mini-batch gradient descent, in float32, and how its work is dealt out to threads.
+"""A network in mini-batch gradient descent, in float32, and how threads share its work.
 
-Threads meet once a batch. Rows that are kept share wide layers: neurons are dealt out, whose outputs are added up; with
-the residual that follows each finishes the step before, moves its weights, and begins the next. Images share small
-filters, and each has as many rows as it has patches: they are dealt out themselves, and what is added up is the
-gradient.
+Threads meet once a batch. Wide layers on rows that are kept are model parallel: every thread has some of the neurons,
+whose outputs are added up; with the residual that follows it finishes the step before, moves its weights, and begins
+the next. Small filters on images, each of which has as many rows as patches, are data parallel: every thread has some
+of the images, and what is added up is the gradient.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import numpy as np
 from convexbn._threads import Workers
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.row_matrix import MappedRows
-from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
+from convexbn.program.relu import ReluProgram
 
 #: Hidden units of images that are formed at a time: 2 MB.
 _HIDDEN_ENTRIES = 1 << 19
 
 
-class Cases:
-    """Rows times ``root`` in float32, and the loss on them.
+class Batches:
+    """Rows times ``root`` in float32, and the loss on their cases.
 
     Parameters
     ----------
-    rows : ndarray (n, q), or MappedRows
+    program : ReluProgram
     root : float
-    loss : Loss
     """
 
-    def __init__(self, rows: Float | MappedRows, root: float, loss: Loss) -> None:
-        self.root, self.loss, self.shape = root, loss, (-1, loss.rows_together, rows.shape[1])
+    def __init__(self, program: ReluProgram, root: float) -> None:
+        rows = program.rows
+        self.root, self.loss, self.readout = root, program.loss, program.readout
+        self.shape = (-1, program.readout.rows_per_case, program.n_inputs)
         self._rows = (
             rows.in_single_precision(root) if isinstance(rows, MappedRows) else (root * rows).astype(np.float32)
         )
@@ -47,13 +48,13 @@ class Cases:
 
     def pieces(self, cases: Index, width: int) -> Iterator[tuple[Index, FloatMatrix]]:
         """Some of the cases, so many that their hidden units stay in the cache, and their rows."""
-        at_once = _HIDDEN_ENTRIES // (self.loss.rows_together * width) or 1
+        at_once = _HIDDEN_ENTRIES // (self.readout.rows_per_case * width) or 1
         for part in np.array_split(cases, -(-len(cases) // at_once)):
             yield part, self.rows(part)
 
 
 @dataclass(frozen=True)
-class Descent:
+class Step:
     """What steps have in common: ``root`` scales the rows, weight decay and momentum are those of the mean loss."""
 
     root: float
@@ -64,11 +65,11 @@ class Descent:
 class Weights:
     """Both layers of some neurons and their last steps: ``first`` (q, m), ``output`` (R m, K), region by region."""
 
-    def __init__(self, start: Neurons, loss: Loss, descent: Descent) -> None:
-        share, self._loss, self._descent = float(np.sqrt(loss.of_cases.output_scale)), loss, descent
+    def __init__(self, start: Neurons, program: ReluProgram, step: Step) -> None:
+        share, self._readout, self._step = float(np.sqrt(program.loss.output_scale)), program.readout, step
         self._share = share  # of the unit of outputs, in either layer
-        self.first = np.ascontiguousarray(start.first / (share * descent.root), dtype=np.float32)
-        self.output = np.ascontiguousarray(loss.by_region(start.output / share), dtype=np.float32)
+        self.first = np.ascontiguousarray(start.first / (share * step.root), dtype=np.float32)
+        self.output = np.ascontiguousarray(self._readout.by_region(start.output / share), dtype=np.float32)
         self._steps, self._rate = (np.zeros_like(self.first), np.zeros_like(self.output)), 1.0
 
     def hidden(self, rows: FloatMatrix) -> FloatMatrix:
@@ -80,7 +81,7 @@ class Weights:
         self, rows: FloatMatrix, hidden: FloatMatrix, pooled: FloatMatrix, dual: FloatMatrix
     ) -> list[FloatMatrix]:
         """``<dual, outputs>`` differentiated by both layers."""
-        back = self._loss.unpooled(dual @ self.output.T, hidden)
+        back = self._readout.unpool(dual @ self.output.T, hidden)
         back *= hidden > 0
         return [rows.T @ back, pooled.T @ dual]
 
@@ -89,8 +90,8 @@ class Weights:
 
         The ascents have the rate in them.
         """
-        kept = np.float32(self._descent.momentum * rate / self._rate)
-        decay = np.float32(rate * self._descent.weight_decay)
+        kept = np.float32(self._step.momentum * rate / self._rate)
+        decay = np.float32(rate * self._step.weight_decay)
         for weight, step, ascent in zip((self.first, self.output), self._steps, ascents, strict=True):
             step *= kept
             step += ascent
@@ -101,27 +102,27 @@ class Weights:
     @property
     def neurons(self) -> Neurons:
         """The layers on unscaled rows, in float64."""
-        first, output = self.first.astype(np.float64), self._loss.by_neuron(self.output).astype(np.float64)
-        return Neurons(self._share * self._descent.root * first, self._share * output)
+        first, output = self.first.astype(np.float64), self._readout.by_neuron(self.output).astype(np.float64)
+        return Neurons(self._share * self._step.root * first, self._share * output)
 
 
-class DealtNeurons:
-    """The network, its neurons dealt out to threads."""
+class ModelParallel:
+    """The network, every thread with some of its neurons."""
 
-    def __init__(self, start: Neurons, threads: Workers, loss: Loss, descent: Descent) -> None:
-        self._threads, self._unit = threads, loss.of_cases.output_scale
+    def __init__(self, start: Neurons, threads: Workers, program: ReluProgram, step: Step) -> None:
+        self._threads, self._unit = threads, program.loss.output_scale
         self._residual: _Residual | None = None
         self._parts = [
-            _Part(Weights(start.chosen(part), loss, descent))
+            _Part(Weights(start.select(part), program, step))
             for part in np.array_split(np.arange(len(start.output)), threads.count)
         ]
 
-    def step(self, cases: Cases, batch: Index, rate: float, outputs: Float) -> None:
-        """One step of gradient descent with momentum and weight decay; the outputs before it are written to theirs.
+    def step(self, batches: Batches, batch: Index, rate: float, outputs: Float) -> None:
+        """One step of gradient descent with momentum and weight decay.
 
-        Its last part is left to the next step, or to ``settle``.
+        The outputs before it are written to ``outputs``. Its last part is left to the next step, or to ``settle``.
         """
-        rows, loss = cases.rows(batch), cases.loss
+        rows, loss = batches.rows(batch), batches.loss
         outputs[batch] = self._unit * np.array(self._turn(rows)).sum(axis=0, dtype=np.float64)
         dual = loss.of_rows(batch).negative_gradient(outputs[batch])
         dual *= rate / (self._unit * float(loss.weights[batch].sum()))
@@ -170,18 +171,18 @@ class _Part:
         return outputs
 
 
-class DealtImages:
-    """The network, the images of each batch dealt out to threads."""
+class DataParallel:
+    """The network, every thread with some of the images of a batch."""
 
-    def __init__(self, start: Neurons, threads: Workers, loss: Loss, descent: Descent) -> None:
-        self._threads, self._unit, self._width = threads, loss.of_cases.output_scale, len(start.output)
-        self._weights = Weights(start, loss, descent)
+    def __init__(self, start: Neurons, threads: Workers, program: ReluProgram, step: Step) -> None:
+        self._threads, self._unit, self._width = threads, program.loss.output_scale, len(start.output)
+        self._weights = Weights(start, program, step)
 
-    def step(self, cases: Cases, batch: Index, rate: float, outputs: Float) -> None:
-        """One step of gradient descent with momentum and weight decay; the outputs before it are written to theirs."""
-        scale = rate / (self._unit * float(cases.loss.of_cases.weights[batch].sum()))
+    def step(self, batches: Batches, batch: Index, rate: float, outputs: Float) -> None:
+        """One step of gradient descent with momentum and weight decay; ``outputs`` receives those before it."""
+        scale = rate / (self._unit * float(batches.loss.weights[batch].sum()))
         shares = np.array_split(batch, min(self._threads.count, len(batch)))
-        found = self._threads.each(lambda share: self._ascents(cases, share, scale, outputs), shares)
+        found = self._threads.each(lambda share: self._ascents(batches, share, scale, outputs), shares)
         self._weights.move([np.sum(parts, axis=0) for parts in zip(*found, strict=True)], rate)
 
     def settle(self) -> None:
@@ -192,15 +193,15 @@ class DealtImages:
         """The network on unscaled rows, in float64."""
         return self._weights.neurons
 
-    def _ascents(self, cases: Cases, share: Index, scale: float, outputs: Float) -> list[FloatMatrix]:
+    def _ascents(self, batches: Batches, share: Index, scale: float, outputs: Float) -> list[FloatMatrix]:
         """Gradients of some images, a few at a time."""
-        loss, weights = cases.loss, self._weights
+        loss, weights = batches.loss, self._weights
         ascents: list[FloatMatrix] = [np.zeros_like(weights.first), np.zeros_like(weights.output)]
-        for part, rows in cases.pieces(share, self._width):
+        for part, rows in batches.pieces(share, self._width):
             hidden = weights.hidden(rows)
-            pooled = loss.pooled(hidden)
+            pooled = batches.readout.pool(hidden)
             outputs[part] = self._unit * (pooled @ weights.output).astype(np.float64)
-            dual = scale * loss.of_cases.of_rows(part).negative_gradient(outputs[part])
+            dual = scale * loss.of_rows(part).negative_gradient(outputs[part])
             for total, ascent in zip(
                 ascents, weights.ascent(rows, hidden, pooled, dual.astype(np.float32)), strict=True
             ):

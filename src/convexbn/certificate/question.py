@@ -1,0 +1,72 @@
+"""The question that the judge answers: raw rows, a program on them, and the gap that counts as optimal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from convexbn._types import Float
+from convexbn.certificate.status import Scope
+from convexbn.program.gated import GatedProgram
+from convexbn.program.relu import ReluProgram
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a network is judged by; made from raw rows, never by a solver.
+
+    Attributes
+    ----------
+    X : ndarray (n, d), or PatchMatrix
+        The raw rows that batch norm takes its statistics from.
+    mean : ndarray (d,)
+        Their weighted means, as the patterns of the program used them.
+    program : GatedProgram or ReluProgram
+        Whitened rows, loss, weight decay, and patterns where the gates are fixed.
+    tol : float
+        Relative gap that counts as optimal.
+    truncated : bool
+        Whether the whitened rows leave directions of the data out, which the sentence then says.
+    spectral_filter : ndarray (q - 1,) or None
+        ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s||``, which the sentence then says.
+    """
+
+    X: Any
+    mean: Float
+    program: GatedProgram | ReluProgram
+    tol: float = 1e-6
+    truncated: bool = False
+    spectral_filter: Float | None = None
+
+    @property
+    def rows(self) -> Any:
+        """Whitened rows (N, q)."""
+        return self._source.rows
+
+    @property
+    def readout(self) -> Any:
+        """What the loss sees of the hidden units of a case's rows."""
+        return self._source.readout
+
+    @property
+    def row_weights(self) -> Float:
+        """Weights of the rows (N,)."""
+        weights: Float = self.readout.row_weights(self.program.loss.weights)
+        return weights
+
+    @property
+    def scope(self) -> Scope:
+        """Among what a network is compared."""
+        restriction = " with this convolution and pooling" if self.readout.rows_per_case > 1 else ""
+        if self.truncated:
+            restriction += f" on the leading {self.rows.shape[1] - 1} directions of the data (rank)"
+        if self.spectral_filter is not None:
+            restriction += " with this spectral filter (weight decay of the filtered program)"
+        if isinstance(self.program, GatedProgram):
+            return Scope("these gates", restriction, self.program.norm.name)
+        return Scope("all patterns", restriction)
+
+    @property
+    def _source(self) -> Any:
+        """What holds rows and readout."""
+        return self.program.operator if isinstance(self.program, GatedProgram) else self.program
