@@ -279,8 +279,8 @@ def test_what_a_solver_or_program_does_not_take_is_refused():
         with pytest.raises(TypeError, match="is for dense data: use 'proximal'"):
             solver.solve(program)
     largest = Instance(Convolution(2, pooling="max", input_shape=(4, 1)))
+    patterns = np.ones((len(largest.rows), 1), dtype=bool)
     with pytest.raises(ValueError, match="max pooling is not"):
-        patterns = np.ones((len(largest.rows), 1), dtype=bool)
         GatedProgram.from_rows(largest.rows, patterns, largest.loss, 1.0, largest.readout)
     with pytest.raises(TypeError, match="max pooling is not linear"):
         largest.readout.gather(np.zeros((len(largest.rows), 1)))

@@ -20,7 +20,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from convexbn.files import tables
-from convexbn.files.tables import Table, TableError, read_table
+from convexbn.files.dataset import Dataset
+from convexbn.files.tables import TableError, read_table
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 # Names and labels as people write them: not only blanks, and nothing that a table means otherwise.
@@ -57,10 +58,10 @@ def test_docstrings():
 
 def test_a_table_without_target(tmp_path):
     table = read_table(text_file(tmp_path, "a,b\n1,2\n-3.5,4e2\n"))
-    assert isinstance(table, Table)
-    assert table.features.dtype == np.float64 and table.features.tolist() == [[1, 2], [-3.5, 400]]
+    assert isinstance(table, Dataset)
+    assert table.X.dtype == np.float64 and table.X.tolist() == [[1, 2], [-3.5, 400]]
     assert table.feature_names == ("a", "b")
-    assert table.target is None and table.target_name is None
+    assert table.y is None and table.target is None
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,8 @@ def test_a_table_without_target(tmp_path):
 def test_the_cells_decide_the_type_of_the_target(tmp_path, cells, dtype, values):
     path = text_file(tmp_path, "x,y\n" + "".join(f"0,{cell}\n" for cell in cells))
     table = read_table(path, target="y")
-    assert np.issubdtype(table.target.dtype, dtype) and table.target.tolist() == values
-    assert table.target_name == "y" and table.feature_names == ("x",)
+    assert np.issubdtype(table.y.dtype, dtype) and table.y.tolist() == values
+    assert table.target == "y" and table.feature_names == ("x",)
 
 
 @given(matrix=MATRIX, data=st.data(), separator=st.sampled_from(",;\t"), crlf=st.booleans(), quote=st.booleans())
@@ -103,9 +104,9 @@ def test_round_trip_of_text(tmp_path_factory, matrix, data, separator, crlf, quo
     # A name that holds more separators of another kind than the header has is ambiguous to anybody.
     assume(quote or all(mark not in "".join(names) for mark in ',;\t"'))
     table = read_table(path, target=names[target])
-    assert np.array_equal(table.features, np.array(matrix))
+    assert np.array_equal(table.X, np.array(matrix))
     assert table.feature_names == tuple(names[:target] + names[target + 1 :])
-    assert table.target.tolist() == labels
+    assert table.y.tolist() == labels
 
 
 @given(cell=st.one_of(st.text(max_size=8), st.from_regex(r"[+-]?[0-9_.]{1,6}([eE][+-]?[0-9]{1,4})?", fullmatch=True)))
@@ -123,7 +124,7 @@ def test_the_fast_way_and_the_careful_way_agree(cell):
 
 def test_a_row_whose_sum_overflows_is_finite(tmp_path):
     path = text_file(tmp_path, "a,b\n1.5e308,1.5e308\n")
-    assert read_table(path).features.tolist() == [[1.5e308, 1.5e308]]
+    assert read_table(path).X.tolist() == [[1.5e308, 1.5e308]]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.txt", "T.CSV"])
@@ -135,7 +136,7 @@ def test_separator_and_byte_order_mark(tmp_path, name, separator, bom):
         stream.write(separator.join(["1", '"2"', "x\r\n"]).encode())
     table = read_table(path, target="y")
     assert table.feature_names == ("größe", "b,c")
-    assert table.features.tolist() == [[1, 2]] and table.target.tolist() == ["x"]
+    assert table.X.tolist() == [[1, 2]] and table.y.tolist() == ["x"]
 
 
 def test_separators_inside_quotes_do_not_count(tmp_path):
@@ -145,20 +146,20 @@ def test_separators_inside_quotes_do_not_count(tmp_path):
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n\n", "\r\n\r\n"])
 def test_blank_lines_at_the_end_and_a_missing_newline(tmp_path, end):
-    assert read_table(text_file(tmp_path, "a\n1\n2" + end)).features.tolist() == [[1], [2]]
+    assert read_table(text_file(tmp_path, "a\n1\n2" + end)).X.tolist() == [[1], [2]]
 
 
 def test_features_by_name_and_order(tmp_path):
     path = text_file(tmp_path, "a,note,b,y\n1,hello,2,0\n3,,4,1\n")
     table = read_table(path, features=["b", "a"])
-    assert table.features.tolist() == [[2, 1], [4, 3]]
-    assert table.feature_names == ("b", "a") and table.target is None
-    assert read_table(path, "y", ["a"]).target.tolist() == [0, 1]
+    assert table.X.tolist() == [[2, 1], [4, 3]]
+    assert table.feature_names == ("b", "a") and table.y is None
+    assert read_table(path, "y", ["a"]).y.tolist() == [0, 1]
 
 
 def test_a_quoted_cell_over_several_lines_keeps_the_line_numbers(tmp_path):
     content = 'a,note\n1,"two\nlines, ""quoted"""\n2,x\n'
-    assert read_table(text_file(tmp_path, content), "note").target.tolist() == ['two\nlines, "quoted"', "x"]
+    assert read_table(text_file(tmp_path, content), "note").y.tolist() == ['two\nlines, "quoted"', "x"]
     assert refusal(text_file(tmp_path, content + "?,x\n"), "note").startswith("line 5: column 'a'")
 
 
@@ -224,7 +225,7 @@ def test_a_header_wider_than_the_csv_module_allows_a_cell(tmp_path):
     names = [f"a_rather_long_name_{index}" for index in range(10_000)]
     content = ",".join(names) + "\n" + ",".join(["1"] * len(names)) + "\n"
     assert len(names[0]) * len(names) > csv.field_size_limit()
-    assert read_table(text_file(tmp_path, content)).features.sum() == len(names)
+    assert read_table(text_file(tmp_path, content)).X.sum() == len(names)
 
 
 @pytest.mark.parametrize("name", ["table", "table.xlsx", "table.csv.gz", "table.pkl"])
@@ -263,7 +264,7 @@ def test_a_sparse_file_of_ten_gigabytes_is_refused_before_reading(tmp_path, monk
 
 def test_the_budget_holds_where_the_first_lines_mislead(tmp_path, monkeypatch):
     path = text_file(tmp_path, "a,b\n" + f"{'0' * 1000}1,{'0' * 1000}2\n" * 600 + "3,4\n" * 100_000)
-    assert read_table(path).features.shape == (100_600, 2)
+    assert read_table(path).X.shape == (100_600, 2)
     monkeypatch.setattr(tables.table, "MEMORY_BUDGET", 1_000_000)
     assert "bytes" in refusal(path)
 
@@ -271,7 +272,7 @@ def test_the_budget_holds_where_the_first_lines_mislead(tmp_path, monkeypatch):
 def test_long_labels_count(tmp_path, monkeypatch):
     path = text_file(tmp_path, "a,y\n" + f"1,{'x' * 250}\n" * 1_000)
     monkeypatch.setattr(tables.table, "MEMORY_BUDGET", 1_000_000)
-    assert read_table(path, "y").target.nbytes == 1_000_000
+    assert read_table(path, "y").y.nbytes == 1_000_000
     monkeypatch.setattr(tables.table, "MEMORY_BUDGET", 999_999)
     assert "needs about 1,000,000 bytes" in refusal(path, "y")
 
@@ -290,8 +291,8 @@ def test_memory_is_bounded_by_the_array(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert table.features.nbytes == 2_560_000
-    assert peak < 1.2 * table.features.nbytes
+    assert table.X.nbytes == 2_560_000
+    assert peak < 1.2 * table.X.nbytes
 
 
 def test_an_interrupt_passes_through(tmp_path, monkeypatch):
@@ -335,21 +336,21 @@ NUMBERS = [
 def test_parquet_numbers(tmp_path, kind):
     column = pa.array(np.array([0, 1, 1])).cast(pa.float32()).cast(kind)
     table = read_table(parquet_file(tmp_path, {"a": column, "y": column}), "y")
-    assert table.features.dtype == np.float64 and table.features.tolist() == [[0], [1], [1]]
-    assert table.target.dtype == (np.float64 if pa.types.is_floating(kind) else np.int64)
-    assert table.target.tolist() == [0, 1, 1]
+    assert table.X.dtype == np.float64 and table.X.tolist() == [[0], [1], [1]]
+    assert table.y.dtype == (np.float64 if pa.types.is_floating(kind) else np.int64)
+    assert table.y.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=str)
 def test_parquet_text_is_a_target_and_no_feature(tmp_path, kind):
     path = parquet_file(tmp_path, {"a": [1, 2, 3], "y": pa.array(["1", "ü", "1"]).cast(kind)})
-    assert read_table(path, "y").target.tolist() == ["1", "ü", "1"]  # declared as text, so text it stays
+    assert read_table(path, "y").y.tolist() == ["1", "ü", "1"]  # declared as text, so text it stays
     assert re.fullmatch(r"column 'y' is .*string.*, and numbers are needed; .*", refusal(path))
 
 
 def test_parquet_dictionary_of_integers(tmp_path):
     path = parquet_file(tmp_path, {"a": [1.0, 2.0, 3.0], "y": pa.array([7, 3, 7]).dictionary_encode()})
-    target = read_table(path, "y").target
+    target = read_table(path, "y").y
     assert target.dtype == np.int64 and target.tolist() == [7, 3, 7]
 
 
@@ -358,11 +359,11 @@ def test_parquet_of_pandas(tmp_path):
     path = tmp_path / "table.parquet"
     frame.to_parquet(path)
     table = read_table(path, "y")
-    assert table.feature_names == ("a.b", "c") and table.features.tolist() == [[1.5, 1], [2.5, 0]]
-    assert table.target.tolist() == ["u", "v"]
+    assert table.feature_names == ("a.b", "c") and table.X.tolist() == [[1.5, 1], [2.5, 0]]
+    assert table.y.tolist() == ["u", "v"]
     frame.set_axis(["p", "q"]).iloc[::-1].to_parquet(path)  # the index becomes a column
     assert refusal(path, "y").startswith("column 4 has no name")
-    assert read_table(path, features=["c", "a.b"]).features.tolist() == [[0, 2.5], [1, 1.5]]
+    assert read_table(path, features=["c", "a.b"]).X.tolist() == [[0, 2.5], [1, 1.5]]
 
 
 @given(matrix=MATRIX, rows=st.integers(1, 4), data=st.data())
@@ -374,7 +375,7 @@ def test_round_trip_of_parquet(tmp_path_factory, matrix, rows, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables.parquet, "_BATCH_CELLS", 2 * len(names))  # three rows a batch
         table = read_table(path)
-    assert np.array_equal(table.features, values) and table.feature_names == tuple(names)
+    assert np.array_equal(table.X, values) and table.feature_names == tuple(names)
 
 
 @pytest.mark.parametrize("cells", [1, 1 << 22])
@@ -385,7 +386,7 @@ def test_parquet_rows_are_counted_over_batches(tmp_path, monkeypatch, cells):
     bad[6] = np.inf
     null = [*labels[:6], None, *labels[7:]]
     y = parquet_file(tmp_path, {"a": good, "y": labels}, row_group_size=2)
-    assert read_table(y, "y").target.tolist() == labels
+    assert read_table(y, "y").y.tolist() == labels
     sentence = refusal(parquet_file(tmp_path, {"a": bad, "y": labels}, row_group_size=2), "y")
     assert sentence.startswith("row 7: column 'a' holds inf, not a finite number")
     sentence = refusal(parquet_file(tmp_path, {"a": labels, "y": bad}, row_group_size=2), "y", [])
@@ -425,7 +426,7 @@ def test_parquet_with_two_columns_of_a_name(tmp_path):
 def test_parquet_beyond_the_budget(tmp_path, monkeypatch):
     path = parquet_file(tmp_path, {"a": np.zeros(1_000), "b": np.zeros(1_000)})
     monkeypatch.setattr(tables.table, "MEMORY_BUDGET", 16_000)
-    assert read_table(path).features.shape == (1_000, 2)
+    assert read_table(path).X.shape == (1_000, 2)
     monkeypatch.setattr(tables.table, "MEMORY_BUDGET", 15_999)
     assert "needs about 16,000 bytes" in refusal(path)
 
@@ -465,9 +466,9 @@ def npz_file(folder, compressed=False, **arrays):
 def test_npz_numbers(tmp_path, dtype, compressed):
     path = npz_file(tmp_path, compressed, X=np.array([[0, 1], [1, 0], [1, 1]], dtype=dtype), y=[3, 4, 5])
     table = read_table(path, "y")
-    assert table.features.dtype == np.float64 and table.features.tolist() == [[0, 1], [1, 0], [1, 1]]
+    assert table.X.dtype == np.float64 and table.X.tolist() == [[0, 1], [1, 0], [1, 1]]
     assert table.feature_names == ("x0", "x1")
-    assert table.target.dtype == np.int64 and table.target.tolist() == [3, 4, 5]
+    assert table.y.dtype == np.int64 and table.y.tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -481,7 +482,7 @@ def test_npz_numbers(tmp_path, dtype, compressed):
     ],
 )
 def test_the_declared_type_decides_the_type_of_the_target(tmp_path, values, dtype):
-    target = read_table(npz_file(tmp_path, X=np.eye(2), y=values), "y").target
+    target = read_table(npz_file(tmp_path, X=np.eye(2), y=values), "y").y
     assert target.dtype == dtype and target.tolist() == values.tolist()
 
 
@@ -491,12 +492,12 @@ def test_round_trip_of_npz(tmp_path_factory, matrix, fortran, compressed, data):
     path = npz_file(tmp_path_factory.mktemp("round"), compressed, X=values, other=np.eye(9))
     order = data.draw(st.lists(st.integers(0, len(matrix[0]) - 1), min_size=1, unique=True))
     table = read_table(path, features=[f"x{index}" for index in order])
-    assert np.array_equal(table.features, values[:, order])
+    assert np.array_equal(table.X, values[:, order])
 
 
 def test_npz_with_one_matrix_of_another_name(tmp_path):
     path = npz_file(tmp_path, data=np.eye(3), y=np.arange(3), note=np.array("text"))
-    assert np.array_equal(read_table(path, "y").features, np.eye(3))
+    assert np.array_equal(read_table(path, "y").X, np.eye(3))
 
 
 @pytest.mark.parametrize(
@@ -551,7 +552,7 @@ def array_header(shape, descr="<f8"):
 
 def test_a_crafted_archive_that_is_sound(tmp_path):
     path = crafted(tmp_path, array_header([1, 2]), np.array([3.0, 4.0]).tobytes(), version=(2, 0))
-    assert read_table(path).features.tolist() == [[3, 4]]
+    assert read_table(path).X.tolist() == [[3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -633,8 +634,8 @@ def test_flipped_bits_are_found_or_harmless(tmp_path, kind):
             refused += 1
             continue
         if kind != ".csv":  # text has no checksum
-            assert np.array_equal(table.target, sound.target)
-            assert np.array_equal(table.features, sound.features[:, : table.features.shape[1]])
+            assert np.array_equal(table.y, sound.y)
+            assert np.array_equal(table.X, sound.X[:, : table.X.shape[1]])
     assert refused > 100
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from convexbn._types import Float, FloatMatrix
 from convexbn.files import datasets
-from convexbn.files.datasets import Dataset
+from convexbn.files.dataset import Dataset
 
 _LOADERS = {"digits": datasets.digits, "fashion-mnist": datasets.fashion_mnist, "cifar-10": datasets.cifar10}
 
@@ -75,6 +75,7 @@ def _drawn(name: str, counts: tuple[int, ...], seed: int) -> list[tuple[FloatMat
     order = np.random.default_rng(seed).permutation(len(data.X))
     if sum(counts) > len(order):
         raise ValueError(f"{name} has {len(order)} training rows, fewer than {sum(counts)}.")
+    assert data.y is not None
     pieces = np.split(order[: sum(counts)], np.cumsum(counts)[:-1])
     return [(data.X[part], data.y[part]) for part in pieces]
 

@@ -6,10 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from convexbn.cli.options import LOSSES, data_parser, file_parser
+from convexbn.cli.options import Names, data_parser, file_parser
 from convexbn.cli.output import feature_names, number, quiet
-
-_TORCH_LOSSES = ["MSELoss", "HuberLoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
 
 #: Options of ``certify`` for what the file of a model holds itself.
 _QUESTION = ("loss", "huber_delta", "weight_decay", "optimizer_decay", "eps", "tol")
@@ -30,8 +28,10 @@ def add_parser(commands: Any) -> None:
     )
     judge.add_argument("--json", action="store_true", help="print one JSON object last")
     trained = judge.add_argument_group("for networks that torch trained (.pt2, state dicts in .pt or .safetensors)")
-    names = [*LOSSES, *_TORCH_LOSSES]
-    trained.add_argument("--loss", choices=names, help="summed over rows, or torch's own with its mean")
+    losses = Names("convexbn.training.trained_objective", "loss_names")
+    trained.add_argument(
+        "--loss", choices=losses, metavar="LOSS", help="summed over rows, or torch's own with its mean: %(choices)s"
+    )
     trained.add_argument("--huber-delta", type=float, metavar="DELTA", help="of huber and HuberLoss, by default 1")
     trained.add_argument("--weight-decay", type=float, metavar="BETA", help="against the sum of the losses")
     trained.add_argument("--optimizer-decay", type=float, metavar="LAM", help="weight_decay of SGD or Adam")
@@ -48,7 +48,7 @@ def certify(options: argparse.Namespace) -> int:
 
 def _certify_model(options: argparse.Namespace) -> int:
     """Take the question from the file, recompute every answer from the data."""
-    from convexbn.cli.data_sources import read_source
+    from convexbn.cli.data_sources import read_data, training_rows
     from convexbn.estimators import load
 
     model = load(options.file)
@@ -57,10 +57,8 @@ def _certify_model(options: argparse.Namespace) -> int:
         raise ValueError(f"{given[0]} is for networks that torch trained: the file of a model holds its own.")
     made = dict(getattr(model, "source_", {}))
     target = options.target or made.get("target")
-    source = read_source(
-        options.data, target, data_home=options.data_home, features=feature_names(model), need_target=True
-    )
-    X, y = source.training_rows(made)
+    data = read_data(options.data, target, data_home=options.data_home, features=feature_names(model), need_target=True)
+    X, y = training_rows(data, made)
     model.time_limit = options.time_limit
     trained_with = model.spectral_filter
     if options.without_filter:
@@ -82,21 +80,26 @@ def _certify_model(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        print(f"{proof.status.value}, recomputed on {len(X)} rows: {rows}.")
-        print(proof.sentence)
-        if trained_with is not None:
-            judged = "Judged as a plain network, without" if options.without_filter else "Judged with"
-            print(f"{judged} the spectral filter of its training, {trained_with:g} of the largest singular value.")
+        print(f"{proof.status.value}, recomputed on {len(X)} rows: {rows}.\n{proof.sentence}")
+        print(_filter_note(trained_with, without=options.without_filter), end="")
         print(f"objective {proof.objective:.12g}   lower bound {proof.lower_bound:.12g}   ", end="")
         print(f"weight-decay objective of the plain network of neurons {proof.weight_decay_objective:.12g}")
     return 0
+
+
+def _filter_note(spectral_filter: float | None, *, without: bool) -> str:
+    """A line on the spectral filter of the training; empty if there was none."""
+    if spectral_filter is None:
+        return ""
+    judged = "Judged as a plain network, without" if without else "Judged with"
+    return f"{judged} the spectral filter of its training, {spectral_filter:g} of the largest singular value.\n"
 
 
 def _certify_checkpoint(options: argparse.Namespace) -> int:
     """Take the layers from the file, the question from the options."""
     import numpy as np
 
-    from convexbn.cli.data_sources import read_source
+    from convexbn.cli.data_sources import read_data
     from convexbn.files.torch import read_checkpoint
     from convexbn.training.audit import audit
     from convexbn.training.trained_objective import Objective, TrainedLoss, targets_of_labels
@@ -106,10 +109,10 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
             "a file of torch does not hold its objective: give --loss, and --weight-decay or --optimizer-decay."
         )
     layers, assumed = read_checkpoint(options.file, eps=options.eps)
-    source = read_source(options.data, options.target, data_home=options.data_home, need_target=True)
-    assert source.y is not None
+    data = read_data(options.data, options.target, data_home=options.data_home, need_target=True)
+    assert data.y is not None
     n_outputs = layers.output.shape[1]
-    targets = targets_of_labels(options.loss, source.y, n_outputs)
+    targets = targets_of_labels(options.loss, data.y, n_outputs)
     huber_delta = 1.0 if options.huber_delta is None else options.huber_delta
     loss = TrainedLoss.from_name(options.loss, targets, n_outputs, huber_delta=huber_delta)
     if options.weight_decay is not None:
@@ -117,11 +120,11 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     else:
         objective = Objective.with_optimizer_decay(loss, options.optimizer_decay)
     found = audit(
-        layers, np.asarray(source.X, dtype=np.float64), objective,
+        layers, np.asarray(data.X, dtype=np.float64), objective,
         tol=1e-6 if options.tol is None else options.tol,
         time_limit=60.0 if options.time_limit is None else options.time_limit,
     )  # fmt: skip
-    told = f"{found.status.value}, on {len(source.X)} rows: {found.explanation} {assumed}".rstrip()
+    told = f"{found.status.value}, on {len(data.X)} rows: {found.explanation} {assumed}".rstrip()
     print(json.dumps(_audit(found) | {"assumed": assumed}) if options.json else told)
     return 0
 

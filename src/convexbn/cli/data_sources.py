@@ -1,4 +1,4 @@
-"""Where the command line takes rows from: bundled data sets by name, or a table file; and how it splits them."""
+"""Where the command line takes rows from: public data sets by name, or a table file; and how it splits them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from convexbn.files import datasets
+from convexbn.files.dataset import Dataset
 from convexbn.files.tables import read_table
-
-#: Shapes of the images of the bundled sets.
-IMAGES = {"digits": (8, 8, 1), "fashion-mnist": (28, 28, 1), "cifar-10": (32, 32, 3)}
 
 #: Share held out by default when a data set has no test part of its own.
 DEFAULT_TEST_SIZE = {"digits": 0.2, "fashion-mnist": 0.0, "cifar-10": 0.0}
@@ -31,91 +29,62 @@ class Split:
     description: dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Rows of one data set: all of a table, or the training and test part of a bundled set."""
-
-    name: str
-    X: np.ndarray
-    y: np.ndarray | None
-    X_test: np.ndarray | None = None
-    y_test: np.ndarray | None = None
-    feature_names: tuple[str, ...] | None = None
-    target: str | None = None
-    image_shape: tuple[int, ...] | None = None  # where the rows are known to be images or signals
-
-    def split(self, test_size: float | None, seed: int, *, task: str) -> Split:
-        """Hold rows out (stratified for classes), or keep the official test part."""
-        if self.y is None:
-            raise ValueError("--target is required for a file: name the column to predict.")
-        task = _infer_task(self.y) if task == "auto" else task
-        share = DEFAULT_TEST_SIZE.get(self.name, 0.0) if test_size is None else test_size
-        if not 0 <= share < 1:
-            raise ValueError(f"--test-size must lie in [0, 1); got {share}.")
-        description = {
-            "data": self.name,
-            "target": self.target,
-            "feature_names": None if self.feature_names is None else list(self.feature_names),
-            "test_size": share,
-            "seed": seed,
-            "task": task,
-        }
-        if share == 0:
-            return Split(self.X, self.y, self.X_test, self.y_test, task, description)
-        train, test = _split_rows(self.y, share, seed, stratify=task == "classification")
-        return Split(self.X[train], self.y[train], self.X[test], self.y[test], task, description)
-
-    def training_rows(self, description: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Rebuild the training rows of a saved split; all rows when it was made on other data."""
-        assert self.y is not None
-        if description.get("data") != self.name or not description.get("test_size"):
-            return self.X, self.y
-        train, _ = _split_rows(
-            self.y,
-            description["test_size"],
-            description["seed"],
-            stratify=description["task"] == "classification",
-        )
-        return self.X[train], self.y[train]
+def split(data: Dataset, test_size: float | None, seed: int, *, task: str) -> Split:
+    """Hold rows out (stratified for classes), or keep the official test part."""
+    if data.y is None:
+        raise ValueError("--target is required for a file: name the column to predict.")
+    task = _infer_task(data.y) if task == "auto" else task
+    share = DEFAULT_TEST_SIZE.get(data.name, 0.0) if test_size is None else test_size
+    if not 0 <= share < 1:
+        raise ValueError(f"--test-size must lie in [0, 1); got {share}.")
+    description = {
+        "data": data.name,
+        "target": data.target,
+        "feature_names": None if data.feature_names is None else list(data.feature_names),
+        "test_size": share,
+        "seed": seed,
+        "task": task,
+    }
+    if share == 0:
+        return Split(data.X, data.y, data.X_test, data.y_test, task, description)
+    train, test = _split_rows(data.y, share, seed, stratify=task == "classification")
+    return Split(data.X[train], data.y[train], data.X[test], data.y[test], task, description)
 
 
-def read_source(
+def training_rows(data: Dataset, description: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Rebuild the training rows of a saved split; all rows when it was made on other data."""
+    assert data.y is not None
+    if description.get("data") != data.name or not description.get("test_size"):
+        return data.X, data.y
+    stratify = description["task"] == "classification"
+    train, _ = _split_rows(data.y, description["test_size"], description["seed"], stratify=stratify)
+    return data.X[train], data.y[train]
+
+
+def read_data(
     data: str,
     target: str | None,
     *,
     data_home: str | None = None,
     features: Sequence[str] | None = None,
     need_target: bool = False,
-) -> Source:
+) -> Dataset:
     """Read ``digits``, ``fashion-mnist``, ``cifar-10`` or a file of the user's."""
     if data in DEFAULT_TEST_SIZE:
         if target is not None and features is None and not need_target:
             raise ValueError(f"--target is for files; {data} brings its own labels.")
-        bundled = _bundled(data, data_home)
-        return Source(data, bundled.X, bundled.y, bundled.X_test, bundled.y_test, image_shape=IMAGES[data])
+        return _public(data, data_home)
     if need_target and target is None:
         raise ValueError("--target is required for a file: name the column to compare with.")
     if not os.path.exists(data):
         raise FileNotFoundError(f"{data!r} is neither a file nor one of {', '.join(DEFAULT_TEST_SIZE)}")
-    table = read_table(data, target, features)
-    name = os.path.basename(data)
-    return Source(
-        name, table.features, table.target, feature_names=table.feature_names, target=target, image_shape=table.shape
-    )
+    return read_table(data, target, features)
 
 
-def _bundled(name: str, data_home: str | None) -> datasets.Dataset:
+def _public(name: str, data_home: str | None) -> Dataset:
     if name == "digits":
         return datasets.digits()
     return datasets.cifar10(data_home) if name == "cifar-10" else datasets.fashion_mnist(data_home)
-
-
-def estimator_for(task: str) -> Any:
-    """The estimator class of a task."""
-    from convexbn.estimators.classifier import ConvexBNClassifier
-    from convexbn.estimators.regressor import ConvexBNRegressor
-
-    return ConvexBNClassifier if task == "classification" else ConvexBNRegressor
 
 
 def _infer_task(y: np.ndarray) -> str:

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from convexbn.cli.options import auto_or_float, convolution, data_parser, huber_delta, network_parser, rank
+from convexbn.cli.options import auto_or_float, data_parser, estimator_from, network_parser, rank
 from convexbn.cli.output import check_writable, number, quiet
 
 
@@ -27,54 +27,37 @@ def add_parser(commands: Any) -> None:
 
 def fit(options: argparse.Namespace) -> int:
     """``convexbn fit``: train, judge, save."""
-    from convexbn.cli.data_sources import estimator_for, read_source
+    from convexbn.cli.data_sources import read_data, split
     from convexbn.cli.progress_bar import reporter
 
     check_writable(options.out)
-    source = read_source(options.data, options.target, data_home=options.data_home)
-    split = source.split(options.test_size, options.seed, task=options.task)
+    data = read_data(options.data, options.target, data_home=options.data_home)
+    rows = split(data, options.test_size, options.seed, task=options.task)
     started = time.perf_counter()
     with reporter(sys.stderr) as report:
-        model = estimator_for(split.task)(
-            activation=options.activation,
-            loss=options.loss,
-            **huber_delta(options, split.task),
-            weight_decay=options.weight_decay,
-            n_gates=options.n_gates,
-            width=options.width,
-            n_starts=options.n_starts,
-            gates=options.gates,
-            rank=options.rank,
-            spectral_filter=options.spectral_filter,
-            convolution=convolution(options, source.image_shape),
-            tol=options.tol,
-            max_iter=options.max_iter,
-            time_limit=options.time_limit,
-            random_state=options.seed,
-            callback=report,
-        )
+        model = estimator_from(options, rows.task, data.image_shape, callback=report)
         with quiet():
-            model.fit(split.X_train, split.y_train)
+            model.fit(rows.X_train, rows.y_train)
     seconds = time.perf_counter() - started
-    model.source_ = split.description
+    model.source_ = rows.description
     model.save(options.out)
-    result = _result(model, split, seconds)
-    held_out, sentence = split.X_test is not None, model.certificate_.sentence
+    result = _result(model, rows, seconds)
+    held_out, sentence = rows.X_test is not None, model.certificate_.sentence
     print(json.dumps(result) if options.json else _summary(result, sentence, options.out, held_out=held_out))
     return 0
 
 
-def _result(model: Any, split: Any, seconds: float) -> dict[str, Any]:
+def _result(model: Any, rows: Any, seconds: float) -> dict[str, Any]:
     proof, network = model.certificate_, model.network_
-    has_test = split.X_test is not None
+    has_test = rows.X_test is not None
     return {
         "objective": number(proof.objective),
         "lower_bound": number(proof.lower_bound),
         "relative_gap": number(proof.relative_gap),
         "status": proof.status.value,
         "scope": proof.scope,
-        "train_score": number(model.score(split.X_train, split.y_train)),
-        "test_score": number(model.score(split.X_test, split.y_test)) if has_test else None,
+        "train_score": number(model.score(rows.X_train, rows.y_train)),
+        "test_score": number(model.score(rows.X_test, rows.y_test)) if has_test else None,
         "n_iter": model.n_iter_,
         "seconds": round(seconds, 4),
         "n_neurons": network.n_neurons,

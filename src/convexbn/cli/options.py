@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 #: Options that a convolution has, and what pools a region by its name here.
 _OF_FILTERS = ("stride", "padding", "pool", "regions", "image")
 _POOLING = {"avg": "average", "max": "max"}
 
-#: Losses by their names here.
-LOSSES = ["squared", "huber", "squared_hinge", "logistic", "cross_entropy"]
+
+class Names:
+    """Choices that are read when a command is parsed or explained, since they take numpy to import."""
+
+    def __init__(self, module: str, function: str) -> None:
+        self.module, self.function = module, function
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(getattr(importlib.import_module(self.module), self.function)())
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
 
 
 def data_parser() -> argparse.ArgumentParser:
@@ -28,7 +40,8 @@ def network_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--target", metavar="NAME", help="target column (files only)")
     parser.add_argument("--activation", choices=["gated", "relu"], default="gated")
-    parser.add_argument("--loss", choices=LOSSES, default="squared")
+    losses = Names("convexbn.program.losses", "losses_for")
+    parser.add_argument("--loss", choices=losses, default="squared", metavar="LOSS", help="one of %(choices)s")
     parser.add_argument("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
     parser.add_argument("--n-gates", type=int, default=100, metavar="P")
     parser.add_argument("--width", type=int, metavar="M", help="neurons that relu training starts with")
@@ -95,13 +108,30 @@ def _image_shape(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 28x28x1") from None
 
 
-def huber_delta(options: argparse.Namespace, task: str) -> dict[str, float]:
-    """Delta of the Huber loss, where it is given: a parameter of regressors."""
-    if options.huber_delta is None:
-        return {}
-    if options.loss != "huber" or task != "regression":
+def estimator_from(options: argparse.Namespace, task: str, image_shape: tuple[int, ...] | None, **others: Any) -> Any:
+    """The estimator of a task with the options that are its parameters.
+
+    Parameters
+    ----------
+    options : Namespace
+        Of ``network_parser``, and options of the command that are called as parameters.
+    task : {"classification", "regression"}
+    image_shape : tuple of int or None
+        Of the rows, where they are known to be images.
+    **others
+        Parameters that are no options.
+    """
+    from convexbn.estimators.classifier import ConvexBNClassifier
+    from convexbn.estimators.regressor import ConvexBNRegressor
+
+    if options.huber_delta is not None and (options.loss != "huber" or task != "regression"):
         raise ValueError("--huber-delta is for --loss huber, which is for regression.")
-    return {"huber_delta": options.huber_delta}
+    estimator: Any = ConvexBNClassifier() if task == "classification" else ConvexBNRegressor()
+    known = estimator.get_params()
+    given = {name: value for name, value in vars(options).items() if name in known and value is not None}
+    return estimator.set_params(
+        **given, convolution=convolution(options, image_shape), random_state=options.seed, **others
+    )
 
 
 def file_parser() -> argparse.ArgumentParser:

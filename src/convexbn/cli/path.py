@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.options import convolution, data_parser, floats, huber_delta, network_parser, ranks
+from convexbn.cli.options import data_parser, estimator_from, floats, network_parser, ranks
 from convexbn.cli.output import Terminated, check_writable, ending, number, say
 
 #: Pictures that can be drawn.
@@ -37,31 +37,17 @@ def add_parser(commands: Any) -> None:
 
 def path(options: argparse.Namespace) -> int:
     """``convexbn path``: one line a point, each certified; finished points outlive an interruption."""
-    from convexbn.cli.data_sources import estimator_for, read_source
+    from convexbn.cli.data_sources import read_data, split
     from convexbn.estimators.path import fit_path
 
     _check_path_options(options)
-    source = read_source(options.data, options.target, data_home=options.data_home)
-    split = source.split(options.validation_size, options.seed, task=options.task)
-    model = estimator_for(split.task)(
-        activation=options.activation,
-        loss=options.loss,
-        **huber_delta(options, split.task),
-        n_gates=options.n_gates,
-        width=options.width,
-        n_starts=options.n_starts,
-        gates=options.gates,
-        spectral_filter=options.spectral_filter,
-        convolution=convolution(options, source.image_shape),
-        tol=options.tol,
-        max_iter=options.max_iter,
-        time_limit=options.time_limit,
-        random_state=options.seed,
-    )
+    data = read_data(options.data, options.target, data_home=options.data_home)
+    rows = split(data, options.validation_size, options.seed, task=options.task)
+    model = estimator_from(options, rows.task, data.image_shape)
     points = fit_path(
-        model, split.X_train, split.y_train,
+        model, rows.X_train, rows.y_train,
         weight_decays=options.weight_decays, ranks=options.ranks, checkpoint=options.checkpoint,
-        validation=(split.X_test, split.y_test) if options.validation_size else None,
+        validation=(rows.X_test, rows.y_test) if options.validation_size else None,
     )  # fmt: skip
     printed = 0
     try:
@@ -71,9 +57,9 @@ def path(options: argparse.Namespace) -> int:
         return say(*_broken_off(signalled, printed, len(points), options.checkpoint))
     chosen = points.best if options.validation_size else points.points[-1]
     if options.out is not None:
-        chosen.model.source_ = split.description
+        chosen.model.source_ = rows.description
         chosen.model.save(options.out)
-    _draw_path(points.points, chosen.model, split.X_train, options)
+    _draw_path(points.points, chosen.model, rows.X_train, options)
     if options.validation_size and not options.json:
         saved = "" if options.out is None else f", saved to {options.out}"
         print(f"best: {_point(chosen, 'the first of the highest score', as_json=False)}{saved}")

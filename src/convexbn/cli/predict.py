@@ -19,14 +19,14 @@ def add_parser(commands: Any) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """``convexbn predict``: one line a row of the data."""
-    from convexbn.cli.data_sources import read_source
+    from convexbn.cli.data_sources import read_data
     from convexbn.estimators import load
     from convexbn.files.model_file import write_atomically
 
     if options.out is not None:
         check_writable(options.out)
     model = load(options.file)
-    source = read_source(options.data, None, data_home=options.data_home, features=feature_names(model))
+    source = read_data(options.data, None, data_home=options.data_home, features=feature_names(model))
     rows = source.X if source.X_test is None else source.X_test
     lines = ["prediction", *(_cell(value) for value in model.predict(rows))]
     text = "".join(f"{line}\n" for line in lines)

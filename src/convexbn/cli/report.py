@@ -43,27 +43,27 @@ def report(options: argparse.Namespace) -> int:
 
 def _subject(model: Any, options: argparse.Namespace) -> Any:
     """Rows of the training, and those held out from it, judged again."""
-    from convexbn.cli.data_sources import read_source
+    from convexbn.cli.data_sources import read_data, split
     from convexbn.cli.model_page import Subject
 
     made = dict(getattr(model, "source_", {}))
     names = feature_names(model)
-    source = read_source(
+    data = read_data(
         options.data, options.target or made.get("target"),
         data_home=options.data_home, features=names, need_target=True,
     )  # fmt: skip
-    known = made.get("data") == source.name
-    split = source.split(
-        made["test_size"] if known else 0.0, made["seed"] if known else 0,
+    known = made.get("data") == data.name
+    rows = split(
+        data, made["test_size"] if known else 0.0, made["seed"] if known else 0,
         task="classification" if hasattr(model, "classes_") else "regression",
     )  # fmt: skip
-    X, y = split.X_train, split.y_train
+    X, y = rows.X_train, rows.y_train
     model.time_limit = options.time_limit
     with quiet():
         proof = model.certify(X, y)
     return Subject(
-        name=Path(options.file).name, model=model, certificate=proof, data=source.name, X=X, y=y,
-        X_test=split.X_test, y_test=split.y_test, feature_names=names, target=source.target,
+        name=Path(options.file).name, model=model, certificate=proof, data=data.name, X=X, y=y,
+        X_test=rows.X_test, y_test=rows.y_test, feature_names=names, target=data.target,
         own_rows=model.fingerprint(X, y) == model.fingerprint_,
     )  # fmt: skip
 

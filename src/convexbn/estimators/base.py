@@ -10,12 +10,6 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from sklearn.base import (
-    BaseEstimator,
-    ClassNamePrefixFeaturesOutMixin,
-    RegressorMixin,
-    TransformerMixin,
-)
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -28,74 +22,36 @@ from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import persistence
+from convexbn.estimators.parameters import NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training.fit import SOLVERS, Fit, ReluSettings, fit_gated, fit_relu, judged
+from convexbn.training.fit import Fit, ReluSettings, fit_gated, fit_relu, judged
 from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
 
 if TYPE_CHECKING:
     from convexbn.training.relu_conversion import Conversion
 
 
-class BaseConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """What both estimators share: parameters, fit, hidden activations, persistence."""
+@parameters
+class BaseConvexBN(NetworkParameters):
+    """Base of the estimators: fit, hidden activations, certificate, persistence."""
+
+    weight_decay: float | str = "auto"
+    n_gates: int = 100
+    rank: int | float | None = None
+    spectral_filter: float | None = None
+    callback: Callable[[Progress], object] | None = None
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "activation": [StrOptions({"gated", "relu"})],
+        **NetworkParameters._parameter_constraints,
         "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
-        "width": [Interval(Integral, 1, None, closed="left"), None],
-        "n_starts": [Interval(Integral, 1, None, closed="left")],
-        "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
-        "convolution": [Convolution, None],
-        "solver": [StrOptions({"auto", *SOLVERS})],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "max_iter": [Interval(Integral, 0, None, closed="left"), None],
-        "time_limit": [Interval(Real, 0, None, closed="left"), None],
-        "random_state": ["random_state"],
         "callback": [callable, None],
     }
-
-    def __init__(
-        self,
-        *,
-        activation: str = "gated",
-        loss: str = "squared",
-        weight_decay: float | str = "auto",
-        n_gates: int = 100,
-        gates: str | FloatMatrix = "data",
-        width: int | None = None,
-        n_starts: int = 1,
-        rank: int | float | None = None,
-        spectral_filter: float | None = None,
-        convolution: Convolution | None = None,
-        solver: str = "auto",
-        tol: float = 1e-6,
-        max_iter: int | None = None,
-        time_limit: float | None = None,
-        random_state: Any = None,
-        callback: Callable[[Progress], object] | None = None,
-    ) -> None:
-        self.activation = activation
-        self.loss = loss
-        self.weight_decay = weight_decay
-        self.n_gates = n_gates
-        self.gates = gates
-        self.width = width
-        self.n_starts = n_starts
-        self.rank = rank
-        self.spectral_filter = spectral_filter
-        self.convolution = convolution
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.time_limit = time_limit
-        self.random_state = random_state
-        self.callback = callback
 
     def transform(self, X: Any) -> Float:
         """Hidden activations, one a neuron, of a convolution one a region and neuron: (n, d) -> (n, n_neurons)."""
@@ -302,7 +258,7 @@ class BaseConvexBN(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _checked_data(
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool
     ) -> tuple[FloatMatrix, Any, Float, float]:
-        numeric = isinstance(self, RegressorMixin)
+        numeric = self._task == "regression"
         X = self._as_rows(X, self.convolution if reset else self._layer)
         X, y, weights, input_eps = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
         if not weights.all():  # as if the rows of weight zero were not there

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import (
     ClassifierMixin,
 )
-from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 
 from convexbn._types import Float
 from convexbn.estimators.base import BaseConvexBN
-from convexbn.program.losses import LOSSES, LossKind, softmax
+from convexbn.estimators.parameters import parameters
+from convexbn.program.losses import LOSSES, LossKind, class_loss, softmax
 from convexbn.program.targets import class_targets
 
-if TYPE_CHECKING:
-    pass
 
-
+@parameters
 class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for classification.
 
@@ -110,10 +108,7 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     ('CERTIFIED', True)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseConvexBN._parameter_constraints,
-        "loss": [StrOptions({"squared", "squared_hinge", "logistic", "cross_entropy"})],
-    }
+    _task: ClassVar[str] = "classification"
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train to a certified optimum.
@@ -150,13 +145,13 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         """
         outputs = self.decision_function(X)
         if outputs.ndim == 1:
-            logits = outputs if self.loss in ("logistic", "cross_entropy") else 2 * outputs
+            logits = outputs if LOSSES[self.loss].models_probabilities else 2 * outputs
             outputs = np.column_stack([np.zeros_like(logits), logits])
         with np.errstate(all="ignore"):
             return softmax(outputs)
 
     def _loss_kind(self, Y: Float) -> LossKind:
-        return LOSSES["logistic" if self.loss == "cross_entropy" and Y.shape[1] == 1 else self.loss]
+        return class_loss(self.loss, Y.shape[1])
 
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         check_classification_targets(y)
@@ -165,8 +160,10 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
             raise ValueError(
                 f"The classifier needs samples of at least 2 classes; all are of class {classes.tolist()[0]!r}."
             )
-        if self.loss == "logistic" and len(classes) > 2:
-            raise ValueError(f"loss='logistic' is for two classes, and y has {len(classes)}; use loss='cross_entropy'.")
+        if len(classes) > 2 and not LOSSES[self.loss].takes_outputs(len(classes)):
+            raise ValueError(
+                f"loss={self.loss!r} is for two classes, and y has {len(classes)}; use loss='cross_entropy'."
+            )
         return self._encode(y, classes), {"classes_": classes}
 
     def _encode_known(self, y: Any) -> Float:

@@ -10,23 +10,17 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.stats
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    RegressorMixin,
-    TransformerMixin,
-)
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing, indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
-from convexbn.data.convolution import Convolution
 from convexbn.estimators.classifier import ConvexBNClassifier
+from convexbn.estimators.parameters import NetworkParameters, RegressionParameters, parameters
 from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import (
@@ -43,11 +37,21 @@ _SHOWN = ["weight_decay_", "rank_", "certificate_", "network_", "n_iter_"]
 _SHOWN += ["classes_", "n_features_in_", "feature_names_in_"]
 
 
-class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """What both do: candidates, folds, scores, and the best candidate fitted on all rows."""
+@parameters
+class _SelectionCV(NetworkParameters):
+    """Base of both: candidates, folds, scores, and the best candidate fitted on all rows."""
+
+    weight_decays: Sequence[float] | None = None
+    ranks: Sequence[int | float | None] | None = None
+    spectral_filters: Sequence[float | None] | None = None
+    n_gates: int | Sequence[int] = 100
+    cv: Any = None
+    scoring: str | Callable[..., float] | None = None
+    n_jobs: int | None = None
 
     _estimator: ClassVar[Any]
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **NetworkParameters._parameter_constraints,
         "weight_decays": ["array-like", None],
         "ranks": ["array-like", None],
         "spectral_filters": ["array-like", None],
@@ -56,47 +60,6 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "n_jobs": [Integral, None],
     }
-
-    def __init__(
-        self,
-        *,
-        weight_decays: Sequence[float] | None = None,
-        ranks: Sequence[int | float | None] | None = None,
-        spectral_filters: Sequence[float | None] | None = None,
-        n_gates: int | Sequence[int] = 100,
-        activation: str = "gated",
-        loss: str = "squared",
-        gates: str | FloatMatrix = "data",
-        width: int | None = None,
-        n_starts: int = 1,
-        convolution: Convolution | None = None,
-        solver: str = "auto",
-        tol: float = 1e-6,
-        max_iter: int | None = None,
-        time_limit: float | None = None,
-        random_state: Any = None,
-        cv: Any = None,
-        scoring: str | Callable[..., float] | None = None,
-        n_jobs: int | None = None,
-    ) -> None:
-        self.weight_decays = weight_decays
-        self.ranks = ranks
-        self.spectral_filters = spectral_filters
-        self.n_gates = n_gates
-        self.activation = activation
-        self.loss = loss
-        self.gates = gates
-        self.width = width
-        self.n_starts = n_starts
-        self.convolution = convolution
-        self.solver = solver
-        self.tol = tol
-        self.max_iter = max_iter
-        self.time_limit = time_limit
-        self.random_state = random_state
-        self.cv = cv
-        self.scoring = scoring
-        self.n_jobs = n_jobs
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Score every candidate on every fold, and train the best on all rows.
@@ -195,6 +158,7 @@ class _SelectionCV(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return int(self._best._n_features_out)
 
 
+@parameters
 class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
     """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
@@ -244,10 +208,7 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
     """
 
     _estimator = ConvexBNClassifier
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **{k: v for k, v in ConvexBNClassifier._parameter_constraints.items() if k not in ("callback", "n_gates")},
-        **_SelectionCV._parameter_constraints,
-    }
+    _task: ClassVar[str] = "classification"
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the best estimator: (n,) for two classes, else (n, n_classes)."""
@@ -258,7 +219,8 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         return self._best.predict_proba(X)
 
 
-class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
+@parameters
+class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
     """``ConvexBNRegressor`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
     Parameters
@@ -290,45 +252,9 @@ class ConvexBNRegressorCV(RegressorMixin, _SelectionCV):
 
     _estimator = ConvexBNRegressor
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **{k: v for k, v in ConvexBNRegressor._parameter_constraints.items() if k not in ("callback", "n_gates")},
         **_SelectionCV._parameter_constraints,
+        **RegressionParameters._parameter_constraints,
     }
-
-    def __init__(
-        self,
-        *,
-        weight_decays: Sequence[float] | None = None,
-        ranks: Sequence[int | float | None] | None = None,
-        spectral_filters: Sequence[float | None] | None = None,
-        n_gates: int | Sequence[int] = 100,
-        activation: str = "gated",
-        loss: str = "squared",
-        huber_delta: float = 1.0,
-        gates: str | FloatMatrix = "data",
-        width: int | None = None,
-        n_starts: int = 1,
-        convolution: Convolution | None = None,
-        solver: str = "auto",
-        tol: float = 1e-6,
-        max_iter: int | None = None,
-        time_limit: float | None = None,
-        random_state: Any = None,
-        cv: Any = None,
-        scoring: str | Callable[..., float] | None = None,
-        n_jobs: int | None = None,
-    ) -> None:
-        super().__init__(
-            weight_decays=weight_decays, ranks=ranks, spectral_filters=spectral_filters, n_gates=n_gates,
-            activation=activation, loss=loss, gates=gates, width=width, n_starts=n_starts, convolution=convolution,
-            solver=solver, tol=tol, max_iter=max_iter, time_limit=time_limit, random_state=random_state, cv=cv,
-            scoring=scoring, n_jobs=n_jobs,
-        )  # fmt: skip
-        self.huber_delta = huber_delta
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
 
 
 def _fold(

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from convexbn._types import FloatMatrix
-from convexbn.data.convolution import Convolution
 from convexbn.estimators.classifier import ConvexBNClassifier
 from convexbn.estimators.regressor import ConvexBNRegressor
 
-if TYPE_CHECKING:
-    pass
 
-
-def max_weight_decay(
-    X: Any,
-    y: Any,
-    *,
-    activation: str = "gated",
-    loss: str = "squared",
-    huber_delta: float = 1.0,
-    gates: str | FloatMatrix = "data",
-    n_gates: int = 100,
-    rank: int | float | None = None,
-    spectral_filter: float | None = None,
-    convolution: Convolution | None = None,
-    sample_weight: Any = None,
-    random_state: Any = None,
-) -> float | tuple[float, float]:
+def max_weight_decay(X: Any, y: Any, *, sample_weight: Any = None, **parameters: Any) -> float | tuple[float, float]:
     """Smallest weight decay at which the zero network is optimal.
 
     Parameters
@@ -39,8 +20,11 @@ def max_weight_decay(
     y : array-like (n,) or (n, K)
         Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats
         and matrices are targets.
-    activation, loss, huber_delta, gates, n_gates, rank, spectral_filter, convolution, sample_weight, random_state
-        As in the estimators.
+    sample_weight : array-like (n,), optional
+        Equal to repeating rows.
+    **parameters
+        Of the estimator, such as ``activation``, ``loss``, ``gates``, ``n_gates``, ``rank``, ``convolution`` and
+        ``random_state``.
 
     Returns
     -------
@@ -58,11 +42,7 @@ def max_weight_decay(
     (1.732051, 1.732051)
     """
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
-    model = ConvexBNClassifier() if is_class else ConvexBNRegressor(huber_delta=huber_delta)
-    model.set_params(
-        activation=activation, loss=loss, gates=gates, n_gates=n_gates, rank=rank, spectral_filter=spectral_filter,
-        convolution=convolution, random_state=random_state,
-    )  # fmt: skip
+    model: Any = ConvexBNClassifier(**parameters) if is_class else ConvexBNRegressor(**parameters)
     model._validate_params()
     data, _ = model._prepared(X, y, sample_weight)
     return model._max_weight_decay(data, proved=True)

@@ -23,6 +23,7 @@ from convexbn.estimators import persistence_header as headers
 from convexbn.files import model_file
 from convexbn.files.model_file import JSON, FormatError
 from convexbn.files.schema import require, same_names
+from convexbn.program.losses import class_loss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
 
@@ -174,7 +175,7 @@ def _agreements(model: Any, fitted: Mapping[str, Any]) -> Iterator[tuple[str, ob
     yield "classes", not has_classes or (1 if n_classes == 2 else n_classes) == K
     yield "single_output", has_classes != ("_single_output" in fitted)
     yield "single_output", K == 1 or not fitted.get("_single_output")
-    yield "parameters", K == 1 or model.loss != "logistic"
+    yield "parameters", class_loss(model.loss, K).takes_outputs(K)
     yield "feature_names", len(fitted.get("feature_names_in_", range(d))) == d
     yield "rank", fitted["rank_"] <= len(network.mean)
     yield "n_iter", fitted["n_iter_"] == (history[-1].iteration if history else 0)

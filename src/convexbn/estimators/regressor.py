@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import (
     RegressorMixin,
 )
-from sklearn.utils._param_validation import Interval, StrOptions
 
-from convexbn._types import Float, FloatMatrix
-from convexbn.data.convolution import Convolution
+from convexbn._types import Float
 from convexbn.estimators.base import BaseConvexBN
+from convexbn.estimators.parameters import RegressionParameters, parameters
 from convexbn.program.losses import LossKind, loss_kind
-from convexbn.solvers.base import Progress
-
-if TYPE_CHECKING:
-    pass
 
 
-class ConvexBNRegressor(RegressorMixin, BaseConvexBN):
+@parameters
+class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for regression.
 
     There is no output intercept: the constant is fitted through batch norm's shift, and penalised like
@@ -55,37 +49,8 @@ class ConvexBNRegressor(RegressorMixin, BaseConvexBN):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseConvexBN._parameter_constraints,
-        "loss": [StrOptions({"squared", "huber"})],
-        "huber_delta": [Interval(Real, 0, None, closed="neither")],
+        **RegressionParameters._parameter_constraints,
     }
-
-    def __init__(
-        self,
-        *,
-        activation: str = "gated",
-        loss: str = "squared",
-        huber_delta: float = 1.0,
-        weight_decay: float | str = "auto",
-        n_gates: int = 100,
-        gates: str | FloatMatrix = "data",
-        width: int | None = None,
-        n_starts: int = 1,
-        rank: int | float | None = None,
-        spectral_filter: float | None = None,
-        convolution: Convolution | None = None,
-        solver: str = "auto",
-        tol: float = 1e-6,
-        max_iter: int | None = None,
-        time_limit: float | None = None,
-        random_state: Any = None,
-        callback: Callable[[Progress], object] | None = None,
-    ) -> None:
-        super().__init__(
-            activation=activation, loss=loss, weight_decay=weight_decay, n_gates=n_gates, gates=gates, width=width,
-            n_starts=n_starts, rank=rank, spectral_filter=spectral_filter, convolution=convolution, solver=solver,
-            tol=tol, max_iter=max_iter, time_limit=time_limit, random_state=random_state, callback=callback,
-        )  # fmt: skip
-        self.huber_delta = huber_delta
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train to a certified optimum.
@@ -116,8 +81,3 @@ class ConvexBNRegressor(RegressorMixin, BaseConvexBN):
     def _encode_known(self, y: Any) -> Float:
         targets = np.asarray(y, dtype=np.float64)
         return targets[:, None] if targets.ndim == 1 else targets
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags

@@ -9,7 +9,6 @@ import gzip
 import io
 import os
 import zlib
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Dataset", "cifar10", "digits", "fashion_mnist"]
+from convexbn.files.dataset import Dataset
+
+__all__ = ["cifar10", "digits", "fashion_mnist"]
 
 _DEBIAN_HOME = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_FILES = (
@@ -33,29 +34,6 @@ _CIFAR_ROWS = (50_000, 10_000)
 
 #: Environment variable with the folder of CIFAR-10.
 CIFAR10_HOME = "CIFAR10_HOME"
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A labelled data matrix, split into training and test part where its authors split it.
-
-    Attributes
-    ----------
-    name : str
-        What the data set is called.
-    X : ndarray of shape (n_samples, n_features)
-        The (training) data, one flattened image a row.
-    y : ndarray of shape (n_samples,), int64
-        Its class labels.
-    X_test, y_test : ndarray or None
-        The test part; None where there is none.
-    """
-
-    name: str
-    X: NDArray[Any]
-    y: NDArray[np.int64]
-    X_test: NDArray[Any] | None
-    y_test: NDArray[np.int64] | None
 
 
 def digits() -> Dataset:
@@ -75,7 +53,7 @@ def digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     X, y = load_digits(return_X_y=True)
-    return Dataset("digits", X.astype(np.float64), y.astype(np.int64), None, None)
+    return Dataset("digits", X.astype(np.float64), y.astype(np.int64), image_shape=(8, 8, 1))
 
 
 def fashion_mnist(data_home: str | os.PathLike[str] | None = None) -> Dataset:
@@ -107,6 +85,7 @@ def fashion_mnist(data_home: str | os.PathLike[str] | None = None) -> Dataset:
         _labels(y, 60_000),
         _images(X_test, 10_000),
         _labels(y_test, 10_000),
+        image_shape=(28, 28, 1),
     )
 
 
@@ -145,7 +124,7 @@ def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
             f"environment variable {CIFAR10_HOME}"
         )
     (X, y), (X_test, y_test) = (_coloured_images(path, n) for path, n in zip(paths, _CIFAR_ROWS, strict=True))
-    return Dataset("cifar-10", X, y, X_test, y_test)
+    return Dataset("cifar-10", X, y, X_test, y_test, image_shape=(32, 32, 3))
 
 
 def _coloured_images(path: Path, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

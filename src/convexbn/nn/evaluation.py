@@ -13,7 +13,7 @@ from torch import nn
 from convexbn._types import Float, Index
 from convexbn.nn.batch_statistics import outputs_of
 from convexbn.program.layers import Layers
-from convexbn.program.losses import LOSSES, Loss
+from convexbn.program.losses import LOSSES, Loss, losses_for
 from convexbn.program.targets import checked_labels, class_targets
 from convexbn.training.trained_objective import TrainedLoss
 
@@ -77,11 +77,9 @@ class Task:
         """
         if not 0 < weight_decay < np.inf:
             raise ValueError(f"weight_decay must be positive and finite, got {weight_decay}.")
-        if loss not in ("squared", "squared_hinge", "logistic" if K == 1 else "cross_entropy"):
-            raise ValueError(
-                f"loss={loss!r} is not for a module of {K} outputs: give 'squared', 'squared_hinge', 'logistic' (one "
-                "output) or 'cross_entropy' (more)."
-            )
+        fitting = [name for name in losses_for("classification") if LOSSES[name].takes_outputs(K)]
+        if loss not in fitting:
+            raise ValueError(f"loss={loss!r} is not for a module of {K} outputs: give {', '.join(map(repr, fitting))}.")
         values, n = _array(y), len(rows)
         labels = None
         if values.dtype.kind in "iub":

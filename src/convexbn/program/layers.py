@@ -6,7 +6,7 @@ The map between the two forms is that of mathematics, section 1d: weights of uni
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -47,7 +47,7 @@ class Layers:
     offset: Float
     output: Float
     output_bias: Float
-    readout: Readout = Readout()
+    readout: Readout = field(default_factory=Readout)
 
     @classmethod
     @np.errstate(all="ignore")

@@ -49,6 +49,12 @@ class Loss:
     #: What targets are: ``"numbers"``, ``"signs"`` (-1 and +1, or soft labels between) or ``"probabilities"``.
     target_kind: ClassVar[str] = "numbers"
 
+    #: Name of the loss that takes its place for one output, as two classes have; its own if empty.
+    binary_name: ClassVar[str] = ""
+
+    #: Whether outputs are logits, whose softmax models the probabilities of classes.
+    models_probabilities: ClassVar[bool] = False
+
     #: Torch's module of this loss, and what its sum over rows and outputs is, in units of this one.
     torch_name: ClassVar[str] = ""
     torch_factor: ClassVar[float] = 1.0
@@ -67,6 +73,11 @@ class Loss:
 
     #: Whether ``l`` keeps its curvature where gradient descent goes: steps beyond what is stable then diverge.
     nearly_quadratic: ClassVar[bool] = False
+
+    @classmethod
+    def takes_outputs(cls, n_outputs: int) -> bool:
+        """Whether it is defined for so many outputs."""
+        return n_outputs > 1 or not cls.binary_name
 
     @property
     def output_scale(self) -> float:
@@ -297,9 +308,14 @@ class LogisticLoss(Loss):
     name: ClassVar[str] = "logistic"
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     target_kind: ClassVar[str] = "signs"
+    models_probabilities: ClassVar[bool] = True
     torch_name: ClassVar[str] = "BCEWithLogitsLoss"
     curvature: ClassVar[float] = 0.25
     target_slope: ClassVar[float | None] = 0.5
+
+    @classmethod
+    def takes_outputs(cls, n_outputs: int) -> bool:
+        return n_outputs == 1
 
     def value(self, outputs: Float) -> float:
         # log(1 + e^f) - p f with p = (1 + y) / 2, in the form that never overflows
@@ -347,6 +363,8 @@ class CrossEntropyLoss(Loss):
     name: ClassVar[str] = "cross_entropy"
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     target_kind: ClassVar[str] = "probabilities"
+    binary_name: ClassVar[str] = "logistic"
+    models_probabilities: ClassVar[bool] = True
     torch_name: ClassVar[str] = "CrossEntropyLoss"
     curvature: ClassVar[float] = 0.5
     target_slope: ClassVar[float | None] = 1.0
@@ -411,15 +429,38 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def losses_for(task: str) -> list[str]:
-    """Names of the losses for ``"classification"`` or ``"regression"``.
+def losses_for(task: str | None = None) -> list[str]:
+    """Names of the losses for ``"classification"`` or ``"regression"``, or of all.
 
     Examples
     --------
     >>> losses_for("regression")
     ['squared', 'huber']
     """
-    return [name for name, loss in LOSSES.items() if task in loss.tasks]
+    return [name for name, loss in LOSSES.items() if task is None or task in loss.tasks]
+
+
+def loss_table() -> str:
+    """The losses as a Markdown table: name, estimators, value, torch's name, and whether there is a formula."""
+    lines = ["| `loss=` | for | value | torch | formula at rank n - 1 |", "|---|---|---|---|---|"]
+    for name, loss in LOSSES.items():
+        value = (loss.__doc__ or "").partition("\n")[0].rstrip(".").replace("``", "`").replace("|", "\\|")
+        torch_name = f"`{loss.torch_name}`" if loss.torch_name else ""
+        formula = "yes" if loss.full_rank is not Loss.full_rank else ""
+        lines.append(f"| `{name}` | {', '.join(sorted(loss.tasks))} | {value} | {torch_name} | {formula} |")
+    return "\n".join(lines) + "\n"
+
+
+def class_loss(name: str, n_outputs: int) -> type[Loss]:
+    """The loss of a public name for classes with so many outputs.
+
+    Examples
+    --------
+    >>> class_loss("cross_entropy", 1).name, class_loss("cross_entropy", 3).name
+    ('logistic', 'cross_entropy')
+    """
+    loss = LOSSES[name]
+    return LOSSES[loss.binary_name] if n_outputs == 1 and loss.binary_name else loss
 
 
 def loss_kind(name: str, *, huber_delta: float = 1.0) -> LossKind:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexbn.files.tables.table import Table, TableError, cause, check_finite, check_memory, choose, declared, listed
+from convexbn.files.dataset import Dataset
+from convexbn.files.tables.table import TableError, cause, check_finite, check_memory, choose, declared, listed
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What zipfile and numpy.lib.format raise on damaged bytes.
@@ -40,7 +41,7 @@ class _Member:
     dtype: np.dtype[Any]
 
 
-def read_npz(path: Path, target: str | None, features: Sequence[str] | None) -> Table:
+def read_npz(path: Path, target: str | None, features: Sequence[str] | None) -> Dataset:
     """Read an archive of numpy arrays; pickled objects inside are refused, never loaded."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -51,7 +52,7 @@ def read_npz(path: Path, target: str | None, features: Sequence[str] | None) -> 
         raise TableError(f"no sound .npz archive ({cause(error)}); write it again") from error
 
 
-def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[str] | None) -> Table:
+def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[str] | None) -> Dataset:
     """Find the matrix and the target in an open archive, and read them."""
     members = _members(archive)
     name = _matrix_name(members)
@@ -69,8 +70,9 @@ def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[
     if features is not None:
         position = {column: index for index, column in enumerate(names)}
         matrix = matrix[:, [position[wanted] for wanted in chosen]]
+    image_shape = tuple(shape) if len(shape) > 1 else None
     labels = None if target is None else declared(_array(archive, members[target]), target)
-    return Table(matrix, chosen, labels, target, tuple(shape) if len(shape) > 1 else None)
+    return Dataset("", matrix, labels, feature_names=chosen, target=target, image_shape=image_shape)
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, _Member]:

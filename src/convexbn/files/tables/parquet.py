@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexbn.files.tables.table import Table, TableError, as_labels, cause, check_finite, check_rows, choose, declared
+from convexbn.files.dataset import Dataset
+from convexbn.files.tables.table import TableError, as_labels, cause, check_finite, check_rows, choose, declared
 
 _BATCH_CELLS = 1 << 22  # decoded at a time
 
 
-def read_parquet(path: Path, target: str | None, features: Sequence[str] | None) -> Table:
+def read_parquet(path: Path, target: str | None, features: Sequence[str] | None) -> Dataset:
     """Read a Parquet file batch by batch into one array."""
     try:
         import pyarrow as pa
@@ -31,7 +32,7 @@ def read_parquet(path: Path, target: str | None, features: Sequence[str] | None)
         raise TableError(f"no sound Parquet file ({cause(error)}); write it again") from error
 
 
-def _parquet_table(file: Any, target: str | None, features: Sequence[str] | None) -> Table:
+def _parquet_table(file: Any, target: str | None, features: Sequence[str] | None) -> Dataset:
     """Choose the columns of an open Parquet file and fill the arrays."""
     schema, rows = file.schema_arrow, file.metadata.num_rows
     chosen = choose(schema.names, target, features)
@@ -54,7 +55,7 @@ def _parquet_table(file: Any, target: str | None, features: Sequence[str] | None
         done += len(batch)
     if done != rows:
         raise TableError(f"announces {rows:,} rows and holds {done:,}; write it again")
-    return Table(matrix, chosen, None if target is None else np.concatenate(labels), target)
+    return Dataset("", matrix, None if target is None else np.concatenate(labels), feature_names=chosen, target=target)
 
 
 def _check_arrow_type(name: str, kind: Any, text_allowed: bool) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
+from convexbn.files.dataset import Dataset
 from convexbn.files.tables.npz import read_npz
 from convexbn.files.tables.parquet import read_parquet
-from convexbn.files.tables.table import Table, TableError, cause
+from convexbn.files.tables.table import TableError, cause
 from convexbn.files.tables.text import read_text
 
-_Reader: TypeAlias = Callable[[Path, str | None, Sequence[str] | None], Table]
+_Reader: TypeAlias = Callable[[Path, str | None, Sequence[str] | None], Dataset]
 _READERS: dict[str, _Reader] = {
     ".csv": read_text,
     ".tsv": read_text,
@@ -22,7 +24,9 @@ _READERS: dict[str, _Reader] = {
 }
 
 
-def read_table(path: str | os.PathLike[str], target: str | None = None, features: Sequence[str] | None = None) -> Table:
+def read_table(
+    path: str | os.PathLike[str], target: str | None = None, features: Sequence[str] | None = None
+) -> Dataset:
     r"""Read a data matrix and its target from a file.
 
     Parameters
@@ -38,7 +42,7 @@ def read_table(path: str | os.PathLike[str], target: str | None = None, features
 
     Returns
     -------
-    Table
+    Dataset
         In a text file the target is int64 if every cell is an integer literal, float64 if every cell is a
         number, text otherwise. Elsewhere its declared type decides: bool and integers become int64, floats
         float64, and text stays text.
@@ -61,15 +65,15 @@ def read_table(path: str | os.PathLike[str], target: str | None = None, features
     ...     file = pathlib.Path(folder) / "houses.csv"
     ...     _ = file.write_text("rooms;area;sold\n3;71.5;yes\n4;90;no\n")
     ...     table = read_table(file, target="sold")
-    >>> table.features
+    >>> table.X
     array([[ 3. , 71.5],
            [ 4. , 90. ]])
-    >>> table.feature_names, table.target.tolist()
+    >>> table.feature_names, table.y.tolist()
     (('rooms', 'area'), ['yes', 'no'])
     """
     file = Path(path)
     try:
-        return _reader(file)(file, target, features)
+        return replace(_reader(file)(file, target, features), name=file.name)
     except TableError as error:
         error.args = (f"{file}: {error}",)
         raise

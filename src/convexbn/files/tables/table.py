@@ -1,4 +1,4 @@
-"""What a table is, and the checks that every format shares: names, memory, finite numbers, labels."""
+"""The checks that every format of a table shares: names, memory, finite numbers, labels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
@@ -32,31 +31,6 @@ quoted = _quoter.repr
 
 class TableError(ValueError):
     """A file that cannot be read as a table; the message is one sentence with the cause and the remedy."""
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A data matrix with named columns and, where one was asked for, a target.
-
-    Attributes
-    ----------
-    features : ndarray of shape (n_samples, n_features), float64
-        The data matrix; every value is finite.
-    feature_names : tuple of str
-        The names of its columns.
-    target : ndarray of shape (n_samples,) or None
-        Class labels (int64 or text) or values (int64 or float64).
-    target_name : str or None
-        The name of the target.
-    shape : tuple of int or None
-        Shape of a row where it is an image or a signal, ``(height, width, channels)`` or ``(length, channels)``.
-    """
-
-    features: NDArray[np.float64]
-    feature_names: tuple[str, ...]
-    target: NDArray[Any] | None
-    target_name: str | None
-    shape: tuple[int, ...] | None = None
 
 
 def choose(names: Sequence[str], target: str | None, features: Sequence[str] | None) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convexbn.files.tables.table import Table, TableError, as_labels, check_memory, check_rows, choose, quoted
+from convexbn.files.dataset import Dataset
+from convexbn.files.tables.table import TableError, as_labels, check_memory, check_rows, choose, quoted
 
 _LONGEST_LINE = 1 << 24
 
@@ -24,7 +25,7 @@ _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 
 
-def read_text(path: Path, target: str | None, features: Sequence[str] | None) -> Table:
+def read_text(path: Path, target: str | None, features: Sequence[str] | None) -> Dataset:
     """Read a CSV or TSV file in one pass, row by row."""
     with path.open("rb") as stream:
         records = _records(stream)
@@ -41,7 +42,7 @@ def read_text(path: Path, target: str | None, features: Sequence[str] | None) ->
     if not values:
         raise TableError("has a header but no rows; add at least one")
     matrix = np.frombuffer(values, dtype=np.float64).reshape(-1, len(chosen))
-    return Table(matrix, chosen, None if target is None else _literals(labels), target)
+    return Dataset("", matrix, None if target is None else _literals(labels), feature_names=chosen, target=target)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
