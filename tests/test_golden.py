@@ -1,9 +1,8 @@
-"""Recorded optima: what ``fit`` found before stays within the certified gaps, and bit for bit while no sum changes.
+"""Recorded optima: what ``fit`` found before stays within the certified gaps, whatever the kernels.
 
 ``python tests/test_golden.py`` records the values of this machine in golden.json, beside those of others.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
 
 RECORD = Path(__file__).with_name("golden.json")
-ARRAYS = ("weight", "gamma", "shift", "output", "mean", "gates", "gate_offsets", "gate_index")
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 
 
@@ -64,18 +62,14 @@ def models():
 
 
 def measured(names):
-    """Objective, certified bound and a hash of the weights of every model."""
+    """Objective and certified bound of every model."""
     known, found = models(), {}
     for name in names:
         model, (X, y) = known[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.fit(X, y)
-        digest = hashlib.sha256()
-        for array in (getattr(model.network_, key) for key in ARRAYS):
-            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
-        proof = model.certificate_
-        found[name] = [proof.objective, proof.lower_bound, digest.hexdigest()[:16]]
+        found[name] = [model.certificate_.objective, model.certificate_.lower_bound]
     return found
 
 
@@ -104,19 +98,11 @@ def now():
 @pytest.mark.parametrize("name", models())
 def test_the_recorded_optimum_is_within_the_certified_gap(now, name):
     record = json.loads(RECORD.read_text())
-    (objective, lower, _) = now["models"][name]
+    objective, lower = now["models"][name]
     for _machine, values in record.items():
-        recorded, recorded_lower, _ = values[name]
+        recorded, recorded_lower = values[name]
         assert lower <= recorded * (1 + 1e-12) and recorded_lower <= objective * (1 + 1e-12)
         assert abs(objective - recorded) <= max(objective - lower, recorded - recorded_lower) + 1e-12 * recorded
-
-
-@pytest.mark.parametrize("name", models())
-def test_the_weights_are_those_that_were_recorded(now, name):
-    record = json.loads(RECORD.read_text()).get(now["machine"])
-    if record is None:
-        pytest.skip(f"nothing is recorded for {now['machine']}")
-    assert now["models"][name][2] == record[name][2]
 
 
 if __name__ == "__main__":

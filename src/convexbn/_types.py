@@ -1,7 +1,8 @@
-"""Array types in signatures, and the machine epsilon of float64."""
+"""What every room uses: array types in signatures, the machine epsilon of float64, deadlines."""
 
 from __future__ import annotations
 
+import time
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,3 +14,8 @@ Bool: TypeAlias = NDArray[np.bool_]
 Index: TypeAlias = NDArray[np.intp]
 
 EPS = float(np.finfo(np.float64).eps)
+
+
+def is_over(deadline: float | None) -> bool:
+    """Whether a ``time.monotonic()`` has passed; never without one."""
+    return deadline is not None and time.monotonic() >= deadline

@@ -8,12 +8,11 @@ hyperplane crosses that costs the bound most. When no hyperplane cuts a cone the
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import EPS, Float
+from convexbn._types import EPS, Float, is_over
 from convexbn.bounds import cones
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.circle import plane
@@ -142,7 +141,7 @@ class _Search:
         while self.frontier.largest() > self.threshold:
             if self.nodes >= max_nodes:
                 return "nodes"
-            if deadline is not None and time.monotonic() >= deadline:
+            if is_over(deadline):
                 return "deadline"
             halves = self.frontier.pop(_BATCH).children()
             for problem in range(len(self.problems)):

@@ -11,12 +11,10 @@ a partial eigendecomposition of order n + q and products of order ``n^2 q``.
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import EPS, Float
+from convexbn._types import EPS, Float, is_over
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
 from convexbn.data.scaling import unit_scale
@@ -78,7 +76,7 @@ def _alternate(relaxed: LiftedSet, objective: Blocks, iterations: int, deadline:
         shifted = relaxed.lift(factor).times(RELAXATION).plus(Z, 1 - RELAXATION).plus(multiplier)
         Z = relaxed.nearest(shifted)
         multiplier, work = shifted.plus(Z, -1.0), work + 1
-        late = deadline is not None and time.monotonic() >= deadline
+        late = is_over(deadline)
         if k % CHECK_EVERY == 0 or k == iterations or late:
             best, work = min(best, relaxed.bound(objective, multiplier.times(-PENALTY))), work + 1
             if late or best[0] <= target:

@@ -13,12 +13,10 @@ give a valid bound, to which ``v`` is scaled.
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float
+from convexbn._types import Float, is_over
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.dual_point import DualPoint, dual_value, rescaled
 from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION
@@ -55,7 +53,7 @@ def lifted_dual_point(
     best = search.candidate()
     for k in range(1, iterations + 1):
         search.step()
-        late = deadline is not None and time.monotonic() >= deadline
+        late = is_over(deadline)
         if k % CHECK_EVERY == 0 or k == iterations or late:
             found = search.candidate()
             if dual_value(found.dual[:, 0], search.y) > dual_value(best.dual[:, 0], search.y):

@@ -12,14 +12,13 @@ substitution the bound is convex in them. An evaluation costs ``O(n q^2 + q^3)``
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.optimize
 
-from convexbn._types import EPS, Bool, Float
+from convexbn._types import EPS, Bool, Float, is_over
 from convexbn.bounds import trust_region
 from convexbn.bounds.bound import Bound
 from convexbn.data.scaling import unit_scale
@@ -204,7 +203,7 @@ def minimise(
     """L-BFGS for a number of steps or until a deadline."""
 
     def watch(_: Float) -> None:
-        if deadline is not None and time.monotonic() >= deadline:
+        if is_over(deadline):
             raise StopIteration
 
     options = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-9}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convexbn import bounds
-from convexbn._types import Float
+from convexbn._types import Float, is_over
 from convexbn.data.row_matrix import MappedRows
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
@@ -180,7 +180,7 @@ class ReluDualBounds:
 
     @property
     def _late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        return is_over(self.deadline)
 
     def _cheap(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """Orthant; every cell where there are few; else branch and bound where the rank allows it, relaxation."""

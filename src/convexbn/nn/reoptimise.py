@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from convexbn._threads import blas_threads
-from convexbn._types import Float
+from convexbn._types import Float, is_over
 from convexbn.certificate.certificate import Certificate
 from convexbn.nn.batch_statistics import with_full_batch_statistics, without_momentum
 from convexbn.nn.evaluation import Evaluation, Task
@@ -28,7 +28,7 @@ from convexbn.program.losses import LOSSES
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import Budget, Solution, is_over
+from convexbn.solvers.base import Budget, Solution
 from convexbn.solvers.closed_form import ClosedForm, NoFormulaError
 from convexbn.solvers.relu.column_generation import ColumnGeneration
 from convexbn.solvers.relu.lbfgs import lbfgs

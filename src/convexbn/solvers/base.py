@@ -9,6 +9,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from convexbn._types import is_over
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, Nuclear, PooledFeatures
 from convexbn.program.losses import Loss
 
@@ -28,11 +29,6 @@ class Progress(NamedTuple):
     def relative_gap(self) -> float:
         """Gap relative to the objective, 0 when the objective is 0."""
         return (self.objective - self.lower_bound) / self.objective if self.objective else 0.0
-
-
-def is_over(deadline: float | None) -> bool:
-    """Whether a ``time.monotonic()`` has passed; never without one."""
-    return deadline is not None and time.monotonic() >= deadline
 
 
 @dataclass(frozen=True)

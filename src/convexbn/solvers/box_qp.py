@@ -1,4 +1,4 @@
-"""Convex quadratic programs over a box, whatever the rank of the matrix.
+"""Convex quadratic programs over a box, or over what is not negative, whatever the rank of the matrix.
 
     min  1/2 x'Qx - b'x    over 0 <= x <= upper
 
@@ -9,13 +9,17 @@ there after a few factorisations of the free part. Where it does not settle, Meh
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
+from scipy.linalg.lapack import dpotrf, dpotrs
 
-from convexbn._types import Bool, Float
+from convexbn._types import Bool, Float, is_over
+
+
+_SIGNS = np.array([[1.0], [-1.0]])
 
 
 def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: float | None = None) -> Float:
@@ -34,11 +38,34 @@ def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: 
     exact = _active_set(Q, b, upper, start)
     if exact is not None:
         return exact
-    inner = _interior_point(Q, b, upper, start, deadline)
-    if deadline is not None and time.monotonic() >= deadline:
+    inner = _interior_point(Q, b, _Iterate.in_box(Q, b, upper, start), deadline).x
+    if is_over(deadline):
         return inner
     exact = _active_set(Q, b, upper, inner)
     return inner if exact is None else exact
+
+
+def minimise_nonnegative(Q: Float, b: Float, start: Float) -> Float:
+    """Minimiser ``x >= 0``, exactly zero where the multiplier is larger.
+
+    Parameters
+    ----------
+    Q : ndarray (p, p)
+        Positive semidefinite: singular as soon as there are more gates at work than rows.
+    b : ndarray (p,)
+    start : ndarray (p,)
+        Not negative, and not zero.
+
+    Raises
+    ------
+    LinAlgError
+        When rounding made ``Q`` indefinite.
+    """
+    state = _interior_point(Q, b, _Iterate.nonnegative(Q, b, start), None, tol=1e-14)
+    if state.broken:
+        raise scipy.linalg.LinAlgError("the matrix of the quadratic program is not positive semidefinite.")
+    curvature = np.trace(Q) / len(b)
+    return np.where(state.x * curvature > state.multipliers[0], state.x, 0.0)
 
 
 def _active_set(Q: Float, b: Float, upper: Float, x: Float, max_iter: int = 12) -> Float | None:
@@ -61,84 +88,88 @@ def _active_set(Q: Float, b: Float, upper: Float, x: Float, max_iter: int = 12) 
     return None
 
 
-@np.errstate(over="ignore", divide="ignore", invalid="ignore")
-def _interior_point(
-    Q: Float, b: Float, upper: Float, start: Float, deadline: float | None, tol: float = 1e-12, max_iter: int = 60
-) -> Float:
-    """Minimiser to a complementarity of ``tol`` relative to the value."""
-    state = _Point.interior(Q, b, upper, start)
-    for _ in range(max_iter):
-        value = 0.5 * state.x @ (state.gradient(Q, b) - b)
-        late = deadline is not None and time.monotonic() >= deadline
-        if late or state.complementarity <= tol * abs(value):
-            break
-        following = _advance(state, Q, b, upper)
-        if following is None:
-            break
-        state = following
-    return state.x
-
-
 @dataclass(frozen=True)
-class _Point:
-    """A point of the box, its distance ``y`` to the upper bounds, and the multipliers of both bounds."""
+class _Iterate:
+    """A point, its distances to the bounds, and their multipliers: (k, p), with ``k = 1`` without upper bounds."""
 
     x: Float
-    y: Float
-    lower: Float
-    upper: Float
+    slacks: Float
+    multipliers: Float
+    broken: bool = False
 
     @classmethod
-    def interior(cls, Q: Float, b: Float, upper: Float, start: Float) -> _Point:
+    def in_box(cls, Q: Float, b: Float, upper: Float, start: Float) -> _Iterate:
+        """Inside the box, near a guess."""
         x = np.clip(start, 0.05 * upper, 0.95 * upper)
         gradient = Q @ x - b
         margin = 0.1 * np.abs(gradient).mean() + 1e-300
-        return cls(x, upper - x, np.maximum(gradient, 0) + margin, np.maximum(-gradient, 0) + margin)
+        return cls(x, np.array([x, upper - x]), np.maximum([gradient, -gradient], 0) + margin)
+
+    @classmethod
+    def nonnegative(cls, Q: Float, b: Float, start: Float) -> _Iterate:
+        """A guess with its zeros moved inside."""
+        x, slope = np.maximum(start, 0.1 * start.mean()), np.abs(Q @ start - b)
+        return cls(x, x[None], np.maximum(slope, 0.1 * slope.mean())[None] + np.finfo(float).tiny)
+
+    @property
+    def signs(self) -> Float:
+        """How the distances change with the point: (k, 1)."""
+        return _SIGNS[: len(self.slacks)]
 
     @property
     def complementarity(self) -> float:
-        return float(self.x @ self.lower + self.y @ self.upper)
+        return float(np.vdot(self.slacks, self.multipliers))
 
-    def gradient(self, Q: Float, b: Float) -> Float:
-        gradient: Float = Q @ self.x - b
-        return gradient
-
-    def longest(self, step: tuple[Float, Float, Float]) -> float:
+    def longest(self, dx: Float, change: Float) -> float:
         """Largest step length, at most 1, that keeps everything positive."""
-        pairs = ((self.x, step[0]), (self.y, -step[0]), (self.lower, step[1]), (self.upper, step[2]))
-        ratios = [np.where(change < 0, -value / change, np.inf).min(initial=1.0) for value, change in pairs]
-        return float(min(ratios))
+        distances = (-self.signs * dx / self.slacks).max()
+        return float(1 / max(1.0, distances, (-change / self.multipliers).max()))
 
-    def moved(self, length: float, step: tuple[Float, Float, Float]) -> _Point:
-        dx, dlower, dupper = step
-        return _Point(
-            self.x + length * dx, self.y - length * dx, self.lower + length * dlower, self.upper + length * dupper
+    def moved(self, length: float, dx: Float, change: Float) -> _Iterate:
+        return _Iterate(
+            self.x + length * dx, self.slacks + length * self.signs * dx, self.multipliers + length * change
         )
 
 
-def _advance(state: _Point, Q: Float, b: Float, upper: Float) -> _Point | None:
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
+def _interior_point(
+    Q: Float, b: Float, state: _Iterate, deadline: float | None, tol: float = 1e-13, max_iter: int = 60
+) -> _Iterate:
+    """Minimiser to a complementarity of ``tol`` relative to the terms of the value; ``broken`` where rounding ends."""
+    for _ in range(max_iter):
+        curved = Q @ state.x
+        if is_over(deadline) or state.complementarity <= tol * (state.x @ (np.abs(curved) + np.abs(b))):
+            break
+        following = _advance(state, Q, curved - b)
+        if following is None:
+            return replace(state, broken=True)
+        state = following
+    return state
+
+
+def _advance(state: _Iterate, Q: Float, gradient: Float) -> _Iterate | None:
     """One predictor-corrector step; None when rounding ends it."""
-    p = len(b)
-    residual = state.gradient(Q, b) - state.lower + state.upper
-    matrix = Q.copy()
-    matrix[np.arange(p), np.arange(p)] += state.lower / state.x + state.upper / state.y
-    try:
-        factor = scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-    except scipy.linalg.LinAlgError:
+    slacks, multipliers, signs = state.slacks, state.multipliers, state.signs
+    barrier = multipliers / slacks
+    solve = _factorised(Q, barrier.sum(axis=0))
+    if solve is None:
         return None
-
-    def direction(low: Float | float, high: Float | float) -> tuple[Float, Float, Float]:
-        right = (low / state.x - state.lower) - (high / state.y - state.upper) - residual
-        dx = scipy.linalg.cho_solve(factor, right, check_finite=False)
-        dlower = (low - state.lower * dx) / state.x - state.lower
-        return dx, dlower, (high + state.upper * dx) / state.y - state.upper
-
-    mean = state.complementarity / (2 * p)
-    affine = direction(0.0, 0.0)
-    ahead = state.moved(state.longest(affine), affine).complementarity / (2 * p)
-    target = mean * min(max(ahead / mean, 0.0), 1.0) ** 3
-    step = direction(target - affine[0] * affine[1], target + affine[0] * affine[2])
-    if not all(np.isfinite(part).all() for part in step):
+    dx = solve(-gradient)  # where the multipliers are those of no barrier
+    change = -multipliers - barrier * (signs * dx)
+    mean = state.complementarity / slacks.size
+    ahead = state.moved(state.longest(dx, change), dx, change).complementarity / slacks.size
+    centring = (mean * min(max(ahead / mean, 0.0), 1.0) ** 3 - signs * dx * change) / slacks
+    dx = solve((signs * centring).sum(axis=0) - gradient)
+    change = centring - multipliers - barrier * (signs * dx)
+    if not np.isfinite(change).all():
         return None
-    following = state.moved(0.995 * state.longest(step), step)
-    return following if following.x.min() > 0 and following.y.min() > 0 else None
+    following = state.moved(0.995 * state.longest(dx, change), dx, change)
+    return following if following.slacks.min() > 0 else None
+
+
+def _factorised(Q: Float, diagonal: Float) -> Callable[[Float], Float] | None:
+    """Solver for ``Q + diag(diagonal)`` of LAPACK itself: checks would take longer than some dozens of variables."""
+    system = np.array(Q, order="F")
+    system.ravel("K")[:: len(system) + 1] += diagonal
+    factor, info = dpotrf(system, lower=1, clean=0, overwrite_a=1)
+    return None if info else lambda right: dpotrs(factor, right, lower=1)[0]

@@ -22,12 +22,12 @@ from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
-from scipy.linalg.lapack import dpotrf, dpotrs
 
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
+from convexbn.solvers.box_qp import minimise_nonnegative
 
 #: Below this many rows everything is factorised in float64.
 _SMALL = 500
@@ -115,7 +115,7 @@ class GroupNewton:
         hessian = state.hessian(working, gradients[working])
         old = point.scales[working]
         for modelled, halvings in ((_secular(slope, norms[working], state.beta), 4), (slope, 30)):
-            step = bounded_quadratic(hessian, modelled, old) - old
+            step = minimise_nonnegative(hessian, hessian @ old - modelled, old) - old
             for _ in range(halvings):
                 scales = point.scales.copy()
                 scales[working] = np.maximum(old + step, 0)
@@ -286,51 +286,6 @@ def _secular(slope: Float, norms: Float, beta: float) -> Float:
     equation of a trust region (More and Sorensen 1983); the Jacobian is that of ``J`` up to a factor a row.
     """
     return np.where(norms > 1, beta * norms**2 * (1 - norms), slope)
-
-
-def bounded_quadratic(hessian: Float, slope: Float, start: Float) -> Float:
-    """Minimise ``slope'(z - start) + (z - start)'H(z - start) / 2`` over ``z >= 0``.
-
-    A primal-dual interior point (Mehrotra 1992), because the Hessian is singular as soon as there are more
-    gates at work than rows; components that end below their multiplier are exactly zero.
-    """
-    linear = slope - hessian @ start
-    z = np.maximum(start, 0.1 * start.mean())
-    multiplier = np.maximum(np.abs(slope), 0.1 * np.abs(slope).mean()) + np.finfo(float).tiny
-    for _ in range(60):
-        curved = hessian @ z
-        gradient = curved + linear
-        if z @ multiplier <= 1e-14 * (z @ (np.abs(curved) + np.abs(linear))):
-            break
-        barrier = multiplier / z
-        solve = _factorised(hessian, barrier)
-        step = solve(-gradient)
-        dual_step = -multiplier - barrier * step
-        length = _largest_step(z, step, multiplier, dual_step)
-        mean = z @ multiplier / len(z)
-        ahead = (z + length * step) @ (multiplier + length * dual_step) / len(z)
-        centring = ((ahead / mean) ** 3 * mean - step * dual_step) / z
-        step = solve(centring - gradient)
-        dual_step = centring - multiplier - barrier * step
-        length = 0.995 * _largest_step(z, step, multiplier, dual_step)
-        z, multiplier = z + length * step, multiplier + length * dual_step
-    curvature = np.trace(hessian) / len(z)
-    return np.where(z * curvature > multiplier, z, 0.0)
-
-
-def _factorised(hessian: Float, barrier: Float) -> Callable[[Float], Float]:
-    """Solver for ``hessian + diag(barrier)`` of LAPACK itself: checks would take longer than some dozens of scales."""
-    system = np.array(hessian, order="F")
-    system.ravel("K")[:: len(system) + 1] += barrier
-    factor, info = dpotrf(system, lower=1, clean=0, overwrite_a=1)
-    if info:
-        raise np.linalg.LinAlgError("the Hessian of the group scales is not positive definite.")
-    return lambda right: dpotrs(factor, right, lower=1)[0]
-
-
-def _largest_step(z: Float, step: Float, multiplier: Float, dual_step: Float) -> float:
-    """Largest length up to 1 that keeps the positive ``z`` and multipliers nonnegative."""
-    return float(1 / max(1.0, (-step / z).max(), (-dual_step / multiplier).max()))
 
 
 def _ratio(numerator: Float, denominator: Float) -> Float:

@@ -27,7 +27,7 @@ from convexbn._threads import single_scipy_blas
 from convexbn._types import Float, FloatMatrix
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
 from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
-from convexbn.solvers.gated.group_newton import bounded_quadratic
+from convexbn.solvers.box_qp import minimise_nonnegative
 from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 
 #: Columns of last steps that are kept, in blocks of K, at least one block.
@@ -232,7 +232,8 @@ class _Descent:
         slope = self.beta * self.norms[live] - np.einsum("mqk,mqk->m", blocks, self.correlations[live])
         hessian = factor_hessian(self.kernels, live, blocks, self.outputs, self.rng)
         try:
-            factors[live] = bounded_quadratic(hessian, slope, np.ones(len(live)))
+            ones = np.ones(len(live))
+            factors[live] = minimise_nonnegative(hessian, hessian @ ones - slope, ones)
         except np.linalg.LinAlgError:  # where a loss saturates its curvature is that of rounding
             factors[live] = 1.0
         return factors

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from convexbn._types import is_over
 from convexbn.program.neurons import Neurons, mean, merge
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import Budget, Progress, Solution, is_over, new_rng
+from convexbn.solvers.base import Budget, Progress, Solution, new_rng
 from convexbn.solvers.relu.lbfgs import lbfgs
 from convexbn.solvers.relu.sgd import SGD, random_start
 

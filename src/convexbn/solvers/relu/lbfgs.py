@@ -14,11 +14,10 @@ from collections.abc import Iterator
 import numpy as np
 import scipy.optimize
 
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix, is_over
 from convexbn.data.blocks import row_blocks
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import BLOCK_ENTRIES, LEAST_ROWS, ReluProgram
-from convexbn.solvers.base import is_over
 
 
 def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline: float | None = None) -> Neurons:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
+from convexbn._types import is_over
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import is_over
 from convexbn.solvers.relu.newton_model import NewtonModel, Step
 
 #: Norms are dropped below this multiple of the largest.

@@ -24,10 +24,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Bool, Float, Index
+from convexbn._types import Bool, Float, Index, is_over
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import is_over
 from convexbn.solvers.box_qp import minimise_over_box
 
 #: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.

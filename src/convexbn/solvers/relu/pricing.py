@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn import bounds
-from convexbn._types import Float
+from convexbn._types import Float, is_over
 from convexbn.bounds.local_search import ascend, distinct, hidden_norms, normalise, scattered
-from convexbn.solvers.base import is_over
 
 #: Starts are followed up to this many entries of ``starts x n x q``, and at least 30; so many of them at a time.
 _FOLLOWED_ENTRIES = 1 << 23

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import Float
+from convexbn._types import Float, is_over
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import is_over
 from convexbn.solvers.box_qp import minimise_over_box
 
 #: Norms are dropped below this multiple of the largest.

@@ -29,10 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._threads import workers
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix, is_over
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import is_over
 from convexbn.solvers.relu.sgd_workers import Batches, DataParallel, ModelParallel, Step
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
