@@ -9,7 +9,7 @@ from convexbn.data.convolution import Convolution
 from convexbn.data.patches import Geometry, PatchMatrix
 from convexbn.data.pooling import Regions
 from convexbn.data.preactivations import PreActivations
-from convexbn.data.row_matrix import MappedRows
+from convexbn.data.row_matrix import ProjectedRows
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.readout import AveragePooling, MaxPooling
@@ -52,7 +52,7 @@ def test_patches_are_those_of_a_loop_however_they_are_read(geometry, dtype):
     np.testing.assert_array_equal(np.asarray(X), expected)
     for index in (slice(3, 17), slice(5, 5), slice(len(X) - 3, None), 4, expected[:, 0] > 100, np.array([9, 0, 9])):
         np.testing.assert_array_equal(X[index], expected[index])
-    np.testing.assert_array_equal(X.of_images(np.array([5, 1])), np.vstack([X.of_images([5]), X.of_images([1])]))
+    np.testing.assert_array_equal(X.of_cases(np.array([5, 1])), np.vstack([X.of_cases([5]), X.of_cases([1])]))
     np.testing.assert_array_equal(X.min(axis=0), expected.min(axis=0))
     np.testing.assert_array_equal(X.max(axis=0), expected.max(axis=0))
     assert X.min(initial=0) == expected.min(initial=0) and X.max(initial=300) == 300
@@ -71,7 +71,8 @@ def test_pooling_reads_regions_and_its_gradient_is_its_derivative(pooling):
     outputs, dual = pooling.outputs(hidden, output), rng.standard_normal((n, K))
     flat = output.reshape(m, pooling.n_regions, K)
     np.testing.assert_allclose(outputs, np.einsum("nrm,mrk->nk", pooled, flat), rtol=1e-13)
-    by_hidden, by_output = pooling.pull_back(dual, hidden, output)
+    by_hidden = pooling.unpool(dual @ pooling.by_region(output).T, hidden)
+    by_output = pooling.by_neuron(pooling.pool(hidden).T @ dual)
     np.testing.assert_array_equal(pooling.by_neuron(pooling.by_region(output)), output)
     along, step = rng.standard_normal(hidden.shape), 1e-6
     change = (pooling.outputs(hidden + step * along, output) - outputs) / step
@@ -131,7 +132,7 @@ def test_patches_are_whitened_in_blocks_as_the_matrix_that_they_stand_for(dtype,
     images = np.cumsum(rng.integers(0, 20, (150, 81)), axis=1).reshape(150, 81).astype(dtype)
     X, weights = PatchMatrix(images, geometry), np.repeat(rng.integers(1, 3, 150), 81).astype(float)
     found = whiten(X, weights, **settings)
-    assert isinstance(found.rows, MappedRows) is not kept
+    assert isinstance(found.rows, ProjectedRows) is not kept
     dense = np.asarray(X, dtype=np.float64)
     directions = qr.by_qr(dense, weights, settings.get("rank"), settings.get("spectral_filter"), 2.0**-52)
     expected = whitening_module._filtered(dense, *directions)
@@ -147,13 +148,13 @@ def test_patches_are_whitened_in_blocks_as_the_matrix_that_they_stand_for(dtype,
 def test_responses_of_mapped_rows_are_those_of_the_matrix_that_they_stand_for(monkeypatch):
     rng = np.random.default_rng(0)
     X = PatchMatrix(rng.standard_normal((40, 30)) + 5, Geometry((1, 30, 1), (1, 4), (1, 1), (0, 0), 1))
-    weights, W = np.repeat(rng.uniform(1, 2, 40), X.rows_together), rng.standard_normal((4, 3))
+    weights, W = np.repeat(rng.uniform(1, 2, 40), X.geometry.n_locations), rng.standard_normal((4, 3))
     mean, columns = rng.standard_normal(4), rng.standard_normal((len(X), 3))
     expected = PreActivations.compute(np.asarray(X), W, weights, mean=mean)
     kept = PreActivations.compute(X, W, weights, mean=mean)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 0)
     mapped = PreActivations.compute(X, W, weights, mean=mean)
-    assert isinstance(mapped.rows, MappedRows)
+    assert isinstance(mapped.rows, ProjectedRows)
     np.testing.assert_array_equal(kept.normalized, expected.normalized)
     assert residual(mapped.normalized - expected.normalized, len(X), np.abs(expected.normalized).max()) < 30
     np.testing.assert_allclose(mapped.norms, expected.norms, rtol=1e-13)

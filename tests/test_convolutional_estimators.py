@@ -219,8 +219,10 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, d
 
 def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(images, monkeypatch):
     X, y, reads = images[0].astype(np.uint8), images[1], []
-    read = PatchMatrix.of_images
-    monkeypatch.setattr(PatchMatrix, "of_images", lambda self, i: (reads.append(len(found := read(self, i))), found)[1])
+    read = PatchMatrix.of_cases
+    monkeypatch.setattr(
+        PatchMatrix, "of_cases", lambda self, *i: (reads.append(len(found := read(self, *i))), found)[1]
+    )
     monkeypatch.setattr(moments, "BLOCK_BYTES", 1)  # what a first mean is taken of
     monkeypatch.setattr(qr, "BLOCK_ROWS", 256)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
@@ -228,7 +230,7 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
     epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
     model = fitted((X, y), **settings, weight_decay=1.0, max_iter=epochs)
     data = model._prepared(X, y, None)[0]
-    assert isinstance(data.whitening.rows, row_matrix.MappedRows) and data.whitening.departure < 1e-11
+    assert isinstance(data.whitening.rows, row_matrix.ProjectedRows) and data.whitening.departure < 1e-11
     reads.clear()
     model.fit(X, y)
     assert sum(reads) / len(data.inputs) == pytest.approx(1 + epochs + 2, rel=0.05)  # and a few single rows
@@ -241,7 +243,7 @@ def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):
     kept = fitted((X, y), **settings)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     mapped = fitted((X, y), **settings)
-    assert isinstance(mapped._prepared(X, y, None)[0].whitening.rows, row_matrix.MappedRows)
+    assert isinstance(mapped._prepared(X, y, None)[0].whitening.rows, row_matrix.ProjectedRows)
     assert mapped.certificate_.objective == pytest.approx(kept.certificate_.objective, rel=1e-6)
     assert mapped.certificate_.lower_bound == pytest.approx(kept.certificate_.lower_bound, rel=1e-5)
 

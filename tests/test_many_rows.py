@@ -14,7 +14,6 @@ from convexbn.program.neurons import Neurons
 from convexbn.program.output_bias import WithOutputBias
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget
-from convexbn.solvers.relu import lbfgs as lbfgs_module
 from convexbn.solvers.relu.column_generation import ColumnGeneration
 from convexbn.solvers.relu.large_scale import LargeScale
 from convexbn.solvers.relu.lbfgs import lbfgs
@@ -248,7 +247,6 @@ def test_an_output_bias_is_one_of_all_blocks_of_rows(monkeypatch):
     start = Neurons(rng.standard_normal((4, 6)), rng.standard_normal((6, 3)))
     program = ReluProgram(rows, loss, 1.0)
     at_once = lbfgs(program, start, max_iter=5)
-    monkeypatch.setattr(lbfgs_module, "BLOCK_ENTRIES", 6 * 256)
     monkeypatch.setattr(relu, "BLOCK_ENTRIES", 6 * 256)
     in_blocks = lbfgs(program, start, max_iter=5)
     assert np.allclose(in_blocks.first, at_once.first, rtol=1e-6, atol=1e-9)

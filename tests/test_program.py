@@ -69,7 +69,7 @@ def test_row_blocks_give_the_same(monkeypatch, n):
     index, S, V = np.array([6, 0, 2]), rng.standard_normal((3, 4, 3)), rng.standard_normal((n, 3))
     whole = program.outputs(index, S), program.correlations(V), program.correlations(V, index)
     monkeypatch.setattr(module, "_BLOCK_ENTRIES", 1)
-    assert [b.stop - b.start for b in program.operator._blocks(1)] == [64] * -(-n // 64)
+    assert [b.stop - b.start for b in program.operator._size(1).slices(n)] == [64] * -(-n // 64)
     blocked = program.outputs(index, S), program.correlations(V), program.correlations(V, index)
     for a, b in zip(whole, blocked, strict=True):
         assert residual(a - b, n, 20) < THRESHOLD

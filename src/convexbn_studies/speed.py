@@ -109,7 +109,7 @@ def _instance(name: str) -> _Instance:
     n, d, count, fraction = _PROGRAMS[name]
     X, Y = planted(n, d, seed=0, neurons=10 if count or d > 2 else 5)
     data = TrainingSet.prepare(X, Y, np.ones(n), loss=SquaredLoss)
-    X, Y, rows = np.asarray(data.X), data.loss.targets, data.whitening.rows
+    X, Y, rows = np.asarray(data.X), data.loss.targets, data.whitening.rows[:]
     gates = np.random.default_rng(1).standard_normal((rows.shape[1], max(count, 1)))
     instance = _Instance(X, Y, rows, gates, rows @ gates >= 0, 1.0)
     largest = instance.program.max_weight_decay() if count else data.max_weight_decay_relu(proved=False)[0]

@@ -21,6 +21,7 @@ from scipy.optimize import lsq_linear
 from convexbn._types import EPS, Bool, Float
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.local_search import concave_maximiser, hidden_norms, normalise
+from convexbn.data.blocks import BlockSize
 from convexbn.data.scaling import unit_scale
 from convexbn.program.arrangement import count_bound, enumerate_patterns, row_keys
 
@@ -99,10 +100,8 @@ class EveryCell:
         _, group = np.unique(row_keys(self.patterns[:, v > 0]), return_inverse=True)
         order = np.lexsort((gradients, group))
         smallest = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
-        size = max(1, _BLOCK_ENTRIES // len(v))
-        for start in range(0, len(smallest), size):
-            cells = smallest[start : start + size]
-            yield self.patterns[cells], gradients[cells]
+        for part in BlockSize(len(v), _BLOCK_ENTRIES).slices(len(smallest)):
+            yield self.patterns[smallest[part]], gradients[smallest[part]]
 
     def _least_squares(self, v: Float, opened: Bool, target: float) -> tuple[float, Float]:
         """Largest of the minima over ``s``, from above, and a maximiser for each."""
@@ -119,9 +118,8 @@ class EveryCell:
         return float(bounds.max(initial=0.0)), normalise(slopes)
 
     def _parts(self) -> Iterator[Bool]:
-        size = max(1, _BLOCK_ENTRIES // self.patterns.shape[1])
-        for start in range(0, len(self.patterns), size):
-            yield self.patterns[start : start + size]
+        size = BlockSize(self.patterns.shape[1], _BLOCK_ENTRIES)
+        return (self.patterns[part] for part in size.slices(len(self.patterns)))
 
 
 def few_cells(A: Float) -> bool:

@@ -13,7 +13,6 @@ import numpy as np
 
 from convexbn import bounds
 from convexbn._types import Float, is_over
-from convexbn.data.row_matrix import MappedRows
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.relu import ReluProgram
@@ -158,7 +157,7 @@ class ReluDualBounds:
     def _too_many(self) -> bool:
         """True if the problem is too large for any bound but the orthant's."""
         rows = self.program.rows
-        return isinstance(rows, MappedRows) or len(rows) * self.program.n_outputs > _SPREAD_ENTRIES
+        return not isinstance(rows, np.ndarray) or len(rows) * self.program.n_outputs > _SPREAD_ENTRIES
 
     @property
     def _root(self) -> Float:

@@ -10,7 +10,7 @@ import numpy as np
 from convexbn._types import Bool, Float, Index
 from convexbn.certificate.dual_bounds import GateDualBounds
 from convexbn.certificate.question import Question
-from convexbn.data.blocks import row_blocks
+from convexbn.data.blocks import BlockSize
 from convexbn.data.preactivations import PreActivations
 from convexbn.program.gated import GatedProgram, gated_outputs
 from convexbn.program.gates import distinct_gates, gate_patterns
@@ -92,7 +92,7 @@ def _check_gates(question: Question, patterns: Bool, gates: Float, offsets: Floa
     first, distinct = distinct_gates(gates, offsets)
     pairs, pair = np.unique(np.stack([distinct, gate_index]), axis=1, return_inverse=True)
     differ = np.zeros(pairs.shape[1], dtype=bool)
-    for part in row_blocks(len(question.X), pairs.shape[1], entries=_ENTRIES, least=_LEAST_ROWS):
+    for part in BlockSize(pairs.shape[1], _ENTRIES, _LEAST_ROWS).slices(len(question.X)):
         opened = gate_patterns(question.X[part], question.mean, gates[:, first], offsets[first])
         differ |= (opened[:, pairs[0]] != patterns[part][:, pairs[1]]).any(axis=0)
     wrong = differ[pair.ravel()]

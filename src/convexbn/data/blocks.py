@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 
-def row_blocks(n: int, width: int, *, entries: int, least: int = 1, together: int = 1) -> Iterator[slice]:
-    """Slices of ``n`` rows, in order, such that so many rows of ``width`` numbers have about ``entries`` numbers.
+@dataclass(frozen=True)
+class BlockSize:
+    """How many rows are taken at a time: about as many as have ``entries`` numbers.
 
     Parameters
     ----------
-    n : int
-        Number of rows.
     width : int
         Numbers that a row takes.
     entries : int
@@ -19,12 +19,24 @@ def row_blocks(n: int, width: int, *, entries: int, least: int = 1, together: in
     least : int, default=1
         Fewest rows of a block, whatever their width.
     together : int, default=1
-        Consecutive rows that stay in one block; ``n`` is a multiple.
+        Consecutive rows that stay in one block; the number of rows is a multiple.
 
     Examples
     --------
-    >>> list(row_blocks(10, 3, entries=12))
+    >>> list(BlockSize(width=3, entries=12).slices(10))
     [slice(0, 4, None), slice(4, 8, None), slice(8, 12, None)]
     """
-    size = -(-max(least, entries // max(width, 1)) // together) * together
-    return (slice(start, start + size) for start in range(0, n, size))
+
+    width: int
+    entries: int
+    least: int = 1
+    together: int = 1
+
+    def slices(self, n: int) -> Iterator[slice]:
+        """Slices of ``n`` rows, in order."""
+        size = -(-max(self.least, self.entries // max(self.width, 1)) // self.together) * self.together
+        return (slice(start, start + size) for start in range(0, n, size))
+
+    def cases(self, part: slice) -> slice:
+        """Where the cases of a slice of rows are, ``together`` rows each."""
+        return slice(part.start // self.together, part.stop // self.together)

@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 
 from convexbn._types import Float, FloatMatrix, Index
+from convexbn.data.blocks import BlockSize
 
 #: Rows read at once, and entries that are hashed at once: 1 MB, which stays in the cache.
 _BLOCK, _HASHED_ENTRIES = 4096, 1 << 17
@@ -32,8 +33,8 @@ def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, In
     order = np.argsort(hashes, kind="stable") if ties is None else np.lexsort((ties, hashes))
     changed = np.ones(len(order), dtype=bool)
     alike = 1 + np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    for start in range(0, len(alike), _BLOCK):
-        places = alike[start : start + _BLOCK]
+    for part in BlockSize(1, _BLOCK).slices(len(alike)):
+        places = alike[part]
         here, before = order[places], order[places - 1]
         changed[places] = np.any([(key[here] != key[before]).any(axis=1) for key in keys], axis=0)
     return order, np.flatnonzero(changed)
@@ -65,8 +66,8 @@ def fingerprint(X: FloatMatrix, Y: Float, sample_weight: Float) -> str:
     """SHA-256 of canonical rows: equal for equal data in whatever order, repetition or type."""
     digest = hashlib.sha256(repr((X.shape, Y.shape)).encode())
     for array in (X, Y, sample_weight):
-        for start in range(0, len(array), _BLOCK):
-            digest.update(np.ascontiguousarray(array[start : start + _BLOCK], dtype="<f8").data)
+        for part in BlockSize(1, _BLOCK).slices(len(array)):
+            digest.update(np.ascontiguousarray(array[part], dtype="<f8").data)
     return digest.hexdigest()
 
 
@@ -79,9 +80,8 @@ def _row_hashes(*keys: FloatMatrix) -> np.ndarray:
     """One 64-bit hash a row of all keys, exact integer arithmetic: independent of order, blocks, threads and types."""
     width, n = sum(key.shape[1] for key in keys), len(keys[0])
     odd = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) * 2 + 1
-    hashes, size = np.empty(n, dtype=np.uint64), max(1, _HASHED_ENTRIES // max(width, 1))
-    for start in range(0, n, size):
-        part = slice(start, start + size)
+    hashes = np.empty(n, dtype=np.uint64)
+    for part in BlockSize(width, _HASHED_ENTRIES).slices(n):
         mixed = np.hstack([np.asarray(key[part], dtype=np.float64) for key in keys]).view(np.uint64)
         mixed ^= mixed >> np.uint64(32)
         mixed *= odd

@@ -17,8 +17,9 @@ from scipy.linalg import lapack
 
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.columns import Columns
-from convexbn.data.moments import Moments, blocks, moments, weighted_sums
-from convexbn.data.row_matrix import is_mapped
+from convexbn.data.kernels import projected
+from convexbn.data.moments import Moments, blocks, cached_rows, moments, weighted_sums
+from convexbn.data.row_matrix import is_projected, row_matrix
 from convexbn.data.spectrum import Directions, kept_filter
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
@@ -86,7 +87,7 @@ def by_gram(
         r, directions = r or resolved, directions[:, : len(phi)]
         back = directions / values[: len(phi)]
     projection = columns.padded(back)
-    if is_mapped(X, len(phi)):
+    if is_projected(X, len(phi)):
         basis = projection_of(X, weights, found, projection)
     else:
         basis = basis_of(X, weights, np.ldexp(found.mean, found.exponents), projection)
@@ -135,8 +136,7 @@ def basis_of(X: FloatMatrix, weights: Float, mean: Float, projection: Float) -> 
     """The basis from a projection that makes it nearly orthonormal; None when it is too far from that."""
     rows = np.empty((len(X), projection.shape[1] + 1))
     columns, total = rows[:, :-1], weights.sum()
-    for part, block in blocks(X):
-        columns[part] = (block - mean) @ projection
+    row_matrix(X).map(projected, cached_rows(X), shared=[mean, projection], out=columns)
     for _ in range(3):
         columns -= weights @ columns / total
         gram, _ = weighted_sums(((weights[part], block) for part, block in blocks(columns)), columns.shape[1])

@@ -18,7 +18,10 @@ from scipy.linalg import blas
 
 from convexbn._threads import single_scipy_blas
 from convexbn._types import EPS, Bool, Float, FloatMatrix
-from convexbn.data.scaling import times_power
+from convexbn.data.blocks import BlockSize
+from convexbn.data.kernels import scaled, weighted_gram
+from convexbn.data.row_matrix import HostRows, Rows, row_matrix
+from convexbn.data.scaling import powers
 
 #: Bytes of a block of rows in float64. It stays in the cache while it is centred and multiplied; 64 MB took up to six
 #: times as long.
@@ -93,12 +96,14 @@ def moments(X: FloatMatrix, weights: Float) -> Moments:
         centre = centre + shift
 
 
-def blocks(X: FloatMatrix) -> Iterator[tuple[slice, Float]]:
-    """Consecutive rows in float64, at most ``BLOCK_BYTES`` at a time, and where they are."""
-    size = max(64, BLOCK_BYTES // (8 * max(X.shape[1], 1)))
-    for start in range(0, len(X), size):
-        part = slice(start, start + size)
-        yield part, np.asarray(X[part], dtype=np.float64)
+def cached_rows(X: Rows) -> BlockSize:
+    """Rows that stay in the cache in float64: ``BLOCK_BYTES``."""
+    return BlockSize(X.shape[1], BLOCK_BYTES // 8, least=64)
+
+
+def blocks(X: Rows) -> Iterator[tuple[slice, Float]]:
+    """Consecutive rows in float64, a few at a time, and where they are."""
+    return ((part, np.asarray(X[part], dtype=np.float64)) for part in cached_rows(X).slices(len(X)))
 
 
 def weighted_sums(parts: Iterable[tuple[Float, Float]], size: int) -> tuple[Float, Float]:
@@ -124,7 +129,11 @@ def _mirrored(upper: Float) -> Float:
 
 def _read_floats(X: FloatMatrix, weights: Float, centre: Float, exponents: np.ndarray) -> tuple[Float, Float]:
     """``sum w (x - c)(x - c)'`` and ``sum w (x - c)`` in float64."""
-    centred = ((weights[part], times_power(block, -exponents) - centre) for part, block in blocks(X))
+    rows, factors = row_matrix(X), powers(-exponents)
+    if not isinstance(rows, HostRows):
+        gram, sums = rows.reduce(weighted_gram, cached_rows(X), along=[weights], shared=[centre, *factors])
+        return gram, sums
+    centred = ((weights[part], scaled(block, np.float64, *factors) - centre) for part, block in blocks(X))
     return weighted_sums(centred, X.shape[1])
 
 

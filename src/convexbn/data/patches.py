@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from convexbn._types import Float, FloatMatrix
+from convexbn.data.row_matrix import HostRows
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Geometry:
         return int(np.prod(self.image))
 
 
-class PatchMatrix:
+class PatchMatrix(HostRows):
     """Patches (n Kp, h) of images (n, height, width, channels) of any real type.
 
     Row ``i Kp + k`` is patch ``k`` of image ``i``, locations row by row; its numbers are in torch's order: channel,
@@ -109,22 +110,9 @@ class PatchMatrix:
         return len(self.flat) * self.geometry.n_locations, self.geometry.patch_size
 
     @property
-    def size(self) -> int:
-        """Entries."""
-        return self.shape[0] * self.shape[1]
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """That of the images."""
         return self.flat.dtype
-
-    @property
-    def rows_together(self) -> int:
-        """Rows of an image, ``Kp``."""
-        return self.geometry.n_locations
-
-    def __len__(self) -> int:
-        return self.shape[0]
 
     def __getitem__(self, index: Any) -> FloatMatrix:
         """A row, or the rows of a slice of step 1, of a mask or of places."""
@@ -132,7 +120,7 @@ class PatchMatrix:
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             first = start // count
-            found = self.of_images(slice(first, -(-stop // count)))
+            found = self.of_cases(slice(first, -(-stop // count)))
             return found[start - first * count : max(stop, start) - first * count]
         rows = np.asarray(index)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
@@ -142,9 +130,9 @@ class PatchMatrix:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> FloatMatrix:
         return self[:].astype(dtype or self.dtype, copy=False)
 
-    def of_images(self, index: Any) -> FloatMatrix:
+    def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
         """Patches of some images, all of each: (b Kp, h)."""
-        patches = np.take(self._padded[index], self._places.ravel(), axis=1)
+        patches = np.take(self._padded[cases], self._places.ravel(), axis=1)
         return patches.reshape(-1, self.geometry.patch_size)
 
     def min(self, axis: int | None = None, initial: float = np.inf) -> Float | float:

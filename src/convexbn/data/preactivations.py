@@ -14,9 +14,11 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import EPS, Float, FloatMatrix
-from convexbn.data.moments import Moments, blocks, moments
-from convexbn.data.row_matrix import MappedRows, is_mapped
-from convexbn.data.scaling import times_power
+from convexbn.data.blocks import BlockSize
+from convexbn.data.kernels import projected
+from convexbn.data.moments import Moments, blocks, cached_rows, moments
+from convexbn.data.row_matrix import ProjectedRows, Rows, is_projected, row_matrix
+from convexbn.data.scaling import powers
 
 #: Columns of the span beyond those that are expected.
 _SPARE = 8
@@ -37,7 +39,7 @@ class PreActivations:
 
     Attributes
     ----------
-    rows : ndarray (n, r + 1), or MappedRows
+    rows : ndarray (n, r + 1), or ProjectedRows
         The basis, and the constant column ``1 / sqrt(total weight)``.
     coefficients : ndarray (r, m)
         Zero for a direction on which the rows do not vary.
@@ -47,7 +49,7 @@ class PreActivations:
         ``X' C X w_j / ||C X w_j||`` where the Gram matrix is exact.
     """
 
-    rows: Float | MappedRows
+    rows: Rows
     coefficients: Float
     norms: Float
     offsets: Float
@@ -83,8 +85,8 @@ class PreActivations:
         plain = np.ldexp(scaled, -lengths)
         span, coefficients = _spanned(plain, rank)
         gram = covariances = None
-        rows: Float | MappedRows
-        if is_mapped(X, span.shape[1]):
+        rows: Rows
+        if is_projected(X, span.shape[1]):
             found = moments(X, sample_weight)
             rows, centre = _mapped_basis(X, span, found, sample_weight, first, exponents)
             gram = found.exact
@@ -111,11 +113,11 @@ class PreActivations:
     @property
     def _seen(self) -> Any:
         """The matrix that the rows are made of when they are read."""
-        return self.rows.X if isinstance(self.rows, MappedRows) else None
+        return self.rows.X if isinstance(self.rows, ProjectedRows) else None
 
     def products(self, rows: Any, sample_weight: Float) -> Float:
         """``A' diag(w) C X w_j / ||C X w_j||`` for rows ``[A, constant]`` (n, q), without the responses: (q - 1, m)."""
-        if self.covariances is not None and isinstance(rows, MappedRows) and rows.X is self._seen:
+        if self.covariances is not None and isinstance(rows, ProjectedRows) and rows.X is self._seen:
             found: Float = (rows.projection.T @ self.covariances).astype(np.float64)
             return found
         products = np.zeros((rows.shape[1] - 1, len(self.coefficients)))
@@ -153,8 +155,7 @@ def _kept_basis(
     total = sample_weight.sum()
     rows = np.full((len(X), span.shape[1] + 1), 1 / np.sqrt(total))
     basis = rows[:, :-1]
-    for part, block in blocks(X):
-        basis[part] = (times_power(block, -exponents) - first) @ span
+    row_matrix(X).map(projected, cached_rows(X), shared=[first, span, *powers(-exponents)], out=basis)
     centre = sample_weight @ basis / total
     basis -= centre
     again = sample_weight @ basis / total  # offsets leave a mean behind: centre twice
@@ -164,10 +165,10 @@ def _kept_basis(
 
 def _mapped_basis(
     X: Any, span: Float, found: Moments, sample_weight: Float, first: Float, exponents: np.ndarray
-) -> tuple[MappedRows, Float]:
+) -> tuple[ProjectedRows, Float]:
     """The same for rows that are made when they are read."""
     mean = np.ldexp(found.mean, found.exponents)
-    rows = MappedRows(X, mean, np.ldexp(span, -exponents[:, None]), 1 / np.sqrt(sample_weight.sum()))
+    rows = ProjectedRows(X, mean, np.ldexp(span, -exponents[:, None]), 1 / np.sqrt(sample_weight.sum()))
     return rows, (np.ldexp(mean, -exponents) - first) @ span
 
 
@@ -178,12 +179,11 @@ def _by_gram(gram: np.ndarray, weight: Float) -> tuple[Float, np.ndarray]:
     return norms, covariances / np.where(norms > 0, norms, np.inf)
 
 
-def _norms(rows: Float | MappedRows, coefficients: Float, sample_weight: Float) -> Float:
+def _norms(rows: Rows, coefficients: Float, sample_weight: Float) -> Float:
     """Weighted norms of ``basis coefficients[:, j]``, by the triangle of the basis, all columns but the last."""
     r = rows.shape[1] - 1
     triangle = np.zeros((0, r))
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
+    for part in BlockSize(1, _BLOCK_ROWS).slices(len(rows)):
         stacked = np.vstack([triangle, np.sqrt(sample_weight[part])[:, None] * rows[part][:, :-1]])
         triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][:r]
     norms: Float = np.linalg.norm(triangle @ coefficients, axis=0)

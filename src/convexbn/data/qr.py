@@ -6,6 +6,7 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float, FloatMatrix
+from convexbn.data.blocks import BlockSize
 from convexbn.data.columns import Columns
 from convexbn.data.scaling import unit_columns
 from convexbn.data.spectrum import Directions, kept_filter, numerical_rank
@@ -74,7 +75,7 @@ def _constant_and_triangle(root: Float, Z: Float) -> tuple[Float, Float]:
     fast = _cholesky_qr(stacked)
     if fast is not None:
         return fast[0], fast[1][1:, 1:]
-    blocks = [_qr(stacked[start : start + size]) for start in range(0, n, size)]
+    blocks = [_qr(stacked[part]) for part in BlockSize(1, size).slices(n)]
     top, R = _qr(np.vstack([R for _, R in blocks]))
     cuts = np.cumsum([len(R) for _, R in blocks])[:-1]
     Q = np.vstack([q @ t for (q, _), t in zip(blocks, np.split(top, cuts), strict=True)])

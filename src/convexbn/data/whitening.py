@@ -21,9 +21,10 @@ from convexbn._types import EPS, Bool, Float, FloatMatrix
 from convexbn.data import qr
 from convexbn.data.columns import Columns
 from convexbn.data.gram import by_gram
-from convexbn.data.moments import blocks
-from convexbn.data.row_matrix import MappedRows, is_mapped
-from convexbn.data.scaling import centre, times_power
+from convexbn.data.kernels import projected
+from convexbn.data.moments import cached_rows
+from convexbn.data.row_matrix import ProjectedRows, Rows, is_projected, row_matrix
+from convexbn.data.scaling import headroom, powers, times_power
 from convexbn.data.spectrum import Directions, kept_filter
 
 
@@ -33,7 +34,7 @@ class Whitening:
 
     Attributes
     ----------
-    rows : ndarray (n, r + 1), or MappedRows
+    rows : ndarray (n, r + 1), or ProjectedRows
         Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row; the columns of
         ``diag(sqrt(w)) rows`` are orthogonal, of the norms ``filter`` and 1.
     mean : ndarray (d,)
@@ -60,7 +61,7 @@ class Whitening:
         used; None: a QR, orthonormal to rounding.
     """
 
-    rows: Any
+    rows: Rows
     mean: Float
     projection: Float
     directions: Float
@@ -91,7 +92,7 @@ class Whitening:
         phi = kept_filter(self.singular_values, self.rank, rank, spectral_filter)
         k = len(phi)
         projection = self.projection[:, :k] * phi
-        if isinstance(self.rows, MappedRows):
+        if isinstance(self.rows, ProjectedRows):
             rows: Any = replace(self.rows, projection=projection)
         else:
             rows = np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]])
@@ -111,14 +112,15 @@ class Whitening:
     def transform(self, X: FloatMatrix) -> Float:
         """Rows of ``A`` for new points, from the stored statistics alone: (n, d) -> (n, r + 1)."""
         rows = np.full((len(X), self.rank + 1), 1 / np.sqrt(self.total_weight))
-        for part, block in blocks(X):
-            centred, exponent = centre(block, self.mean)
-            rows[part, :-1] = times_power(centred @ self.projection, exponent)
+        exponent = headroom(X, self.mean)
+        shared = [np.ldexp(self.mean, -exponent), self.projection, *powers(-exponent)]
+        row_matrix(X).map(projected, cached_rows(X), shared=shared, out=rows[:, :-1])
+        rows[:, :-1] = times_power(rows[:, :-1], exponent)
         return rows
 
     def coordinates(self, responses: Float, sample_weight: Float) -> Float:
         """Least-squares ``u`` of ``rows u = responses``: (n, m) -> (r + 1, m)."""
-        products: Float = self.rows.T @ (sample_weight[:, None] * responses)
+        products: Float = self.rows[:].T @ (sample_weight[:, None] * responses)
         products[:-1] /= (self.filter**2)[:, None]
         return products
 
@@ -177,7 +179,7 @@ def whiten(
     found = None
     if len(X) > 2 * max(qr.BLOCK_ROWS, X.shape[1] + 1):
         found = by_gram(X, weights, rank, spectral_filter, input_eps)
-        if found is None and is_mapped(X, X.shape[1]):
+        if found is None and is_projected(X, X.shape[1]):
             raise ValueError(
                 f"the {len(X)} patches do not vary enough in every direction to be whitened in blocks: keep fewer "
                 "directions with rank=, or shrink them with spectral_filter=."
@@ -195,7 +197,7 @@ def _filtered(X: FloatMatrix, columns: Columns, found: Directions) -> Whitening:
     projection = columns.padded(found.back * found.filter)
     rows: Any = found.rows
     if rows is None:
-        rows = MappedRows(X, mean, projection, constant)
+        rows = ProjectedRows(X, mean, projection, constant)
     else:
         rows[:, :-1] *= found.filter
         rows[:, -1] = constant

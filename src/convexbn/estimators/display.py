@@ -272,7 +272,7 @@ class SpectrumDisplay:
         X, weights = X[weights > 0], weights[weights > 0]
         if model.convolution is not None:
             X = PatchMatrix(X, model.network_.convolution.geometry)
-            weights = np.repeat(weights, X.rows_together)
+            weights = np.repeat(weights, X.geometry.n_locations)
         network, whitening = model.network_, whiten(X, weights, rank=X.shape[1])
         responses = PreActivations.compute(X, network.weight, weights, rank=model.rank_)
         coordinates = network.gamma * responses.products(whitening.rows, weights)

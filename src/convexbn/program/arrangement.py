@@ -11,13 +11,13 @@ leave on it, of one dimension less (deletion and restriction, Zaslavsky 1975), d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
 
 from convexbn._types import Bool, Float, Index
+from convexbn.data.blocks import BlockSize
 
 #: A unit direction nearer to a unit normal's hyperplane than this lies on it: rounding is a tenth of it.
 _ON = 1e-14
@@ -108,7 +108,7 @@ def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: floa
     points = _cells(normals[first], np.full(len(first), 0.5 * tolerance))
     patterns = np.ones((2 * len(points), n), dtype=bool)
     half, opposite = np.split(patterns, 2)
-    for part in _blocks(points, n):
+    for part in BlockSize(n, _BLOCK_ENTRIES).slices(len(points)):
         opened = points[part] @ normals[first].T > 0
         half[part, live] = opened[:, np.searchsorted(first, leader)] ^ (sign < 0)
     opposite[:, live] = ~half[:, live]
@@ -239,7 +239,7 @@ def _orthonormal_columns(units: Float, tolerance: float) -> tuple[Float, Float]:
 def _coincident(normals: Float, doubt: Float) -> tuple[Index, Float]:
     """For every unit normal the first one of the same hyperplane, and whether it points the same way (1 or -1)."""
     leader, sign = np.arange(len(normals)), np.ones(len(normals))
-    for part in _blocks(normals, len(normals)):
+    for part in BlockSize(len(normals), _BLOCK_ENTRIES).slices(len(normals)):
         cosines = normals[part] @ normals.T
         allowed = doubt[part, None] + doubt
         near = 1 - np.abs(cosines) <= 0.5 * allowed**2 + _ON
@@ -311,17 +311,10 @@ def _one_a_cell(points: Float, normals: Float) -> Float:
     A cell that holds such a point is cut by that hyperplane, so both of its sides have points of their own.
     """
     margins, signs = np.empty(len(points)), np.empty((len(points), len(normals)), dtype=bool)
-    for part in _blocks(points, len(normals)):
+    for part in BlockSize(len(normals), _BLOCK_ENTRIES).slices(len(points)):
         response = points[part] @ normals.T
         margins[part] = np.abs(response).min(axis=1)
         signs[part] = (response > 0) ^ (response[:, :1] > 0)
     order = np.argsort(-margins, kind="stable")
     order = order[margins[order] > _ON]
     return points[order[np.sort(np.unique(row_keys(signs[order]), return_index=True)[1])]]
-
-
-def _blocks(points: Float, width: int) -> Iterator[slice]:
-    """Slices of the points, of bounded size when each has ``width`` numbers."""
-    size = max(1, _BLOCK_ENTRIES // width)
-    for start in range(0, len(points), size):
-        yield slice(start, start + size)

@@ -21,7 +21,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from convexbn._types import EPS, Bool, Float, FloatMatrix, Index
-from convexbn.data.blocks import row_blocks
+from convexbn.data.blocks import BlockSize
+from convexbn.data.row_matrix import Rows, row_matrix
+from convexbn.program.kernels import masked_correlations, masked_outputs
 from convexbn.program.losses import Loss
 from convexbn.program.readout import Readout
 
@@ -166,7 +168,7 @@ class MaskedRows:
     read is made in cache-sized blocks of rows, so that no ``n x qK`` or ``n x PK`` array is ever in memory.
     """
 
-    rows: Float
+    rows: Any
     patterns: Bool
     readout: ClassVar[Readout] = Readout()
 
@@ -184,24 +186,18 @@ class MaskedRows:
 
     def apply(self, gate_index: Index, blocks: Float) -> Float:
         """``F = sum_j D_{i(j)} A S_j`` for blocks (m, q, K) on the gates ``gate_index`` (m,): (n, K)."""
-        q, K = blocks.shape[1:]
-        result = np.empty((len(self.rows), K), dtype=self.rows.dtype)
-        stacked = blocks.transpose(0, 2, 1).reshape(-1, K * q).astype(self.rows.dtype, copy=False)
-        for part in self._blocks(q * K):
-            summed = self._opened(part, gate_index) @ stacked  # sum_j D_j S_j, row by row
-            np.einsum("nkq,nq->nk", summed.reshape(-1, K, q), self.rows[part], out=result[part])
-        return result
+        (q, K), dtype = blocks.shape[1:], self.rows.dtype
+        shared = [blocks.transpose(0, 2, 1).astype(dtype, copy=False), gate_index]
+        return row_matrix(self.rows).map(masked_outputs, self._size(q * K), along=[self.patterns], shared=shared)
 
     def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
         """``A' D_i V`` for every gate (or those of ``gate_index``): (P, q, K)."""
         q, K = self.rows.shape[1], dual.shape[1]
-        count = self.patterns.shape[1] if gate_index is None else len(gate_index)
-        total = np.zeros((count, K * q), dtype=self.rows.dtype)
-        dual = dual.astype(self.rows.dtype, copy=False)
-        for part in self._blocks(q * K):
-            products = (dual[part][:, :, None] * self.rows[part][:, None, :]).reshape(-1, K * q)
-            total += self._opened(part, gate_index).T @ products
-        return np.ascontiguousarray(total.reshape(count, K, q).transpose(0, 2, 1))
+        along = [self.patterns, dual.astype(self.rows.dtype, copy=False)]
+        (total,) = row_matrix(self.rows).reduce(
+            masked_correlations, self._size(q * K), along=along, shared=[gate_index]
+        )
+        return np.ascontiguousarray(total.reshape(-1, K, q).transpose(0, 2, 1))
 
     def rounding(self, dual: Float, weights: Float) -> float:
         """What rounding may take from a norm of ``adjoint(dual)`` in float64."""
@@ -209,13 +205,8 @@ class MaskedRows:
         scaled = np.linalg.norm(dual / np.sqrt(weights)[:, None])
         return float((n + q + 4) * EPS * np.sqrt(q) * scaled)
 
-    def _opened(self, part: slice, gate_index: Index | None) -> Float:
-        patterns = self.patterns[part] if gate_index is None else self.patterns[part][:, gate_index]
-        return patterns.astype(self.rows.dtype, copy=False)
-
-    def _blocks(self, width: int) -> Any:
-        widest = max(width, self.patterns.shape[1])
-        return row_blocks(len(self.rows), widest, entries=_BLOCK_ENTRIES, least=_LEAST_ROWS)
+    def _size(self, width: int) -> BlockSize:
+        return BlockSize(max(width, self.patterns.shape[1]), _BLOCK_ENTRIES, _LEAST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -224,7 +215,7 @@ class PooledFeatures:
 
     Parameters
     ----------
-    rows : ndarray (N, q), or MappedRows
+    rows : ndarray (N, q), or RowMatrix
         Whitened patches.
     patterns : ndarray (N, P) of bool
     readout : Readout
@@ -239,7 +230,7 @@ class PooledFeatures:
     features: FloatMatrix
 
     @classmethod
-    def from_rows(cls, rows: Float, patterns: Bool, readout: Readout) -> PooledFeatures:
+    def from_rows(cls, rows: Rows, patterns: Bool, readout: Readout) -> PooledFeatures:
         """Pool whitened patches (N, q), which may be computed on access, under patterns (N, P).
 
         Raises
@@ -286,12 +277,12 @@ class PooledFeatures:
         return float(terms * EPS * np.sqrt(width) * scaled)
 
 
-def _pooled(rows: Float, patterns: Bool, readout: Any) -> Float:
+def _pooled(rows: Rows, patterns: Bool, readout: Any) -> Float:
     """``T_r D_i A`` of every image and gate: (n, P, q R)."""
     (N, q), P, averages = rows.shape, patterns.shape[1], readout.regions.averages
     R, count = averages.shape
     features = np.empty((N // count, P, q, R))
-    for images in row_blocks(N // count, count * max(P, q * R), entries=_POOLED_ENTRIES):
+    for images in BlockSize(count * max(P, q * R), _POOLED_ENTRIES).slices(N // count):
         part = slice(images.start * count, images.stop * count)
         spread = np.einsum("rk,nkq->nkqr", averages, rows[part].reshape(-1, count, q), optimize=True)
         opened = patterns[part].reshape(-1, count, P).transpose(0, 2, 1).astype(np.float64)
@@ -300,12 +291,12 @@ def _pooled(rows: Float, patterns: Bool, readout: Any) -> Float:
     return features.reshape(len(features), P, -1)
 
 
-def gated_outputs(rows: Any, patterns: Bool, blocks: Float, readout: Readout) -> Float:
+def gated_outputs(rows: Rows, patterns: Bool, blocks: Float, readout: Readout) -> Float:
     """Outputs (n, K) on any rows (N, q) with patterns (N, m), one for each of the blocks (m, q, R K).
 
     Parameters
     ----------
-    rows : ndarray (N, q), or MappedRows
+    rows : ndarray (N, q), or RowMatrix
     patterns : ndarray (N, m) of bool
     blocks : ndarray (m, q, R K)
     readout : Readout
@@ -315,7 +306,8 @@ def gated_outputs(rows: Any, patterns: Bool, blocks: Float, readout: Readout) ->
     if count == 1:
         return MaskedRows(rows, patterns).apply(index, blocks)
     outputs = []
-    for images in row_blocks(len(rows) // count, count * max(len(index), blocks.shape[2]), entries=_POOLED_ENTRIES):
+    size = BlockSize(count * max(len(index), blocks.shape[2]), _POOLED_ENTRIES)
+    for images in size.slices(len(rows) // count):
         part = slice(images.start * count, images.stop * count)
         outputs.append(readout.gather(MaskedRows(rows[part], patterns[part]).apply(index, blocks)))
     return np.concatenate(outputs)
@@ -355,13 +347,13 @@ class GatedProgram:
 
     @classmethod
     def from_rows(
-        cls, rows: Float, patterns: Bool, loss: Loss, weight_decay: float, readout: Readout | None = None
+        cls, rows: Rows, patterns: Bool, loss: Loss, weight_decay: float, readout: Readout | None = None
     ) -> GatedProgram:
         """The program of whitened rows (N, q) and patterns (N, P), pooled by a readout where there is one.
 
         Parameters
         ----------
-        rows : ndarray (N, q), or MappedRows
+        rows : ndarray (N, q), or RowMatrix
         patterns : ndarray (N, P) of bool
         loss : Loss
             Bound to the cases.

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn._types import EPS, Bool, Float, FloatMatrix, Index
-from convexbn.data.scaling import centre
+from convexbn._types import Bool, Float, Index
+from convexbn.data.blocks import BlockSize
+from convexbn.data.row_matrix import Rows, row_matrix
+from convexbn.data.scaling import headroom, powers
 from convexbn.data.whitening import Whitening
+from convexbn.program.kernels import open_gates
 
 #: Responses held at once.
 _BLOCK_ENTRIES = 1 << 20
@@ -52,23 +55,18 @@ def gates_along(whitening: Whitening, directions: Float) -> tuple[Float, Float]:
 
 
 @np.errstate(all="ignore")
-def gate_patterns(X: FloatMatrix, mean: Float, gates: Float, offsets: Float) -> Bool:
+def gate_patterns(X: Rows, mean: Float, gates: Float, offsets: Float) -> Bool:
     """Which gates are open at which rows: (n, d), (d, P) -> (n, P), in float64.
 
     A response within rounding of zero is summed again in an order that does not depend on the batch, so that
     a row on a hyperplane is treated alike in training, prediction and certification.
     """
     lengths = np.linalg.norm(gates / _column_peaks(gates), axis=0) * _column_peaks(gates)
+    exponent = headroom(X, mean)
+    shared = [np.ldexp(mean, -exponent), gates, -np.ldexp(offsets, -exponent), lengths, *powers(-exponent)]
+    size = BlockSize(max(gates.shape), _BLOCK_ENTRIES, least=64)
     opened = np.empty((len(X), gates.shape[1]), dtype=bool)
-    size = max(64, _BLOCK_ENTRIES // max(gates.shape))
-    for start in range(0, len(X), size):
-        part = slice(start, start + size)
-        centred, exponent = centre(X[part], mean)
-        thresholds = -np.ldexp(offsets, -exponent)
-        response = centred @ gates - thresholds
-        _settle_ties(response, centred, gates, thresholds, lengths)
-        np.greater_equal(response, 0, out=opened[part])
-    return opened
+    return row_matrix(X).map(open_gates, size, shared=shared, out=opened)
 
 
 def distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
@@ -83,18 +81,6 @@ def distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
     columns = np.vstack([gates, offsets]).T
     place = np.array([places.setdefault(column.tobytes(), len(places)) for column in columns], dtype=np.intp)
     return np.unique(place, return_index=True)[1], place
-
-
-def _settle_ties(response: Float, centred: Float, gates: Float, thresholds: Float, lengths: Float) -> None:
-    """Sum again, in a fixed order, the responses that rounding could push across zero."""
-    peak = np.abs(centred).max(axis=1, initial=0.0)
-    reach = peak * np.sqrt(centred.shape[1])  # bounds the norm of the row
-    doubtful = np.abs(response) <= 8 * len(gates) * EPS * (reach[:, None] * lengths + np.abs(thresholds))
-    rows, columns = np.nonzero(doubtful)
-    step = max(1, _BLOCK_ENTRIES // len(gates))
-    for start in range(0, len(rows), step):
-        i, j = rows[start : start + step], columns[start : start + step]
-        response[i, j] = (centred[i] * gates.T[j]).sum(axis=1) - thresholds[j]
 
 
 def _column_peaks(gates: Float) -> Float:

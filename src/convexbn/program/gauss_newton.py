@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.data.blocks import BlockSize
 
 #: ``R_i' J_i`` of a part of the rows, (rows, K, size), from ``R`` of those rows and their slice.
 Derivative: TypeAlias = Callable[[Float, slice], Float]
@@ -32,9 +33,7 @@ def sum_of_squares(root: Float, derivative: Derivative, size: int, rows_per_case
     """
     n, _, K = root.shape
     total = np.zeros((size, size))
-    length = max(1, _BLOCK // (K * max(size, 1) * rows_per_case)) * rows_per_case
-    for start in range(0, n, length):
-        part = slice(start, start + length)
+    for part in BlockSize(K * max(size, 1), _BLOCK, together=rows_per_case).slices(n):
         flat = derivative(root[part], part).reshape(-1, rows_per_case, K * size).sum(axis=1).reshape(-1, size)
         total += flat.T @ flat
     return total

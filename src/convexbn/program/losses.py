@@ -8,13 +8,16 @@ Fenchel-Young equality ``L(F) = D(V) - <V, F>`` holds there (mathematics, sectio
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import numpy as np
+from array_api_compat import array_namespace, device
 
-from convexbn._types import EPS, Float, Index
+from convexbn._types import EPS, Bool, Float, Index
+from convexbn.data.kernels import positive_part
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.rays import Formula, NoFormulaError, shrunk_rays, two_sides, with_norm
 
@@ -132,6 +135,9 @@ class Loss:
         """The terms of some rows."""
         return replace(self, targets=self.targets[part], weights=self.weights[part], constant=0.0)
 
+    def __getitem__(self, part: Index | slice) -> Loss:
+        return self.of_rows(part)
+
     def merged(self, groups: np.ndarray, n_groups: int) -> Loss:
         """The same loss as a function of one output row per group of rows, where it ``depends_on_means``.
 
@@ -171,8 +177,8 @@ class SquaredLoss(Loss):
         return root_mean_square(self.targets, self.weights)
 
     def value(self, outputs: Float) -> float:
-        residual = outputs - self.targets
-        return float(0.5 * self.weights @ np.square(residual).sum(axis=1)) + self.constant
+        xp = array_namespace(outputs)
+        return float(0.5 * self.weights @ xp.sum((outputs - self.targets) ** 2, axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
         return self.weights[:, None] * (self.targets - outputs)
@@ -221,18 +227,22 @@ class HuberLoss(Loss):
         return root_mean_square(self.targets, self.weights)
 
     def value(self, outputs: Float) -> float:
-        size = np.abs(outputs - self.targets)
-        near = np.minimum(size, self.delta)
-        return float(self.weights @ (near * (size - 0.5 * near)).sum(axis=1)) + self.constant
+        xp = array_namespace(outputs)
+        size = xp.abs(outputs - self.targets)
+        near = xp.where(size > self.delta, self.delta, size)
+        return float(self.weights @ xp.sum(near * (size - 0.5 * near), axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
-        return self.weights[:, None] * np.clip(self.targets - outputs, -self.delta, self.delta)
+        xp, residual = array_namespace(outputs), self.targets - outputs
+        near = xp.where(xp.abs(residual) > self.delta, self.delta * xp.sign(residual), residual)
+        return self.weights[:, None] * near
 
     def dual_value(self, dual: Float) -> float:
         q = dual / self.weights[:, None]
-        if np.abs(q).max(initial=0.0) > self.delta * (1 + _ROUNDING):
+        xp = array_namespace(dual)
+        if xp.any(xp.abs(q) > self.delta * (1 + _ROUNDING)):
             return -np.inf
-        sizes = np.abs(dual) * (np.abs(self.targets) + 0.5 * np.abs(q))
+        sizes = xp.abs(dual) * (xp.abs(self.targets) + 0.5 * xp.abs(q))
         return _sum_downwards(dual * (self.targets - 0.5 * q), sizes) + self.constant
 
     def _root(self, outputs: Float) -> Float:
@@ -270,26 +280,26 @@ class SquaredHingeLoss(Loss):
 
     def value(self, outputs: Float) -> float:
         # roots before squares: what a hard label leaves out is 0 even where its square overflows
-        p = 0.5 * (1 + self.targets)
-        above, below = np.sqrt(p) * np.maximum(1 - outputs, 0), np.sqrt(1 - p) * np.maximum(1 + outputs, 0)
-        return float(0.5 * self.weights @ (above**2 + below**2).sum(axis=1)) + self.constant
+        p, xp = 0.5 * (1 + self.targets), array_namespace(outputs)
+        above, below = xp.sqrt(p) * positive_part(1 - outputs), xp.sqrt(1 - p) * positive_part(1 + outputs)
+        return float(0.5 * self.weights @ xp.sum(above**2 + below**2, axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
         p = 0.5 * (1 + self.targets)
-        pull = p * np.maximum(1 - outputs, 0) - (1 - p) * np.maximum(1 + outputs, 0)
+        pull = p * positive_part(1 - outputs) - (1 - p) * positive_part(1 + outputs)
         return self.weights[:, None] * pull
 
     def dual_value(self, dual: Float) -> float:
         """``y q - q^2 / 2 + (1 - y^2) / 2`` between the margins, ``|q| - q^2 / (1 +- y)`` beyond one of them."""
-        y, q = self.targets, dual / self.weights[:, None]
-        hard = np.abs(y) == 1
-        if np.any(hard & (y * q < -_ROUNDING * np.abs(q).max(initial=0.0))):
+        y, q, xp = self.targets, dual / self.weights[:, None], array_namespace(dual)
+        hard = xp.abs(y) == 1
+        if xp.any(hard & (y * q < -_ROUNDING * xp.max(xp.abs(q)))):
             return -np.inf
-        beyond = ~hard & (np.abs(y - q) > 1)
-        linear, apart = np.where(beyond, np.sign(q), y), np.where(beyond, 0.0, 0.5 * (1 - y) * (1 + y))
-        square = q / np.where(beyond, 1 + np.sign(q) * y, 2.0)
+        beyond = ~hard & (xp.abs(y - q) > 1)
+        linear, apart = xp.where(beyond, xp.sign(q), y), xp.where(beyond, 0.0, 0.5 * (1 - y) * (1 + y))
+        square = q / xp.where(beyond, 1 + xp.sign(q) * y, 2.0)
         w = self.weights[:, None]
-        terms, sizes = q * (linear - square) + apart, np.abs(q) * (np.abs(linear) + np.abs(square)) + apart
+        terms, sizes = q * (linear - square) + apart, xp.abs(q) * (xp.abs(linear) + xp.abs(square)) + apart
         return _sum_downwards(w * terms, w * sizes) + self.constant
 
     def _root(self, outputs: Float) -> Float:
@@ -319,8 +329,10 @@ class LogisticLoss(Loss):
 
     def value(self, outputs: Float) -> float:
         # log(1 + e^f) - p f with p = (1 + y) / 2, in the form that never overflows
-        losses = np.logaddexp(0, -np.abs(outputs)) + 0.5 * (np.abs(outputs) - self.targets * outputs)
-        return float(self.weights @ losses.sum(axis=1)) + self.constant
+        xp = array_namespace(outputs)
+        size = xp.abs(outputs)
+        losses = xp.log1p(xp.exp(-size)) + 0.5 * (size - self.targets * outputs)
+        return float(self.weights @ xp.sum(losses, axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
         p = 0.5 * (1 + self.targets)
@@ -328,7 +340,7 @@ class LogisticLoss(Loss):
 
     def dual_value(self, dual: Float) -> float:
         p, q = 0.5 * (1 + self.targets), dual / self.weights[:, None]
-        if (p - q).min() < -_ROUNDING or (p - q).max() > 1 + _ROUNDING:
+        if array_namespace(dual).any((p - q < -_ROUNDING) | (p - q > 1 + _ROUNDING)):
             return -np.inf
         terms = _entropy_downwards(p, q) + _entropy_downwards(1 - p, -q)
         return _sum_downwards(self.weights[:, None] * terms) + self.constant
@@ -370,26 +382,23 @@ class CrossEntropyLoss(Loss):
     target_slope: ClassVar[float | None] = 1.0
 
     def value(self, outputs: Float) -> float:
-        peak, exponentials = _shifted(outputs)
-        rest = exponentials.sum(axis=1, where=~peak)
-        below = outputs[peak][:, None] - outputs
-        losses = (self.targets * below).sum(axis=1) + np.log1p(rest)
+        below, _, rest, _ = _shifted(outputs)
+        xp = array_namespace(outputs)
+        losses = xp.sum(self.targets * below, axis=1) + xp.log1p(rest[:, 0])
         return float(self.weights @ losses) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
         # y (1 - p) - (1 - y) p, where 1 - p of the largest is the sum of the others: no digits are lost
-        peak, exponentials = _shifted(outputs)
-        total = exponentials.sum(axis=1, keepdims=True)
-        rest = exponentials.sum(axis=1, keepdims=True, where=~peak)
-        others = np.where(peak, rest, total - exponentials)
-        dual: Float = self.targets * others - (1 - self.targets) * exponentials
-        dual *= self.weights[:, None] / total
-        return dual
+        _, exponentials, rest, peak = _shifted(outputs)
+        total = rest + 1
+        others = array_namespace(outputs).where(peak, rest, total - exponentials)
+        dual = self.targets * others - (1 - self.targets) * exponentials
+        return dual * (self.weights[:, None] / total)
 
     def dual_value(self, dual: Float) -> float:
         q = dual / self.weights[:, None]
-        p = self.targets - q
-        if p.min() < -_ROUNDING or np.abs(p.sum(axis=1) - 1).max() > _ROUNDING * p.shape[1]:
+        p, xp = self.targets - q, array_namespace(dual)
+        if xp.any(p < -_ROUNDING) or xp.any(xp.abs(xp.sum(p, axis=1) - 1) > _ROUNDING * p.shape[1]):
             return -np.inf
         return _sum_downwards(self.weights[:, None] * _entropy_downwards(self.targets, q)) + self.constant
 
@@ -492,8 +501,9 @@ def _sum_downwards(terms: Float, sizes: Float | None = None) -> float:
 
     ``sizes`` are those of what was subtracted in a term, where that may be more than the term itself.
     """
-    slack = EPS * (32 + np.log2(max(terms.size, 1)))
-    return float(terms.sum() - slack * (np.abs(terms) if sizes is None else sizes).sum())
+    xp = array_namespace(terms)
+    slack = EPS * (32 + math.log2(max(math.prod(terms.shape), 1)))
+    return float(xp.sum(terms) - slack * xp.sum(xp.abs(terms) if sizes is None else sizes))
 
 
 def _entropy_downwards(y: Float, q: Float) -> Float:
@@ -502,25 +512,29 @@ def _entropy_downwards(y: Float, q: Float) -> Float:
     Hard labels keep full relative accuracy: ``p`` is ``-q`` or its logarithm is ``log1p(-q)``; what remains is the
     rounding of ``q`` itself. Soft labels lose an absolute epsilon in the difference.
     """
-    p = y - q
+    p, xp = y - q, array_namespace(q)
     live = p > 0
-    logarithm = np.where(y == 1, np.log1p(-np.where(live, q, 0.0)), np.log(np.where(live, p, 1.0)))
-    doubt = np.where(y == 0, 0.0, np.where(y == 1, np.abs(q), 1.0)) * EPS
-    terms: Float = np.where(live, -p * logarithm, 0.0) - doubt * (2 - np.maximum(logarithm, np.log(EPS)))
-    return terms
+    logarithm = xp.where(y == 1, xp.log1p(-xp.where(live, q, 0.0)), xp.log(xp.where(live, p, 1.0)))
+    doubt = xp.where(y == 0, 0.0, xp.where(y == 1, xp.abs(q), 1.0)) * EPS
+    floored = xp.where(logarithm < math.log(EPS), math.log(EPS), logarithm)
+    return xp.where(live, -p * logarithm, 0.0) - doubt * (2 - floored)
 
 
 def _sigmoid(outputs: Float) -> Float:
     """``1 / (1 + exp(-f))`` to full relative accuracy, without overflow."""
-    small = np.exp(-np.abs(outputs))
-    sigmoid: Float = np.where(outputs >= 0, 1.0, small) / (1 + small)
-    return sigmoid
+    xp = array_namespace(outputs)
+    small = xp.exp(-xp.abs(outputs))
+    return xp.where(outputs >= 0, 1.0, small) / (1 + small)
 
 
-def _shifted(outputs: Float) -> tuple[np.ndarray, Float]:
-    """Mask of the first largest output of every row, and ``exp(f - max f)``."""
-    peak = np.arange(outputs.shape[1]) == outputs.argmax(axis=1)[:, None]
-    return peak, np.exp(outputs - outputs.max(axis=1, keepdims=True))
+def _shifted(outputs: Float) -> tuple[Float, Float, Float, Bool]:
+    """``max f - f``, ``exp(f - max f)``, the sum of the latter but for the first largest, and which that is."""
+    xp = array_namespace(outputs)
+    below = xp.max(outputs, axis=1, keepdims=True) - outputs
+    exponentials = xp.exp(-below)
+    places = xp.arange(outputs.shape[1], device=device(outputs))
+    peak = places == xp.argmax(outputs, axis=1)[:, None]
+    return below, exponentials, xp.sum(xp.where(peak, 0.0, exponentials), axis=1, keepdims=True), peak
 
 
 def _diagonals(entries: Float) -> Float:

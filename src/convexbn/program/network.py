@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from convexbn._types import EPS, Float, FloatMatrix, Index
-from convexbn.data.blocks import row_blocks
+from convexbn.data.blocks import BlockSize
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.scaling import centre, times_power
@@ -103,12 +103,12 @@ class BatchNormNetwork:
         """Where some rows or images are, and their activations, with a convolution at all locations (b Kp, m)."""
         distinct = self._distinct_gates()
         if self.convolution is None:
-            for part in row_blocks(len(X), max(self.n_neurons, X.shape[1]), entries=_CHUNK_ENTRIES):
+            for part in BlockSize(max(self.n_neurons, X.shape[1]), _CHUNK_ENTRIES).slices(len(X)):
                 yield part, self._hidden(X[part], distinct)
             return
         geometry = self.convolution.geometry
         width = geometry.n_locations * max(self.n_neurons, geometry.patch_size)
-        for part in row_blocks(max(len(X), 1), width, entries=_IMAGE_ENTRIES):
+        for part in BlockSize(width, _IMAGE_ENTRIES).slices(max(len(X), 1)):
             yield part, self._hidden(PatchMatrix(np.asarray(X[part]), geometry)[:], distinct)
 
     def _hidden(self, X: FloatMatrix, distinct: tuple[Float, Float, Index] | None) -> Float:

@@ -11,9 +11,11 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
+from array_api_compat import array_namespace, device
 
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.convolution import Convolution
+from convexbn.data.kernels import like
 from convexbn.data.pooling import Regions
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.losses import Loss
@@ -75,11 +77,6 @@ class Readout:
         outputs: FloatMatrix = self.pool(hidden) @ self.by_region(output)
         return outputs
 
-    def pull_back(self, dual: FloatMatrix, hidden: FloatMatrix, output: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
-        """``<dual, outputs(hidden, output)>`` differentiated by both."""
-        by_hidden = self.unpool(dual @ self.by_region(output).T, hidden)
-        return by_hidden, self.by_neuron(self.pool(hidden).T @ dual)
-
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
         """Outputs (n, K) of the cases from those of their rows (N, R K), where the readout is linear."""
         return outputs
@@ -125,12 +122,12 @@ class Pooling(Readout):
     def by_region(self, output: FloatMatrix) -> FloatMatrix:
         """An output layer (m, R K) as one (R m, K) of the pooled units."""
         m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
-        return output.reshape(m, R, K).transpose(1, 0, 2).reshape(R * m, K)
+        return output.reshape(m, R, K).swapaxes(0, 1).reshape(R * m, K)
 
     def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
         """The inverse of ``by_region``: (R m, K) as (m, R K)."""
         m, R, K = len(regional) // self.n_regions, self.n_regions, regional.shape[1]
-        return regional.reshape(R, m, K).transpose(1, 0, 2).reshape(m, R * K)
+        return regional.reshape(R, m, K).swapaxes(0, 1).reshape(m, R * K)
 
     def row_weights(self, weights: Float) -> Float:
         """The weight of an image for each of its patches."""
@@ -165,9 +162,9 @@ class AveragePooling(Pooling):
             return self._flat(images)
         if self.regions.equal:
             cells = self.regions.in_cells(images)
-            averages = cells.sum(axis=(2, 4)) / (cells.shape[2] * cells.shape[4])
+            averages = array_namespace(hidden).sum(cells, axis=(2, 4)) / (cells.shape[2] * cells.shape[4])
             return averages.reshape(len(images), self.n_regions * hidden.shape[1])
-        return self._flat(self.regions.averages.astype(hidden.dtype) @ images)
+        return self._flat(like(hidden, self.regions.averages) @ images)
 
     def unpool(self, gradient: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
         """Gradient by the hidden units (n Kp, m) from that by the pooled ones (n, R m)."""
@@ -176,9 +173,9 @@ class AveragePooling(Pooling):
         if self.regions.equal:
             cells = self.regions.in_cells(self.regions.by_image(hidden))
             by_cell = gradient.reshape(len(cells), cells.shape[1], 1, cells.shape[3], 1, cells.shape[5])
-            spread = np.broadcast_to(by_cell / (cells.shape[2] * cells.shape[4]), cells.shape)
-            return spread.reshape(hidden.shape)
-        by_image: FloatMatrix = self.regions.averages.T.astype(hidden.dtype) @ self._in_regions(gradient)
+            xp = array_namespace(gradient)
+            return xp.broadcast_to(by_cell / (cells.shape[2] * cells.shape[4]), cells.shape).reshape(hidden.shape)
+        by_image: FloatMatrix = like(gradient, self.regions.averages).T @ self._in_regions(gradient)
         return by_image.reshape(hidden.shape)
 
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
@@ -219,10 +216,10 @@ class MaxPooling(Pooling):
 
     def pool(self, hidden: FloatMatrix) -> FloatMatrix:
         """The largest of the hidden units (n Kp, m) in every region: (n, R m)."""
-        images = self.regions.by_image(hidden)
+        images, xp = self.regions.by_image(hidden), array_namespace(hidden)
         if self.regions.equal:
-            return self.regions.in_cells(images).max(axis=(2, 4)).reshape(len(images), -1)
-        return self._flat(np.stack([images[:, inside].max(axis=1) for inside in self.regions.members], axis=1))
+            return xp.max(self.regions.in_cells(images), axis=(2, 4)).reshape(len(images), -1)
+        return self._flat(xp.max(images[:, self.regions.groups], axis=2))
 
     def unpool(self, gradient: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
         """Gradient by the hidden units (n Kp, m) from that by the pooled ones (n, R m).
@@ -234,11 +231,12 @@ class MaxPooling(Pooling):
             cells = self.regions.in_cells(images)
             by_cell = gradient.reshape(len(cells), cells.shape[1], 1, cells.shape[3], 1, cells.shape[5])
             return _to_the_first(by_cell, cells).reshape(hidden.shape)
-        by_image, pooled = np.zeros_like(images), self._in_regions(gradient)
+        xp, pooled = array_namespace(hidden), self._in_regions(gradient)
+        by_image, places = xp.zeros_like(images), xp.arange(images.shape[1], device=device(images))
         for r, inside in enumerate(self.regions.members):
-            places = np.flatnonzero(inside)[images[:, inside].argmax(axis=1)][:, None]
-            taken = np.take_along_axis(by_image, places, axis=1)
-            np.put_along_axis(by_image, places, taken + pooled[:, r : r + 1], axis=1)
+            found = images[:, inside]
+            first = places[inside][xp.argmax(found, axis=1)]
+            by_image += (places[None, :, None] == first[:, None, :]) * pooled[:, r, None, :]
         return by_image.reshape(hidden.shape)
 
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
@@ -343,10 +341,11 @@ def readout_of(layer: Convolution | None) -> Readout:
 
 def _to_the_first(pooled: FloatMatrix, cells: FloatMatrix) -> FloatMatrix:
     """Gradients of maxima at the first place in each cell that attains it, zero elsewhere."""
-    gradient, top = np.empty_like(cells), cells.max(axis=(2, 4))
-    still = np.ones(top.shape, dtype=bool)
+    xp = array_namespace(cells)
+    gradient, top = xp.empty_like(cells), xp.max(cells, axis=(2, 4))
+    still = top == top
     for i, j in np.ndindex(cells.shape[2], cells.shape[4]):
         first = (cells[:, :, i, :, j] == top) & still
         still &= ~first
-        np.multiply(pooled[:, :, 0, :, 0], first, out=gradient[:, :, i, :, j])
+        gradient[:, :, i, :, j] = pooled[:, :, 0, :, 0] * first
     return gradient

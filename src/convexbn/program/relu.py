@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
-from convexbn._threads import parallel_map
-from convexbn._types import Float, FloatMatrix
-from convexbn.data.blocks import row_blocks
-from convexbn.data.row_matrix import MappedRows
+from convexbn._types import Float
+from convexbn.data.blocks import BlockSize
+from convexbn.data.row_matrix import Rows, row_matrix
+from convexbn.program import kernels
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
 from convexbn.program.readout import Readout
@@ -35,7 +34,7 @@ class ReluProgram:
 
     Parameters
     ----------
-    rows : ndarray (N, q), or MappedRows
+    rows : ndarray (N, q), or RowMatrix
         Whitened rows ``A``; their columns times ``sqrt(row_weights)`` are orthonormal, or orthogonal and shorter.
     loss : Loss
         Bound to targets (n, K) and weights of the cases.
@@ -54,7 +53,7 @@ class ReluProgram:
     1.0
     """
 
-    rows: Float | MappedRows
+    rows: Rows
     loss: Loss
     weight_decay: float
     readout: Readout = field(default_factory=Readout)
@@ -125,12 +124,10 @@ class ReluProgram:
     @property
     def in_single_precision(self) -> ReluProgram:
         """The same program on rows in float32."""
-        rows: Any = self.rows
-        single = rows.in_single_precision() if isinstance(rows, MappedRows) else rows.astype(np.float32)
-        return replace(self, rows=single)
+        return replace(self, rows=row_matrix(self.rows).in_single_precision())
 
 
-def relu_outputs(rows: FloatMatrix | MappedRows, readout: Readout, first: Float, output: Float) -> Float:
+def relu_outputs(rows: Rows, readout: Readout, first: Float, output: Float) -> Float:
     """Outputs of ``(A first)_+`` and an output layer, (n, K) in float64, computed in the precision of the rows.
 
     Blocks of rows are shared by threads, and no hidden layer is ever whole. ``2 N m (q + R K)`` flops, and one reading
@@ -138,16 +135,17 @@ def relu_outputs(rows: FloatMatrix | MappedRows, readout: Readout, first: Float,
 
     Parameters
     ----------
-    rows : ndarray (N, q), or MappedRows
+    rows : ndarray (N, q), or RowMatrix
     readout : Readout
     first : ndarray (q, m)
     output : ndarray (m, R K)
     """
-    first, output = (weight.astype(rows.dtype, copy=False) for weight in (first, output))
+    matrix = row_matrix(rows)
+    shared = [first.astype(matrix.dtype, copy=False), output.astype(matrix.dtype, copy=False), readout]
+    found = matrix.map(kernels.relu_outputs, hidden_block(len(output), readout), shared=shared, parallel=True)
+    return found.astype(np.float64, copy=False)
 
-    def outputs(part: slice) -> FloatMatrix:
-        hidden: FloatMatrix = rows[part] @ first
-        return readout.outputs(np.maximum(hidden, 0, out=hidden), output)
 
-    blocks = row_blocks(len(rows), len(output), entries=BLOCK_ENTRIES, least=LEAST_ROWS, together=readout.rows_per_case)
-    return np.concatenate(list(parallel_map(outputs, blocks))).astype(np.float64, copy=False)
+def hidden_block(width: int, readout: Readout) -> BlockSize:
+    """Rows whose hidden units are formed at a time."""
+    return BlockSize(width, BLOCK_ENTRIES, LEAST_ROWS, readout.rows_per_case)

@@ -18,7 +18,6 @@ from scipy.linalg.lapack import dpotrf, dpotrs
 
 from convexbn._types import Bool, Float, is_over
 
-
 _SIGNS = np.array([[1.0], [-1.0]])
 
 

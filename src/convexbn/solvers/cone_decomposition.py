@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import EPS, Bool, Float
+from convexbn.data.blocks import BlockSize
 
 #: Responses of unit rows to a unit vector that count as zero.
 _ROUNDING = 1e-13
@@ -56,9 +57,7 @@ def difference_in_cones(
     lengths = np.linalg.norm(vectors, axis=1)[:, None]
     scaled = vectors / lengths
     centres = np.empty_like(scaled)
-    size = max(1, _BLOCK_ENTRIES // len(rows))
-    for start in range(0, len(scaled), size):
-        part = slice(start, start + size)
+    for part in BlockSize(len(rows), _BLOCK_ENTRIES).slices(len(scaled)):
         centres[part] = _centres(unit, opened[part], scaled[part], tol, max_iter)
     return 0.5 * lengths * (centres + scaled), 0.5 * lengths * (centres - scaled)
 

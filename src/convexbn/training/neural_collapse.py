@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._types import EPS, Float, FloatMatrix, Index
+from convexbn.data.blocks import BlockSize
 from convexbn.program.losses import LOSSES
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.closed_form import ClosedForm
@@ -187,8 +188,6 @@ def _distance_of_directions(one: Float, other: Float) -> float:
 def _nearest(features: Float, means: Float) -> Index:
     """Nearest class mean of every row, the first of equal ones."""
     nearest = np.empty(len(features), dtype=np.intp)
-    size = max(1, _BLOCK_ENTRIES // max(means.size, 1))
-    for start in range(0, len(features), size):
-        part = slice(start, start + size)
+    for part in BlockSize(means.size, _BLOCK_ENTRIES).slices(len(features)):
         nearest[part] = ((features[part, None, :] - means) ** 2).sum(axis=2).argmin(axis=1)
     return nearest

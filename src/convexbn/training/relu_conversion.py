@@ -185,7 +185,7 @@ def _with_nearest(data: TrainingSet, gates: Float, offsets: Float) -> tuple[Floa
     whitening = data.whitening
     directions = _directions(data, gates, offsets)
     opened = gate_patterns(data.X, whitening.mean, gates, offsets)
-    kept = realised(whitening.rows, opened, directions)
+    kept = realised(whitening.rows[:], opened, directions)
     moved = whitening.projection @ directions[:-1], directions[-1] / np.sqrt(whitening.total_weight)
     gates, offsets = np.where(kept, gates, moved[0]), np.where(kept, offsets, moved[1])
     first = first_of_each_pattern(gate_patterns(data.X, whitening.mean, gates, offsets))

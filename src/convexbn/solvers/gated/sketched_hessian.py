@@ -20,7 +20,7 @@ import numpy as np
 import scipy.linalg
 
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.data.blocks import row_blocks
+from convexbn.data.blocks import BlockSize
 from convexbn.program.gated import GatedProgram, MaskedRows
 from convexbn.program.losses import Loss
 
@@ -144,7 +144,7 @@ def row_curvature(loss: Loss, outputs: Float) -> Float:
     """Mean second derivative of every row's loss over the outputs: (n,)."""
     n, K = outputs.shape
     curvature = np.empty(n)
-    for part in row_blocks(n, K * K, entries=_BLOCK_ENTRIES):
+    for part in BlockSize(K * K, _BLOCK_ENTRIES).slices(n):
         half = loss.of_rows(part).hessian_root(outputs[part])
         curvature[part] = np.einsum("nkl,nkl->n", half, half) / K
     return curvature

@@ -9,15 +9,14 @@ which all rows share, ``8 n q m + 8 n m K``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import scipy.optimize
 
-from convexbn._types import Float, FloatMatrix, is_over
-from convexbn.data.blocks import row_blocks
+from convexbn._types import Float, is_over
+from convexbn.data.row_matrix import row_matrix
+from convexbn.program import kernels
 from convexbn.program.neurons import Neurons
-from convexbn.program.relu import BLOCK_ENTRIES, LEAST_ROWS, ReluProgram
+from convexbn.program.relu import ReluProgram, hidden_block
 
 
 def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline: float | None = None) -> Neurons:
@@ -34,20 +33,14 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
     deadline : float, optional
         ``time.monotonic()`` at which to stop.
     """
-    dtype, decay = program.rows.dtype, program.weight_decay
-    size, shapes = neurons.first.size, (neurons.first.shape, neurons.output.shape)
+    decay, size, shapes = program.weight_decay, neurons.first.size, (neurons.first.shape, neurons.output.shape)
 
     def split(x: Float) -> Neurons:
         return Neurons(x[:size].reshape(shapes[0]), x[size:].reshape(shapes[1]))
 
     def value(x: Float) -> tuple[float, Float]:
-        network = split(x.astype(dtype, copy=False))
-        total, ascent = 0.5 * decay * float(x @ x), np.zeros(len(x))
-        for block, hidden, of_block, dual in _terms(program, network):
-            back, by_output = program.readout.pull_back(dual.astype(dtype, copy=False), hidden, network.output)
-            total += of_block
-            ascent += np.concatenate([(block.T @ (back * (hidden > 0))).ravel(), by_output.ravel()])
-        return total, decay * x - ascent
+        loss, ascent = _loss_and_ascent(program, split(x))
+        return loss + 0.5 * decay * float(x @ x), decay * x - ascent
 
     def stop_when_late(intermediate_result: object) -> None:
         if is_over(deadline):
@@ -61,23 +54,19 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
     return split(answer.x)
 
 
-def _terms(program: ReluProgram, network: Neurons) -> Iterator[tuple[FloatMatrix, FloatMatrix, float, Float]]:
-    """Rows, hidden units, loss and dual point, block by block; a loss that is not a sum takes a pass of its own."""
-    rows, loss, together = program.rows, program.loss, program.readout.rows_per_case
-    whole = None if loss.separable else program.outputs(network)
-    dual = None if whole is None else loss.negative_gradient(whole)
-    total = loss.constant if whole is None else loss.value(whole)
-    blocks = row_blocks(len(rows), len(network.output), entries=BLOCK_ENTRIES, least=LEAST_ROWS, together=together)
-    for part in blocks:
-        block, of_part = rows[part], slice(part.start // together, part.stop // together)
-        hidden = np.maximum(block @ network.first, 0)
-        if dual is not None:
-            yield block, hidden, total, dual[of_part]
-        else:
-            outputs = program.readout.outputs(hidden, network.output).astype(np.float64, copy=False)
-            here = loss.of_rows(of_part)
-            yield block, hidden, total + here.value(outputs), here.negative_gradient(outputs)
-        total = 0.0
+def _loss_and_ascent(program: ReluProgram, network: Neurons) -> tuple[float, Float]:
+    """Loss, and its negative gradient by both layers; a loss that is not a sum over rows takes a pass of its own."""
+    rows, loss, readout = row_matrix(program.rows), program.loss, program.readout
+    first, output = (layer.astype(rows.dtype, copy=False) for layer in (network.first, network.output))
+    size, shared = hidden_block(len(output), readout), [first, output, readout]
+    if loss.separable:
+        value, *ascents = rows.reduce(kernels.loss_and_ascent, size, along=[loss], shared=shared)
+        value += loss.constant
+    else:
+        outputs = program.outputs(Neurons(first, output))
+        value, dual = loss.value(outputs), loss.negative_gradient(outputs)
+        ascents = [*rows.reduce(kernels.ascent, size, along=[dual], shared=shared)]
+    return value, np.concatenate([ascent.ravel() for ascent in ascents])
 
 
 def random_neurons(program: ReluProgram, width: int, rng: np.random.Generator) -> Neurons:

@@ -8,14 +8,16 @@ of the images, and what is added up is the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from convexbn._threads import Workers
 from convexbn._types import Float, FloatMatrix, Index
-from convexbn.data.row_matrix import MappedRows
+from convexbn.data.kernels import positive_part
+from convexbn.data.row_matrix import row_matrix
+from convexbn.program.kernels import relu_ascent
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
 
@@ -33,18 +35,12 @@ class Batches:
     """
 
     def __init__(self, program: ReluProgram, root: float) -> None:
-        rows = program.rows
         self.root, self.loss, self.readout = root, program.loss, program.readout
-        self.shape = (-1, program.readout.rows_per_case, program.n_inputs)
-        self._rows = (
-            rows.in_single_precision(root) if isinstance(rows, MappedRows) else (root * rows).astype(np.float32)
-        )
+        self._rows = row_matrix(program.rows).in_single_precision(root)
 
     def rows(self, cases: Index) -> FloatMatrix:
         """The rows of some cases: one each, or all patches of each image."""
-        if isinstance(self._rows, MappedRows):
-            return self._rows.of_images(cases)
-        return self._rows.reshape(self.shape)[cases].reshape(-1, self.shape[2])
+        return self._rows.of_cases(cases, self.readout.rows_per_case)
 
     def pieces(self, cases: Index, width: int) -> Iterator[tuple[Index, FloatMatrix]]:
         """Some of the cases, so many that their hidden units stay in the cache, and their rows."""
@@ -74,18 +70,15 @@ class Weights:
 
     def hidden(self, rows: FloatMatrix) -> FloatMatrix:
         """Hidden units of rows."""
-        hidden: FloatMatrix = rows @ self.first
-        return np.maximum(hidden, 0, out=hidden)
+        return positive_part(rows @ self.first)
 
     def ascent(
         self, rows: FloatMatrix, hidden: FloatMatrix, pooled: FloatMatrix, dual: FloatMatrix
-    ) -> list[FloatMatrix]:
+    ) -> tuple[FloatMatrix, FloatMatrix]:
         """``<dual, outputs>`` differentiated by both layers."""
-        back = self._readout.unpool(dual @ self.output.T, hidden)
-        back *= hidden > 0
-        return [rows.T @ back, pooled.T @ dual]
+        return relu_ascent(rows, hidden, pooled, dual, self.output, self._readout)
 
-    def move(self, ascents: list[FloatMatrix], rate: float) -> None:
+    def move(self, ascents: Sequence[FloatMatrix], rate: float) -> None:
         """A step is ``momentum`` times the last one at the new rate, and ``rate`` times ascent less weight decay.
 
         The ascents have the rate in them.

@@ -1,0 +1,46 @@
+"""Kernels of raw rows: functions of one block, written against its array namespace.
+
+Per row of ``d`` numbers: ``weighted_gram`` takes ``2 d^2`` flops, ``projected`` ``2 d r``. Both are matrix products,
+and run at their speed; on the host ``moments.weighted_sums`` adds up one triangle of the Gram matrix in place instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+
+def positive_part(array: Any) -> Any:
+    """``(a)_+`` of an array that is not needed any more."""
+    if isinstance(array, np.ndarray):
+        return np.maximum(array, 0, out=array)
+    xp = array_namespace(array)
+    return xp.maximum(array, xp.zeros((), dtype=array.dtype, device=device(array)))
+
+
+def like(array: Any, host: np.ndarray) -> Any:
+    """An array of numpy in the namespace, on the device and in the precision of another."""
+    xp = array_namespace(array)
+    return xp.asarray(host, dtype=array.dtype, device=device(array))
+
+
+def scaled(block: Any, dtype: Any, *factors: Any) -> Any:
+    """Rows (b, d) in a precision, their columns times factors (d,), see ``scaling.powers``."""
+    block = array_namespace(block).astype(block, dtype, copy=False)
+    for factor in factors:
+        block = block * factor
+    return block
+
+
+def weighted_gram(block: Any, weights: Any, mean: Any, *factors: Any) -> tuple[Any, Any]:
+    """``sum w (x - mean)(x - mean)'`` (d, d) and ``sum w (x - mean)`` (d,) of scaled rows with weights (b,)."""
+    root = array_namespace(weights).sqrt(weights)
+    rows = root[:, None] * (scaled(block, weights.dtype, *factors) - mean)
+    return rows.T @ rows, root @ rows
+
+
+def projected(block: Any, mean: Any, projection: Any, *factors: Any) -> Any:
+    """``(x - mean)' projection`` of scaled rows, in the precision of the projection: (b, r)."""
+    return (scaled(block, projection.dtype, *factors) - mean) @ projection

@@ -1,0 +1,147 @@
+"""Kernels of the programs: functions of one block of whitened or raw rows, written against its array namespace.
+
+Flops a row of ``q`` numbers: ``open_gates`` takes ``2 q P`` for ``P`` gates, ``masked_outputs`` and
+``masked_correlations`` ``2 q P K`` for ``K`` outputs, ``relu_outputs`` ``2 m (q + R K)`` for ``m`` neurons and
+``loss_and_ascent`` three times that. All but the gates' ties are matrix products, and run at their speed: the products
+of rows and outputs that they read are made in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from convexbn._types import EPS
+from convexbn.data.kernels import positive_part, scaled
+
+#: Entries of gates and rows that are multiplied at once where a response is summed again.
+_TIED_ENTRIES = 1 << 20
+
+
+def open_gates(block: Any, mean: Any, gates: Any, thresholds: Any, lengths: Any, *factors: Any) -> Any:
+    """Which gates (d, P) are open at scaled rows (b, d), ``(x - mean)'g >= threshold``: (b, P).
+
+    A response within rounding of zero is summed again in an order that does not depend on the block.
+
+    Parameters
+    ----------
+    block : array (b, d)
+    mean : array (d,)
+    gates : array (d, P)
+    thresholds, lengths : array (P,)
+        Of the gates; ``lengths`` are their norms.
+    *factors : array (d,)
+        As in ``kernels.scaled``.
+    """
+    xp = array_namespace(gates)
+    centred = scaled(block, gates.dtype, *factors) - mean
+    response = centred @ gates - thresholds
+    if 0 in response.shape:
+        return response >= 0
+    reach = xp.max(xp.abs(centred), axis=1) * centred.shape[1] ** 0.5  # bounds the norm of the row
+    doubtful = xp.abs(response) <= 8 * gates.shape[0] * EPS * (reach[:, None] * lengths + xp.abs(thresholds))
+    rows, columns = xp.nonzero(doubtful)
+    step = max(1, _TIED_ENTRIES // gates.shape[0])
+    for start in range(0, rows.shape[0], step):
+        i, j = rows[start : start + step], columns[start : start + step]
+        response[i, j] = xp.sum(centred[i] * gates.T[j], axis=1) - thresholds[j]
+    return response >= 0
+
+
+def masked_outputs(block: Any, patterns: Any, stacked: Any, gate_index: Any = None) -> Any:
+    """``sum_j D_j A S_j`` of rows (b, q) with patterns (b, P): (b, K).
+
+    Parameters
+    ----------
+    block : array (b, q)
+    patterns : array (b, P) of bool
+    stacked : array (m, K, q)
+        Blocks ``S_j'``.
+    gate_index : array (m,), optional
+        Gates of the blocks; all by default.
+    """
+    m, K, q = stacked.shape
+    xp = array_namespace(block)
+    summed = _opened(patterns, gate_index, block) @ xp.reshape(stacked, (m, K * q))  # sum_j D_j S_j, row by row
+    return xp.vecdot(xp.reshape(summed, (-1, K, q)), block[:, None, :])
+
+
+def masked_correlations(block: Any, patterns: Any, dual: Any, gate_index: Any = None) -> tuple[Any]:
+    """``V' D_i A`` of rows (b, q) with patterns (b, P) and a dual point (b, K), for every gate: (P, K q)."""
+    xp = array_namespace(block)
+    products = dual[:, :, None] * block[:, None, :]
+    flat = xp.reshape(products, (products.shape[0], products.shape[1] * products.shape[2]))
+    return (_opened(patterns, gate_index, block).T @ flat,)
+
+
+def _opened(patterns: Any, gate_index: Any, block: Any) -> Any:
+    """Patterns of some gates in the precision of a block."""
+    xp = array_namespace(block)
+    chosen = patterns if gate_index is None else xp.take(patterns, gate_index, axis=1)
+    return xp.astype(chosen, block.dtype, copy=False)
+
+
+def relu_outputs(block: Any, first: Any, output: Any, readout: Any) -> Any:
+    """Outputs of ``(A first)_+`` and an output layer (m, R K): (b, K), ``b`` the cases of the block."""
+    return readout.outputs(positive_part(block @ first), output)
+
+
+def relu_ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, readout: Any) -> tuple[Any, Any]:
+    """``<dual, outputs>`` differentiated by the first layer (q, m), and by the output layer (R m, K).
+
+    Parameters
+    ----------
+    block : array (b, q)
+    hidden : array (b, m)
+        Hidden units of the rows.
+    pooled : array (cases, R m)
+        What the output layer sees of them.
+    dual : array (cases, K)
+    regional : array (R m, K)
+        The output layer, region by region.
+    readout : Readout
+    """
+    back = readout.unpool(dual @ regional.T, hidden)
+    back *= hidden > 0
+    return block.T @ back, pooled.T @ dual
+
+
+def loss_and_ascent(block: Any, loss: Any, first: Any, output: Any, readout: Any) -> tuple[float, Any, Any]:
+    """Loss of the cases of a block, and its negative gradient by both layers, in float64.
+
+    Parameters
+    ----------
+    block : array (b, q)
+    loss : Loss
+        Of the cases.
+    first, output, readout
+        As in ``relu_outputs``.
+    """
+    xp = array_namespace(block)
+    hidden, regional = positive_part(block @ first), readout.by_region(output)
+    pooled = readout.pool(hidden)
+    outputs = xp.astype(pooled @ regional, xp.float64, copy=False)
+    found = _ascent(block, hidden, pooled, loss.negative_gradient(outputs), regional, readout)
+    return loss.value(outputs), *found
+
+
+def ascent(block: Any, dual: Any, first: Any, output: Any, readout: Any) -> tuple[Any, Any]:
+    """``<dual, outputs>`` differentiated by both layers, in float64.
+
+    Parameters
+    ----------
+    block : array (b, q)
+    dual : array (cases, K)
+    first, output, readout
+        As in ``relu_outputs``.
+    """
+    hidden = positive_part(block @ first)
+    return _ascent(block, hidden, readout.pool(hidden), dual, readout.by_region(output), readout)
+
+
+def _ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, readout: Any) -> tuple[Any, Any]:
+    xp = array_namespace(block)
+    dual = xp.astype(dual, block.dtype, copy=False)
+    by_first, by_regional = relu_ascent(block, hidden, pooled, dual, regional, readout)
+    return xp.astype(by_first, xp.float64), xp.astype(readout.by_neuron(by_regional), xp.float64)
