@@ -12,6 +12,7 @@ import json
 import lzma
 import pickle
 import random
+import re
 import struct
 import sys
 import zipfile
@@ -21,8 +22,8 @@ from pathlib import Path
 KINDS = {
     "any": "",
     "compressed": "looks like a compressed file",
-    "cover": "hole or overlap",
-    "cut": "ends after|hole or overlap",
+    "cover": "safetensors does not read it",
+    "cut": "ends after|safetensors does not read it",
     "digest": "checksum",
     "dtype": "has dtype",
     "empty": "looks like an empty file",
@@ -31,14 +32,14 @@ KINDS = {
     "hdf5": "looks like an HDF5",
     "html": "looks like an HTML",
     "image": "looks like an image",
-    "json": "not strict JSON|not a JSON object",
+    "json": "not strict JSON|not a JSON object|safetensors does not read it",
     "jsontext": "looks like a JSON text",
-    "length": "ends after|first bytes|not strict JSON",
+    "length": "ends after|first bytes|not strict JSON|safetensors does not read it",
     "metadata": "__metadata__ is not",
     "nesting": "levels or",
-    "offsets": "data_offsets",
+    "offsets": "safetensors does not read it",
     "pickle": "looks like a pickle",
-    "shape": "impossible shape",
+    "shape": "impossible shape|safetensors does not read it",
     "tensors": "tensors are more than",
     "text": "looks like a text",
     "torch": "zip archive around a pickle",
@@ -68,19 +69,22 @@ def compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
 
-def seal(text: str, tensors: dict) -> dict:
-    """Return the ``__metadata__`` of a sound file."""
+def seal(text: str, tensors: dict, **changes: object) -> dict:
+    """Return the ``__metadata__`` of a file of the version, with parts replaced, or removed if None."""
     names = sorted(tensors)
-    preamble = compact(["1", text, [[name, *tensors[name][:2]] for name in names]]).encode()
+    preamble = compact([version, text, [[name, *tensors[name][:2]] for name in names]]).encode()
     message = struct.pack("<Q", len(preamble)) + preamble + b"".join(tensors[name][2] for name in names)
-    return {"convexbn": text, "format": "1", "sha256": hashlib.sha256(message).hexdigest()}
+    header = "convexbn" if version == "1" else "header"
+    parts = {"format": version, header: text, "sha256": hashlib.sha256(message).hexdigest(), **changes}
+    kept = {key: value for key, value in parts.items() if value is not None}
+    return kept if version == "1" else {"convexbn": json.dumps(kept, separators=(",", ":"))}
 
 
 def layout(tensors: dict) -> tuple[dict, bytes]:
     """Return the lines of the table and the data, widest types first."""
-    width = {"F64": 8, "I64": 8, "F32": 4, "I32": 4}
+    width = {"I64": 5, "F64": 4, "F32": 3, "I32": 2, "U8": 1}
     table, data = {}, b""
-    for name in sorted(tensors, key=lambda name: (-width.get(tensors[name][0], 1), name)):
+    for name in sorted(tensors, key=lambda name: (-width.get(tensors[name][0], 0), name)):
         dtype, shape, chunk = tensors[name]
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(chunk)]}
         data += chunk
@@ -95,8 +99,7 @@ def frame(table: bytes, data: bytes = b"") -> bytes:
 def forge(text: str = compact(HEADER), tensors: dict = TENSORS, **metadata: object) -> bytes:
     """Return a sound file, with strings of its metadata replaced, or removed if None."""
     table, data = layout(tensors)
-    sealed = {**seal(text, tensors), **metadata}
-    table = {"__metadata__": {key: value for key, value in sealed.items() if value is not None}, **table}
+    table = {"__metadata__": seal(text, tensors, **metadata), **table}
     return frame(json.dumps(table, separators=(",", ":")).encode(), data)
 
 
@@ -117,7 +120,18 @@ def swap(old: bytes, new: bytes) -> bytes:
     return frame(table.replace(old, new), SOUND[8 + size :])
 
 
+version = "2"
+"""The format of what is forged; `of_version` changes it."""
+
 SOUND = forge()
+
+
+def of_version(number: str) -> None:
+    """Let everything that follows be files of a format."""
+    global version, SOUND
+    version = number
+    SOUND = forge()
+
 
 Case = tuple[str, str, bytes]
 
@@ -155,7 +169,7 @@ def bad_json() -> Iterator[Case]:
     yield "json", "latin", swap(b'"weight"', b'"wei\xe9ht"')
     yield "json", "tensor-twice", swap(b'"none"', b'"weight"')
     yield "json", "dtype-twice", swap(b'{"dtype":"F32"', b'{"dtype":"F32","dtype":"F32"')
-    yield "json", "format-twice", swap(b'"format":"1"', b'"format":"1","format":"1"')
+    yield "json", "format-twice", swap(quoted('"format":"%s"'), quoted('"format":"%s","format":"%s"'))
     for depth in [33, 200, 20_000]:
         yield "nesting", f"arrays-{depth}", forge('{"a":' + "[" * depth + "]" * depth + "}")
         yield "nesting", f"objects-{depth}", forge('{"a":' * depth + "1" + "}" * depth)
@@ -193,14 +207,20 @@ def bad_metadata() -> Iterator[Case]:
     yield "foreign", "bare", frame(compact(table).encode(), data)
     yield "foreign", "nothing", frame(b"{}")
     yield "foreign", "torch", frame(compact({"__metadata__": {"format": "pt"}, **table}).encode(), data)
-    yield "foreign", "no-header", forge(convexbn=None)
+    if version == "1":
+        yield "foreign", "no-header", forge(convexbn=None)
+        yield from number("metadata-format", (forge(format=value) for value in [1, ["1"], {}, True]))
+        yield from number("metadata-header", (forge(convexbn=value) for value in [1, [], HEADER, False]))
+    else:
+        yield from number("metadata-header", (forge(header=value) for value in [None, 1, [], HEADER, False]))
+        yield from number("version-format", (forge(format=value) for value in [1, ["2"], {}, True]))
+        texts = ["[]", "{", '{"format":"2","format":"2"}', "null", "\ud800"]
+        yield from number("json-seal", (sealed_by(text) for text in texts))
     others = [None, [], "1", 1]
     yield from number("metadata", (frame(compact({"__metadata__": other}).encode()) for other in others))
-    yield from number("metadata-format", (forge(format=value) for value in [1, ["1"], {}, True]))
-    yield from number("metadata-header", (forge(convexbn=value) for value in [1, [], HEADER, False]))
-    versions = ["", "0", "2", "1.0", "01", " 1", "1\n", "one", "9" * 5000, None]
+    versions = ["", "0", "3", "1.0", "01", " 1", "1\n", "one", "9" * 5000, None]
     yield from number("version", (forge(format=version) for version in versions))
-    right = seal(compact(HEADER), TENSORS)["sha256"]
+    right = re.search(rb"[0-9a-f]{64}", SOUND)[0].decode()
     wrong = [None, "", right.upper(), right[:-1], right + "0", "0" * 64, right + " ", "0" * 40, "é" * 64]
     yield from number("digest", (forge(sha256=digest) for digest in wrong))
     yield "digest", "name", swap(b'"weight"', b'"weighs"')
@@ -266,7 +286,27 @@ def other_formats() -> Iterator[Case]:
     yield "unknown", "program", b"\x7fELF\x02\x01\x01" + bytes(100)
 
 
+def quoted(pattern: str) -> bytes:
+    """Return a part of the metadata with the version in it, as the table has it."""
+    text = pattern.replace("%s", version)
+    return (text if version == "1" else text.replace('"', '\\"')).encode()
+
+
+def sealed_by(text: str) -> bytes:
+    """Return a file whose metadata is a text."""
+    table, data = layout(TENSORS)
+    return frame(json.dumps({"__metadata__": {"convexbn": text}, **table}, separators=(",", ":")).encode(), data)
+
+
 def corpus() -> Iterator[Case]:
+    """Yield the kind of refusal, the name and the content of each file, of both formats."""
+    for number in ("1", "2"):
+        of_version(number)
+        for kind, name, content in of_this_version():
+            yield kind, f"{number}/{name}", content
+
+
+def of_this_version() -> Iterator[Case]:
     """Yield the kind of refusal, the name and the content of each file."""
     for part in [damaged, bad_json, bad_tables, bad_metadata, bad_values, other_formats]:
         for kind, name, content in part():

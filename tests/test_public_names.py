@@ -1,11 +1,23 @@
 """Public names: import paths, options of the command line and the format of saved files are pinned here."""
 
 import argparse
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.datasets import load_iris
 
 import convexbn
+from convexbn import fit_path
 from convexbn.cli import _parser
+
+#: Models and a path, written by the first format.
+SAVED = Path(__file__).with_name("saved")
 
 TOP = [
     "BatchNormNetwork", "Certificate", "ConvexBNClassifier", "ConvexBNClassifierCV", "ConvexBNRegressor",
@@ -50,13 +62,24 @@ def test_top_level_names():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_names_of_modules(module):
-    import convexbn.estimators.display
-    import convexbn.files.datasets
-
     found = getattr(convexbn, module)
     assert [name for name in MODULES[module] if not hasattr(found, name)] == []
     if module in ("nn", "companions"):
         assert sorted(found.__all__) == MODULES[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_modules_are_imported_by_their_names(module):
+    script = (
+        f"import convexbn.{module} as found; from convexbn.{module} import {MODULES[module][0]}; import convexbn\n"
+        f"assert found is convexbn.{module} and found.__spec__.name == found.__name__"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_other_modules_are_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"convexbn\.nonsense"):
+        importlib.import_module("convexbn.nonsense")
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -67,17 +90,36 @@ def test_options_of_the_command_line(command):
     assert flags - {"-h", "--help"} == set(OPTIONS[command].split())
 
 
-def test_saved_files_have_the_same_format(tmp_path):
-    import json
-
-    from sklearn.datasets import load_iris
-
-    convexbn.ConvexBNClassifier(n_gates=5, random_state=0).fit(*load_iris(return_X_y=True)).save(tmp_path / "model")
+def test_saved_files_have_the_same_header(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    convexbn.ConvexBNClassifier(n_gates=5, random_state=0).fit(X, y).save(tmp_path / "model")
     data = (tmp_path / "model").read_bytes()
     table = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert table["__metadata__"]["format"] == "1"
-    header = json.loads(table["__metadata__"]["convexbn"])
-    assert sorted(header) == [
+    (text,) = table["__metadata__"].values()
+    seal = json.loads(text)
+    assert seal["format"] == "2" and sorted(seal) == ["format", "header", "sha256"]
+    assert sorted(json.loads(seal["header"])) == [
         "certificate", "classes", "estimator", "feature_names", "fingerprint", "n_effective", "n_iter", "parameters",
         "rank", "single_output", "source", "version", "weight_decay",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gated", "relu", "filtered", "convolution"])
+def test_files_of_the_first_format_are_read_and_written_again(name, tmp_path):
+    model = convexbn.load(SAVED / f"{name}.safetensors")
+    assert model.certificate_.status is convexbn.Status.CERTIFIED
+    model.save(tmp_path / "model")
+    again = convexbn.load(tmp_path / "model")
+    assert again.certificate_ == model.certificate_ and again.fingerprint_ == model.fingerprint_
+    X = np.random.default_rng(1).standard_normal((5, model.n_features_in_))
+    assert np.array_equal(again.network_.predict(X), model.network_.predict(X))
+
+
+def test_a_path_of_the_first_format_goes_on(tmp_path):
+    file, X = tmp_path / "path", np.random.default_rng(0).standard_normal((30, 3))
+    shutil.copy(SAVED / "path.safetensors", file)
+    found = fit_path(
+        convexbn.ConvexBNClassifier(n_gates=6, random_state=0), X, np.array(["a", "b", "c"])[np.arange(30) % 3],
+        weight_decays=[2.0, 1.0], checkpoint=file,
+    )  # fmt: skip
+    assert len(found.points) == 2 and file.read_bytes() == (SAVED / "path.safetensors").read_bytes()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from convexbn._version import __version__
@@ -22,7 +25,7 @@ _HOMES = {
     "max_weight_decay": "convexbn.estimators.max_weight_decay",
 }
 
-#: Modules that come with their first use: ``convexbn.nn`` imports torch, ``import convexbn`` does not.
+#: Public modules and their rooms. They come with their first use: ``convexbn.nn`` imports torch, ``convexbn`` does not.
 _MODULES = {
     "collapse": "convexbn.training.neural_collapse",
     "companions": "convexbn.companions",
@@ -74,3 +77,30 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _PublicModules:
+    """Finds ``convexbn.path`` and the like in their rooms, as one module under both names."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The specification of a public module that is called otherwise where it lives."""
+        package, _, public = name.rpartition(".")
+        known = package == __name__ and _MODULES.get(public, name) != name
+        return ModuleSpec(name, _PublicModules) if known else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> ModuleType:
+        """The module in its room."""
+        module = import_module(_MODULES[spec.name.rpartition(".")[2]])
+        spec.loader_state = module.__spec__
+        return module
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        """It has run in its room; what the import system changed of it is put back."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.append(_PublicModules)

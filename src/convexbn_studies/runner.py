@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import convexbn
-from convexbn.files.model_file import write_atomically
+from convexbn.files.atomic import write_atomically
 from convexbn_studies import data
 from convexbn_studies.study import Cell, Finding, Row, Study
 

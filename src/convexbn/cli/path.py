@@ -99,7 +99,7 @@ def _point(point: Any, place: str, *, as_json: bool) -> str:
 def _draw_path(points: list[Any], model: Any, X: Any, options: argparse.Namespace) -> None:
     """Pictures of the path, and of what one model uses of the spectrum."""
     from convexbn.estimators.display import PathDisplay, SpectrumDisplay
-    from convexbn.files.model_file import write_atomically
+    from convexbn.files.atomic import write_atomically
 
     for file, display in (
         (options.plot, lambda: PathDisplay(points)),

@@ -21,7 +21,7 @@ def predict(options: argparse.Namespace) -> int:
     """``convexbn predict``: one line a row of the data."""
     from convexbn.cli.data_sources import read_data
     from convexbn.estimators import load
-    from convexbn.files.model_file import write_atomically
+    from convexbn.files.atomic import write_atomically
 
     if options.out is not None:
         check_writable(options.out)

@@ -27,7 +27,7 @@ def report(options: argparse.Namespace) -> int:
     """``convexbn report``: the certificate is recomputed, the page written in one step."""
     from convexbn.cli.model_page import report as written
     from convexbn.estimators import load
-    from convexbn.files.model_file import write_atomically
+    from convexbn.files.atomic import write_atomically
 
     out = options.out or str(Path(options.file).with_suffix(".html"))
     check_writable(out)

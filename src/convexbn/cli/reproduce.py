@@ -77,7 +77,7 @@ def _folder(out: str) -> Path:
 
 def _tell(run: Any) -> None:
     """Write page and table, and print them."""
-    from convexbn.files.model_file import write_atomically
+    from convexbn.files.atomic import write_atomically
     from convexbn_studies.page import study_page, verdict
 
     write_atomically(run.path("html"), study_page(run))

@@ -1,40 +1,38 @@
-"""The file under ``save`` and ``load``: named arrays and a JSON header, checked, and replaced in one step.
+"""The file under ``save`` and ``load``: named arrays and a JSON header, checked.
 
-A container is a safetensors file, which any reader of that format opens. Its ``__metadata__`` holds three
-strings: ``convexbn`` is the header as strict JSON; ``format`` is the version of the container, ``"1"``;
-``sha256`` is the hexadecimal digest of the length of ``P`` in 8 bytes, little-endian, then ``P``, then the
-bytes of the tensors in the order of their names. ``P`` is the ASCII JSON, without spaces, of
-``[format, convexbn, [[name, dtype, shape], ...]]`` in the same order. The digest tells a damaged file from a
-sound one; it does not prove who wrote it. Nothing in a file is executed, and no other format is tried.
+A container is a safetensors file, which any reader of that format opens. Its ``__metadata__`` holds one string,
+``convexbn``: the JSON of an object with the strings ``format``, the version of the container, ``"2"``; ``header``, the
+header as strict JSON; and ``sha256``, the hexadecimal digest of the length of ``P`` in 8 bytes, little-endian, then
+``P``, then the bytes of the tensors in the order of their names. ``P`` is the ASCII JSON, without spaces, of
+``[format, header, [[name, dtype, shape], ...]]`` in the same order. Files of format ``"1"`` are read: they have
+``format``, ``sha256`` and the header, as ``convexbn``, in the ``__metadata__`` itself.
+
+The digest tells a damaged file from a sound one; it does not prove who wrote it. Nothing in a file is executed, and no
+other format is tried.
 """
 
 import contextlib
-import errno
-import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
-import secrets
-import stat
-import sys
 from collections.abc import Iterator, Mapping
 from reprlib import repr as short
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-__all__ = ["JSON", "FormatError", "read", "write", "write_atomically"]
+from convexbn.files.atomic import naming, regular, write_atomically
+
+__all__ = ["JSON", "FormatError", "read", "write"]
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-_FORMAT = "1"
+_FORMAT = "2"
 _MAX_FILE_BYTES = 4 * 2**30
 _MAX_TABLE_BYTES = 100_000_000  # the bound of safetensors itself
 _MAX_TENSORS = 1000
-_MAX_DIMENSIONS = 32  # of NumPy 1; NumPy 2 takes 64
 _MAX_DEPTH, _MAX_ITEMS = 32, 1_000_000  # of a JSON text
 _CODES = {"<f8": "F64", "<f4": "F32", "<i8": "I64", "<i4": "I32", "|u1": "U8", "|b1": "BOOL"}
 _DTYPES = {code: np.dtype(kind) for kind, code in _CODES.items()}
@@ -61,25 +59,20 @@ class FormatError(ValueError):
     """A file, or what should become one, is not a sound container; the message says why and what to do."""
 
 
-class _Entry(NamedTuple):
-    """A tensor's line in the table; the offsets count from the end of the table."""
+class _Seal(NamedTuple):
+    """What the metadata say of a file."""
 
-    dtype: np.dtype[Any]
-    shape: list[int]
-    begin: int
-    end: int
+    format: str
+    header: str
+    sha256: str
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, Array], header: Mapping[str, JSON]) -> None:
-    """Write a file; in its place there is at every instant the former one or the new one, complete.
-
-    Equal arguments give equal bytes. They first go to ``.<name>.<random>.tmp`` in the same folder, which only
-    a killed process leaves behind; it is never read and may be deleted.
+    """Write a file, as ``atomic.write_atomically`` does. Equal arguments give equal bytes.
 
     Parameters
     ----------
     path : str or os.PathLike
-        The file; a symbolic link is written through. A former file keeps its permissions.
     arrays : mapping of str to ndarray
         At most 1,000 arrays of float64, float32, int64, int32, uint8 or bool; floats are finite.
     header : mapping of str to JSON
@@ -90,13 +83,13 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, Array], header: Map
     FormatError
         If `read` would refuse the file or not return the same; nothing has been written.
     OSError
-        With `path` as its file name. The former file is intact, unless only the sync of the folder failed.
+        As ``write_atomically``.
     """
     with _naming(path):
         data = _encode(_render(header), {name: _little(name, array) for name, array in arrays.items()})
         _check_size(len(data))
         _decode(data)
-        _replace(os.path.realpath(path), data)
+        write_atomically(path, data)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, JSON]]:
@@ -121,25 +114,23 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, JSON
     OSError
         If the file cannot be read, or is a folder or a device.
     """
-    with _naming(path):
-        _regular(path)
+    with _naming(path), naming(path):
+        regular(path)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size  # of this file: another may take its place at any time
             _check_size(size)
-            text, views = _decode(file.read(size))
+            text, arrays = _decode(file.read(size))
         header = _parse(text.encode(errors="surrogatepass"), "header")
-        return {name: view.astype(view.dtype.newbyteorder("=")) for name, view in views.items()}, header
+        return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}, header
 
 
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let errors name the file that the caller knows, not the temporary one."""
+    """Let refusals name the file."""
     try:
         yield
     except FormatError as error:
         raise FormatError(f"{os.fspath(path)}: {error}") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _damaged(reason: str) -> FormatError:
@@ -171,28 +162,22 @@ def _little(name: str, array: Array) -> Array:
 
 
 def _encode(text: str, arrays: Mapping[str, Array]) -> bytes:
-    """Lay out the file, widest types first so that all are aligned."""
-    # Not by the safetensors library: its order of __metadata__ changes from process to process.
-    metadata = {"convexbn": text, "format": _FORMAT, "sha256": _digest(text, arrays)}
-    table: dict[str, Any] = {"__metadata__": metadata}
-    names, end = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name)), 0
-    for name in names:
-        if name in table or not name.isprintable():
+    """Lay out the file; one key in the metadata, since safetensors puts several in an order of each process."""
+    from safetensors.numpy import save
+
+    for name in arrays:
+        if name == "__metadata__" or not name.isprintable():
             raise FormatError(f"a tensor cannot be named {name!r}: rename it")
-        begin, end = end, end + arrays[name].nbytes
-        dtype, shape = _CODES[arrays[name].dtype.str], arrays[name].shape
-        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(table, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    length = len(encoded).to_bytes(8, "little")
-    return b"".join([length, encoded, *(arrays[name].tobytes() for name in names)])
+    seal = _Seal(_FORMAT, text, _digest(_FORMAT, text, arrays))
+    data: bytes = save(dict(arrays), {"convexbn": json.dumps(seal._asdict(), separators=(",", ":"))})
+    return data
 
 
-def _digest(text: str, arrays: Mapping[str, Array]) -> str:
+def _digest(version: str, text: str, arrays: Mapping[str, Array]) -> str:
     """Return the digest that the module's docstring defines; the shapes say where each tensor ends."""
     names = sorted(arrays)
     table = [[name, _CODES[arrays[name].dtype.str], arrays[name].shape] for name in names]
-    preamble = json.dumps([_FORMAT, text, table], separators=(",", ":")).encode()
+    preamble = json.dumps([version, text, table], separators=(",", ":")).encode()
     digest = hashlib.sha256(len(preamble).to_bytes(8, "little") + preamble)
     for name in names:
         digest.update(arrays[name].reshape(-1).view(np.uint8).data)
@@ -200,23 +185,29 @@ def _digest(text: str, arrays: Mapping[str, Array]) -> str:
 
 
 def _decode(data: bytes) -> tuple[str, dict[str, Array]]:
-    """Audit a whole file; return the text of its header and views of its tensors."""
-    table, start = _read_table(data)
-    text, digest = _read_metadata(table)
+    """Audit a whole file; return the text of its header, and its tensors."""
+    from safetensors import SafetensorError, deserialize
+
+    table = _read_table(data)
+    seal = _read_metadata(table)
     if len(table) > _MAX_TENSORS:
         raise FormatError(f"{len(table)} tensors are more than the {_MAX_TENSORS} allowed: join some of them")
-    entries = {name: _read_entry(f"tensor {short(name)}", entry) for name, entry in table.items()}
-    _check_cover(entries, len(data) - start)
-    views = {name: np.ndarray(e.shape, e.dtype, data, start + e.begin) for name, e in entries.items()}
-    if _digest(text, views) != digest:
+    for name, entry in table.items():
+        _check_entry(f"tensor {short(name)}", entry)
+    try:
+        found = dict(deserialize(data))  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise _damaged(f"safetensors does not read it ({short(str(error).splitlines()[0])})") from None
+    arrays = {name: _array(f"tensor {short(name)}", **found[name]) for name in table}
+    if _digest(seal.format, seal.header, arrays) != seal.sha256:
         raise _damaged("its checksum does not match")
-    for name, view in views.items():
-        _check_values(f"tensor {short(name)}", view)
-    return text, views
+    for name, array in arrays.items():
+        _check_values(f"tensor {short(name)}", array)
+    return seal.header, arrays
 
 
-def _read_table(data: bytes) -> tuple[dict[str, JSON], int]:
-    """Return the table of a safetensors file and the place where it ends."""
+def _read_table(data: bytes) -> dict[str, JSON]:
+    """Return the table of a safetensors file, of bounded size and depth, and no key twice."""
     end = 8 + int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" or end > _MAX_TABLE_BYTES:
         for pattern, kind in _KINDS.items():
@@ -225,7 +216,7 @@ def _read_table(data: bytes) -> tuple[dict[str, JSON], int]:
         raise _damaged(f"its first bytes, {data[:9]!r}, are not those of a safetensors file")
     if end > len(data):
         raise _damaged(f"it ends after {len(data)} bytes, within its table of tensors")
-    return _parse(data[8:end], "table of tensors"), end
+    return _parse(data[8:end], "table of tensors")
 
 
 def _parse(data: bytes, what: str) -> dict[str, JSON]:
@@ -258,47 +249,36 @@ def _finite(text: str) -> float:
     return value
 
 
-def _read_metadata(table: dict[str, JSON]) -> tuple[str, str]:
-    """Take the metadata out of the table; return the header's text and the digest."""
+def _read_metadata(table: dict[str, JSON]) -> _Seal:
+    """Take the metadata out of the table."""
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged("its __metadata__ is not a JSON object of strings")
-    text, version, digest = (str(metadata.get(key, "")) for key in ("convexbn", "format", "sha256"))
+    text = str(metadata.get("convexbn", ""))
     if not text:
         raise FormatError("this is a safetensors file without a convexbn model: give one that convexbn saved")
-    if version != _FORMAT:
-        raise FormatError(f"its format is {short(version)} and not {_FORMAT!r}: upgrade convexbn to read it")
-    return text, digest
+    first = "format" in metadata
+    seal = {**metadata, "header": text} if first else _parse(text.encode(errors="surrogatepass"), "metadata")
+    if seal.get("format") != ("1" if first else _FORMAT):
+        raise FormatError(f"its format is {short(seal.get('format'))} and not {_FORMAT!r}: upgrade convexbn to read it")
+    if not isinstance(seal.get("header"), str):
+        raise _damaged("its __metadata__ is not a JSON object of strings")
+    return _Seal(*(str(seal.get(key)) for key in _Seal._fields))
 
 
-def _read_entry(tensor: str, entry: JSON) -> _Entry:
+def _check_entry(tensor: str, entry: JSON) -> None:
+    """Refuse what safetensors lets pass: other fields, which nothing vouches for, and other types."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(f"{tensor} has not exactly a dtype, a shape and data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise FormatError(f"{tensor} has dtype {short(code)}: save it as one of {_DTYPE_NAMES}")
-    dtype = _DTYPES[code]
-    # NumPy bounds the product of the sizes other than 0 even when the array is empty.
-    if not _are_sizes(shape) or math.prod(filter(None, shape)) * dtype.itemsize > sys.maxsize:
-        raise _damaged(f"{tensor} has the impossible shape {short(shape)}")
-    nbytes = math.prod(shape) * dtype.itemsize
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        raise _damaged(f"{tensor} has data_offsets {short(offsets)} that do not fit its shape {short(shape)}")
-    return _Entry(dtype, shape, *offsets)
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        raise FormatError(f"{tensor} has dtype {short(entry['dtype'])}: save it as one of {_DTYPE_NAMES}")
 
 
-def _are_sizes(value: JSON) -> TypeGuard[list[int]]:
-    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
-        return False
-    return all(type(size) is int and size >= 0 for size in value)
-
-
-def _check_cover(entries: Mapping[str, _Entry], size: int) -> None:
-    """Check that the tensors follow one another and fill the rest of the file."""
-    spans = sorted((entry.begin, entry.end) for entry in entries.values())
-    for (_, end), (begin, _) in itertools.pairwise([(0, 0), *spans, (size, size)]):
-        if begin != end:
-            raise _damaged(f"its tensors leave a hole or overlap between bytes {end} and {begin} of {size}")
+def _array(tensor: str, dtype: str, shape: list[int], data: bytearray) -> Array:
+    try:
+        return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+    except ValueError:
+        raise _damaged(f"{tensor} has the impossible shape {short(shape)}") from None
 
 
 def _check_values(tensor: str, view: Array) -> None:
@@ -306,52 +286,3 @@ def _check_values(tensor: str, view: Array) -> None:
         raise _damaged(f"{tensor} holds booleans that are neither 0 nor 1")
     if view.dtype.kind == "f" and not np.isfinite(view).all():
         raise FormatError(f"{tensor} holds NaN or infinity: fit the model again and save it")
-
-
-def _regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """Return the status of a regular file; refuse folders, and devices and pipes, which may never end."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL, "Not a regular file")
-    return status
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write any file; in its place there is at every instant the former one or the new one, complete."""
-    with _naming(path):
-        _replace(os.path.realpath(path), data)
-
-
-def _replace(target: str, data: bytes) -> None:
-    """Put a complete, synced file in the place of the target, or leave all as it was."""
-    former = _regular(target) if os.path.lexists(target) else None
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
-    # Created no wider than the former file, so that no one reads more than before while it is written.
-    mode = stat.S_IMODE(former.st_mode) if former else 0o666
-    try:
-        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if former:
-            os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync_folder(folder)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the new name survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ import numpy as np
 
 from convexbn._types import Float, FloatMatrix
 from convexbn._version import __version__
-from convexbn.files.model_file import write_atomically
+from convexbn.files.atomic import write_atomically
 from convexbn.program.layers import Layers, convertible
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import check_conversion

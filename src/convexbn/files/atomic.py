@@ -1,0 +1,81 @@
+"""Files that are replaced in one step: there is at every instant the former one or the new one, complete."""
+
+import contextlib
+import errno
+import functools
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, by way of ``.<name>.<random>.tmp`` in the same folder.
+
+    Only a killed process leaves the temporary file behind; it is never read and may be deleted.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file; a symbolic link is written through. A former file keeps its permissions.
+    data : bytes
+
+    Raises
+    ------
+    OSError
+        With `path` as its file name. The former file is intact, unless only the sync of the folder failed.
+    """
+    with naming(path):
+        _replace(os.path.realpath(path), data)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors of the system name the file that the caller knows, not the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """Return the status of a regular file; refuse folders, and devices and pipes, which may never end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL, "Not a regular file")
+    return status
+
+
+def _replace(target: str, data: bytes) -> None:
+    """Put a complete, synced file in the place of the target, or leave all as it was."""
+    former = regular(target) if os.path.lexists(target) else None
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
+    # Created no wider than the former file, so that no one reads more than before while it is written.
+    mode = stat.S_IMODE(former.st_mode) if former else 0o666
+    try:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if former:
+            os.chmod(temporary, mode)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the new name survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
