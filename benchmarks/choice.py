@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits, make_classification
 
 from convexbn import ConvexBNClassifier
 from convexbn.files.datasets import fashion_mnist
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.losses import LOSSES
 from convexbn.training.fit import choose_solver
 
@@ -52,7 +52,9 @@ def choice_for(loss, X, y, rank):
     n, outputs = len(X), len(np.unique(y)) if len(np.unique(y)) > 2 or loss == "cross_entropy" else 1
     q = 1 + (rank or np.linalg.matrix_rank(X - X.mean(axis=0)))
     bound = LOSSES[loss](np.zeros((n, outputs)), np.ones(n))
-    return choose_solver("auto", GatedProgram.from_rows(np.zeros((n, q)), np.zeros((n, GATES), dtype=bool), bound, 1.0))
+    return choose_solver(
+        "auto", GatedProgram(gated_operator(np.zeros((n, q)), np.zeros((n, GATES), dtype=bool)), bound, 1.0)
+    )
 
 
 def fitted(solver, loss, X, y, rank):

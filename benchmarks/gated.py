@@ -9,6 +9,8 @@ of a solution certified to `REFERENCE_GAP`. Takes about five minutes.
 
 import os
 
+from convexbn.program.gated import gated_operator
+
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are loaded, below
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAYON_NUM_THREADS"] = "1"  # Clarabel's
@@ -92,7 +94,7 @@ class Row:
 def program_of(instance):
     """Return an instance as a program of the package."""
     loss = SquaredLoss(instance.Y, np.ones(len(instance.Y)))
-    return GatedProgram.from_rows(instance.A, instance.patterns, loss, instance.weight_decay)
+    return GatedProgram(gated_operator(instance.A, instance.patterns), loss, instance.weight_decay)
 
 
 def run_of(instance, solution, seconds):

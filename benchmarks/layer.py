@@ -14,6 +14,8 @@ Takes about two minutes.
 
 import os
 
+from convexbn.program.gated import gated_operator
+
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are loaded, below
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAYON_NUM_THREADS"] = "1"  # Clarabel's
@@ -106,7 +108,7 @@ def instance(n, d, P, fraction, seed):
     patterns = patterns[:, first_of_each_pattern(patterns)]
     outputs = np.maximum(rows @ rng.standard_normal((d + 1, 3)), 0) @ rng.standard_normal((3, 1))
     targets = outputs / outputs.std() + 0.3 * rng.standard_normal((n, 1))
-    program = GatedProgram.from_rows(rows, patterns, SquaredLoss(targets, np.ones(n)), 1.0)
+    program = GatedProgram(gated_operator(rows, patterns), SquaredLoss(targets, np.ones(n)), 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import GatedProgram, block_norms
+from convexbn.program.gated import GatedProgram, block_norms, gated_operator
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES
 
@@ -39,7 +39,7 @@ def planted(n=40, d=5, K=1, n_gates=30, n_active=1, loss="squared", weights=None
     patterns = gate_patterns(X, whitening.mean, gates, offsets)
     kept = first_of_each_pattern(patterns)
     gates, offsets, patterns = gates[:, kept], offsets[kept], patterns[:, kept]
-    program = GatedProgram.from_rows(whitening.rows, patterns, LOSSES[loss](np.zeros((n, K)), weights), 1.0)
+    program = GatedProgram(gated_operator(whitening.rows, patterns), LOSSES[loss](np.zeros((n, K)), weights), 1.0)
     dual = weights[:, None] * _direction(rng, (n, K), loss)
     dual, active, beta = _touching(program, dual, n_active)
     correlations = program.correlations(dual, active)
@@ -50,7 +50,7 @@ def planted(n=40, d=5, K=1, n_gates=30, n_active=1, loss="squared", weights=None
         shrunk = 0.5 / np.abs(outputs).max()
         blocks, outputs = shrunk * blocks, shrunk * outputs
     targets = _targets(outputs, dual / weights[:, None], loss)
-    program = GatedProgram.from_rows(whitening.rows, patterns, LOSSES[loss](targets, weights), beta)
+    program = GatedProgram(gated_operator(whitening.rows, patterns), LOSSES[loss](targets, weights), beta)
     objective = program.loss.value(outputs) + beta * block_norms(blocks).sum()
     return Planted(program, X, gates, offsets, whitening, active, blocks, objective)
 

@@ -1,10 +1,13 @@
 """The layers: imports go one way, optional packages are optional, importing is cheap."""
 
 import ast
+import io
 import re
 import resource
 import subprocess
 import sys
+import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,54 @@ def test_no_two_modules_need_one_another():
         assert free, f"circle among {sorted(needs)}"
         for name in free:
             del needs[name]
+
+
+def functions():
+    """Place, node and source of every function."""
+    for name, path in modules():
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}.{node.name}", node, source
+
+
+def code_lines(node, source):
+    """Lines of a function with code on them: no docstring, comment or blank."""
+    docstring = node.body[0] if ast.get_docstring(node) else None
+    skipped = range(docstring.lineno, docstring.end_lineno + 1) if docstring else ()
+    text = "\n".join(source.splitlines()[: node.end_lineno]) + "\n"
+    void = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in void:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len([line for line in lines if node.lineno <= line <= node.end_lineno and line not in skipped])
+
+
+def test_the_house_has_eleven_rooms_and_a_small_hall():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == {name for layer in LAYERS for name in layer if not name.startswith("_")} and len(rooms) == 11
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 6
+
+
+def test_no_two_classes_have_one_name():
+    trees = [ast.parse(path.read_text()) for _, path in modules()]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_functions_fit_a_screen():
+    found = ((place, code_lines(node, source)) for place, node, source in functions() if len(node.body) > 3)
+    assert [(place, count) for place, count in found if count > 40] == []
+
+
+def test_functions_take_few_parameters():
+    """A program is an object: nobody carries rows, loss and weight decay by hand."""
+    for place, node, _ in functions():
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        assert len(names) <= 8, f"{place} takes {names}"
+        assert not {"rows", "loss", "weight_decay"} <= set(names), place
 
 
 def test_saved_models_know_no_estimator():

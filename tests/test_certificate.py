@@ -11,7 +11,7 @@ from convexbn.certificate.certificate import Penalty, judge
 from convexbn.certificate.dual_bounds import DualBound
 from convexbn.certificate.status import STOPPED_BY, Scope, Status
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import GateBlocks, GatedProgram
+from convexbn.program.gated import GateBlocks, GatedProgram, gated_operator
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
@@ -50,7 +50,7 @@ def solved(loss="squared", K=2, fraction=0.1, seed=0, weights=None, rank=None, n
     kept = first_of_each_pattern(gate_patterns(X, whitening.mean, gates, offsets))
     gates, offsets = gates[:, kept], offsets[kept]
     bound = LOSSES[loss](targets_for(loss, n, K, rng), weights)
-    program = GatedProgram.from_rows(whitening.rows, gate_patterns(X, whitening.mean, gates, offsets), bound, 1.0)
+    program = GatedProgram(gated_operator(whitening.rows, gate_patterns(X, whitening.mean, gates, offsets)), bound, 1.0)
     program = program.with_weight_decay(fraction * program.max_weight_decay())
     solver = GroupNewton(tol=tol) if loss == "squared" else Proximal(tol=tol, max_iter=20000)
     solution = solver.solve(program)
@@ -238,8 +238,8 @@ def test_rows_on_the_hyperplane_of_a_gate_do_not_refuse_an_honest_network(seed, 
     whitening = whiten(X)
     gates, offsets = sample_gates("data", 20, whitening, np.random.RandomState(seed))
     patterns = gate_patterns(X, whitening.mean, gates, offsets)
-    program = GatedProgram.from_rows(
-        whitening.rows, patterns, SquaredLoss(rng.standard_normal((17, 1)), np.ones(17)), 0.1
+    program = GatedProgram(
+        gated_operator(whitening.rows, patterns), SquaredLoss(rng.standard_normal((17, 1)), np.ones(17)), 0.1
     )
     solution = GroupNewton(tol=1e-8).solve(program)
     network = BatchNormNetwork.from_blocks(whitening, solution.weights, gates, offsets)

@@ -15,7 +15,7 @@ from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import whiten
 from convexbn.program.arrangement import count_bound, enumerate_max_regions, enumerate_patterns
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import CrossEntropyLoss, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
@@ -201,7 +201,7 @@ def gated(regions, K=2, n=6, n_gates=5):
     case = Instance(Convolution((2, 1), padding=(1, 0), regions=regions, input_shape=(3, 2, 1)), n=n, K=K)
     gates, offsets = sample_gates("whitened", n_gates, case.whitening, np.random.RandomState(0))
     patterns = gate_patterns(case.X, case.whitening.mean, gates, offsets)
-    program = GatedProgram.from_rows(case.rows, patterns, case.loss, 1.0, case.readout)
+    program = GatedProgram(gated_operator(case.rows, patterns, case.readout), case.loss, 1.0)
     return case, program.with_weight_decay(0.1 * program.max_weight_decay())
 
 
@@ -210,7 +210,7 @@ def test_the_pooled_program_is_the_gated_program_of_the_patches(regions):
     """Its kernels are those of dense data on the patch rows, pooled; and adjoint to each other."""
     case, program = gated(regions)
     rows, patterns = program.operator.rows, program.operator.patterns
-    dense = GatedProgram.from_rows(rows, patterns, case.readout.composed(case.loss), program.weight_decay)
+    dense = GatedProgram(gated_operator(rows, patterns), case.readout.composed(case.loss), program.weight_decay)
     index = np.array([3, 0, 2])
     blocks = case.rng.standard_normal((3, *program.block_shape))
     assert program.block_shape == dense.block_shape
@@ -281,7 +281,7 @@ def test_what_a_solver_or_program_does_not_take_is_refused():
     largest = Instance(Convolution(2, pooling="max", input_shape=(4, 1)))
     patterns = np.ones((len(largest.rows), 1), dtype=bool)
     with pytest.raises(ValueError, match="max pooling is not"):
-        GatedProgram.from_rows(largest.rows, patterns, largest.loss, 1.0, largest.readout)
+        GatedProgram(gated_operator(largest.rows, patterns, largest.readout), largest.loss, 1.0)
     with pytest.raises(TypeError, match="max pooling is not linear"):
         largest.readout.gather(np.zeros((len(largest.rows), 1)))
     with pytest.raises(TypeError, match="max pooling is not linear"):

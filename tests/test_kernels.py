@@ -14,7 +14,7 @@ from convexbn.data.preactivations import PreActivations
 from convexbn.data.row_matrix import DenseRows, HostRows, ProjectedRows, row_matrix
 from convexbn.data.whitening import whiten
 from convexbn.program import kernels
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import gate_patterns
 from convexbn.program.losses import LOSSES, Loss
 from convexbn.program.neurons import Neurons
@@ -145,7 +145,7 @@ def test_gates_and_gated_programs_on_rows_elsewhere():
     patterns = gate_patterns(X, X.mean(axis=0), gates, offsets)
     assert np.array_equal(gate_patterns(Elsewhere(X), X.mean(axis=0), gates, offsets), patterns)
     loss, rows = loss_of("squared", 50), whiten(X).rows
-    here, there = (GatedProgram.from_rows(a, patterns, loss, 0.1) for a in (rows, Elsewhere(rows)))
+    here, there = (GatedProgram(gated_operator(a, patterns), loss, 0.1) for a in (rows, Elsewhere(rows)))
     index, blocks = np.array([8, 1]), normal(2, 5, 3)
     np.testing.assert_allclose(there.outputs(index, blocks), here.outputs(index, blocks), rtol=1e-12)
     dual = loss.negative_gradient(here.outputs(index, blocks))

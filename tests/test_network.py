@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from convexbn.data.preactivations import PreActivations
 from convexbn.data.whitening import whiten
 from convexbn.program import network as module
-from convexbn.program.gated import GateBlocks, GatedProgram, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, block_norms, gated_operator
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
@@ -26,8 +26,10 @@ def draw(n=60, d=5, K=2, P=9, seed=0, weighted=False, rank=None, scale=1.0):
     whitening = whiten(X, weights, rank=rank)
     gates, offsets = sample_gates("whitened", P, whitening, np.random.RandomState(seed))
     blocks = rng.standard_normal((P, whitening.rank + 1, K))
-    program = GatedProgram.from_rows(
-        whitening.rows, gate_patterns(X, whitening.mean, gates, offsets), SquaredLoss(np.zeros((n, K)), weights), 1.0
+    program = GatedProgram(
+        gated_operator(whitening.rows, gate_patterns(X, whitening.mean, gates, offsets)),
+        SquaredLoss(np.zeros((n, K)), weights),
+        1.0,
     )
     return X, whitening, gates, offsets, blocks, program
 

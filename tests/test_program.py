@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from convexbn.certificate.status import Status
 from convexbn.data.whitening import whiten
 from convexbn.program import gated as module
-from convexbn.program.gated import GateBlocks, GatedProgram, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, block_norms, gated_operator
 from convexbn.program.gates import gate_patterns, sample_gates
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.gated.group_newton import GroupNewton
@@ -23,8 +23,8 @@ def draw(n=50, d=4, K=2, n_gates=9, loss="squared", seed=0, weights=None, weight
     X = rng.standard_normal((n, d))
     whitening = whiten(X, weights)
     patterns = gate_patterns(X, whitening.mean, *sample_gates("data", n_gates, whitening, np.random.RandomState(seed)))
-    return GatedProgram.from_rows(
-        whitening.rows, patterns, LOSSES[loss](targets_for(loss, n, K, rng), weights), weight_decay
+    return GatedProgram(
+        gated_operator(whitening.rows, patterns), LOSSES[loss](targets_for(loss, n, K, rng), weights), weight_decay
     )
 
 
@@ -41,7 +41,7 @@ def value(program, gate_index, blocks):
 def test_kernels_against_dense_sums(n, q, K, P, seed):
     rng = np.random.default_rng(seed)
     A, M = rng.standard_normal((n, q)), rng.integers(0, 2, (n, P)).astype(bool)
-    program = GatedProgram.from_rows(A, M, SquaredLoss(np.zeros((n, K)), np.ones(n)), 1.0)
+    program = GatedProgram(gated_operator(A, M), SquaredLoss(np.zeros((n, K)), np.ones(n)), 1.0)
     index = rng.integers(P, size=rng.integers(0, 8))  # gates may repeat, or be none
     S, V = rng.standard_normal((len(index), q, K)), rng.standard_normal((n, K))
     F = np.einsum("nj,nq,jqk->nk", M[:, index].astype(float), A, S)
@@ -65,7 +65,7 @@ def test_kernels_are_adjoint():
 def test_row_blocks_give_the_same(monkeypatch, n):
     rng = np.random.default_rng(n)
     A, M = rng.standard_normal((n, 4)), rng.integers(0, 2, (n, 7)).astype(bool)
-    program = GatedProgram.from_rows(A, M, SquaredLoss(np.zeros((n, 3)), np.ones(n)), 1.0)
+    program = GatedProgram(gated_operator(A, M), SquaredLoss(np.zeros((n, 3)), np.ones(n)), 1.0)
     index, S, V = np.array([6, 0, 2]), rng.standard_normal((3, 4, 3)), rng.standard_normal((n, 3))
     whole = program.outputs(index, S), program.correlations(V), program.correlations(V, index)
     monkeypatch.setattr(module, "_BLOCK_ENTRIES", 1)
@@ -88,9 +88,8 @@ def test_no_blocks_give_zero_outputs():
 def test_layout_and_type_of_the_patterns_do_not_matter(layout):
     program = draw()
     V = np.random.default_rng(0).standard_normal((50, 2))
-    as_numbers = GatedProgram.from_rows(
-        np.array(program.operator.rows, order=layout),
-        program.operator.patterns.astype(float),
+    as_numbers = GatedProgram(
+        gated_operator(np.array(program.operator.rows, order=layout), program.operator.patterns.astype(float)),
         program.loss,
         program.weight_decay,
     )
@@ -126,7 +125,9 @@ def test_dual_norm_bound_covers_long_sums_that_round_one_way():
     """Equal terms: every addition may round downwards."""
     n = 20000
     rows = np.full((n, 1), 1 / np.sqrt(n))
-    program = GatedProgram.from_rows(rows, np.ones((n, 1), dtype=bool), SquaredLoss(np.zeros((n, 1)), np.ones(n)), 1.0)
+    program = GatedProgram(
+        gated_operator(rows, np.ones((n, 1), dtype=bool)), SquaredLoss(np.zeros((n, 1)), np.ones(n)), 1.0
+    )
     for number in (1 / 3, 0.1, 0.7, np.pi):
         with mp.workdps(50):
             exact = n * mp.mpf(rows[0, 0]) * mp.mpf(number)
@@ -148,7 +149,9 @@ def test_weights_are_repetition_of_the_whole_program(loss):
         gates = np.random.RandomState(0).standard_normal((4, 8)), np.zeros(8)
         patterns = gate_patterns(rows, whitening.mean, *gates)
         programs.append(
-            GatedProgram.from_rows(whitening.rows, patterns, LOSSES[loss](np.repeat(Y, times, axis=0), weights), 0.5)
+            GatedProgram(
+                gated_operator(whitening.rows, patterns), LOSSES[loss](np.repeat(Y, times, axis=0), weights), 0.5
+            )
         )
     weighted, repeated = programs
     turn = _change_of_basis(weighted, repeated, counts)

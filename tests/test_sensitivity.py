@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convexbn.data.whitening import whiten
-from convexbn.program.gated import GateBlocks, GatedProgram
+from convexbn.program.gated import GateBlocks, GatedProgram, gated_operator
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.gated.active_groups import ActiveGroups
 from convexbn.solvers.gated.group_newton import GroupNewton
@@ -24,7 +24,7 @@ def program_of(name="squared", K=1, n=30, d=4, P=12, fraction=0.1, seed=0):
     rows = whiten(rng.standard_normal((n, d))).rows
     patterns = np.unique(rows @ rng.standard_normal((d + 1, P)) >= 0, axis=1)
     loss = LOSSES[name](targets_for(name, n, K, rng, soft=True), rng.uniform(0.5, 2, n))
-    program = GatedProgram.from_rows(rows, patterns, loss, 1.0)
+    program = GatedProgram(gated_operator(rows, patterns), loss, 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
 
@@ -171,9 +171,8 @@ def test_rows_of_another_weight_equal_repeated_ones():
     program = program_of(K=2)
     weighted = replace(program, loss=SquaredLoss(program.loss.targets, np.r_[2.0, np.ones(29)]))
     index = np.r_[0, np.arange(30)]
-    repeated = GatedProgram.from_rows(
-        program.operator.rows[index],
-        program.operator.patterns[index],
+    repeated = GatedProgram(
+        gated_operator(program.operator.rows[index], program.operator.patterns[index]),
         SquaredLoss(program.loss.targets[index], np.ones(31)),
         1.0,
     ).with_weight_decay(program.weight_decay)

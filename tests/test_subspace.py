@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 
 from convexbn.certificate.status import Status
-from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows, block_norms
+from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows, block_norms, gated_operator
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.solvers.base import Budget
 from convexbn.solvers.gated import sketched_hessian
@@ -28,7 +28,7 @@ def draw(n=400, q=7, K=3, P=30, loss="squared", fraction=0.05, seed=0):
     rows = np.linalg.qr(np.hstack([root, rng.standard_normal((n, q - 1)) * root]))[0] / root
     patterns = rows @ rng.standard_normal((q, P)) >= 0
     targets = targets_for(loss, n, K, rng)
-    program = GatedProgram.from_rows(rows, patterns, LOSSES[loss](targets, weights), 1.0)
+    program = GatedProgram(gated_operator(rows, patterns), LOSSES[loss](targets, weights), 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
 
@@ -133,9 +133,8 @@ def test_memory_is_that_of_blocks_of_rows():
     """Neither kernel holds an array of n x q K or n x P K numbers."""
     n, q, K, P = 20_000, 20, 10, 40
     rng = np.random.default_rng(0)
-    program = GatedProgram.from_rows(
-        rng.standard_normal((n, q)).astype(np.float32),
-        rng.random((n, P)) < 0.5,
+    program = GatedProgram(
+        gated_operator(rng.standard_normal((n, q)).astype(np.float32), rng.random((n, P)) < 0.5),
         SquaredLoss(np.zeros((n, K)), np.ones(n)),
         1.0,
     )
@@ -255,7 +254,7 @@ def test_estimators_take_it_where_newton_is_dear(loss):
     def choice(n, q=21, P=100, asked="auto"):
         rows, patterns = np.zeros((n, q)), np.zeros((n, P), dtype=bool)
         return choose_solver(
-            asked, GatedProgram.from_rows(rows, patterns, LOSSES[loss](np.zeros((n, 2)), np.ones(n)), 1.0)
+            asked, GatedProgram(gated_operator(rows, patterns), LOSSES[loss](np.zeros((n, 2)), np.ones(n)), 1.0)
         )
 
     few = "group_newton" if loss == "squared" else "subspace"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convexbn.data.whitening import whiten
+from convexbn.program.gated import gated_operator
 from convexbn_studies import drawing
 from convexbn_studies.data import draw
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
@@ -84,7 +85,7 @@ class _Problem:
         values = whitening.singular_values[: whitening.rank]
         Y = [np.eye(_CLASSES)[labels] for _, labels in parts]
         opened = [(X - whitening.mean) @ gates >= 0 for X, _ in parts]
-        program = GatedProgram.from_rows(whitening.rows, opened[0], SquaredLoss(Y[0], np.ones(given["n"])), 1.0)
+        program = GatedProgram(gated_operator(whitening.rows, opened[0]), SquaredLoss(Y[0], np.ones(given["n"])), 1.0)
         return cls(
             Z=[torch.tensor(whitening.transform(X)[:, :-1] * values) for X, _ in parts],
             Y=[torch.tensor(y) for y in Y],

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convexbn._types import Bool, Float
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.base import Budget, Progress
 from convexbn.training.training_set import TrainingSet
@@ -62,7 +62,7 @@ class _Instance(NamedTuple):
 
     @property
     def program(self) -> GatedProgram:
-        return GatedProgram.from_rows(self.rows, self.patterns, self.loss, self.weight_decay)
+        return GatedProgram(gated_operator(self.rows, self.patterns), self.loss, self.weight_decay)
 
 
 def cells(quick: bool) -> list[Cell]:

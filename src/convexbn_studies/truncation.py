@@ -152,7 +152,7 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
         tau = one if given["method"] == "filtered" else None
         model = ConvexBNClassifier(spectral_filter=tau, **shared)
         if (rank, tau) not in whitened:
-            whitened = {(rank, tau): PathData.of(model, [rank], X, y, None)}
+            whitened = {(rank, tau): PathData.prepare(model, [rank], X, y, None)}
         score = functools.partial(_score, validation)
         (point,) = RegularisationPath(model, whitened[rank, tau], [float(decay)], [rank], score=score)
         yield _Try(

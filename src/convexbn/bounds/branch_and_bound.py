@@ -98,7 +98,7 @@ def branch_and_bound(
     for attempt in range(_ATTEMPTS):
         # other orthants have other thin cones, and any of their bounds is valid
         middle = None if attempt == 0 else normalise(rng.standard_normal((1, q)))[0]
-        search = _Search(V, A, tol, target / scale, start, middle)
+        search = _OpenCones(V, A, tol, target / scale, start, middle)
         reason = search.run(max_nodes - work, deadline)
         upper, work, start = min(upper, search.upper), work + search.nodes, search.best[None]
         if reason != "rounding":
@@ -107,7 +107,7 @@ def branch_and_bound(
     return Enclosure((upper + rounding) * scale, rounding * scale, work, search.lower * scale, search.best, reason)
 
 
-class _Search:
+class _OpenCones:
     """The open cones, their bounds, and the best value found so far."""
 
     def __init__(self, V: Float, A: Float, tol: float, target: float, start: Float, middle: Float | None) -> None:

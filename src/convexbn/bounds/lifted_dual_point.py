@@ -49,7 +49,7 @@ def lifted_dual_point(
     DualPoint
     """
     scale = unit_scale(targets)
-    search = _Search(targets[:, 0] / scale, V[:, 0] / scale, A, weight_decay / scale)
+    search = _AlternatingDirections(targets[:, 0] / scale, V[:, 0] / scale, A, weight_decay / scale)
     best = search.candidate()
     for k in range(1, iterations + 1):
         search.step()
@@ -63,7 +63,7 @@ def lifted_dual_point(
     return DualPoint(best.value * scale, best.rounding * scale, search.work, best.dual * scale)
 
 
-class _Search:
+class _AlternatingDirections:
     """Iterates of the alternating directions: one lifted matrix and one scaled multiplier for each sign."""
 
     def __init__(self, y: Float, v: Float, A: Float, beta: float) -> None:

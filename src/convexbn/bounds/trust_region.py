@@ -19,7 +19,7 @@ from convexbn._types import EPS, Float
 
 
 @dataclass(frozen=True)
-class Moments:
+class SmoothedMaximum:
     """Smoothed maximum and its derivatives: ``value``, ``u`` (q,) by the linear term, ``U`` (q, q) by Q."""
 
     value: float
@@ -27,7 +27,7 @@ class Moments:
     U: Float
 
 
-def smoothed_maximum(linear: Float, Q: Float, eps: float) -> Moments:
+def smoothed_maximum(linear: Float, Q: Float, eps: float) -> SmoothedMaximum:
     """Smoothed maximum of ``l'u + u'Q u`` over the unit ball, with its derivatives."""
     values, basis = scipy.linalg.eigh(Q, check_finite=False)
     rotated = basis.T @ linear
@@ -38,7 +38,7 @@ def smoothed_maximum(linear: Float, Q: Float, eps: float) -> Moments:
     u = basis @ (0.5 * rotated / gaps)
     value = largest + distance + 0.25 * float(rotated**2 @ (1 / gaps))
     value -= eps * float(np.log(gaps).sum() + np.log(largest + distance))
-    return Moments(value, u, np.outer(u, u) + eps * (basis / gaps) @ basis.T)
+    return SmoothedMaximum(value, u, np.outer(u, u) + eps * (basis / gaps) @ basis.T)
 
 
 def maximum(linear: Float, Q: Float) -> float:

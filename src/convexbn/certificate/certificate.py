@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -179,40 +179,61 @@ def judge(
     """
     value = loss.value(outputs)
     objective = value + weight_decay * penalty.value
+    best = _Best()
     dual = loss.negative_gradient(outputs)
-    lower, bound, floor, trivial = -np.inf, "none", 0.0, False
-    estimated: float | None = None
     if np.isfinite(objective) and np.isfinite(dual).all():
-        for point in prover.bounded(dual):
-            found = lower_bound(loss, point.dual, point.bound, weight_decay)
-            if found > lower:
-                lower, bound = found, point.name
-                floor = point.rounding / max(point.bound, weight_decay) + 64 * EPS
-            at_zero = penalty.value == 0 and np.array_equal(point.dual, dual)
-            trivial |= at_zero and point.bound - point.rounding <= weight_decay * (1 + 64 * EPS)
-            if objective - lower <= tol * objective:
-                break
-        estimated = (
-            _estimated_gap(loss, dual, weight_decay, prover, objective, lower, tol) if bound != "gates" else None
-        )
-    gap = objective - lower
+        best = _best_bound(loss, dual, weight_decay, prover, objective, tol, at_zero=penalty.value == 0)
+    lower, gap = best.lower, objective - best.lower
     if 0 > gap > -1e-9 * abs(objective):  # the objective's own rounding
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
-    status = status_of(relative, tol, trivial=trivial, stopped_by=stopped_by, estimated=estimated)
-    sentence = message(status, objective, relative, tol, floor, scope, stopped_by)
+    status = status_of(relative, tol, trivial=best.trivial, stopped_by=stopped_by, estimated=best.estimated)
+    sentence = message(status, objective, relative, tol, best.floor, scope, stopped_by)
     return Certificate(
         objective=objective,
         lower_bound=lower,
         tolerance=tol,
         scope=scope.name,
         status=status,
-        sentence=sentence + bound_note(status, estimated, bound),
+        sentence=sentence + bound_note(status, best.estimated, best.bound),
         stopped_by=stopped_by,
         weight_decay_objective=value + weight_decay * penalty.plain,
-        bound=bound,
-        estimated_gap=estimated,
+        bound=best.bound,
+        estimated_gap=best.estimated,
     )
+
+
+class _Best(NamedTuple):
+    """The largest lower bound, by which bound of the dual norm, and what rounding may have taken, relative to it.
+
+    ``trivial``: zero is optimal. ``estimated``: the relative gap if a local search has found the worst pattern.
+    """
+
+    lower: float = -np.inf
+    bound: str = "none"
+    floor: float = 0.0
+    trivial: bool = False
+    estimated: float | None = None
+
+
+def _best_bound(
+    loss: Loss, dual: Float, weight_decay: float, prover: Prover, objective: float, tol: float, *, at_zero: bool
+) -> _Best:
+    """Bounds from ``-grad L(F)`` on, until one closes the gap; ``at_zero``: whether ``F`` is of the zero network."""
+    best, trivial = _Best(), False
+    for point in prover.bounded(dual):
+        found = lower_bound(loss, point.dual, point.bound, weight_decay)
+        if found > best.lower:
+            floor = point.rounding / max(point.bound, weight_decay) + 64 * EPS
+            best = _Best(found, point.name, floor)
+        own = at_zero and np.array_equal(point.dual, dual)
+        trivial |= own and point.bound - point.rounding <= weight_decay * (1 + 64 * EPS)
+        if objective - best.lower <= tol * objective:
+            break
+    estimated = None
+    if best.bound != "gates":
+        estimated = _estimated_gap(loss, dual, weight_decay, prover, objective, best.lower, tol)
+    return best._replace(trivial=trivial, estimated=estimated)
 
 
 def _estimated_gap(

@@ -114,7 +114,7 @@ class _SelectionCV(NetworkParameters):
         if self.weight_decays is not None:
             model._checked_data(X, y, sample_weight, reset=True)
             return checked_weight_decays(self.weight_decays)
-        data = PathData.of(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
+        data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
         return default_weight_decays(data.model, data.largest)
 
     def _scores(
@@ -271,7 +271,7 @@ def _fold(
     parts = [[None if a is None else _safe_indexing(a, rows) for a in (X, y, sample_weight)] for rows in (train, test)]
     (X_train, y_train, weights), (X_test, y_test, test_weights) = parts
     weighted = {} if test_weights is None else {"sample_weight": test_weights}
-    data = PathData.of(model, grid["rank"], X_train, y_train, weights, grid["spectral_filter"])
+    data = PathData.prepare(model, grid["rank"], X_train, y_train, weights, grid["spectral_filter"])
     found = []
     for n_gates, spectral_filter in itertools.product(grid["n_gates"], grid["spectral_filter"]):
         path = RegularisationPath(

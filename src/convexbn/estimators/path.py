@@ -11,7 +11,7 @@ import numpy as np
 
 from convexbn.certificate.certificate import Certificate
 from convexbn.estimators import KINDS, path_checkpoint
-from convexbn.estimators.path_checkpoint import Checkpoint, question_of
+from convexbn.estimators.path_checkpoint import PathCheckpoint, question_of
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import (
     checked_values,
@@ -131,7 +131,7 @@ def fit_path(
     if checkpoint is not None and not isinstance(estimator.random_state, (int, np.integer)):
         raise ValueError("a path with a checkpoint needs an integer random_state: the same draws when it is resumed.")
     grid_of_ranks = checked_values(model, "rank", ranks)
-    data = PathData.of(model, grid_of_ranks, X, y, sample_weight)
+    data = PathData.prepare(model, grid_of_ranks, X, y, sample_weight)
     if validation is not None:
         if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
             raise ValueError("validation must be a pair (X, y) of rows and targets.")
@@ -141,7 +141,7 @@ def fit_path(
     if checkpoint is not None:
         rows = {"X": X, "y": y, "sample_weight": sample_weight, "validation rows": validation}
         rows["feature names"] = data.labels.get("feature_names_in_")
-        file = Checkpoint(checkpoint, question_of(model, given, grid_of_ranks, rows), KINDS)
+        file = PathCheckpoint(checkpoint, question_of(model, given, grid_of_ranks, rows), KINDS)
     decays = given or (file and file.weight_decays) or default_weight_decays(model, data.largest)
     score = None if validation is None else (lambda fitted: float(fitted.score(*validation)))
     return RegularisationPath(model, data, decays, grid_of_ranks, score=score, checkpoint=file)
@@ -186,7 +186,7 @@ class RegularisationPath(Iterator[PathPoint]):
         ranks: Sequence[int | float | None],
         *,
         score: Callable[[Any], float] | None = None,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: PathCheckpoint | None = None,
     ) -> None:
         self.grid = [
             (float(weight_decay), rank)

@@ -50,7 +50,7 @@ class StoredPath:
     points: list[tuple[Any, float | None]]
 
 
-class Checkpoint:
+class PathCheckpoint:
     """The file of a path: what it holds of this question, and how it is replaced."""
 
     def __init__(self, file: str | os.PathLike[str], question: dict[str, Any], kinds: Kinds) -> None:

@@ -35,7 +35,7 @@ class PathData:
     labels: dict[str, Any]
 
     @classmethod
-    def of(
+    def prepare(
         cls,
         model: Any,
         ranks: Sequence[int | float | None],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from convexbn.nn.convolution import ConvolutionalLayers, is_convolutional, read_convolutional
 from convexbn.nn.last_layers import LastLayers, as_tensor, kind_of, read_last_layers
-from convexbn.training.audit import audit
+from convexbn.training.audit import Effort, audit, effort_of
 from convexbn.training.audit_report import Audit
 from convexbn.training.trained_objective import Objective, TrainedLoss, loss_names, torch_losses
 
@@ -24,9 +24,7 @@ def certify(
     loss: nn.Module | str,
     optimizer: Any = None,
     weight_decay: float | None = None,
-    tol: float = 1e-6,
-    time_limit: float | None = 60.0,
-    random_state: int = 0,
+    **effort: Unpack[Effort],
 ) -> Audit:
     """Certificate of a network that torch trained: objective, lower bound over all widths, gap and its cause.
 
@@ -91,18 +89,14 @@ def certify(
     >>> found.status.value, found.cause.value, found.relative_gap <= 1e-6
     ('CERTIFIED', 'none', True)
     """
+    chosen = effort_of("certify", {"tol": 1e-6, "time_limit": 60.0, "random_state": 0}, effort)
     rows = as_tensor(X)
     if is_convolutional(module):
-        return _certify_convolutional(
-            read_convolutional(module, rows), rows, y, loss, optimizer, weight_decay,
-            tol=tol, time_limit=time_limit, random_state=random_state,
-        )  # fmt: skip
+        layers = read_convolutional(module, rows)
+        return _certify_convolutional(layers, rows, y, loss, optimizer, weight_decay, **chosen)
     last = read_last_layers(module)
     objective = objective_of(trained_loss(loss, y, last.layers.output.shape[1]), last, optimizer, weight_decay)
-    return audit(
-        last.layers, last.features(rows), objective,
-        deep=bool(last.before), tol=tol, time_limit=time_limit, random_state=random_state,
-    )  # fmt: skip
+    return audit(last.layers, last.features(rows), objective, deep=bool(last.before), **chosen)
 
 
 def _certify_convolutional(

@@ -66,7 +66,7 @@ class Task:
     validation: tuple[torch.Tensor, Index] | None = None
 
     @classmethod
-    def from_targets(cls, rows: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
+    def from_targets(cls, X: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
         """Targets (n, K) of classes or numbers.
 
         Raises
@@ -80,7 +80,7 @@ class Task:
         fitting = [name for name in losses_for("classification") if LOSSES[name].takes_outputs(K)]
         if loss not in fitting:
             raise ValueError(f"loss={loss!r} is not for a module of {K} outputs: give {', '.join(map(repr, fitting))}.")
-        values, n = _array(y), len(rows)
+        values, n = _array(y), len(X)
         labels = None
         if values.dtype.kind in "iub":
             labels = checked_labels(values, K, n)
@@ -89,7 +89,7 @@ class Task:
             targets = TrainedLoss.from_name(loss, values, K).targets
         if len(targets) != n:
             raise ValueError(f"X has {n} rows and y {len(targets)}: give one target for every row.")
-        return cls(rows, LOSSES[loss](targets, np.ones(n)), labels, weight_decay)
+        return cls(X, LOSSES[loss](targets, np.ones(n)), labels, weight_decay)
 
     def validated_on(self, rows: torch.Tensor, y: Any) -> Task:
         """The same task with validation rows and their classes."""

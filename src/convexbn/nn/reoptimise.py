@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from convexbn.nn.evaluation import Evaluation, Task
 from convexbn.nn.interpolation import Point, Segment
 from convexbn.nn.last_layers import LastLayers, as_tensor, read_last_layers
 from convexbn.program.layers import Layers, convertible, rounded
-from convexbn.program.losses import LOSSES
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
@@ -32,12 +31,23 @@ from convexbn.solvers.base import Budget, Solution
 from convexbn.solvers.closed_form import ClosedForm, NoFormulaError
 from convexbn.solvers.relu.column_generation import ColumnGeneration
 from convexbn.solvers.relu.lbfgs import lbfgs
-from convexbn.training.audit import check_effort
+from convexbn.training.audit import Effort, effort_of
 from convexbn.training.fit import PRICING_TOL, SOLVER_SHARE, judged
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.training_set import TrainingSet
 
 _NUMBERS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class ReplacementEffort(Effort, total=False):
+    """Keywords of ``reoptimise``."""
+
+    certify: bool
+    max_iter: int
+
+
+#: Defaults of the keywords.
+_EFFORT = {"certify": True, "tol": 1e-6, "max_iter": 400, "time_limit": 60.0, "random_state": 0}
 
 #: Rows that are run first, for an error in time.
 _FEW = 64
@@ -82,11 +92,7 @@ def reoptimise(
     weight_decay: float,
     X_val: Any = None,
     y_val: Any = None,
-    certify: bool = True,
-    tol: float = 1e-6,
-    max_iter: int = 400,
-    time_limit: float | None = 60.0,
-    random_state: int = 0,
+    **effort: Unpack[ReplacementEffort],
 ) -> Reoptimisation:
     """Replace the last Linear, BatchNorm1d, ReLU, Linear of a trained network by better ones on the same features.
 
@@ -167,38 +173,45 @@ def reoptimise(
     >>> result.certificate.status.value, result.after.n_neurons, result.after.train_accuracy
     ('CERTIFIED', 2, 1.0)
     """
-    check_effort(tol, time_limit)
+    chosen = effort_of("reoptimise", _EFFORT, effort)
     if (X_val is None) != (y_val is None):
         raise ValueError("give X_val and y_val together: validation rows are there for their accuracy.")
-    budget, given, rows = Budget(time_limit), read_last_layers(module), as_tensor(X)
+    budget, given, rows = Budget(chosen["time_limit"]), read_last_layers(module), as_tensor(X)
     task = Task.from_targets(rows, y, given.layers.output.shape[1], loss, weight_decay)
     if X_val is not None and task.labels is not None:
         task = task.validated_on(as_tensor(X_val), y_val)
-    numbers = _numbers(given)
     given.features(rows[:_FEW])
     start = _beginning(given, task)
     with blas_threads(len(rows)):
         data = TrainingSet.prepare(
             start.features, task.loss.targets, task.loss.weights,
-            loss=LOSSES[loss], input_eps=float(np.finfo(numbers).eps),
+            loss=type(task.loss), input_eps=float(np.finfo(_numbers(given)).eps),
         )  # fmt: skip
-        trained = neurons_of(data, start.layers.network(start.features)).balanced()
-        program = data.relu_program(weight_decay)
-        found = _solved(data, program, trained, tol=tol, max_iter=max_iter, budget=budget, random_state=random_state)
-        segment = Segment.between(program, trained, start.layers.output_bias, found.weights)
-        step, layers = 1.0, _layers_of(segment.at(1.0), data, given)
-        if task.validation is not None:
-            step, layers = _choose(segment, data, start, given, task)
-        proof = None
-        if certify and not layers.output_bias.any():
-            proof = judged(
-                data, layers.network(start.features), program,
-                tol=tol, stopped_by=found.stopped_by, own_rows=True, deadline=budget.deadline,
-            )  # fmt: skip
+        step, layers, proof = _replaced(data, task, given, start, budget, chosen)
     new = _with_layers(start.module, given, layers)
     before = task.evaluation(given.module, start.layers, start.features)
     after = task.evaluation(new, layers, start.features)
     return Reoptimisation(new, before, after, proof, step, start.statistics)
+
+
+def _replaced(
+    data: TrainingSet, task: Task, given: LastLayers, start: _Beginning, budget: Budget, effort: dict[str, Any]
+) -> tuple[float, Layers, Certificate | None]:
+    """Step, layers and certificate of the best network, or of one on the way to it that validates."""
+    program, tol = data.relu_program(task.weight_decay), effort["tol"]
+    trained = neurons_of(data, start.layers.network(start.features)).balanced()
+    found = _solved(data, program, trained, budget, effort)
+    segment = Segment.between(program, trained, start.layers.output_bias, found.weights)
+    step, layers = 1.0, _layers_of(segment.at(1.0), data, given)
+    if task.validation is not None:
+        step, layers = _choose(segment, data, start, given, task)
+    if not effort["certify"] or layers.output_bias.any():
+        return step, layers, None
+    proof = judged(
+        data, layers.network(start.features), program,
+        tol=tol, stopped_by=found.stopped_by, own_rows=True, deadline=budget.deadline,
+    )  # fmt: skip
+    return step, layers, proof
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,14 +259,7 @@ def _layers_of(point: Point, data: TrainingSet, given: LastLayers) -> Layers:
 
 
 def _solved(
-    data: TrainingSet,
-    program: ReluProgram,
-    own: Neurons,
-    *,
-    tol: float,
-    max_iter: int,
-    budget: Budget,
-    random_state: int,
+    data: TrainingSet, program: ReluProgram, own: Neurons, budget: Budget, effort: dict[str, Any]
 ) -> Solution[Neurons]:
     """The network by formula where there is one, from the given one elsewhere."""
     if data.has_orthogonal_rows:
@@ -263,10 +269,10 @@ def _solved(
             pass
     solving_time = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
     share = replace(budget, time_limit=solving_time)
-    found = lbfgs(program, own, max_iter, share.deadline)
+    found = lbfgs(program, own, effort["max_iter"], share.deadline)
     if len(data.X) <= PRICING_ROWS:
-        rng = np.random.default_rng(random_state)
-        return ColumnGeneration(tol=PRICING_TOL * tol).solve(program, found, share, rng)
+        rng = np.random.default_rng(effort["random_state"])
+        return ColumnGeneration(tol=PRICING_TOL * effort["tol"]).solve(program, found, share, rng)
     return Solution(found, "time_limit" if is_over(share.deadline) else "tolerance")
 
 

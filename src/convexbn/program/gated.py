@@ -15,7 +15,7 @@ each with a filter and an output layer over the regions, and the norm is the nuc
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -134,6 +134,7 @@ class Operator(Protocol):
     rows: Any
     patterns: Bool
     readout: Readout
+    norm: Norm
 
     def block_shape(self, n_outputs: int) -> tuple[int, int]:
         """Shape of a block for ``K`` outputs."""
@@ -171,6 +172,7 @@ class MaskedRows:
     rows: Any
     patterns: Bool
     readout: ClassVar[Readout] = Readout()
+    norm: ClassVar[Norm] = Frobenius()
 
     def block_shape(self, n_outputs: int) -> tuple[int, int]:
         """``(q, K)``."""
@@ -229,21 +231,10 @@ class PooledFeatures:
     readout: Readout
     features: FloatMatrix
 
-    @classmethod
-    def from_rows(cls, rows: Rows, patterns: Bool, readout: Readout) -> PooledFeatures:
-        """Pool whitened patches (N, q), which may be computed on access, under patterns (N, P).
-
-        Raises
-        ------
-        ValueError
-            For max pooling, which is not linear in the weights under fixed gates.
-        """
-        if not readout.linear:
-            raise ValueError(
-                "gated networks are linear under fixed gates, and max pooling is not: use pooling='average', or "
-                "activation='relu'."
-            )
-        return cls(rows, patterns, readout, _pooled(rows, patterns, readout))
+    @property
+    def norm(self) -> Norm:
+        """Nuclear where several neurons share a gate, each with an output layer over the regions."""
+        return Nuclear() if self.readout.n_regions > 1 else Frobenius()
 
     def block_shape(self, n_outputs: int) -> tuple[int, int]:
         """``(q, R K)``: a filter's weights, and an output layer's."""
@@ -275,6 +266,30 @@ class PooledFeatures:
         terms = n + self.readout.rows_per_case + width + 4
         scaled = np.linalg.norm(dual / np.sqrt(weights)[:, None]) * self.readout.norm
         return float(terms * EPS * np.sqrt(width) * scaled)
+
+
+def gated_operator(rows: Rows, patterns: Bool, readout: Readout | None = None) -> MaskedRows | PooledFeatures:
+    """The operator of whitened rows (N, q) and patterns (N, P), pooled by a readout where there is one.
+
+    Parameters
+    ----------
+    rows : ndarray (N, q), or RowMatrix
+    patterns : ndarray (N, P) of bool
+    readout : Readout, optional
+
+    Raises
+    ------
+    ValueError
+        For max pooling, which is not linear in the weights under fixed gates.
+    """
+    if readout is None or readout.rows_per_case == 1:
+        return MaskedRows(rows, patterns)
+    if not readout.linear:
+        raise ValueError(
+            "gated networks are linear under fixed gates, and max pooling is not: use pooling='average', or "
+            "activation='relu'."
+        )
+    return PooledFeatures(rows, patterns, readout, _pooled(rows, patterns, readout))
 
 
 def _pooled(rows: Rows, patterns: Bool, readout: Any) -> Float:
@@ -328,8 +343,8 @@ class GatedProgram:
         Loss bound to targets (n, K) and sample weights.
     weight_decay : float
         Strength of the weight decay, beta of the mathematics.
-    norm : Frobenius or Nuclear, default=Frobenius()
-        Penalty of a block.
+    norm : Frobenius or Nuclear, optional
+        Penalty of a block; by default that of the operator.
 
     Examples
     --------
@@ -343,32 +358,11 @@ class GatedProgram:
     operator: Any
     loss: Loss
     weight_decay: float
-    norm: Norm = field(default_factory=Frobenius)
+    norm: Any = None
 
-    @classmethod
-    def from_rows(
-        cls, rows: Rows, patterns: Bool, loss: Loss, weight_decay: float, readout: Readout | None = None
-    ) -> GatedProgram:
-        """The program of whitened rows (N, q) and patterns (N, P), pooled by a readout where there is one.
-
-        Parameters
-        ----------
-        rows : ndarray (N, q), or RowMatrix
-        patterns : ndarray (N, P) of bool
-        loss : Loss
-            Bound to the cases.
-        weight_decay : float
-        readout : Readout, optional
-
-        Raises
-        ------
-        ValueError
-            For max pooling.
-        """
-        if readout is None or readout.rows_per_case == 1:
-            return cls(MaskedRows(rows, patterns), loss, weight_decay)
-        norm = Nuclear() if readout.n_regions > 1 else Frobenius()
-        return cls(PooledFeatures.from_rows(rows, patterns, readout), loss, weight_decay, norm)
+    def __post_init__(self) -> None:
+        if self.norm is None:
+            object.__setattr__(self, "norm", self.operator.norm)
 
     @property
     def block_shape(self) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: 
     exact = _active_set(Q, b, upper, start)
     if exact is not None:
         return exact
-    inner = _interior_point(Q, b, _Iterate.in_box(Q, b, upper, start), deadline).x
+    inner = _interior_point(Q, b, _InteriorPoint.in_box(Q, b, upper, start), deadline).x
     if is_over(deadline):
         return inner
     exact = _active_set(Q, b, upper, inner)
@@ -60,7 +60,7 @@ def minimise_nonnegative(Q: Float, b: Float, start: Float) -> Float:
     LinAlgError
         When rounding made ``Q`` indefinite.
     """
-    state = _interior_point(Q, b, _Iterate.nonnegative(Q, b, start), None, tol=1e-14)
+    state = _interior_point(Q, b, _InteriorPoint.nonnegative(Q, b, start), None, tol=1e-14)
     if state.broken:
         raise scipy.linalg.LinAlgError("the matrix of the quadratic program is not positive semidefinite.")
     curvature = np.trace(Q) / len(b)
@@ -88,7 +88,7 @@ def _active_set(Q: Float, b: Float, upper: Float, x: Float, max_iter: int = 12) 
 
 
 @dataclass(frozen=True)
-class _Iterate:
+class _InteriorPoint:
     """A point, its distances to the bounds, and their multipliers: (k, p), with ``k = 1`` without upper bounds."""
 
     x: Float
@@ -97,7 +97,7 @@ class _Iterate:
     broken: bool = False
 
     @classmethod
-    def in_box(cls, Q: Float, b: Float, upper: Float, start: Float) -> _Iterate:
+    def in_box(cls, Q: Float, b: Float, upper: Float, start: Float) -> _InteriorPoint:
         """Inside the box, near a guess."""
         x = np.clip(start, 0.05 * upper, 0.95 * upper)
         gradient = Q @ x - b
@@ -105,7 +105,7 @@ class _Iterate:
         return cls(x, np.array([x, upper - x]), np.maximum([gradient, -gradient], 0) + margin)
 
     @classmethod
-    def nonnegative(cls, Q: Float, b: Float, start: Float) -> _Iterate:
+    def nonnegative(cls, Q: Float, b: Float, start: Float) -> _InteriorPoint:
         """A guess with its zeros moved inside."""
         x, slope = np.maximum(start, 0.1 * start.mean()), np.abs(Q @ start - b)
         return cls(x, x[None], np.maximum(slope, 0.1 * slope.mean())[None] + np.finfo(float).tiny)
@@ -124,16 +124,16 @@ class _Iterate:
         distances = (-self.signs * dx / self.slacks).max()
         return float(1 / max(1.0, distances, (-change / self.multipliers).max()))
 
-    def moved(self, length: float, dx: Float, change: Float) -> _Iterate:
-        return _Iterate(
+    def moved(self, length: float, dx: Float, change: Float) -> _InteriorPoint:
+        return _InteriorPoint(
             self.x + length * dx, self.slacks + length * self.signs * dx, self.multipliers + length * change
         )
 
 
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def _interior_point(
-    Q: Float, b: Float, state: _Iterate, deadline: float | None, tol: float = 1e-13, max_iter: int = 60
-) -> _Iterate:
+    Q: Float, b: Float, state: _InteriorPoint, deadline: float | None, tol: float = 1e-13, max_iter: int = 60
+) -> _InteriorPoint:
     """Minimiser to a complementarity of ``tol`` relative to the terms of the value; ``broken`` where rounding ends."""
     for _ in range(max_iter):
         curved = Q @ state.x
@@ -146,7 +146,7 @@ def _interior_point(
     return state
 
 
-def _advance(state: _Iterate, Q: Float, gradient: Float) -> _Iterate | None:
+def _advance(state: _InteriorPoint, Q: Float, gradient: Float) -> _InteriorPoint | None:
     """One predictor-corrector step; None when rounding ends it."""
     slacks, multipliers, signs = state.slacks, state.multipliers, state.signs
     barrier = multipliers / slacks

@@ -8,7 +8,9 @@ other or more neurons, and what remains above the lower bound is not proved.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -242,8 +244,40 @@ def _check(layers: Layers, X: Float, n_cases: int, objective: Objective, tol: fl
     check_effort(tol, time_limit)
 
 
+class Effort(TypedDict, total=False):
+    """How good an answer must be, and how long it may take: keywords of the functions that certify modules."""
+
+    tol: float
+    time_limit: float | None
+    random_state: int
+
+
+def effort_of(function: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords with defaults for those that are not given.
+
+    Parameters
+    ----------
+    function : str
+        What it is for, in errors.
+    defaults, given : mapping
+
+    Raises
+    ------
+    TypeError
+        For an unknown keyword.
+    ValueError
+        As ``check_effort``.
+    """
+    unknown = set(given) - set(defaults)
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown.pop()!r}")
+    effort = {**defaults, **given}
+    check_effort(effort["tol"], effort["time_limit"])
+    return effort
+
+
 def check_effort(tol: float, time_limit: float | None) -> None:
-    """Refuse a gap or a time that is none."""
+    """Refuse a tolerance that is not a number from 0, or a negative time limit."""
     if not 0 <= tol < np.inf:
         raise ValueError(f"tol must be a number that is not negative, got {tol}.")
     if time_limit is not None and not time_limit >= 0:

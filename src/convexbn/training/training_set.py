@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import EPS, Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.certificate.dual_bounds import ReluDualBounds
 from convexbn.certificate.question import Question
 from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import Whitening, whiten
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program.losses import Loss, LossKind
 from convexbn.program.readout import Readout, readout_of
@@ -70,11 +70,9 @@ class TrainingSet:
         sample_weight: Float,
         *,
         loss: LossKind,
-        rank: int | float | None = None,
-        spectral_filter: float | None = None,
-        input_eps: float = EPS,
         merge_features: bool = True,
         convolution: Convolution | None = None,
+        **whitening: Any,
     ) -> TrainingSet:
         """Canonical order, merging and whitening: of the rows, or of the patches of images.
 
@@ -88,13 +86,13 @@ class TrainingSet:
             Weights, not negative; rows of weight zero are left out.
         loss : callable
             Binds targets and weights to a loss.
-        rank, spectral_filter, input_eps
-            As in ``whiten``.
         merge_features : bool, default=True
             Whether rows of equal features are merged whatever their targets, where the loss depends on their mean:
             averaged for the squared loss, soft labels for those of classes. Formulas and exact ReLU training need it.
         convolution : Convolution, optional
             Where the rows are flattened images.
+        **whitening
+            ``rank``, ``spectral_filter`` and ``input_eps``, as in ``whiten``.
         """
         X, Y, weights = canonical_rows(X, Y, sample_weight)
         mark = fingerprint(X, Y, weights)
@@ -104,8 +102,7 @@ class TrainingSet:
             bound = bound.merged(place, len(X))
         inputs: Any = X if convolution is None else PatchMatrix(X, convolution.geometry)
         row_weights = readout_of(convolution).row_weights(bound.weights)
-        whitening = whiten(inputs, row_weights, rank=rank, spectral_filter=spectral_filter, input_eps=input_eps)
-        return cls(X, bound, whitening, mark, inputs, convolution)
+        return cls(X, bound, whiten(inputs, row_weights, **whitening), mark, inputs, convolution)
 
     @property
     def readout(self) -> Readout:
@@ -134,7 +131,7 @@ class TrainingSet:
     def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
         """The gated program on these rows, of gates (d, P) with offsets (P,)."""
         patterns = gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets)
-        return GatedProgram.from_rows(self.whitening.rows, patterns, self.loss, weight_decay, self.readout)
+        return GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, weight_decay)
 
     def question(self, program: GatedProgram | ReluProgram, tol: float) -> Question:
         """What a network on these rows is judged by."""
@@ -165,7 +162,7 @@ class TrainingSet:
         patterns = gate_patterns(self.inputs, self.whitening.mean, directions, offsets)
         kept = first_of_each_pattern(patterns)
         patterns = np.ascontiguousarray(patterns[:, kept])
-        program = GatedProgram.from_rows(self.whitening.rows, patterns, self.loss, 1.0, self.readout)
+        program = GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, 1.0)
         return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
 
     def _trained_gates(

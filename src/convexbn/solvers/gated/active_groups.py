@@ -67,7 +67,7 @@ class ActiveGroups:
     --------
     >>> rng = np.random.default_rng(0)
     >>> A, D, Y = rng.standard_normal((30, 4)), rng.random((30, 8)) < 0.5, rng.standard_normal((30, 1))
-    >>> program = GatedProgram.from_rows(A, D, SquaredLoss(Y, np.ones(30)), 1.0)
+    >>> program = GatedProgram(gated_operator(A, D), SquaredLoss(Y, np.ones(30)), 1.0)
     >>> groups = ActiveGroups(program, np.arange(8), np.ones((8, 4, 1)))
     >>> for _ in range(12):
     ...     groups = groups.newton_step()

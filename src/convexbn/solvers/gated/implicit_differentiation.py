@@ -128,7 +128,7 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     --------
     >>> rng = np.random.default_rng(0)
     >>> A, D, Y = rng.standard_normal((30, 4)), rng.random((30, 8)) < 0.5, rng.standard_normal((30, 1))
-    >>> optimum = optimum_of(GatedProgram.from_rows(A, D, SquaredLoss(Y, np.ones(30)), 3.0))
+    >>> optimum = optimum_of(GatedProgram(gated_operator(A, D), SquaredLoss(Y, np.ones(30)), 3.0))
     >>> optimum.gate_index
     array([0, 1, 2, 3, 4, 6])
     >>> optimum.pullback(outputs=np.ones((30, 1))).targets.shape

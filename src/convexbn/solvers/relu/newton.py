@@ -18,7 +18,7 @@ import scipy.linalg
 from convexbn._types import is_over
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.relu.newton_model import NewtonModel, Step
+from convexbn.solvers.relu.newton_model import NewtonModel, NewtonStep
 
 #: Norms are dropped below this multiple of the largest.
 _DROPPED = 1e-9
@@ -112,7 +112,7 @@ def polish(
     return functools.reduce(Neurons.joined, blocks, neurons.select(slice(0)))
 
 
-def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline: float | None) -> Step | None:
+def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline: float | None) -> NewtonStep | None:
     try:
         model = NewtonModel(program, neurons, damping)
     except scipy.linalg.LinAlgError:  # rounding made the model indefinite
@@ -120,7 +120,7 @@ def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline
     return model.minimise(deadline)
 
 
-def _search(program: ReluProgram, point: _Trial, step: Step) -> tuple[float, _Trial]:
+def _search(program: ReluProgram, point: _Trial, step: NewtonStep) -> tuple[float, _Trial]:
     """Halve the step until the objective decreases by a share of the prediction, ten times at most."""
     length = 1.0
     for _ in range(10):
@@ -131,7 +131,7 @@ def _search(program: ReluProgram, point: _Trial, step: Step) -> tuple[float, _Tr
     return length, following
 
 
-def _moved(program: ReluProgram, neurons: Neurons, step: Step, length: float) -> _Trial:
+def _moved(program: ReluProgram, neurons: Neurons, step: NewtonStep, length: float) -> _Trial:
     """Turn the neurons along the step; their norms change linearly, so that they can leave in one step."""
     norms = np.maximum(neurons.norms * (1 + length * step.growth), 0)
     norms[norms < _DROPPED * norms.max(initial=0.0)] = 0

@@ -36,7 +36,7 @@ _RESTING = 1e-6
 _NORM_WEIGHT = 100.0
 
 
-class Step(NamedTuple):
+class NewtonStep(NamedTuple):
     """Change of the network, relative change of the norms, and the decrease that the model predicts."""
 
     first: Float
@@ -78,7 +78,7 @@ class NewtonModel:
         self.factor = scipy.linalg.cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
         self.gradient = self._solve(gradient.ravel())
 
-    def minimise(self, deadline: float | None = None, max_sweeps: int = 15) -> Step | None:
+    def minimise(self, deadline: float | None = None, max_sweeps: int = 15) -> NewtonStep | None:
         """Minimiser of the model; None when it crosses more kinks than there are variables, or time is over."""
         hinges = _Hinges.none(self.gradient.size)
         new = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
@@ -163,10 +163,10 @@ class NewtonModel:
         leaving[-1 - hinges.label[hinges.label < 0]] = False
         return crossed, leaving
 
-    def _step(self, hinges: _Hinges, z: Float, change: Float) -> Step:
+    def _step(self, hinges: _Hinges, z: Float, change: Float) -> NewtonStep:
         predicted = -float(self.gradient @ z + 0.5 * z @ z) - hinges.increase(z)
         q = self.rows.shape[1]
-        return Step(change[:, :q].T, change[:, q:], np.sum(self._radial() * change, axis=1), predicted)
+        return NewtonStep(change[:, :q].T, change[:, q:], np.sum(self._radial() * change, axis=1), predicted)
 
 
 class _Hinges(NamedTuple):

@@ -32,7 +32,7 @@ from convexbn._threads import workers
 from convexbn._types import Float, FloatMatrix, is_over
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.relu.sgd_workers import Batches, DataParallel, ModelParallel, Step
+from convexbn.solvers.relu.sgd_workers import Batches, DataParallel, ModelParallel, StepSettings
 
 #: Share of the training in which the learning rate rises, and where it begins relative to the largest.
 _WARM_UP, _FIRST = 0.25, 0.04
@@ -83,7 +83,7 @@ class SGD:
         """
         loss, root = program.loss, float(np.sqrt(program.row_weights.sum()))
         decay = program.weight_decay * root / float(loss.weights.sum()) / loss.output_scale
-        step = Step(root, decay, self.momentum)
+        step = StepSettings(root, decay, self.momentum)
         parallel = ModelParallel if program.readout.rows_per_case == 1 else DataParallel
         with workers() as threads:
             batches, most = Batches(program, root), _OF_ZERO * loss.value(np.zeros_like(loss.targets))

@@ -50,7 +50,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSettings:
     """What steps have in common: ``root`` scales the rows, weight decay and momentum are those of the mean loss."""
 
     root: float
@@ -61,7 +61,7 @@ class Step:
 class Weights:
     """Both layers of some neurons and their last steps: ``first`` (q, m), ``output`` (R m, K), region by region."""
 
-    def __init__(self, start: Neurons, program: ReluProgram, step: Step) -> None:
+    def __init__(self, start: Neurons, program: ReluProgram, step: StepSettings) -> None:
         share, self._readout, self._step = float(np.sqrt(program.loss.output_scale)), program.readout, step
         self._share = share  # of the unit of outputs, in either layer
         self.first = np.ascontiguousarray(start.first / (share * step.root), dtype=np.float32)
@@ -102,7 +102,7 @@ class Weights:
 class ModelParallel:
     """The network, every thread with some of its neurons."""
 
-    def __init__(self, start: Neurons, threads: Workers, program: ReluProgram, step: Step) -> None:
+    def __init__(self, start: Neurons, threads: Workers, program: ReluProgram, step: StepSettings) -> None:
         self._threads, self._unit = threads, program.loss.output_scale
         self._residual: _Residual | None = None
         self._parts = [
@@ -167,7 +167,7 @@ class _Part:
 class DataParallel:
     """The network, every thread with some of the images of a batch."""
 
-    def __init__(self, start: Neurons, threads: Workers, program: ReluProgram, step: Step) -> None:
+    def __init__(self, start: Neurons, threads: Workers, program: ReluProgram, step: StepSettings) -> None:
         self._threads, self._unit, self._width = threads, program.loss.output_scale, len(start.output)
         self._weights = Weights(start, program, step)
 
