@@ -35,5 +35,4 @@ def study(name: str) -> Study:
     """
     if name not in NAMES:
         raise ValueError(f"there is no study {name!r}; there are {', '.join(NAMES)}.")
-    found: Study = import_module(NAMES[name]).STUDY
-    return found
+    return import_module(NAMES[name]).STUDY

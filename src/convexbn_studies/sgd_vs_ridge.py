@@ -100,8 +100,7 @@ def _rows_needed(ridge: list[Row], risks: Float) -> Float:
     """Rows at which the curve of ridge, a line on logarithmic axes, reaches risks: nan beyond its ends."""
     curve = np.log(np.minimum.accumulate(column(ridge, "risk")))
     sizes = np.log(column(ridge, "n"))
-    needed: Float = np.exp(np.interp(np.log(risks), curve[::-1], sizes[::-1], left=np.nan, right=np.nan))
-    return needed
+    return np.exp(np.interp(np.log(risks), curve[::-1], sizes[::-1], left=np.nan, right=np.nan))
 
 
 def _curves(rows: list[Row], decay: int, truth: int) -> tuple[Float, Float]:

@@ -191,5 +191,4 @@ def rotated_orthants(middle: Float) -> Float:
     mirror = middle - np.full(q, 1 / np.sqrt(q))
     basis = np.eye(q) - 2 * np.outer(mirror, mirror) / max(mirror @ mirror, 1e-300)
     signs = np.array(list(itertools.product([1.0, -1.0], repeat=q)))
-    generators: Float = signs[:, :, None] * basis
-    return generators
+    return signs[:, :, None] * basis

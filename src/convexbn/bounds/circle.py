@@ -60,8 +60,7 @@ def _peaks(middles: Float, products: Float, A: Float) -> Float:
     directions = np.column_stack([np.cos(middles), np.sin(middles)])
     W = ((directions @ A.T > 0) @ products).reshape(len(middles), -1, 2)
     S = np.einsum("bki,bkj->bij", W, W)
-    angle: Float = 0.5 * np.arctan2(2 * S[:, 0, 1], S[:, 0, 0] - S[:, 1, 1])
-    return angle
+    return 0.5 * np.arctan2(2 * S[:, 0, 1], S[:, 0, 0] - S[:, 1, 1])
 
 
 def _blocks(rows: Float) -> list[Float]:

@@ -78,14 +78,12 @@ class Cones:
     @property
     def reach(self) -> Float:
         """``sum_j ||h_j||``, at least ``sum_j l_j`` on the unit ball."""
-        total: Float = np.linalg.norm(self.dual, axis=2).sum(axis=1)
-        return total
+        return np.linalg.norm(self.dual, axis=2).sum(axis=1)
 
     @property
     def thin(self) -> Bool:
         """Cones whose dual generators are inaccurate."""
-        thin: Bool = ~(self.reach < _LARGEST_REACH)
-        return thin
+        return ~(self.reach < _LARGEST_REACH)
 
 
 def prepare(generators: Float, A: Float) -> Cones:
@@ -202,14 +200,12 @@ def _loss_factors(cones: Cones, weights: Float, maximiser: Float) -> tuple[Float
 def rounding(cones: Cones, weight: Float) -> Float:
     """What rounding can take from a bound: errors of ``c_j`` times the largest ``l_j``."""
     q, n = cones.whole.shape[1:]
-    allowance: Float = (4 * _SNAP + EPS * (n + 8 * q)) * weight * cones.reach
-    return allowance
+    return (4 * _SNAP + EPS * (n + 8 * q)) * weight * cones.reach
 
 
 def _apply(matrices: Float, vectors: Float) -> Float:
     """Matrix times vector for every cone."""
-    product: Float = (matrices @ vectors[..., None])[..., 0]
-    return product
+    return (matrices @ vectors[..., None])[..., 0]
 
 
 def _crossing_weights(cones: Cones, weights: Float) -> Float:
@@ -258,5 +254,4 @@ def _simplex_bound(cones: Cones, values: Float) -> Float:
     """``max_j phi_j / (d'g_j)``, d the middle; infinite when it makes an obtuse angle with a generator."""
     cosines = _apply(cones.generators, normalise(cones.generators.sum(axis=1)))
     ratios = np.where(cosines > 0, np.maximum(values, 0) / np.where(cosines > 0, cosines, 1.0), np.inf)
-    bound: Float = ratios.max(axis=1)
-    return bound
+    return ratios.max(axis=1)

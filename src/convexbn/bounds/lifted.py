@@ -105,5 +105,4 @@ def _spectraplex(matrix: Float) -> Float:
         if level >= values[0]:
             break
     kept = values > level
-    factor: Float = basis[:, kept] * np.sqrt(values[kept] - level)
-    return factor
+    return basis[:, kept] * np.sqrt(values[kept] - level)

@@ -126,5 +126,4 @@ def _meet_in_the_loss(y: Float, plus: Float, minus: Float, penalty: float) -> tu
 def _positive_part(matrix: Float, level: float) -> Float:
     """Factor F of the positive semidefinite part ``F F'`` of ``matrix - level I``."""
     values, basis = scipy.linalg.eigh(matrix, subset_by_value=[level, np.inf], check_finite=False)
-    factor: Float = basis * np.sqrt(np.maximum(values - level, 0))
-    return factor
+    return basis * np.sqrt(np.maximum(values - level, 0))

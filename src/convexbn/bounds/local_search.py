@@ -95,13 +95,11 @@ def linear_parts(directions: Float, weights: Float, A: Float) -> Float:
     """``sum_i weights_i D_i(u) a_i`` of every row ``u``, the gradient at fixed signs (and maxima): (m, q)."""
     response = np.tensordot(directions, A, (1, -1))
     if A.ndim == 2:
-        parts: Float = np.where(response > 0, weights, 0.0) @ A
-        return parts
+        return np.where(response > 0, weights, 0.0) @ A
     places = response.argmax(axis=2)
     weights = np.where(np.take_along_axis(response, places[..., None], axis=2)[..., 0] > 0, weights, 0.0)
     chosen = A[np.arange(len(A)), places]  # (m, n, q)
-    gradient: Float = np.einsum("mn,mnq->mq", weights, chosen)
-    return gradient
+    return np.einsum("mn,mnq->mq", weights, chosen)
 
 
 def normalise(rows: Float) -> Float:
@@ -233,5 +231,4 @@ def _along(face: Float, vector: Float) -> Float:
     """Component of ``vector`` in the span of the rows of ``face``."""
     _, values, right = np.linalg.svd(face, full_matrices=False)
     basis = right[values > 1e-10 * values[0]]
-    component: Float = basis.T @ (basis @ vector)
-    return component
+    return basis.T @ (basis @ vector)

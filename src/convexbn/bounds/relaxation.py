@@ -65,15 +65,13 @@ class Terms:
     @property
     def alpha(self) -> Float:
         """``||a_i|| exp(x_1) / 2``, kept in range."""
-        alpha: Float = 0.5 * self.norms * np.exp(np.clip(self.multipliers[:, 0], -_EXPONENT, _EXPONENT))
-        return alpha
+        return 0.5 * self.norms * np.exp(np.clip(self.multipliers[:, 0], -_EXPONENT, _EXPONENT))
 
     @property
     def shares(self) -> Float:
         """``(s_1, s_2)`` (n, 2): softmax of ``(x_1, x_2, 0)`` without the last."""
         powers = np.exp(np.clip(self.multipliers, -_EXPONENT, _EXPONENT))
-        shares: Float = powers / (1 + powers.sum(axis=1, keepdims=True))
-        return shares
+        return powers / (1 + powers.sum(axis=1, keepdims=True))
 
     def coefficients(self) -> tuple[Float, Float, Float]:
         """Constants, slopes and curvatures of the quadratics."""
@@ -143,8 +141,7 @@ def bound_at(v: Float, A: Float, multipliers: Float) -> tuple[float, float]:
 
 def row_norms(A: Float) -> Float:
     """``||a_i||``, rounded upwards, positive."""
-    norms: Float = np.linalg.norm(A, axis=1) * (1 + 64 * EPS) + 1e-150
-    return norms
+    return np.linalg.norm(A, axis=1) * (1 + 64 * EPS) + 1e-150
 
 
 def start_multipliers(A: Float) -> Float:

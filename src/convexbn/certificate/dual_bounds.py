@@ -161,8 +161,7 @@ class ReluDualBounds:
 
     @property
     def _root(self) -> Float:
-        root: Float = np.sqrt(self.program.loss.weights)[:, None]
-        return root
+        return np.sqrt(self.program.loss.weights)[:, None]
 
     @property
     def _A(self) -> Float:

@@ -51,8 +51,7 @@ class Question:
     @property
     def row_weights(self) -> Float:
         """Weights of the rows (N,)."""
-        weights: Float = self.readout.row_weights(self.program.loss.weights)
-        return weights
+        return self.readout.row_weights(self.program.loss.weights)
 
     @property
     def scope(self) -> Scope:

@@ -49,8 +49,7 @@ def feature_names(model: Any) -> list[str] | None:
     """Columns that the model was trained on, by name, where it knows them."""
     if hasattr(model, "feature_names_in_"):
         return list(model.feature_names_in_)
-    names: list[str] | None = getattr(model, "source_", {}).get("feature_names")
-    return names
+    return getattr(model, "source_", {}).get("feature_names")
 
 
 def number(value: float) -> float | None:

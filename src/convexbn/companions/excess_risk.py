@@ -144,8 +144,7 @@ def sgd_risk(
             total += 2 * crossed - moments
         spread = (counts * l * moments).sum(axis=-1, keepdims=True) if gaussian else 0.0
         moments = kept * moments + g**2 * l * (problem.noise + spread)
-    risk: Float = total @ (counts * l) / (n_samples - start) ** 2
-    return risk
+    return total @ (counts * l) / (n_samples - start) ** 2
 
 
 def one_hot_ridge_risk(problem: LeastSquares, n_samples: int, penalty: ArrayLike) -> Float:
@@ -207,8 +206,7 @@ def _gaussian_ridge_run(problem: LeastSquares, n: int, penalties: Float, rng: np
     # (X'X + penalty) (w - w*) = X' noise - penalty w*
     right = vectors.T @ np.c_[rows.T @ noise, problem.optimum]
     inside = (right[:, :1] - penalties * right[:, 1:]) / (np.maximum(values, 0)[:, None] + penalties)
-    risk: Float = problem.eigenvalues @ (vectors @ inside) ** 2
-    return risk
+    return problem.eigenvalues @ (vectors @ inside) ** 2
 
 
 def sgd_rate(problem: LeastSquares, n_samples: int, step: float) -> float:

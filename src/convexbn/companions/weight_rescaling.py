@@ -141,8 +141,7 @@ class WeightRescaling:
     def _norms(self, pair: NormalisedLayer) -> torch.Tensor:
         """Norms of the filters (C,), or that of the layer (1,)."""
         weight = self._modules[pair.layer].weight.detach()
-        norms: torch.Tensor = weight.flatten(1 if self.granularity == "filter" else 0).norm(dim=-1).reshape(-1)
-        return norms
+        return weight.flatten(1 if self.granularity == "filter" else 0).norm(dim=-1).reshape(-1)
 
     def _target(self, pair: NormalisedLayer, norm: float | str) -> torch.Tensor:
         norms = self._norms(pair)

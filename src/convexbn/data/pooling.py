@@ -59,8 +59,7 @@ class Regions:
     @functools.cached_property
     def averages(self) -> Float:
         """``T`` (R, Kp) of average pooling."""
-        averages: Float = self.members / self.members.sum(axis=1, keepdims=True)
-        return averages
+        return self.members / self.members.sum(axis=1, keepdims=True)
 
     @functools.cached_property
     def groups(self) -> Index:
@@ -87,5 +86,4 @@ class Regions:
 def _intervals(size: int, parts: int) -> Bool:
     """Which of ``size`` places belong to the parts: (parts, size)."""
     places, i = np.arange(size), np.arange(parts)[:, None]
-    inside: Bool = (places >= i * size // parts) & (places < -(-(i + 1) * size // parts))
-    return inside
+    return (places >= i * size // parts) & (places < -(-(i + 1) * size // parts))

@@ -107,8 +107,7 @@ class PreActivations:
     @property
     def normalized(self) -> Float:
         """``C X w_j / ||C X w_j||``, one a column: (n, m)."""
-        normalized: Float = self.rows[:][:, :-1] @ self.coefficients
-        return normalized
+        return self.rows[:][:, :-1] @ self.coefficients
 
     @property
     def _seen(self) -> Any:
@@ -118,8 +117,7 @@ class PreActivations:
     def products(self, rows: Any, sample_weight: Float) -> Float:
         """``A' diag(w) C X w_j / ||C X w_j||`` for rows ``[A, constant]`` (n, q), without the responses: (q - 1, m)."""
         if self.covariances is not None and isinstance(rows, ProjectedRows) and rows.X is self._seen:
-            found: Float = (rows.projection.T @ self.covariances).astype(np.float64)
-            return found
+            return (rows.projection.T @ self.covariances).astype(np.float64)
         products = np.zeros((rows.shape[1] - 1, len(self.coefficients)))
         for part, block in blocks(rows):
             products += (sample_weight[part, None] * block[:, :-1]).T @ self.rows[part][:, :-1]
@@ -186,5 +184,4 @@ def _norms(rows: Rows, coefficients: Float, sample_weight: Float) -> Float:
     for part in BlockSize(1, _BLOCK_ROWS).slices(len(rows)):
         stacked = np.vstack([triangle, np.sqrt(sample_weight[part])[:, None] * rows[part][:, :-1]])
         triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][:r]
-    norms: Float = np.linalg.norm(triangle @ coefficients, axis=0)
-    return norms
+    return np.linalg.norm(triangle @ coefficients, axis=0)

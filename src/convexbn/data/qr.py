@@ -111,5 +111,4 @@ def _qr(matrix: Float) -> tuple[Float, Float]:
 def _orthonormal(rotation: Float) -> Float:
     """Orthonormal columns next to columns that are nearly so."""
     Q, R = scipy.linalg.qr(rotation, mode="economic")
-    orthonormal: Float = Q * np.where(np.diag(R) < 0, -1.0, 1.0)
-    return orthonormal
+    return Q * np.where(np.diag(R) < 0, -1.0, 1.0)

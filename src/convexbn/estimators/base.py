@@ -227,8 +227,7 @@ class BaseConvexBN(NetworkParameters):
         """The convolution with the shape of the inputs of the fit; before it, as it was given."""
         if self.convolution is None or not hasattr(self, "network_"):
             return self.convolution
-        layer: Convolution = self.network_.convolution
-        return layer
+        return self.network_.convolution
 
     def _training_set(
         self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None = None

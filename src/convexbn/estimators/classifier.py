@@ -134,8 +134,7 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         fitted = self.__dict__
         outputs = self._outputs(X, fitted)
         labels = (outputs[:, 0] > 0).astype(int) if outputs.shape[1] == 1 else outputs.argmax(axis=1)
-        classes: np.ndarray = fitted["classes_"][labels]
-        return classes
+        return fitted["classes_"][labels]
 
     def predict_proba(self, X: Any) -> Float:
         """Class probabilities (n, n_classes).

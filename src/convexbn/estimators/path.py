@@ -49,20 +49,17 @@ class PathPoint:
     @property
     def rank(self) -> int | float | None:
         """Rank of the point as it was asked for; ``model.rank_`` is the number of directions."""
-        rank: int | float | None = self.model.rank
-        return rank
+        return self.model.rank
 
     @property
     def network(self) -> BatchNormNetwork:
         """The network as ordinary weights."""
-        network: BatchNormNetwork = self.model.network_
-        return network
+        return self.model.network_
 
     @property
     def certificate(self) -> Certificate:
         """Its objective, lower bound, gap and status."""
-        certificate: Certificate = self.model.certificate_
-        return certificate
+        return self.model.certificate_
 
 
 def fit_path(

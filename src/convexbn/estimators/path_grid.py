@@ -44,13 +44,11 @@ def checked_weight_decays(weight_decays: Sequence[float]) -> list[float]:
     kept = np.asarray(weight_decays, dtype=np.float64)
     if kept.ndim != 1 or not len(kept) or not np.all((kept > 0) & np.isfinite(kept)):
         raise ValueError(f"weight_decays must be a sequence of positive finite numbers; got {weight_decays!r}.")
-    values: list[float] = kept.tolist()
-    return values
+    return kept.tolist()
 
 
 def default_weight_decays(model: Any, data: TrainingSet) -> list[float]:
     """Geometric grid from the largest useful weight decay downwards."""
     largest = model._max_weight_decay(data, proved=False)
     value = largest[0] if isinstance(largest, tuple) else largest
-    grid: list[float] = ((value if value > 0 else 1.0) * np.geomspace(1, _SMALLEST, _N_WEIGHT_DECAYS)).tolist()
-    return grid
+    return ((value if value > 0 else 1.0) * np.geomspace(1, _SMALLEST, _N_WEIGHT_DECAYS)).tolist()

@@ -97,8 +97,7 @@ def of_model(model: Any) -> dict[str, JSON]:
         "certificate": _certificate_to_json(model.certificate_),
         "source": getattr(model, "source_", None),
     }
-    plain: dict[str, JSON] = _plain(header)
-    return plain
+    return _plain(header)
 
 
 def check(header: Mapping[str, JSON]) -> None:
@@ -137,8 +136,7 @@ def parameters(model: Any) -> dict[str, Any]:
         del kept["gates"]
     if not isinstance(model.random_state, (int, np.integer)):
         kept["random_state"] = None
-    plain: dict[str, Any] = _plain(kept)
-    return plain
+    return _plain(kept)
 
 
 def convolution(block: Any) -> Convolution | None:

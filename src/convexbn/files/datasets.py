@@ -159,8 +159,7 @@ def _pixels(image: bytes, pillow: Any) -> NDArray[np.uint8]:
         with pillow.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
             if opened.size != (32, 32):
                 raise ValueError(f"images must have 32 x 32 pixels, and one has {opened.size[0]} x {opened.size[1]}")
-            pixels: NDArray[np.uint8] = np.asarray(opened.convert("RGB")).ravel()
-            return pixels
+            return np.asarray(opened.convert("RGB")).ravel()
     except (OSError, SyntaxError) as error:
         raise ValueError(f"images must be sound PNG or JPEG ({error})") from error
 

@@ -169,8 +169,7 @@ def _encode(text: str, arrays: Mapping[str, Array]) -> bytes:
         if name == "__metadata__" or not name.isprintable():
             raise FormatError(f"a tensor cannot be named {name!r}: rename it")
     seal = _Seal(_FORMAT, text, _digest(_FORMAT, text, arrays))
-    data: bytes = save(dict(arrays), {"convexbn": json.dumps(seal._asdict(), separators=(",", ":"))})
-    return data
+    return save(dict(arrays), {"convexbn": json.dumps(seal._asdict(), separators=(",", ":"))})
 
 
 def _digest(version: str, text: str, arrays: Mapping[str, Array]) -> str:

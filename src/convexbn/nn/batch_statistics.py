@@ -46,8 +46,7 @@ def with_full_batch_statistics(module: nn.Module, names: Iterable[str], rows: to
         double.running_var.copy_(own.running_var)
         own.num_batches_tracked.fill_(1)
         own.momentum = 0.0
-    copied: nn.Module = found
-    return copied
+    return found
 
 
 def without_momentum(module: nn.Module) -> nn.Module:

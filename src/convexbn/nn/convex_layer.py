@@ -158,8 +158,7 @@ def gated_outputs(rows: torch.Tensor, patterns: torch.Tensor, weights: torch.Ten
     """
     P, q, K = weights.shape
     opened = patterns.to(weights.dtype) @ weights.reshape(P, q * K)
-    outputs: torch.Tensor = torch.einsum("nq,nqk->nk", rows, opened.reshape(-1, q, K))
-    return outputs
+    return torch.einsum("nq,nqk->nk", rows, opened.reshape(-1, q, K))
 
 
 class _Differentiated(torch.autograd.Function):
@@ -211,5 +210,4 @@ def _warn_of(optimum: Optimum) -> None:
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().cpu().numpy()
-    return array
+    return tensor.detach().cpu().numpy()

@@ -122,5 +122,4 @@ def _checked_rows(X: torch.Tensor, d: int) -> Float:
     """Rows (n, d) of a tensor (n, ...)."""
     if X.ndim < 2 or len(X) < 2 or X[0].numel() != d:
         raise ValueError(f"X must have two rows or more, of {d} features; got shape {tuple(X.shape)}.")
-    rows: Float = X.flatten(1).numpy()
-    return rows
+    return X.flatten(1).numpy()

@@ -193,5 +193,4 @@ class GatedModule(nn.Module):
         """Outputs: (n, d) -> (n, K)."""
         opened = (x.to(self.gates.dtype) - self.mean) @ self.gates + self.gate_offsets >= 0
         response = self.hidden(x)
-        outputs: torch.Tensor = self.output(torch.where(opened, response, torch.zeros_like(response)))
-        return outputs
+        return self.output(torch.where(opened, response, torch.zeros_like(response)))

@@ -219,14 +219,12 @@ def _check_budget(n: int, q: int, normals: Float, max_bytes: int) -> None:
 
 def _generic(q: int) -> Float:
     """A vector that no hyperplane of ordinary data contains."""
-    vector: Float = np.cos(np.arange(1.0, q + 1) ** 2)
-    return vector
+    return np.cos(np.arange(1.0, q + 1) ** 2)
 
 
 def _unit(vectors: Float) -> Float:
     scaled = vectors / np.abs(vectors).max(axis=1, keepdims=True)
-    unit: Float = scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
-    return unit
+    return scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
 
 
 def _orthonormal_columns(units: Float, tolerance: float) -> tuple[Float, Float]:

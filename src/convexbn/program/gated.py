@@ -83,8 +83,7 @@ class Frobenius:
         """``(1 - threshold / ||S_i||)_+ S_i``."""
         norms = block_norms(blocks)
         factors = np.maximum(1 - np.divide(threshold, norms, out=np.ones_like(norms), where=norms > 0), 0)
-        shrunk: Float = factors[:, None, None] * blocks
-        return shrunk
+        return factors[:, None, None] * blocks
 
 
 @dataclass(frozen=True)
@@ -101,25 +100,21 @@ class Nuclear:
 
     def of(self, blocks: Float) -> Float:
         """Sum of the singular values of every block."""
-        total: Float = np.linalg.svd(blocks, compute_uv=False).sum(axis=1)
-        return total
+        return np.linalg.svd(blocks, compute_uv=False).sum(axis=1)
 
     def dual(self, correlations: Float) -> Float:
         """Largest singular value of every correlation."""
-        largest: Float = np.linalg.svd(correlations, compute_uv=False).max(axis=1, initial=0.0)
-        return largest
+        return np.linalg.svd(correlations, compute_uv=False).max(axis=1, initial=0.0)
 
     def prox(self, blocks: Float, threshold: float) -> Float:
         """The singular values lose the threshold."""
         left, values, right = np.linalg.svd(blocks, full_matrices=False)
-        shrunk: Float = (left * np.maximum(values - threshold, 0)[:, None, :]) @ right
-        return shrunk
+        return (left * np.maximum(values - threshold, 0)[:, None, :]) @ right
 
 
 def block_norms(blocks: Float) -> Float:
     """Frobenius norm of every block: (m, q, K) -> (m,)."""
-    norms: Float = np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
-    return norms
+    return np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
 
 
 # --- operators ---
@@ -250,8 +245,7 @@ class PooledFeatures:
         n, P, width = self.features.shape
         every = len(gate_index) == P and np.array_equal(gate_index, np.arange(P))
         features = (self.features if every else self.features[:, gate_index]).reshape(n, len(gate_index) * width)
-        outputs: Float = features @ blocks.reshape(features.shape[1], blocks.shape[2] // self.readout.n_regions)
-        return outputs
+        return features @ blocks.reshape(features.shape[1], blocks.shape[2] // self.readout.n_regions)
 
     def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
         """``B_i'V`` for every gate (or those of ``gate_index``): (P, q, R K)."""
@@ -367,8 +361,7 @@ class GatedProgram:
     @property
     def block_shape(self) -> tuple[int, int]:
         """Shape of one block ``S_i``."""
-        shape: tuple[int, int] = self.operator.block_shape(self.loss.targets.shape[1])
-        return shape
+        return self.operator.block_shape(self.loss.targets.shape[1])
 
     @property
     def n_gates(self) -> int:
@@ -388,13 +381,11 @@ class GatedProgram:
 
     def outputs(self, gate_index: Index, blocks: Float) -> Float:
         """``F`` (n, K) of blocks on the gates ``gate_index`` (m,)."""
-        outputs: Float = self.operator.apply(gate_index, blocks)
-        return outputs
+        return self.operator.apply(gate_index, blocks)
 
     def correlations(self, dual: Float, gate_index: Index | None = None) -> Float:
         """``A' D_i V`` for every gate, or those of ``gate_index``: (P, q, K)."""
-        correlations: Float = self.operator.adjoint(dual, gate_index)
-        return correlations
+        return self.operator.adjoint(dual, gate_index)
 
     def correlation_norms(self, dual: Float) -> Float:
         """``||A' D_i V||``, the dual norm, for every gate: (P,)."""

@@ -75,15 +75,13 @@ class Layers:
     @property
     def gain(self) -> Float:
         """What batch norm multiplies each pre-activation with: (m,)."""
-        gain: Float = self.scale / np.sqrt(self.running_var + self.eps)
-        return gain
+        return self.scale / np.sqrt(self.running_var + self.eps)
 
     def predict(self, X: Float) -> Float:
         """Outputs from the stored statistics: (n, d) -> (n, K)."""
         response = X @ self.weight + (self.bias - self.running_mean)
         hidden = np.maximum(self.gain * response + self.offset, 0)
-        outputs: Float = self.readout.outputs(hidden, self.output) + self.output_bias
-        return outputs
+        return self.readout.outputs(hidden, self.output) + self.output_bias
 
     def with_statistics_of(self, X: Float) -> Layers:
         """The same layers with the full-batch statistics of rows (n, d): what train mode computes on all of them."""
@@ -114,8 +112,7 @@ class Layers:
         """Smallest means of the features (d,) that explain the stored means of the pre-activations."""
         scale = row_scale(self.weight)
         responses = self.running_mean - self.bias
-        mean: Float = np.linalg.lstsq((self.weight / scale).T, responses, rcond=None)[0] / scale[:, 0]
-        return mean
+        return np.linalg.lstsq((self.weight / scale).T, responses, rcond=None)[0] / scale[:, 0]
 
     def _statistics(self, X: Float) -> tuple[Float, Float]:
         """Means of the features (d,) and deviations of the pre-activations (m,), 0 where only rounding varies."""
@@ -154,8 +151,7 @@ def folded(network: BatchNormNetwork, dtype: DTypeLike) -> tuple[Float, Float]:
 
 def rounded(array: Float, dtype: DTypeLike) -> Float:
     """Return the numbers that a type can hold, in float64."""
-    numbers: Float = np.asarray(array).astype(dtype).astype(np.float64)
-    return numbers
+    return np.asarray(array).astype(dtype).astype(np.float64)
 
 
 def row_scale(weight: Float) -> Float:

@@ -102,8 +102,7 @@ class Loss:
     def hessian_root(self, outputs: Float) -> Float:
         """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``, a generalised one where ``l`` has a kink."""
         n, K = outputs.shape
-        scaled: Float = np.sqrt(self.weights)[:, None, None] * np.broadcast_to(self._root(outputs), (n, K, K))
-        return scaled
+        return np.sqrt(self.weights)[:, None, None] * np.broadcast_to(self._root(outputs), (n, K, K))
 
     def _root(self, outputs: Float) -> Float:
         """``R`` for weights of 1: (n, K, K), or (K, K) for all rows alike."""
@@ -407,8 +406,7 @@ class CrossEntropyLoss(Loss):
         residual = self.negative_gradient(outputs) / self.weights[:, None]
         p = np.clip(self.targets - residual, 0, 1)
         root = np.sqrt(p)
-        half: Float = root[:, None, :] * np.eye(p.shape[1]) - p[:, :, None] * root[:, None, :]
-        return half
+        return root[:, None, :] * np.eye(p.shape[1]) - p[:, :, None] * root[:, None, :]
 
     def full_rank(self, weight_decay: float) -> Formula:
         """One shared logit row ``amplitude (e_k - 1/K)`` a class; ``1 - p_own = tau`` at the optimum."""
@@ -486,8 +484,7 @@ def loss_kind(name: str, *, huber_delta: float = 1.0) -> LossKind:
 def softmax(outputs: Float) -> Float:
     """Rows ``exp(f) / sum exp(f)``, without overflow."""
     exponentials = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-    normalised: Float = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return normalised
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def root_mean_square(targets: Float, weights: Float) -> float:
@@ -539,8 +536,7 @@ def _shifted(outputs: Float) -> tuple[Float, Float, Float, Bool]:
 
 def _diagonals(entries: Float) -> Float:
     """Diagonal matrices (n, K, K) of rows (n, K)."""
-    matrices: Float = entries[:, :, None] * np.eye(entries.shape[1])
-    return matrices
+    return entries[:, :, None] * np.eye(entries.shape[1])
 
 
 def _stationary(p: Float, ratio: float) -> Float:
@@ -550,5 +546,4 @@ def _stationary(p: Float, ratio: float) -> Float:
         middle = 0.5 * (low + high)
         positive = p - 0.5 * (1 + np.tanh(0.5 * middle)) > ratio * middle
         low, high = np.where(positive, middle, low), np.where(positive, high, middle)
-    root: Float = 0.5 * (low + high)
-    return root
+    return 0.5 * (low + high)

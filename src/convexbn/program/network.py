@@ -120,8 +120,7 @@ class BatchNormNetwork:
         else:
             gates, offsets, place = distinct
             opened = np.take(gate_patterns(X, self.mean, gates, offsets), place, axis=1)
-        activations: Float = np.where(opened, response, 0.0)
-        return activations
+        return np.where(opened, response, 0.0)
 
     def _distinct_gates(self) -> tuple[Float, Float, Index] | None:
         """Gates and offsets, of which several neurons may share one, and the place of every neuron among them."""

@@ -35,8 +35,7 @@ class Neurons:
     @property
     def norms(self) -> Float:
         """``||s_j|| ||c_j||``: (m,)."""
-        norms: Float = np.linalg.norm(self.first, axis=0) * np.linalg.norm(self.output, axis=1)
-        return norms
+        return np.linalg.norm(self.first, axis=0) * np.linalg.norm(self.output, axis=1)
 
     def joined(self, other: Neurons) -> Neurons:
         """Both networks side by side."""

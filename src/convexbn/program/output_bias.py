@@ -67,8 +67,7 @@ class WithOutputBias(Loss):
         bias = self.best_bias(outputs)
         dual = self.inner.negative_gradient(outputs + bias)
         excess = dual.sum(axis=0) - self.decay * bias
-        gradient: Float = dual - np.outer(self.weights / self.weights.sum(), excess)
-        return gradient
+        return dual - np.outer(self.weights / self.weights.sum(), excess)
 
     def dual_value(self, dual: Float) -> float:
         """``D(V) - ||1'V||^2 / (2 decay)``; ``-inf`` where a bias without decay could lower the loss for ever."""
@@ -121,8 +120,7 @@ class WithOutputBias(Loss):
         """Second derivative in the bias: (K, K)."""
         root = self.inner.hessian_root(outputs)
         side = root.transpose(1, 0, 2).reshape(root.shape[1], -1)
-        second: Float = side @ side.T + self.decay * np.eye(len(side))
-        return second
+        return side @ side.T + self.decay * np.eye(len(side))
 
     def _far(self, outputs: Float, bias: Float, step: Float) -> Float:
         """A step in one output, whose loss is linear here, doubled as long as that lowers the value."""

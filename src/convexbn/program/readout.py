@@ -74,8 +74,7 @@ class Readout:
 
     def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
         """Outputs (n, K) of hidden units (N, m) and an output layer (m, R K)."""
-        outputs: FloatMatrix = self.pool(hidden) @ self.by_region(output)
-        return outputs
+        return self.pool(hidden) @ self.by_region(output)
 
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
         """Outputs (n, K) of the cases from those of their rows (N, R K), where the readout is linear."""
@@ -181,8 +180,7 @@ class AveragePooling(Pooling):
     def gather(self, outputs: FloatMatrix) -> FloatMatrix:
         """``F_i = sum_r sum_k T_rk G_(ik),r`` of outputs (n Kp, R K) of the rows: (n, K)."""
         images = outputs.reshape(-1, self.rows_per_case, self.n_regions, outputs.shape[1] // self.n_regions)
-        summed: FloatMatrix = np.einsum("rk,nkrc->nc", self.regions.averages, images, optimize=True)
-        return summed
+        return np.einsum("rk,nkrc->nc", self.regions.averages, images, optimize=True)
 
     def spread(self, dual: FloatMatrix) -> FloatMatrix:
         """``T'V`` (n Kp, R K) of a dual point (n, K)."""

@@ -60,8 +60,7 @@ def _off_the_rows(rows: Float, opened: Bool, directions: Float) -> Float:
 def _opens_exactly(unit: Float, opened: Bool, directions: Float) -> Bool:
     """Whether the directions open on the patterns by more than rounding."""
     images = np.where(opened, 1.0, -1.0) * (unit @ directions)
-    exact: Bool = images.min(axis=0) > 8 * EPS * np.linalg.norm(directions, axis=0)
-    return exact
+    return images.min(axis=0) > 8 * EPS * np.linalg.norm(directions, axis=0)
 
 
 def _widest_margin(signed: Float) -> Float:
@@ -70,5 +69,4 @@ def _widest_margin(signed: Float) -> Float:
 
     n, q = signed.shape
     multipliers, _ = nnls(np.vstack([signed.T, np.ones(n)]), np.eye(q + 1)[-1])
-    direction: Float = multipliers @ signed
-    return direction
+    return multipliers @ signed

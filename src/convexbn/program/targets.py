@@ -144,9 +144,7 @@ def _probabilities(y: Any, n_classes: int) -> Float:
             bool(rows.min(initial=0.0) >= 0 and np.abs(rows.sum(axis=1) - 1).max(initial=0.0) < 1e-6),
             "cross-entropy takes class indices or rows of probabilities, and y has other rows",
         )
-        normalised: Float = rows / rows.sum(axis=1, keepdims=True)
-        return normalised
+        return rows / rows.sum(axis=1, keepdims=True)
     inside = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0 and labels.max(initial=0) < n_classes
     require(bool(inside), f"cross-entropy takes class indices from 0 to {n_classes - 1}, integers, and y holds others")
-    one_hot: Float = np.eye(n_classes)[labels]
-    return one_hot
+    return np.eye(n_classes)[labels]

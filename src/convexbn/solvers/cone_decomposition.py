@@ -101,21 +101,18 @@ class _Iterate:
 
     def _images(self, x: Float) -> Float:
         """``G x``: (m, n)."""
-        images: Float = self.signs * (x @ self.unit.T)
-        return images
+        return self.signs * (x @ self.unit.T)
 
     def _pullback(self, multiplier: Float) -> Float:
         """``G' multiplier``: (m, q)."""
-        pulled: Float = (self.signs * multiplier) @ self.unit
-        return pulled
+        return (self.signs * multiplier) @ self.unit
 
     def converged(self, tol: float) -> Bool:
         """Where complementarity is small against the objective, and the inequalities hold to rounding."""
         objective = self.norms.sum(axis=0)
         complementary = np.einsum("mn,mn->m", self.slack, self.multiplier) <= tol * objective
         feasible = np.abs(self.infeasible).max(axis=1) <= _ROUNDING * objective
-        converged: Bool = complementary & feasible
-        return converged
+        return complementary & feasible
 
     def advance(self, running: Bool) -> None:
         """One predictor-corrector step of the vectors that are still running."""

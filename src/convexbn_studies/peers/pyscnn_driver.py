@@ -32,8 +32,7 @@ def solve(A: Any, Y: Any, gates: Any, weight_decay: float, max_iter: int, tolera
     solver = RFISTA(model, max_iters=int(max_iter), tol=float(tolerance))
     penalty = NeuronGL1(float(weight_decay) / len(Y))
     options = {"return_convex": True, "unitize_data": False, "dtype": "float64"}
-    found: tuple[Any, Any] = optimize_model(model, solver, Metrics(), A, Y, regularizer=penalty, **options)
-    return found
+    return optimize_model(model, solver, Metrics(), A, Y, regularizer=penalty, **options)
 
 
 def main(source: str, target: str) -> None:

@@ -88,8 +88,7 @@ def relative_losses(
     losses = [_loss_after(module, X, y, loss, gradients, step, training) for step in (0.0, *steps)]
     if not 0 < losses[0] < np.inf:
         raise ValueError(f"the loss before the step must be positive and finite, and it is {losses[0]}.")
-    relative: Float = np.array(losses[1:]) / losses[0]
-    return relative
+    return np.array(losses[1:]) / losses[0]
 
 
 def _gradients(module: nn.Module, X: Any, y: Any, loss: Loss) -> list[torch.Tensor | None]:

@@ -63,8 +63,7 @@ class FussCatalan:
         inside = (points > 0) & (points < self.edge)
         p, M = self._angle(np.where(inside, points, self.edge / 2)), self.factors
         value = np.sin(p) ** 2 * np.sin(M * p) ** (M - 1) / (pi * np.sin((M + 1) * p) ** M)
-        found: Float = np.where(inside, value, np.where(points == 0, np.inf, 0.0))
-        return found
+        return np.where(inside, value, np.where(points == 0, np.inf, 0.0))
 
     def _angle(self, x: Float) -> Float:
         """Angles of points inside, by bisection: the point falls as the angle grows."""
@@ -104,5 +103,4 @@ def product_spectrum(factors: int, size: int, random_state: int | np.random.Gene
     product = np.eye(size)
     for _ in range(FussCatalan(factors).factors):
         product = rng.standard_normal((size, size)) / np.sqrt(size) @ product
-    values: Float = np.square(np.linalg.svd(product, compute_uv=False), dtype=np.float64)
-    return values
+    return np.square(np.linalg.svd(product, compute_uv=False), dtype=np.float64)

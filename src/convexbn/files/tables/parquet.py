@@ -82,5 +82,4 @@ def _arrow_column(batch: Any, name: str, before: int) -> NDArray[Any]:
         raise TableError(f"row {row}: column {name!r} is null; fill in the cell or delete the row")
     if types.is_string(column.type) or types.is_large_string(column.type):
         return as_labels(column.to_pylist())
-    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return values
+    return column.to_numpy(zero_copy_only=False)

@@ -172,8 +172,7 @@ def _array(torch: Any, name: str, tensor: Any) -> np.ndarray[Any, Any]:
         raise FormatError(f"{name} is no plain tensor of real numbers: save the state dict of the module on the CPU")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise FormatError(f"{name} is an expanded tensor: save it as contiguous numbers")
-    array: np.ndarray[Any, Any] = tensor.detach().to(torch.float64).numpy()
-    return array
+    return tensor.detach().to(torch.float64).numpy()
 
 
 def _is_linear(layer: Arrays) -> bool:

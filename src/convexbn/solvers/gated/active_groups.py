@@ -153,8 +153,7 @@ class ActiveGroups:
         flat = self._half.transpose(0, 2, 1).reshape(n * K, K)
         C = ((flat @ flat.T).reshape(n, K, n, K) * kernel[:, None, :, None]).reshape(n * K, n * K)
         C[np.diag_indices(n * K)] += self.program.weight_decay
-        factor: tuple[Float, bool] = scipy.linalg.cho_factor(C, lower=True, check_finite=False, overwrite_a=True)
-        return factor
+        return scipy.linalg.cho_factor(C, lower=True, check_finite=False, overwrite_a=True)
 
     @cached_property
     def _images(self) -> Float:
@@ -181,8 +180,7 @@ class ActiveGroups:
         """Solve with ``<p_i, C^{-1} p_j>``."""
         scales, values, vectors = self._spectrum
         inverse = np.divide(1, values, out=np.zeros_like(values), where=values > _DEPENDENT)
-        solved: Float = scales * (vectors @ (inverse * (vectors.T @ (scales * right))))
-        return solved
+        return scales * (vectors @ (inverse * (vectors.T @ (scales * right))))
 
     def _solve_C(self, stacked: Float) -> Float:
         """``C^{-1}`` of arrays (count, n, K): rows and outputs that ``L''`` mixes are one index, others columns."""
@@ -194,13 +192,11 @@ class ActiveGroups:
 
     def _root(self, change: Float) -> Float:
         """``R`` of changes of the outputs (..., n, K)."""
-        product: Float = (self._half @ self._mixed(change)).reshape(change.shape)
-        return product
+        return (self._half @ self._mixed(change)).reshape(change.shape)
 
     def _root_transposed(self, change: Float) -> Float:
         """``R'`` of them."""
-        product: Float = (self._half.transpose(0, 2, 1) @ self._mixed(change)).reshape(change.shape)
-        return product
+        return (self._half.transpose(0, 2, 1) @ self._mixed(change)).reshape(change.shape)
 
     def _mixed(self, change: Float) -> Float:
         """Outputs that ``L''`` mixes, and those that it treats alike, as two axes."""

@@ -221,8 +221,7 @@ class _Scaled:
 
         def solve(right: Float) -> Float:
             right = right.astype(self.factor.dtype)
-            solved: Float = self.potrs(self.factor, right, lower=1)[0].astype(np.float64)
-            return solved
+            return self.potrs(self.factor, right, lower=1)[0].astype(np.float64)
 
         alpha = solve(self.targets)
         outputs = image(alpha)
@@ -260,8 +259,7 @@ class _Scaled:
         columns.reshape(len(working), K, -1)[...] *= self._gates(working)[:, None]
         solved = self.trsm(1.0, self.factor, columns.T, lower=1, overwrite_b=1).T
         stacked = solved.reshape(len(working), -1)
-        hessian: Float = self.beta * (stacked @ stacked.T).astype(np.float64)
-        return hessian
+        return self.beta * (stacked @ stacked.T).astype(np.float64)
 
     def solution(self, point: _Point, gradients: Float, reason: str, history: list[Progress]) -> Solution[GateBlocks]:
         """Blocks ``S_i = eta_i A' D_i alpha`` in the units of the program."""

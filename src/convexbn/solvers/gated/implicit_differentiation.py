@@ -192,5 +192,4 @@ def _in_rows(groups: ActiveGroups, blocks: Float, dual: Float) -> Float:
     """``sum_i D_i dual S_i'``: the derivative of ``<dual, J S>`` in the rows, (n, q)."""
     m, q, K = blocks.shape
     opened = groups.program.operator.patterns[:, groups.gate_index].astype(np.float64)
-    derivative: Float = np.einsum("nqk,nk->nq", (opened @ blocks.reshape(m, q * K)).reshape(-1, q, K), dual)
-    return derivative
+    return np.einsum("nqk,nk->nq", (opened @ blocks.reshape(m, q * K)).reshape(-1, q, K), dual)

@@ -88,8 +88,7 @@ class SketchedHessian:
 
     def _apply_base(self, blocks: FloatMatrix) -> FloatMatrix:
         flat = blocks.astype(self.base_inverse.dtype, copy=False).reshape(len(blocks), -1)
-        applied: FloatMatrix = (self.base_inverse @ flat).reshape(blocks.shape)
-        return applied
+        return (self.base_inverse @ flat).reshape(blocks.shape)
 
 
 def factor_hessian(
@@ -109,11 +108,9 @@ def factor_hessian(
     def derivative(half: Float, rows: slice) -> FloatMatrix:
         change = (A[rows] @ stacked).reshape(-1, K, m)
         change *= D[rows][:, None, gate_index]
-        turned: FloatMatrix = half.astype(dtype).transpose(0, 2, 1) @ change
-        return turned
+        return half.astype(dtype).transpose(0, 2, 1) @ change
 
-    hessian: Float = np.ldexp(part.loss.gauss_newton(there, derivative, m), 2 * exponent)
-    return hessian
+    return np.ldexp(part.loss.gauss_newton(there, derivative, m), 2 * exponent)
 
 
 def sample_size(program: GatedProgram) -> int:

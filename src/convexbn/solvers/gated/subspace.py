@@ -331,8 +331,7 @@ class _Descent:
         scale = 1 / np.sqrt(np.maximum(hessian.diagonal(), np.finfo(float).tiny))
         values, vectors = scipy.linalg.eigh(scale[:, None] * hessian * scale)
         kept = values > _DEPENDENT * values[-1]
-        metric: Float = scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
-        return metric
+        return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
 
 
 def _outputs(program: GatedProgram, blocks: Float) -> Float:
@@ -344,5 +343,4 @@ def _outputs(program: GatedProgram, blocks: Float) -> Float:
 def _in_range(linear: Callable[[Float], FloatMatrix], array: Float) -> Float:
     """A linear function in whatever precision at an array scaled by a power of two to entries below 1; in float64."""
     exponent = np.frexp(np.abs(array).max(initial=0.0))[1]
-    image: Float = np.ldexp(linear(np.ldexp(array, -exponent)).astype(np.float64, copy=False), exponent)
-    return image
+    return np.ldexp(linear(np.ldexp(array, -exponent)).astype(np.float64, copy=False), exponent)

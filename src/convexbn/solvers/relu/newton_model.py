@@ -122,8 +122,7 @@ class NewtonModel:
         hessian.flat[:: len(hessian) + 1] += diagonal
 
     def _solve(self, right: Float) -> Float:
-        solution: Float = scipy.linalg.solve_triangular(self.factor, right, lower=True, check_finite=False)
-        return solution
+        return scipy.linalg.solve_triangular(self.factor, right, lower=True, check_finite=False)
 
     def _kinks(self, chosen: Bool) -> _Hinges:
         """Hinges ``-g (a_i's_j)_+`` of the chosen rows and neurons (n, m)."""
@@ -151,8 +150,7 @@ class NewtonModel:
     def _radial(self) -> Float:
         """Derivative of ``log ||s_j|| ||c_j||`` (m, q + K)."""
         first, output = self.neurons.first.T, self.neurons.output
-        radial: Float = np.hstack([first, output]) / self.neurons.norms[:, None]  # balanced: both norms squared
-        return radial
+        return np.hstack([first, output]) / self.neurons.norms[:, None]  # balanced: both norms squared
 
     def _missing(self, hinges: _Hinges, change: Float) -> tuple[Bool, Bool]:
         """Convex kinks and norms that a step crosses and that are not among the hinges."""
@@ -208,5 +206,4 @@ def _along(face: Float, matrix: Float) -> Float:
     lengths = np.linalg.norm(face, axis=1, keepdims=True)
     _, values, right = np.linalg.svd(face / lengths, full_matrices=False)
     basis = right[values > 1e-7 * values[0]]
-    component: Float = basis.T @ (basis @ matrix)
-    return component
+    return basis.T @ (basis @ matrix)

@@ -43,8 +43,7 @@ def with_best_norms(
         return loss.value(hidden @ (r[:, None] * unit.output)) + weight_decay * float(r.sum())
 
     def derivative(half: Float, part: slice) -> Float:
-        change: Float = np.einsum("ilk,jl->ikj", half, unit.output) * hidden[part][:, None, :]
-        return change
+        return np.einsum("ilk,jl->ikj", half, unit.output) * hidden[part][:, None, :]
 
     value = objective(norms)
     largest = np.full(len(norms), value / weight_decay)  # the losses are nonnegative

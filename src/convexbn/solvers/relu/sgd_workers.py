@@ -160,8 +160,7 @@ class _Part:
         if rows is None:
             return np.zeros(0)
         self._hidden = self.weights.hidden(rows)
-        outputs: FloatMatrix = self._hidden @ self.weights.output
-        return outputs
+        return self._hidden @ self.weights.output
 
 
 class DataParallel:
