@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockSize:
-    """How many rows are taken at a time: about as many as have ``entries`` numbers.
+    """Number of rows in a block: as many as ``entries`` allow.
 
     Parameters
     ----------
     width : int
-        Numbers that a row takes.
+        Entries that a row takes.
     entries : int
-        Numbers that a block may take.
+        Entries that a block may take.
     least : int, default=1
         Fewest rows of a block, whatever their width.
     together : int, default=1
-        Consecutive rows that stay in one block; the number of rows is a multiple.
+        Consecutive rows of a case, which stay in one block; it divides the number of rows.
 
     Examples
     --------
@@ -33,10 +33,10 @@ class BlockSize:
     together: int = 1
 
     def slices(self, n: int) -> Iterator[slice]:
-        """Slices of ``n`` rows, in order."""
+        """Slices of ``n`` rows, in order; the last may end beyond them."""
         size = -(-max(self.least, self.entries // max(self.width, 1)) // self.together) * self.together
         return (slice(start, start + size) for start in range(0, n, size))
 
     def cases(self, part: slice) -> slice:
-        """Where the cases of a slice of rows are, ``together`` rows each."""
+        """Slice of the cases that a slice of rows holds."""
         return slice(part.start // self.together, part.stop // self.together)

@@ -1,7 +1,7 @@
 """Rows in a canonical order, equal rows merged: sample weights and repetition become the same arrays.
 
-After merging, a fit does not depend on the order of the rows, on how a row is repeated, or on rows of
-weight zero, bit for bit.
+After merging, a fit does not depend on the order of the rows, on how a row is repeated, or on rows of weight zero, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.blocks import BlockSize
 
-#: Rows read at once, and entries that are hashed at once: 1 MB, which stays in the cache.
+#: Rows that are read at once, and entries that are hashed at once: 1 MB, which stays in the cache.
 _BLOCK, _HASHED_ENTRIES = 4096, 1 << 17
 
 
 def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, Index]:
-    """Order that brings equal rows together, and where each run of equal rows starts in it.
+    """Order that brings equal rows together, and the start of each run of equal rows in it.
 
-    The order depends on the values of the rows of all ``keys`` (and of ``ties`` within a run) alone, not on types. Rows
-    are sorted by a 64-bit hash and compared exactly.
+    Rows are sorted by a 64-bit hash and compared exactly. The order depends on the values of all ``keys`` alone, not on
+    their types; within a run it is that of ``ties``.
 
     Examples
     --------
@@ -41,14 +41,18 @@ def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, In
 
 
 def canonical_rows(X: FloatMatrix, Y: Float, sample_weight: Float) -> tuple[FloatMatrix, Float, Float]:
-    """Rows of positive weight in canonical order, identical ``(x, y)`` rows merged into weighted ones.
+    """Rows of positive weight in canonical order, equal ``(x, y)`` rows merged into one of their total weight.
 
-    ``X`` may be of any real type, and stays of it.
+    Parameters
+    ----------
+    X : ndarray (n, d)
+        Of any real type, which is kept.
+    Y, sample_weight : ndarray (n, K), (n,)
     """
     kept = sample_weight > 0
     if not kept.all():
         X, Y, sample_weight = X[kept], Y[kept], sample_weight[kept]
-    X, Y = _with_one_zero(X), _with_one_zero(Y)
+    X, Y = (array + array.dtype.type(0) if array.dtype.kind == "f" else array for array in (X, Y))  # -0.0 becomes 0.0
     order, starts = equal_rows(X, Y, ties=sample_weight)
     first = order[starts]
     return X[first], Y[first], np.add.reduceat(sample_weight[order], starts)
@@ -58,12 +62,18 @@ def distinct_rows(X: FloatMatrix) -> tuple[FloatMatrix, Index]:
     """Distinct rows of ``X``, and for every row its place among them."""
     order, starts = equal_rows(X)
     place = np.zeros(len(X), dtype=np.intp)
-    place[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(X))))
+    place[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(X)))
     return X[order[starts]], place
 
 
 def fingerprint(X: FloatMatrix, Y: Float, sample_weight: Float) -> str:
-    """SHA-256 of canonical rows: equal for equal data in whatever order, repetition or type."""
+    """SHA-256 of canonical rows: equal for equal data, whatever their order, repetition or type.
+
+    Parameters
+    ----------
+    X, Y, sample_weight : ndarray (n, d), (n, K), (n,)
+        As ``canonical_rows`` returns them.
+    """
     digest = hashlib.sha256(repr((X.shape, Y.shape)).encode())
     for array in (X, Y, sample_weight):
         for part in BlockSize(1, _BLOCK).slices(len(array)):
@@ -71,13 +81,8 @@ def fingerprint(X: FloatMatrix, Y: Float, sample_weight: Float) -> str:
     return digest.hexdigest()
 
 
-def _with_one_zero(array: FloatMatrix) -> FloatMatrix:
-    """-0.0 and 0.0 are one value."""
-    return array + array.dtype.type(0) if array.dtype.kind == "f" else array
-
-
 def _row_hashes(*keys: FloatMatrix) -> np.ndarray:
-    """One 64-bit hash a row of all keys, exact integer arithmetic: independent of order, blocks, threads and types."""
+    """64-bit hashes of rows in exact integer arithmetic: independent of order, blocks, threads and types."""
     width, n = sum(key.shape[1] for key in keys), len(keys[0])
     odd = np.random.default_rng(0).integers(1 << 63, size=width, dtype=np.uint64) * 2 + 1
     hashes = np.empty(n, dtype=np.uint64)

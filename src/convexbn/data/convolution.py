@@ -1,4 +1,4 @@
-"""The convolutional layer as a user describes it."""
+"""Convolutional first layer, as a user describes it."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Sizes = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution, its batch norm over all locations, and pooling: the first layer of a network on images or signals.
+    """First layer of a network on images or signals: convolution, batch norm over all locations, and pooling.
 
     Parameters
     ----------
     kernel_size : int or tuple of int
-        Size of the filters; a number is for every dimension.
+        Size of the filters, in all dimensions or in each.
     stride, padding : int or tuple of int
         Distance of the filters' places, and zeros around the input.
     pooling : {"average", "max"}, default="average"
-        What is kept of a region of locations.
+        Whether the average or the maximum of a region of locations is kept.
     regions : int, tuple of int or "all", default=1
-        Regions in each dimension, as torch's adaptive pooling divides the locations: 1 is global pooling, ``(4, 4)``
-        a grid of 16, and ``"all"`` a flattened layer, every location a region. The output layer has weights for each.
+        Regions in each dimension, as torch's adaptive pooling divides the locations: 1 is global pooling, ``(4, 4)`` a
+        grid of 16, and ``"all"`` a flattened layer, every location a region. The output layer has weights for each.
     input_shape : tuple of int, optional
-        ``(height, width, channels)`` of an image or ``(length, channels)`` of a signal. Inputs of that many axes have
-        it themselves; flattened rows, the channels of a pixel side by side, need it.
+        ``(height, width, channels)`` of an image or ``(length, channels)`` of a signal. Flattened rows, the channels of
+        a pixel side by side, need it; inputs of several axes have it themselves.
     channels : {"last", "first"}, default="last"
         Where the channels are in ``input_shape`` and in inputs of several axes.
 
     Raises
     ------
     ValueError
-        When a number does not fit.
+        If an argument is not valid, or does not fit the input shape.
 
     Examples
     --------
@@ -63,9 +63,7 @@ class Convolution:
             raise ValueError(f"channels must be 'last' or 'first', got {self.channels!r}.")
         for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("regions", 1)):
             value = getattr(self, name)
-            if name == "regions" and value == "all":
-                continue
-            if not _are_integers(_items(value), least):
+            if (name, value) != ("regions", "all") and not _are_integers(_items(value), least):
                 raise ValueError(f"{name} must be an integer from {least}, or one a dimension; got {value!r}.")
         if self.input_shape is not None:
             shape = _items(self.input_shape)
@@ -85,14 +83,13 @@ class Convolution:
     def geometry(self) -> Geometry:
         """Places of the patches."""
         *sizes, channels = self._shape if self.channels == "last" else (*self._shape[1:], self._shape[0])
-        image = (1, sizes[0], channels) if len(sizes) == 1 else (sizes[0], sizes[1], channels)
-        return Geometry(
-            image, self._both("kernel_size", 1), self._both("stride", 1), self._both("padding", 0), len(sizes)
-        )
+        height, width = (1, *sizes)[-2:]
+        kernel, stride, padding = self._both("kernel_size", 1), self._both("stride", 1), self._both("padding", 0)
+        return Geometry((height, width, channels), kernel, stride, padding, len(sizes))
 
     @property
     def pool(self) -> Regions:
-        """Regions of the locations that are pooled."""
+        """Regions of the locations over which the layer pools."""
         locations = self.geometry.locations
         grid = locations if self.regions == "all" else self._both("regions", 1)
         if any(parts > size for parts, size in zip(grid, locations, strict=True)):
@@ -100,25 +97,23 @@ class Convolution:
         return Regions(locations, grid)
 
     def rows(self, X: Any) -> FloatMatrix:
-        """Inputs of several axes as rows (n, features) with the channels of a pixel side by side.
+        """Inputs as rows (n, features), with the channels of a pixel side by side.
 
         Raises
         ------
         ValueError
-            When the shape is not that of ``input_shape``.
+            If their shape is not ``input_shape``.
         """
         X = np.asarray(X)
         flat = (self.geometry.n_features,)
         if X.shape[1:] not in (self._shape, flat):
             raise ValueError(f"X must have shape (n, {', '.join(map(str, self._shape))}), got {X.shape}.")
-        if X.shape[1:] == flat:
-            flattened: FloatMatrix = X
-        else:
-            flattened = (X if self.channels == "last" else np.moveaxis(X, 1, -1)).reshape(len(X), *flat)
-        return flattened
+        if X.ndim > 2 and self.channels == "first":
+            X = np.moveaxis(X, 1, -1)
+        return X.reshape(len(X), *flat)
 
     def for_inputs(self, X: Any) -> Convolution:
-        """The same layer with the shape of inputs of several axes, where it has none."""
+        """Layer with the shape of inputs of several axes as ``input_shape``, unless it has one."""
         shape = np.shape(X)[1:]
         if self.input_shape is not None:
             return self
@@ -136,12 +131,13 @@ class Convolution:
         return self.input_shape
 
     def _both(self, name: str, neutral: int) -> tuple[int, int]:
-        """Values down and across; a signal has no height."""
+        """Values down and across; a signal is of height 1, where the value is ``neutral``."""
         given = _items(getattr(self, name))
         values = given * self.dimensions if len(given) == 1 else given
         if len(values) != self.dimensions:
             raise ValueError(f"{name} must have {self.dimensions} numbers for this input_shape, got {given}.")
-        return (neutral, values[0]) if self.dimensions == 1 else (values[0], values[1])
+        down, across = (neutral, *values)[-2:]
+        return down, across
 
 
 def _are_integers(values: tuple[Any, ...], least: int) -> bool:

@@ -1,6 +1,6 @@
 """Kernels of raw rows: functions of one block, written against its array namespace.
 
-Per row of ``d`` numbers: ``weighted_gram`` takes ``2 d^2`` flops, ``projected`` ``2 d r``. Both are matrix products,
+Per row of ``d`` numbers ``weighted_gram`` takes ``2 d^2`` flops and ``projected`` ``2 d r``. Both are matrix products
 and run at their speed; on the host ``moments.weighted_sums`` adds up one triangle of the Gram matrix in place instead.
 """
 
@@ -13,7 +13,7 @@ from array_api_compat import array_namespace, device
 
 
 def positive_part(array: Any) -> Any:
-    """``(a)_+`` of an array that is not needed any more."""
+    """``(a)_+`` of an array, which may be overwritten."""
     if isinstance(array, np.ndarray):
         return np.maximum(array, 0, out=array)
     xp = array_namespace(array)
@@ -21,13 +21,22 @@ def positive_part(array: Any) -> Any:
 
 
 def like(array: Any, host: np.ndarray) -> Any:
-    """An array of numpy in the namespace, on the device and in the precision of another."""
-    xp = array_namespace(array)
-    return xp.asarray(host, dtype=array.dtype, device=device(array))
+    """Copy of a NumPy array in the namespace, on the device and in the precision of another array."""
+    return array_namespace(array).asarray(host, dtype=array.dtype, device=device(array))
 
 
 def scaled(block: Any, dtype: Any, *factors: Any) -> Any:
-    """Rows (b, d) in a precision, their columns times factors (d,), see ``scaling.powers``."""
+    """Rows in a precision, their columns multiplied by factors: (b, d).
+
+    Parameters
+    ----------
+    block : array (b, d)
+        Of any real type.
+    dtype : data type
+        Of the block's namespace.
+    *factors : array (d,)
+        Powers of two, see ``scaling.powers``.
+    """
     block = array_namespace(block).astype(block, dtype, copy=False)
     for factor in factors:
         block = block * factor
@@ -35,12 +44,26 @@ def scaled(block: Any, dtype: Any, *factors: Any) -> Any:
 
 
 def weighted_gram(block: Any, weights: Any, mean: Any, *factors: Any) -> tuple[Any, Any]:
-    """``sum w (x - mean)(x - mean)'`` (d, d) and ``sum w (x - mean)`` (d,) of scaled rows with weights (b,)."""
+    """``sum w (x - mean)(x - mean)'`` (d, d) and ``sum w (x - mean)`` (d,) of scaled rows.
+
+    Parameters
+    ----------
+    block, weights, mean : array (b, d), (b,), (d,)
+    *factors : array (d,)
+        As in ``scaled``.
+    """
     root = array_namespace(weights).sqrt(weights)
     rows = root[:, None] * (scaled(block, weights.dtype, *factors) - mean)
     return rows.T @ rows, root @ rows
 
 
 def projected(block: Any, mean: Any, projection: Any, *factors: Any) -> Any:
-    """``(x - mean)' projection`` of scaled rows, in the precision of the projection: (b, r)."""
+    """``(x - mean)' projection`` of scaled rows, in the precision of the projection: (b, r).
+
+    Parameters
+    ----------
+    block, mean, projection : array (b, d), (d,), (d, r)
+    *factors : array (d,)
+        As in ``scaled``.
+    """
     return (scaled(block, projection.dtype, *factors) - mean) @ projection

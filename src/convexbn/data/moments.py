@@ -2,9 +2,8 @@
 
 Rows are centred near their mean while they are read, so that an offset costs no digits. Rows of one-byte integers are
 multiplied in float32, twice as fast as in float64, and *exactly*: while the diagonal of a block's Gram matrix stays
-below 2^24, all its partial sums are integers that float32 holds. With few columns, those of patches, the exact matrix
-is kept in extended precision, where there is such a thing: what would be another pass over the rows is then a product
-with it.
+below 2^24, all its partial sums are integers that float32 holds. For few columns, as of patches, the exact matrix is
+kept in extended precision, if the machine has it: a product with it then replaces another pass over the rows.
 """
 
 from __future__ import annotations
@@ -26,18 +25,14 @@ from convexbn.data.scaling import powers
 #: Bytes of a block of rows in float64. It stays in the cache while it is centred and multiplied; 64 MB took up to six
 #: times as long.
 BLOCK_BYTES = 1 << 22
-
 #: Integers up to this, and sums of them, are exact in float32.
 _EXACT = 2.0**24
-
-#: Columns up to which an exact Gram matrix is kept, and the precision that it takes.
+#: Columns up to which an exact Gram matrix is kept, and its precision.
 _FEW_COLUMNS = 600
 _EXTENDED = np.longdouble if np.finfo(np.longdouble).eps < 1e-18 else None
-
 #: Entries of one-byte integers that are multiplied at a time, and the fewest rows.
 _INTEGER_ENTRIES, _INTEGER_ROWS = 1 << 18, 1024
-
-#: Columns up to which two threads of scipy's BLAS lose more with one another than they win.
+#: Columns up to which threads of SciPy's BLAS cost more than they gain.
 _NARROW = 256
 
 
@@ -47,16 +42,14 @@ class Moments:
 
     Attributes
     ----------
-    mean : ndarray (d,)
-        Column means, in units of ``2^exponents``.
-    gram : ndarray (d, d)
-        ``sum_i w_i (x_i - mean)(x_i - mean)'`` in these units, to rounding relative to its diagonal.
+    mean, gram : ndarray (d,), (d, d)
+        Column means, and ``sum_i w_i (x_i - mean)(x_i - mean)'``, to rounding relative to its diagonal.
     varies : ndarray (d,) of bool
         Columns that hold two different values.
     exponents : ndarray (d,) of int
-        Floats lie in [-1, 1] in these units; 0 for one-byte integers.
+        The units are ``2^exponents``: floats lie in [-1, 1] in these units; 0 for one-byte integers.
     exact : ndarray (d, d) of longdouble, or None
-        The Gram matrix of few columns of one-byte integers of weight 1, which no rounding has touched but the last.
+        The Gram matrix, rounded once, of few columns of one-byte integers of weight 1.
     """
 
     mean: Float
@@ -84,12 +77,11 @@ def moments(X: FloatMatrix, weights: Float) -> Moments:
     while True:
         centre = np.rint(centre) if integers else centre
         gram, sums = read(X, weights, centre, exponents)
-        shift = sums / total
-        exact = None
+        shift, exact = sums / total, None
         if integers and _EXTENDED is not None and len(gram) <= _FEW_COLUMNS and weights.max() == 1:
             exact = gram - np.outer(sums.astype(_EXTENDED), sums.astype(_EXTENDED)) / _EXTENDED(total)
         gram -= np.outer(sums, shift)
-        # beyond the deviation a centre costs digits: rows that are sorted are read again
+        # a centre farther from the mean than the deviation costs digits: sorted rows are read again
         near = shift**2 <= np.maximum(gram.diagonal(), 0) / total + (8 * EPS * centre) ** 2
         if integers or near.all():
             return Moments(centre + shift, gram, low < high, exponents, exact)
@@ -97,52 +89,47 @@ def moments(X: FloatMatrix, weights: Float) -> Moments:
 
 
 def cached_rows(X: Rows) -> BlockSize:
-    """Rows that stay in the cache in float64: ``BLOCK_BYTES``."""
+    """Size of blocks that stay in the cache in float64: ``BLOCK_BYTES``."""
     return BlockSize(X.shape[1], BLOCK_BYTES // 8, least=64)
 
 
 def blocks(X: Rows) -> Iterator[tuple[slice, Float]]:
-    """Consecutive rows in float64, a few at a time, and where they are."""
+    """Slices of rows, and these rows in float64."""
     return ((part, np.asarray(X[part], dtype=np.float64)) for part in cached_rows(X).slices(len(X)))
 
 
 def weighted_sums(parts: Iterable[tuple[Float, Float]], size: int) -> tuple[Float, Float]:
     """``sum w x x'`` (size, size) and ``sum w x`` (size,) over parts of weights and rows, in float64.
 
-    BLAS adds up one triangle, in place: numpy's product makes both and copies one to the other, which on few rows of
-    3,072 columns takes longer than the product.
+    BLAS adds up one triangle, in place. NumPy's product makes both and copies one to the other, which takes longer than
+    the product on few rows of 3,072 columns.
     """
-    upper, sums = np.zeros((size, size), order="F"), np.zeros(size)
+    gram, sums = np.zeros((size, size), order="F"), np.zeros(size)
     with single_scipy_blas() if size <= _NARROW else nullcontext():
         for weights, rows in parts if size else ():  # BLAS takes no matrix without columns
             root = np.sqrt(weights)
             scaled = rows * root[:, None]
             sums += np.einsum("n,nd->d", root, scaled)  # threads of two BLAS would wait for each other
-            upper = blas.dsyrk(1.0, scaled.T, beta=1.0, c=upper, overwrite_c=1)
-    return _mirrored(upper), sums
-
-
-def _mirrored(upper: Float) -> Float:
-    upper += np.triu(upper, 1).T
-    return upper
+            gram = blas.dsyrk(1.0, scaled.T, beta=1.0, c=gram, overwrite_c=1)
+    gram += np.triu(gram, 1).T
+    return gram, sums
 
 
 def _read_floats(X: FloatMatrix, weights: Float, centre: Float, exponents: np.ndarray) -> tuple[Float, Float]:
     """``sum w (x - c)(x - c)'`` and ``sum w (x - c)`` in float64."""
     rows, factors = row_matrix(X), powers(-exponents)
     if not isinstance(rows, HostRows):
-        gram, sums = rows.reduce(weighted_gram, cached_rows(X), along=[weights], shared=[centre, *factors])
-        return gram, sums
+        return rows.reduce(weighted_gram, cached_rows(X), along=[weights], shared=[centre, *factors])
     centred = ((weights[part], scaled(block, np.float64, *factors) - centre) for part, block in blocks(X))
     return weighted_sums(centred, X.shape[1])
 
 
 def _read_integers(X: FloatMatrix, weights: Float, centre: Float, exponents: np.ndarray) -> tuple[Float, Float]:
-    """The same, exact for weights of 1; what weights exceed 1 by is added in float64.
+    """``sum w (x - c)(x - c)'`` and ``sum w (x - c)``, exact for weights of 1; the excess over 1 is added in float64.
 
-    As many rows at a time as float32 adds up without rounding: the diagonal of the product tells.
+    A block has as many rows as float32 adds up without rounding: the diagonal of the product tells.
     """
-    upper, sums, middle = np.zeros((X.shape[1],) * 2, order="F"), np.zeros(X.shape[1]), centre.astype(np.float32)
+    gram, sums, middle = np.zeros((X.shape[1],) * 2, order="F"), np.zeros(X.shape[1]), centre.astype(np.float32)
     start, size = 0, max(_INTEGER_ROWS, _INTEGER_ENTRIES // X.shape[1])
     while start < len(X):
         rows = X[start : start + size].astype(np.float32)
@@ -151,12 +138,11 @@ def _read_integers(X: FloatMatrix, weights: Float, centre: Float, exponents: np.
         if product.diagonal().max() >= _EXACT:
             size //= 2
             continue
-        upper += product
+        gram += product
         sums += rows.sum(axis=0)
         start += size
-    gram = _mirrored(upper)
-    heavy = weights > 1
-    if heavy.any():
+    gram += np.triu(gram, 1).T
+    if (heavy := weights > 1).any():
         more, more_sums = _read_floats(X[heavy], weights[heavy] - 1, centre, exponents)
         gram, sums = gram + more, sums + more_sums
     return gram, sums

@@ -1,7 +1,7 @@
-"""The patches of images, where they lie, and the matrix that they are: rows are computed on access.
+"""Patches of images: their geometry, and the matrix with one row a patch, whose rows are computed lazily.
 
-Whatever reads rows in blocks takes it for the matrix that it stands for, with one row a patch: of 60,000 images of
-28 x 28 pixels it would hold 35 million rows, 7 GB in float64.
+Whatever reads rows in blocks reads it like a matrix in memory, which for 5 x 5 patches of 60,000 images of 28 x 28
+pixels would have 35 million rows, 7 GB in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Geometry:
     image : tuple of int
         ``(height, width, channels)``.
     kernel, stride, padding : tuple of int
-        Down and across; the padding is of zeros, on both sides.
+        Down and across; zeros pad both sides.
     dimensions : int
         1 for signals, 2 for images.
     """
@@ -46,35 +46,31 @@ class Geometry:
 
     @property
     def locations(self) -> tuple[int, int]:
-        """Places of the kernel down and across."""
-        rows, columns = (
-            (size + 2 * padding - kernel) // stride + 1
-            for size, kernel, stride, padding in zip(
-                self.image[:2], self.kernel, self.stride, self.padding, strict=True
-            )
-        )
-        return rows, columns
+        """Number of places of the kernel down and across."""
+        sizes = zip(self.image[:2], self.kernel, self.stride, self.padding, strict=True)
+        down, across = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
+        return down, across
 
     @property
     def n_locations(self) -> int:
-        """Patches of an image, ``Kp``."""
+        """Number of patches of an image, ``Kp``."""
         return int(np.prod(self.locations))
 
     @property
     def patch_size(self) -> int:
-        """Numbers of a patch, ``h``."""
+        """Number of entries of a patch, ``h``."""
         return int(np.prod(self.kernel)) * self.image[2]
 
     @property
     def n_features(self) -> int:
-        """Numbers of an image."""
+        """Number of entries of an image."""
         return int(np.prod(self.image))
 
 
 class PatchMatrix(HostRows):
-    """Patches (n Kp, h) of images (n, height, width, channels) of any real type.
+    """Patches (n Kp, h) of images (n, height, width, channels) of any real type, computed lazily.
 
-    Row ``i Kp + k`` is patch ``k`` of image ``i``, locations row by row; its numbers are in torch's order: channel,
+    Row ``i Kp + k`` is patch ``k`` of image ``i``, locations row by row. Its entries are in torch's order: channel,
     then down, then across.
 
     Parameters
@@ -96,13 +92,14 @@ class PatchMatrix(HostRows):
     def __init__(self, images: FloatMatrix, geometry: Geometry) -> None:
         self.flat, self.geometry = images, geometry
         down, across = geometry.padding
-        pixels = images.reshape(-1, *geometry.image)
-        padded = np.pad(pixels, ((0, 0), (down, down), (across, across), (0, 0))) if down or across else pixels
+        padded = images.reshape(-1, *geometry.image)
+        if down or across:
+            padded = np.pad(padded, ((0, 0), (down, down), (across, across), (0, 0)))
         places = np.arange(padded[:1].size).reshape(padded.shape[1:])
         windows = sliding_window_view(places, geometry.kernel, axis=(0, 1))
         strided = windows[:: geometry.stride[0], :: geometry.stride[1]]
         self._padded = padded.reshape(len(padded), -1)
-        self._places = strided.reshape(self.geometry.n_locations, geometry.patch_size)
+        self._places = strided.reshape(geometry.n_locations, geometry.patch_size)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,11 +108,11 @@ class PatchMatrix(HostRows):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """That of the images."""
+        """Type of the pixels."""
         return self.flat.dtype
 
     def __getitem__(self, index: Any) -> FloatMatrix:
-        """A row, or the rows of a slice of step 1, of a mask or of places."""
+        """Row of an index, or rows of a slice of step 1, a mask or an array of indices."""
         count = self.geometry.n_locations
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
@@ -123,24 +120,23 @@ class PatchMatrix(HostRows):
             found = self.of_cases(slice(first, -(-stop // count)))
             return found[start - first * count : max(stop, start) - first * count]
         rows = np.asarray(index)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        image, location = np.divmod(rows, count)
+        image, location = np.divmod(np.flatnonzero(rows) if rows.dtype == bool else rows, count)
         return self._padded[image[..., None], self._places[location]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> FloatMatrix:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        """Patches of some images, all of each: (b Kp, h)."""
+        """All patches of some images: (b Kp, h)."""
         patches = np.take(self._padded[cases], self._places.ravel(), axis=1)
         return patches.reshape(-1, self.geometry.patch_size)
 
     def min(self, axis: int | None = None, initial: float = np.inf) -> Float | float:
-        """Smallest number of each column (``axis=0``), or of all."""
+        """Smallest entry of each column (``axis=0``), or of all."""
         return self._edge(np.minimum, axis, initial)
 
     def max(self, axis: int | None = None, initial: float = -np.inf) -> Float | float:
-        """Largest number of each column (``axis=0``), or of all."""
+        """Largest entry of each column (``axis=0``), or of all."""
         return self._edge(np.maximum, axis, initial)
 
     def _edge(self, extreme: np.ufunc, axis: int | None, initial: float) -> Float | float:

@@ -12,17 +12,17 @@ from convexbn._types import Bool, Float, FloatMatrix, Index
 
 @dataclass(frozen=True)
 class Regions:
-    """A grid of regions of the locations.
+    """Grid of regions of the locations, as in torch's adaptive pooling.
 
-    The regions are those of torch's adaptive pooling: of ``L`` locations region ``i`` of ``g`` are those from
-    ``floor(i L / g)`` up to ``ceil((i + 1) L / g)``, which overlap where ``g`` does not divide ``L``.
+    In each dimension region ``i`` of ``g`` has the locations from ``floor(i L / g)`` up to ``ceil((i + 1) L / g)`` of
+    ``L``; regions overlap if ``g`` does not divide ``L``.
 
     Attributes
     ----------
     locations : tuple of int
-        Down and across.
+        Number of locations down and across.
     grid : tuple of int
-        Regions down and across.
+        Number of regions down and across.
 
     Examples
     --------
@@ -36,41 +36,40 @@ class Regions:
 
     @property
     def n_locations(self) -> int:
-        """``Kp``."""
+        """Number of locations, ``Kp``."""
         return self.locations[0] * self.locations[1]
 
     @property
     def n_regions(self) -> int:
-        """``R``."""
+        """Number of regions, ``R``."""
         return self.grid[0] * self.grid[1]
 
     @property
     def flattened(self) -> bool:
-        """Whether every location is a region of its own, where average and maximum are one."""
+        """Whether every location is a region of its own, so that average and maximum are equal."""
         return self.grid == self.locations
 
     @functools.cached_property
     def members(self) -> Bool:
-        """Which locations belong to a region: (R, Kp)."""
+        """Which locations belong to each region: (R, Kp)."""
         down, across = (_intervals(size, parts) for size, parts in zip(self.locations, self.grid, strict=True))
         inside = down[:, None, :, None] & across[None, :, None, :]
         return inside.reshape(self.n_regions, self.n_locations)
 
     @functools.cached_property
     def averages(self) -> Float:
-        """``T`` (R, Kp) of average pooling."""
+        """Matrix ``T`` (R, Kp) of average pooling."""
         return self.members / self.members.sum(axis=1, keepdims=True)
 
     @functools.cached_property
     def groups(self) -> Index:
-        """Locations of every region, the first again where it has fewer than the largest: (R, G)."""
-        size = int(self.members.sum(axis=1).max())
-        found = [np.flatnonzero(row) for row in self.members]
-        return np.stack([np.append(places, np.repeat(places[0], size - len(places))) for places in found])
+        """Locations of each region (R, G); a region with fewer than the largest repeats its first."""
+        size, found = int(self.members.sum(axis=1).max()), [np.flatnonzero(row) for row in self.members]
+        return np.stack([np.pad(places, (0, size - len(places)), constant_values=places[0]) for places in found])
 
     @functools.cached_property
     def equal(self) -> bool:
-        """Whether the regions are cells of equal size, which do not overlap."""
+        """Whether the regions are cells of equal size, without overlap."""
         return all(size % parts == 0 for size, parts in zip(self.locations, self.grid, strict=True))
 
     def in_cells(self, images: FloatMatrix) -> FloatMatrix:
@@ -79,11 +78,11 @@ class Regions:
         return images.reshape(len(images), self.grid[0], down, self.grid[1], across, images.shape[2])
 
     def by_image(self, rows: FloatMatrix) -> FloatMatrix:
-        """Rows (n Kp, m) of images, image by image: (n, Kp, m)."""
+        """Rows (n Kp, m) as images (n, Kp, m)."""
         return rows.reshape(len(rows) // self.n_locations, self.n_locations, rows.shape[1])
 
 
 def _intervals(size: int, parts: int) -> Bool:
-    """Which of ``size`` places belong to the parts: (parts, size)."""
+    """Which of ``size`` places belong to each part: (parts, size)."""
     places, i = np.arange(size), np.arange(parts)[:, None]
     return (places >= i * size // parts) & (places < -(-(i + 1) * size // parts))

@@ -1,7 +1,7 @@
 """Batch-normalised responses of many neurons, by a basis of the space that their weights span.
 
-``m`` columns of weights, of which at most ``r`` are independent, take ``2 n d r`` flops in place of ``2 n d m``: those
-of a network on truncated data span no more than its rank, and no network spans more than the features. The basis is
+``m`` columns of weights of which ``r`` are independent take ``2 n d r`` flops instead of ``2 n d m``. The weights of a
+network on truncated data span no more than its rank, and no weights span more than the features. The basis is
 orthonormal for columns of the data in units of their range, so that rounding is that of the plain product.
 """
 
@@ -16,19 +16,16 @@ import scipy.linalg
 from convexbn._types import EPS, Float, FloatMatrix
 from convexbn.data.blocks import BlockSize
 from convexbn.data.kernels import projected
-from convexbn.data.moments import Moments, blocks, cached_rows, moments
+from convexbn.data.moments import blocks, cached_rows, moments
 from convexbn.data.row_matrix import ProjectedRows, Rows, is_projected, row_matrix
-from convexbn.data.scaling import powers
+from convexbn.data.scaling import centre_columns, powers
 
 #: Columns of the span beyond those that are expected.
 _SPARE = 8
-
-#: Share of ``m`` that a basis may take to be worth its making.
+#: Share of ``m`` up to which a basis is worth computing.
 _WORTHWHILE = 0.7
-
 #: Rows of a block of the triangle.
 _BLOCK_ROWS = 4096
-
 #: Multiple of the machine epsilon, relative to a column, by which the basis may miss it.
 _MISSED = 16.0
 
@@ -44,9 +41,9 @@ class PreActivations:
     coefficients : ndarray (r, m)
         Zero for a direction on which the rows do not vary.
     norms, offsets : ndarray (m,)
-        ``||C X w_j||``, and ``(mu - mean)'w_j`` where a mean other than that of the rows was given.
+        ``||C X w_j||``, and ``(mu - mean)'w_j`` if a ``mean`` other than that of the rows, ``mu``, was given.
     covariances : ndarray (d, m), or None
-        ``X' C X w_j / ||C X w_j||`` where the Gram matrix is exact.
+        ``X' C X w_j / ||C X w_j||`` if the Gram matrix is exact.
     """
 
     rows: Rows
@@ -58,15 +55,9 @@ class PreActivations:
     @classmethod
     @np.errstate(all="ignore")
     def compute(
-        cls,
-        X: FloatMatrix,
-        weight: Float,
-        sample_weight: Float,
-        *,
-        rank: int | None = None,
-        mean: Float | None = None,
+        cls, X: FloatMatrix, weight: Float, sample_weight: Float, *, rank: int | None = None, mean: Float | None = None
     ) -> PreActivations:
-        """PreActivations of rows (n, d), with their own statistics, to the columns of ``weight`` (d, m).
+        """Responses of rows (n, d) to the columns of ``weight`` (d, m), normalised by the rows' own statistics.
 
         Parameters
         ----------
@@ -75,29 +66,35 @@ class PreActivations:
         sample_weight : ndarray (n,)
             Positive weights; norms and means are weighted.
         rank : int, optional
-            Number of independent columns that is expected; more are found to be more.
+            Expected number of independent columns; a larger number is detected.
         mean : ndarray (d,), optional
-            What ``offsets`` are taken to.
+            Mean from which ``offsets`` are taken.
         """
         first, exponents = _units(X)
         scaled = np.ldexp(weight, exponents[:, None])
         lengths = np.frexp(np.abs(scaled).max(axis=0, initial=0.0))[1]
         plain = np.ldexp(scaled, -lengths)
         span, coefficients = _spanned(plain, rank)
-        gram = covariances = None
-        rows: Rows
+        constant, gram = 1 / np.sqrt(sample_weight.sum()), None
+        rows: Any
+        covariances: Any = None
         if is_projected(X, span.shape[1]):
             found = moments(X, sample_weight)
-            rows, centre = _mapped_basis(X, span, found, sample_weight, first, exponents)
-            gram = found.exact
+            own, gram = np.ldexp(found.mean, found.exponents), found.exact
+            rows = ProjectedRows(X, own, np.ldexp(span, -exponents[:, None]), constant)
+            centre = (np.ldexp(own, -exponents) - first) @ span
         else:
-            rows, centre = _kept_basis(X, span, sample_weight, first, exponents)
+            rows = np.full((len(X), span.shape[1] + 1), constant)
+            row_matrix(X).map(projected, cached_rows(X), shared=[first, span, *powers(-exponents)], out=rows[:, :-1])
+            centre = centre_columns(rows[:, :-1], sample_weight)
         if gram is None:
             norms = _norms(rows, coefficients, sample_weight)
         else:
-            norms, covariances = _by_gram(gram, np.ldexp(plain, -exponents[:, None]))
-        with np.errstate(all="ignore"):
-            unit = np.where(norms > 0, coefficients / np.where(norms > 0, norms, 1.0), 0.0)
+            by_feature = np.ldexp(plain, -exponents[:, None])
+            covariances = gram @ by_feature
+            norms = np.sqrt(np.maximum(np.einsum("ij,ij->j", by_feature, covariances), 0)).astype(np.float64)
+            covariances /= np.where(norms > 0, norms, np.inf)
+        unit = np.divide(coefficients, norms, out=np.zeros_like(coefficients), where=norms > 0)
         offsets = np.zeros(len(norms))
         if mean is not None:
             offsets = centre @ coefficients
@@ -106,17 +103,12 @@ class PreActivations:
 
     @property
     def normalized(self) -> Float:
-        """``C X w_j / ||C X w_j||``, one a column: (n, m)."""
+        """``C X w_j / ||C X w_j||``, one per column: (n, m)."""
         return self.rows[:][:, :-1] @ self.coefficients
-
-    @property
-    def _seen(self) -> Any:
-        """The matrix that the rows are made of when they are read."""
-        return self.rows.X if isinstance(self.rows, ProjectedRows) else None
 
     def products(self, rows: Any, sample_weight: Float) -> Float:
         """``A' diag(w) C X w_j / ||C X w_j||`` for rows ``[A, constant]`` (n, q), without the responses: (q - 1, m)."""
-        if self.covariances is not None and isinstance(rows, ProjectedRows) and rows.X is self._seen:
+        if self.covariances is not None and isinstance(rows, ProjectedRows) and rows.X is getattr(self.rows, "X", None):
             return (rows.projection.T @ self.covariances).astype(np.float64)
         products = np.zeros((rows.shape[1] - 1, len(self.coefficients)))
         for part, block in blocks(rows):
@@ -125,7 +117,7 @@ class PreActivations:
 
 
 def _units(X: FloatMatrix) -> tuple[Float, np.ndarray]:
-    """A row of the data, and exponents of the columns' ranges, in units of which that row is given."""
+    """First row in units of the columns' ranges, and the binary exponents of these units."""
     low, high = (np.asarray(edge, dtype=np.float64) for edge in (X.min(axis=0), X.max(axis=0)))
     wide = np.ldexp(high, -2) - np.ldexp(low, -2)  # may not overflow
     exponents = np.where(wide > 0, np.frexp(wide)[1] + 2, np.frexp(np.abs(high))[1])
@@ -133,7 +125,7 @@ def _units(X: FloatMatrix) -> tuple[Float, np.ndarray]:
 
 
 def _spanned(weight: Float, rank: int | None) -> tuple[Float, Float]:
-    """Columns (d, r), and coefficients (r, m) that give the weights in them."""
+    """Basis (d, r) of the span of the weights (d, m), and their coefficients (r, m) in it."""
     d, m = weight.shape
     sampled = min(d, m if rank is None else rank + _SPARE)
     if sampled <= _WORTHWHILE * min(d, m):
@@ -144,37 +136,6 @@ def _spanned(weight: Float, rank: int | None) -> tuple[Float, Float]:
         if np.all(missed <= _MISSED * np.sqrt(d) * EPS * np.linalg.norm(weight, axis=0)):
             return span, coefficients
     return (weight, np.eye(m)) if m <= d else (np.eye(d), weight)
-
-
-def _kept_basis(
-    X: FloatMatrix, span: Float, sample_weight: Float, first: Float, exponents: np.ndarray
-) -> tuple[Float, Float]:
-    """Rows ``[C X span, constant]`` in units of the columns, and the mean that they had, taken to the first row."""
-    total = sample_weight.sum()
-    rows = np.full((len(X), span.shape[1] + 1), 1 / np.sqrt(total))
-    basis = rows[:, :-1]
-    row_matrix(X).map(projected, cached_rows(X), shared=[first, span, *powers(-exponents)], out=basis)
-    centre = sample_weight @ basis / total
-    basis -= centre
-    again = sample_weight @ basis / total  # offsets leave a mean behind: centre twice
-    basis -= again
-    return rows, centre + again
-
-
-def _mapped_basis(
-    X: Any, span: Float, found: Moments, sample_weight: Float, first: Float, exponents: np.ndarray
-) -> tuple[ProjectedRows, Float]:
-    """The same for rows that are made when they are read."""
-    mean = np.ldexp(found.mean, found.exponents)
-    rows = ProjectedRows(X, mean, np.ldexp(span, -exponents[:, None]), 1 / np.sqrt(sample_weight.sum()))
-    return rows, (np.ldexp(mean, -exponents) - first) @ span
-
-
-def _by_gram(gram: np.ndarray, weight: Float) -> tuple[Float, np.ndarray]:
-    """``||C X w_j||`` and ``X' C X w_j / ||C X w_j||`` by the exact Gram matrix of the columns, without the rows."""
-    covariances = gram @ weight
-    norms = np.sqrt(np.maximum(np.einsum("ij,ij->j", weight, covariances), 0)).astype(np.float64)
-    return norms, covariances / np.where(norms > 0, norms, np.inf)
 
 
 def _norms(rows: Rows, coefficients: Float, sample_weight: Float) -> Float:

@@ -1,16 +1,16 @@
-"""Rows that are never needed all at once: what reads them gives a kernel, and gets small arrays back.
+"""The seam for back ends: rows that are never needed all at once. A reader gives a kernel and gets small arrays back.
 
-A *kernel* is a function of one block of rows, ``kernel(block, *along, *shared)``: ``along`` are parts of arrays with a
-row for every row (or case), ``shared`` are small arrays, the same for all blocks. It is written against the array
-namespace of the block and returns arrays of it. Where the rows are is the matrix's own business: an array in memory
-(``DenseRows``), patches and their projections that are made when they are read (``PatchMatrix``, ``ProjectedRows``), or
-blocks on a device or on other machines, to which ``shared`` is sent once and from which the results come back.
+A *kernel* is a function of one block of rows, ``kernel(block, *along, *shared)``. ``along`` are the block's parts of
+arrays with an entry for every row (or case); ``shared`` are small arrays and settings, equal for all blocks. It is
+written against the array namespace of its arguments and returns arrays of it. The matrix decides where its rows are: in
+memory (``DenseRows``), computed lazily (``PatchMatrix``, ``ProjectedRows``), or in blocks on a device or on other
+machines, to which ``shared`` is sent once and from which the results come back.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -22,12 +22,18 @@ from convexbn.data.blocks import BlockSize
 
 Kernel: TypeAlias = Callable[..., Any]
 
-#: Entries of projected patches up to which they are kept.
+#: Entries of projected patches up to which they are kept in memory.
 _KEPT_ENTRIES = 1 << 26
 
 
 class RowMatrix(Protocol):
-    """A matrix (n, q) that is read by blocks of rows."""
+    """Matrix (n, q) that is read by blocks of rows.
+
+    A back end needs ``shape``, ``dtype``, ``size``, ``len``, ``map`` and ``reduce``; features that gates or the
+    whitening read also need ``min`` and ``max`` with numpy's ``axis`` and ``initial``. The other methods serve solvers
+    that take rows to the host or in mini-batches. Arguments and results are on the host, in NumPy: a back end moves the
+    arrays of ``along`` and ``shared`` (those of a ``Loss`` too), calls the kernel, and brings its results back.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -35,13 +41,15 @@ class RowMatrix(Protocol):
 
     @property
     def dtype(self) -> Any:
-        """Type of the numbers of a block."""
+        """NumPy type of the entries."""
 
     @property
     def size(self) -> int:
-        """``n q``."""
+        """Number of entries, ``n q``."""
+        return int(self.shape[0] * self.shape[1])
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return int(self.shape[0])
 
     def __getitem__(self, part: Any) -> FloatMatrix: ...
 
@@ -55,33 +63,33 @@ class RowMatrix(Protocol):
         out: FloatMatrix | None = None,
         parallel: bool = False,
     ) -> FloatMatrix:
-        """Results of a kernel, one below the other, on the host.
+        """Results of a kernel, one below the other in the order of the rows.
 
         Parameters
         ----------
         kernel : callable
-            Gives an array with a row for every row of the block, or for every case.
+            Returns an array with a row for every row of the block, or for every case.
         size : BlockSize
-            How much a block may hold.
-        along : sequence
-            Of arrays with a row for every row, or for every case: ``size.together`` rows.
+            Rows of a block, as advice; only the ``together`` rows of a case must stay in one block.
+        along : sequence of ndarray or Loss
+            With an entry for every row, or for every case; a block gets ``array[size.cases(part)]``.
         shared : sequence
-            Of small arrays.
+            Small arrays and settings, passed to every block.
         out : ndarray, optional
-            Where the results go.
+            Where the results are written, and what is returned.
         parallel : bool, default=False
-            Whether blocks are worked on at once, as many as there are threads.
+            Whether several blocks may be worked on at once, in threads of the host.
         """
 
     def reduce(
         self, kernel: Kernel, size: BlockSize, *, along: Sequence[Any] = (), shared: Sequence[Any] = ()
     ) -> tuple[Any, ...]:
-        """Sums of the arrays that a kernel gives, over all blocks, on the host.
+        """Sums over all blocks of the arrays that a kernel returns; the order of the sums is free.
 
         Parameters
         ----------
         kernel : callable
-            Gives a tuple of arrays, of one shape each for all blocks.
+            Returns a tuple of arrays or numbers, whose shapes do not depend on the block.
         size, along, shared
             As in ``map``.
         """
@@ -90,25 +98,15 @@ class RowMatrix(Protocol):
         """The rows times a factor, in float32."""
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        """The rows of some cases, one below the other."""
+        """Rows of some cases, one case below the other; a case has ``rows_per_case`` consecutive rows."""
 
 
 #: Rows in memory, or a matrix of them.
 Rows: TypeAlias = FloatMatrix | RowMatrix
 
 
-class HostRows:
-    """Base of matrices whose blocks are arrays of numpy: what ``self[slice]`` gives."""
-
-    shape: Any
-
-    def __len__(self) -> int:
-        return int(self.shape[0])
-
-    @property
-    def size(self) -> int:
-        """Entries."""
-        return int(self.shape[0] * self.shape[1])
+class HostRows(RowMatrix):
+    """Base of matrices whose blocks ``self[slice]`` are NumPy arrays."""
 
     def map(
         self,
@@ -120,31 +118,36 @@ class HostRows:
         out: FloatMatrix | None = None,
         parallel: bool = False,
     ) -> FloatMatrix:
-        """Results of a kernel, one below the other; see ``RowMatrix``."""
-        work, parts = self._work(kernel, size, along, shared), size.slices(len(self))
-        for part, found in (parallel_map if parallel else map)(work, parts):
+        """Results of a kernel, one below the other; threads share the blocks if ``parallel``."""
+        for cases, found in self._results(parallel_map if parallel else map, kernel, size, along, shared):
             if out is None:
                 out = np.empty((len(self) // size.together, *found.shape[1:]), found.dtype)
-            out[size.cases(part)] = found
+            out[cases] = found
         return np.zeros(0) if out is None else out
 
     def reduce(
         self, kernel: Kernel, size: BlockSize, *, along: Sequence[Any] = (), shared: Sequence[Any] = ()
     ) -> tuple[Any, ...]:
-        """Sums of the arrays that a kernel gives; see ``RowMatrix``."""
-        work, total = self._work(kernel, size, along, shared), None
-        for _, terms in map(work, size.slices(len(self))):
-            total = terms if total is None else tuple(map(operator.iadd, total, terms))
-        return total or ()
+        """Sums of the arrays that a kernel returns, in place and in the order of the blocks."""
+        total: tuple[Any, ...] = ()
+        for _, terms in self._results(map, kernel, size, along, shared):
+            total = tuple(map(operator.iadd, total, terms)) if total else terms
+        return total
 
-    def _work(
-        self, kernel: Kernel, size: BlockSize, along: Sequence[Any], shared: Sequence[Any]
-    ) -> Callable[[slice], tuple[slice, Any]]:
+    def _results(
+        self, each: Any, kernel: Kernel, size: BlockSize, along: Sequence[Any], shared: Sequence[Any]
+    ) -> Iterable[tuple[slice, Any]]:
+        """Cases of every block and the results of the kernel, lazily, by ``map`` or ``parallel_map``."""
+
         def work(part: slice) -> tuple[slice, Any]:
             cases = size.cases(part)
-            return part, kernel(self[part], *(array[cases] for array in along), *shared)  # type: ignore[index]
+            return cases, kernel(self[part], *(array[cases] for array in along), *shared)
 
-        return work
+        return each(work, size.slices(len(self)))
+
+    def in_single_precision(self, factor: float = 1.0) -> RowMatrix:
+        """The rows times a factor, in float32, in memory."""
+        return DenseRows((factor * self[:]).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,17 +182,13 @@ class DenseRows(HostRows):
         return self.array[part]
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        """The rows of some cases, of so many consecutive rows each."""
+        """Rows of some cases, of ``rows_per_case`` consecutive rows each."""
         return self.array.reshape(-1, rows_per_case, self.shape[1])[cases].reshape(-1, self.shape[1])
-
-    def in_single_precision(self, factor: float = 1.0) -> DenseRows:
-        """The rows times a factor, in float32."""
-        return DenseRows((factor * self.array).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectedRows(HostRows):
-    """Rows ``[(X - mean) projection, constant]`` of a matrix ``X``, made when they are read.
+    """Rows ``[(X - mean) projection, constant]`` of a matrix ``X``, computed lazily.
 
     Attributes
     ----------
@@ -197,7 +196,7 @@ class ProjectedRows(HostRows):
         Such as ``PatchMatrix``.
     mean : ndarray (d,)
     projection : ndarray (d, r)
-        Of float64 or float32, as the rows are to be.
+        In float64 or float32, the precision of the rows.
     constant : float
     """
 
@@ -213,18 +212,18 @@ class ProjectedRows(HostRows):
 
     @property
     def dtype(self) -> Any:
-        """Precision in which rows are made."""
+        """Precision in which rows are computed."""
         return self.projection.dtype
 
     def __getitem__(self, part: Any) -> FloatMatrix:
         return self._projected(self.X[part])
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        """The rows of some cases."""
+        """Rows of some cases, of ``rows_per_case`` consecutive rows each."""
         return self._projected(self.X.of_cases(cases, rows_per_case))
 
     def in_single_precision(self, factor: float = 1.0) -> ProjectedRows:
-        """The rows times a factor, made in float32."""
+        """The rows times a factor, computed lazily in float32."""
         mean, projection = self.mean.astype(np.float32), (factor * self.projection).astype(np.float32)
         return ProjectedRows(self.X, mean, projection, factor * self.constant)
 
@@ -238,10 +237,10 @@ class ProjectedRows(HostRows):
 
 
 def row_matrix(rows: Rows) -> RowMatrix:
-    """Rows as a matrix: an array as ``DenseRows``, others as they are."""
+    """Rows as a matrix: arrays become ``DenseRows``, others are returned as they are."""
     return DenseRows(rows) if isinstance(rows, np.ndarray) else rows
 
 
 def is_projected(X: Rows, rank: int) -> bool:
-    """Whether whitened rows in so many directions are made when they are read, because they would not fit in memory."""
+    """Whether whitened rows in ``rank`` directions are computed lazily because they would not fit in memory."""
     return not isinstance(X, (np.ndarray, DenseRows)) and len(X) * (rank + 1) > _KEPT_ENTRIES

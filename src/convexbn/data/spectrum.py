@@ -20,7 +20,7 @@ class Directions(NamedTuple):
     Attributes
     ----------
     rows : ndarray (n, k + 1) or None
-        These columns, and room for the constant one; None where they are computed on access.
+        These columns, and room for the constant one; None if they are computed on access.
     back : ndarray (d', k)
         For the ``d'`` columns of ``X`` that vary.
     vectors : ndarray (d', k)
@@ -45,28 +45,34 @@ class Directions(NamedTuple):
 
 
 def numerical_rank(values: Float, cut: float) -> int:
-    """Number of singular values (r,) above ``cut``, relative to the largest; warns where one is close to it."""
+    """Number of singular values above ``cut``, relative to the largest; warns if one is close to it."""
     relative = values / values[0]
     if np.any((relative > cut / 10) & (relative < 10 * cut)):
         warnings.warn(
             f"a singular value of the standardised data lies within a factor 10 of the rank cut {cut:.1e}: "
             "columns are nearly collinear, and the numerical rank may change with rounding.",
-            UserWarning,
             stacklevel=5,
         )
     return int(np.count_nonzero(relative > cut))
 
 
 def kept_filter(values: Float, r: int, rank: int | float | None, spectral_filter: float | None) -> Float:
-    """Filter ``phi`` of the directions that ``rank`` and ``spectral_filter`` keep of the ``r`` that there are."""
-    relative = values[:r] / values[0]
-    phi = np.ones(r) if spectral_filter is None else relative / np.hypot(relative, spectral_filter)
-    k = r if rank is None else min(r, _kept_directions(values / values[0], rank))
-    return phi[: min(k, int(np.count_nonzero(phi >= FAINTEST)))]
+    """Filter ``phi`` (k,) of the directions that ``rank`` and ``spectral_filter`` keep.
 
-
-def _kept_directions(values: Float, rank: int | float) -> int:
+    Parameters
+    ----------
+    values : ndarray
+        Singular values, largest first.
+    r : int
+        Number of directions that there are.
+    rank, spectral_filter
+        As in ``whiten``.
+    """
+    relative = values / values[0]
+    phi = np.ones(r) if spectral_filter is None else relative[:r] / np.hypot(relative[:r], spectral_filter)
     if isinstance(rank, Integral):
-        return int(rank)
-    share = np.cumsum(values**2)
-    return int(np.searchsorted(share, rank * share[-1] * (1 - 1e-12)) + 1)
+        phi = phi[: int(rank)]
+    elif rank is not None:
+        share = np.cumsum(relative**2)
+        phi = phi[: np.searchsorted(share, rank * share[-1] * (1 - 1e-12)) + 1]
+    return phi[: np.count_nonzero(phi >= FAINTEST)]

@@ -35,8 +35,8 @@ class Whitening:
     Attributes
     ----------
     rows : ndarray (n, r + 1), or ProjectedRows
-        Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row; the columns of
-        ``diag(sqrt(w)) rows`` are orthogonal, of the norms ``filter`` and 1.
+        Row ``a(x_i) = [(x_i - mean)' projection, 1 / sqrt(total_weight)]`` of every training row. The columns of
+        ``diag(sqrt(w)) rows`` are orthogonal, with norms ``filter`` and 1.
     mean : ndarray (d,)
         Weighted column means, in the units of the data.
     projection : ndarray (d, r)
@@ -44,21 +44,21 @@ class Whitening:
     directions : ndarray (d, r)
         ``V``: right singular vectors (of the standardised columns for ``rank=None``).
     singular_values : ndarray
-        All singular values that were found: of the standardised columns for ``rank=None``, else of the
-        centred, unscaled data (in the units of the data).
+        All singular values that were found: of the standardised columns for ``rank=None``, else of the centred data, in
+        its own units.
     total_weight : float
-        Sum of the sample weights (the number of rows when unweighted).
+        Sum of the sample weights: the number of rows if they are 1.
     numerical_rank : int
-        Number of independent directions in the data; more than ``rank`` when truncated.
+        Number of independent directions in the data; more than ``rank`` if truncated.
     constant : ndarray (d,) of bool
-        Columns that do not vary; they carry no information and are left out.
+        Columns that do not vary. They carry no information and are left out.
     rank_cut : float
         Relative cut that decided the numerical rank.
     filter : ndarray (r,)
         ``phi``, in (0, 1]; ones without a spectral filter.
     departure : float or None
-        Measured distance of ``diag(sqrt(w)) A`` from orthonormal columns, ``||A'A - I||_F``, where the Gram matrix was
-        used; None: a QR, orthonormal to rounding.
+        Measured departure of ``diag(sqrt(w)) A`` from orthonormal columns, ``||A'A - I||_F``, if the Gram matrix was
+        used; None for a QR, which is orthonormal to rounding.
     """
 
     rows: Rows
@@ -83,34 +83,29 @@ class Whitening:
         """Whether directions that the data have were left out."""
         return self.rank < self.numerical_rank
 
-    def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> Whitening:
-        """What ``whiten`` gives for a smaller ``rank``, or with a filter, without another SVD.
-
-        None keeps all directions and the filter that are there. The directions must be in order, as they are unless
-        ``whiten`` was called with ``rank=None`` and no filter; a filter cannot follow another one.
-        """
-        phi = kept_filter(self.singular_values, self.rank, rank, spectral_filter)
-        k = len(phi)
-        projection = self.projection[:, :k] * phi
-        if isinstance(self.rows, ProjectedRows):
-            rows: Any = replace(self.rows, projection=projection)
-        else:
-            rows = np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]])
-        return replace(
-            self,
-            rows=rows,
-            projection=projection,
-            directions=self.directions[:, :k].copy(),
-            filter=self.filter[:k] * phi,
-        )
-
     @property
     def filtered(self) -> bool:
         """Whether a spectral filter shrinks directions."""
         return bool((self.filter < 1).any())
 
+    def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> Whitening:
+        """Whitening that ``whiten`` gives for a smaller ``rank`` or with a filter, without another SVD.
+
+        None keeps all directions and the filter. The directions must be in order, as they are unless ``whiten`` was
+        called with ``rank=None`` and no filter; a filter cannot follow another one.
+        """
+        phi = kept_filter(self.singular_values, self.rank, rank, spectral_filter)
+        k = len(phi)
+        projection, directions = self.projection[:, :k] * phi, self.directions[:, :k].copy()
+        if isinstance(self.rows, ProjectedRows):
+            rows: Any = replace(self.rows, projection=projection)
+        else:
+            rows = np.hstack([self.rows[:, :k] * phi, self.rows[:, -1:]])
+        phi = self.filter[:k] * phi
+        return replace(self, rows=rows, projection=projection, directions=directions, filter=phi)
+
     def transform(self, X: FloatMatrix) -> Float:
-        """Rows of ``A`` for new points, from the stored statistics alone: (n, d) -> (n, r + 1)."""
+        """Rows of ``A`` (n, r + 1) for new points (n, d), by the stored statistics alone."""
         rows = np.full((len(X), self.rank + 1), 1 / np.sqrt(self.total_weight))
         exponent = headroom(X, self.mean)
         shared = [np.ldexp(self.mean, -exponent), self.projection, *powers(-exponent)]
@@ -119,8 +114,8 @@ class Whitening:
         return rows
 
     def coordinates(self, responses: Float, sample_weight: Float) -> Float:
-        """Least-squares ``u`` of ``rows u = responses``: (n, m) -> (r + 1, m)."""
-        products: Float = self.rows[:].T @ (sample_weight[:, None] * responses)
+        """Least-squares ``u`` (r + 1, m) of ``rows u = responses`` for responses (n, m)."""
+        products = self.rows[:].T @ (sample_weight[:, None] * responses)
         products[:-1] /= (self.filter**2)[:, None]
         return products
 
@@ -136,12 +131,12 @@ def whiten(
 ) -> Whitening:
     """Whiten training data in float64: a QR of ``[1, X]`` and an SVD of its triangle.
 
-    Many rows are read in blocks, whatever their type, and whitened by their Gram matrix, as long as it resolves the
-    directions that are asked for.
+    Many rows are read in blocks, whatever their type, and whitened by their Gram matrix if it resolves the directions
+    that are asked for.
 
-    Standardised columns decide which columns are constant and what the numerical rank is, so that units
-    do not matter; ``rank`` refers to the centred data in the user's units, the spectrum that gradient
-    descent sees (``rank=None`` keeps everything, where units do not matter either).
+    Standardised columns decide which columns are constant and what the numerical rank is, so that units do not matter.
+    ``rank`` refers to the centred data in the user's units, the spectrum that gradient descent sees; ``rank=None``
+    keeps all directions, for which units do not matter either.
 
     Parameters
     ----------
@@ -150,26 +145,21 @@ def whiten(
     sample_weight : ndarray (n,), optional
         Positive weights; equal to repeating rows (mathematics, section 0b).
     rank : int, float in (0, 1] or None, default=None
-        Keep the top ``rank`` directions (at most those that exist), the fewest that hold this share of
-        the variance, or all.
+        Keep the top ``rank`` directions (at most those that exist), the fewest that hold this share of the variance, or
+        all.
     spectral_filter : float or None, default=None
         ``tau / s_1 > 0`` of the filter ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, on the singular values that ``rank``
         refers to. Directions with ``phi_i < 2^-26`` are left out.
     input_eps : float
-        Machine epsilon of the type that the data came in: what the rank may rest on.
-
-    Returns
-    -------
-    Whitening
+        Machine epsilon of the type in which the data came, which decides the rank.
 
     Raises
     ------
     ValueError
-        When all features are constant.
+        If all features are constant.
 
     Examples
     --------
-    >>> import numpy as np
     >>> X = np.random.default_rng(0).standard_normal((20, 3))
     >>> A = whiten(X).rows
     >>> bool(np.allclose(A.T @ A, np.eye(4)))
@@ -191,7 +181,12 @@ def whiten(
 
 def _filtered(X: FloatMatrix, columns: Columns, found: Directions) -> Whitening:
     """Whitening of orthonormal columns, multiplied by their filter."""
-    columns.refuse_denormal(found.back)
+    overflown = np.flatnonzero(~np.isfinite(found.back).all(axis=1))
+    if len(overflown):
+        raise ValueError(
+            f"feature {columns.kept[overflown[0]]} varies by less than 1e-308, where floating point has few digits "
+            "left: multiply it by a power of ten; batch norm does not care about units."
+        )
     constant = 1 / np.sqrt(columns.total)
     mean = np.ldexp(columns.mean, columns.exponents)
     projection = columns.padded(found.back * found.filter)
