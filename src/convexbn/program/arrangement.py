@@ -19,10 +19,10 @@ import numpy as np
 from convexbn._types import Bool, Float, Index
 from convexbn.data.blocks import BlockSize
 
-#: A unit direction nearer to a unit normal's hyperplane than this lies on it: rounding is a tenth of it.
+#: Distance up to which a unit direction lies on the hyperplane of a unit normal: ten times its rounding.
 _ON = 1e-14
 
-#: Rows below this multiple of the largest are zero.
+#: Size, relative to the largest row, up to which a row is zero.
 _ZERO = 1e-14
 
 _BLOCK_ENTRIES = 1 << 20
@@ -31,12 +31,8 @@ _BLOCK_ENTRIES = 1 << 20
 class Cells(NamedTuple):
     """Cells of an arrangement.
 
-    Attributes
-    ----------
-    patterns : ndarray (P, n) of bool
-        ``1[A s >= 0]`` of every cell, each once; the second half are the complements of the first.
-    directions : ndarray (P, q)
-        A unit vector inside of every cell.
+    ``patterns`` (P, n) holds ``1[A s >= 0]`` of every cell once; its second half are the complements of the first.
+    ``directions`` (P, q) holds a unit vector inside every cell.
     """
 
     patterns: Bool
@@ -44,7 +40,7 @@ class Cells(NamedTuple):
 
 
 def count_bound(n: int, q: int) -> int:
-    """Largest number of cells of ``n`` hyperplanes through the origin of R^q, met in general position.
+    """Number of cells of ``n`` hyperplanes through the origin of R^q in general position, the largest possible.
 
     Examples
     --------
@@ -55,38 +51,26 @@ def count_bound(n: int, q: int) -> int:
 
 
 def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: float = 1e-12) -> Cells:
-    """Every pattern ``1[A s >= 0]`` of directions ``s`` that lie on no hyperplane.
+    """Enumerate the patterns ``1[A s >= 0]`` of all directions ``s`` that lie on no hyperplane.
 
-    The directions on hyperplanes need no pattern of their own: such an ``s`` is in the closure of a cell, and the
-    gates of that cell give the same ``(A s)_+ = D A s``. A row of zeros is open in every pattern.
+    Directions on hyperplanes need no pattern of their own: such an ``s`` is in the closure of a cell, and the gates of
+    that cell give the same ``(A s)_+ = D A s``. A row of zeros is open in every pattern.
+
+    ``O(n^q)`` operations: at most ``C(n, q - 2)`` sorts of lines in a plane, and ``O(n q)`` per cell and dimension.
+    Memory is about three times the answer.
 
     Parameters
     ----------
     rows : ndarray (n, q)
         The data ``A``; only the directions of its rows and its column space matter.
     max_bytes : int, default=2**30
-        Largest size of the answer, for the number of different hyperplanes there are.
+        Raise ``MemoryError`` early if so many different hyperplanes could have a larger answer.
     tolerance : float, default=1e-12
         Angle between normals up to which hyperplanes are one, with the columns of ``A`` made orthonormal. On a flat
-        where normals are nearly dependent it grows as their rounding does.
-
-    Returns
-    -------
-    Cells
-
-    Raises
-    ------
-    MemoryError
-        When the answer could be larger than ``max_bytes``, before anything of its size is made.
-
-    Notes
-    -----
-    ``O(n^q)`` operations: at most ``C(n, q - 2)`` sorts of lines in a plane, and ``O(n q)`` a cell and dimension.
-    About three times the answer is held on the way.
+        where normals are nearly dependent it grows with their rounding.
 
     Examples
     --------
-    >>> import numpy as np
     >>> enumerate_patterns(np.array([[1.0, 1.0], [0.0, 1.0], [-1.0, 1.0]])).patterns.astype(int)
     array([[0, 1, 1],
            [1, 1, 1],
@@ -101,7 +85,9 @@ def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: floa
     if len(live) == 0:
         return Cells(np.ones((1, n), dtype=bool), np.eye(1, q))
     units = _unit(rows[live])
-    normals, back = _orthonormal_columns(units, tolerance)
+    left, values, right = np.linalg.svd(units, full_matrices=False)
+    r = int(np.count_nonzero(values > tolerance * values[0]))
+    normals, back = _unit(left[:, :r]), right[:r].T / values[:r]  # coordinates of the column space, and the way back
     _check_budget(n, q, normals, max_bytes)
     leader, sign = _coincident(normals, np.full(len(normals), 0.5 * tolerance))
     first = np.flatnonzero(leader == np.arange(len(leader)))
@@ -117,21 +103,17 @@ def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: floa
 
 
 class MaxRegions(NamedTuple):
-    """Regions of ``(max over k of a_ik's)_+`` for groups of rows: on each it is linear in every group.
+    """Regions on which ``(max over k of a_ik's)_+`` is linear for every group ``i`` of rows.
 
-    Attributes
-    ----------
-    members : ndarray (P, n) of int
-        The largest row of every group, -1 where none is positive.
-    directions : ndarray (P, q)
-        A unit vector inside of every region.
+    ``members`` (P, n) holds the largest row of every group, or -1 if no row is positive. ``directions`` (P, q) holds a
+    unit vector inside every region.
     """
 
     members: Index
     directions: Float
 
     def walls(self, groups: Float) -> tuple[Index, Float]:
-        """Inequalities ``b's >= 0`` of the regions: the region of each, and ``b`` (m, q)."""
+        """Inequalities ``b's >= 0`` that bound the regions: the region of each (m,), and ``b`` (m, q)."""
         found: list[tuple[int, Float]] = []
         for region, members in enumerate(self.members):
             for group, member in zip(groups, members, strict=True):
@@ -141,17 +123,14 @@ class MaxRegions(NamedTuple):
 
 
 def enumerate_max_regions(groups: Float, *, max_bytes: int = 1 << 30) -> MaxRegions:
-    """Every region of max pooling: of the hyperplanes of the rows and of their differences within a group.
+    """Enumerate the regions of max pooling over groups of rows (n, G, q).
 
-    Parameters
-    ----------
-    groups : ndarray (n, G, q)
-    max_bytes : int
-        As in ``enumerate_patterns``.
+    Rows and differences of rows within a group are the normals of their hyperplanes. ``max_bytes`` is that of
+    ``enumerate_patterns``.
 
     Examples
     --------
-    Of two rows on a line the larger one changes once, and is negative on one side:
+    Of two rows on a line, the second is the larger on one side, and both are negative on the other:
 
     >>> enumerate_max_regions(np.array([[[1.0], [2.0]]])).members.ravel()
     array([-1,  1])
@@ -167,22 +146,13 @@ def enumerate_max_regions(groups: Float, *, max_bytes: int = 1 << 30) -> MaxRegi
 
 
 def facets(patterns: Bool) -> Bool:
-    """Which rows bound which cells, one row a hyperplane: crossing such a facet leads to another of the cells.
+    """Whether each row bounds each cell, one row a hyperplane, for all patterns (P, n) of an arrangement: (P, n).
 
-    The cone ``{s : (2 D - I) A s >= 0}`` of a cell needs the inequalities of these rows only.
-
-    Parameters
-    ----------
-    patterns : ndarray (P, n) of bool
-        All patterns of an arrangement.
-
-    Returns
-    -------
-    ndarray (P, n) of bool
+    Crossing a facet leads to another cell. The cone ``{s : (2 D - I) A s >= 0}`` of a cell needs the inequalities of
+    these rows only.
 
     Examples
     --------
-    >>> import numpy as np
     >>> facets(enumerate_patterns(np.array([[1.0, 0.0], [0.0, 1.0], [-2.0, 0.0]])).patterns).sum()
     np.int64(8)
     """
@@ -198,14 +168,15 @@ def facets(patterns: Bool) -> Bool:
 
 
 def row_keys(signs: Bool) -> np.ndarray:
-    """One value a row of signs, (P, n) -> (P,): equal where the rows are."""
+    """Keys of rows of signs, equal if and only if the rows are: (P, n) -> (P,)."""
     packed = np.packbits(signs, axis=1)
     return np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
 
 
 def _check_budget(n: int, q: int, normals: Float, max_bytes: int) -> None:
-    """Refuse an answer that may be too large; the count of hyperplanes is by rounded normals."""
-    oriented = np.round(normals * np.where(normals @ _generic(normals.shape[1]) < 0, -1.0, 1.0)[:, None], 9)
+    """Raise MemoryError if the answer may be too large; hyperplanes are counted by their rounded normals."""
+    generic = np.cos(np.arange(1.0, normals.shape[1] + 1) ** 2)  # on no hyperplane of ordinary data
+    oriented = np.round(normals * np.where(normals @ generic < 0, -1.0, 1.0)[:, None], 9)
     hyperplanes = len(np.unique(oriented + 0.0, axis=0))
     count = count_bound(hyperplanes, normals.shape[1])
     size = count * (n + 8 * q)
@@ -217,25 +188,13 @@ def _check_budget(n: int, q: int, normals: Float, max_bytes: int) -> None:
         )
 
 
-def _generic(q: int) -> Float:
-    """A vector that no hyperplane of ordinary data contains."""
-    return np.cos(np.arange(1.0, q + 1) ** 2)
-
-
 def _unit(vectors: Float) -> Float:
     scaled = vectors / np.abs(vectors).max(axis=1, keepdims=True)
     return scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
 
 
-def _orthonormal_columns(units: Float, tolerance: float) -> tuple[Float, Float]:
-    """Unit normals (n, r) in coordinates of the column space, ``r`` its rank, and the map (q, r) back to directions."""
-    left, values, right = np.linalg.svd(units, full_matrices=False)
-    r = int(np.count_nonzero(values > tolerance * values[0]))
-    return _unit(left[:, :r]), right[:r].T / values[:r]
-
-
 def _coincident(normals: Float, doubt: Float) -> tuple[Index, Float]:
-    """For every unit normal the first one of the same hyperplane, and whether it points the same way (1 or -1)."""
+    """Index of the first unit normal of the same hyperplane (m,), and its sign relative to it, 1 or -1 (m,)."""
     leader, sign = np.arange(len(normals)), np.ones(len(normals))
     for part in BlockSize(len(normals), _BLOCK_ENTRIES).slices(len(normals)):
         cosines = normals[part] @ normals.T
@@ -254,23 +213,19 @@ def _coincident(normals: Float, doubt: Float) -> tuple[Index, Float]:
 
 
 def _cells(normals: Float, doubt: Float) -> Float:
-    """A unit vector inside of every cell, one of each pair of opposite cells: (P / 2, q).
-
-    Parameters
-    ----------
-    normals : ndarray (m, q)
-        Unit normals of different hyperplanes.
-    doubt : ndarray (m,)
-        Angle by which each may be wrong.
-    """
+    """Unit vectors inside one of each pair of opposite cells, (P / 2, q); ``doubt`` (m,) bounds the normals' errors."""
     q = normals.shape[1]
     if q == 1:
         return np.ones((1, 1))
-    if q == 2:
-        return _between_lines(normals)
+    if q == 2:  # the middle of every sector between neighbouring lines
+        angles = np.sort(np.mod(np.arctan2(normals[:, 1], normals[:, 0]), np.pi))
+        middles = angles + 0.5 * (np.pi + np.diff(angles, append=angles[0] + np.pi))
+        return np.column_stack([np.cos(middles), np.sin(middles)])
     found = [normals[:1]]
     for i in range(1, len(normals)):
-        basis = _complement(normals[i])
+        # all columns but the first of the normal's Householder reflector: a basis of its hyperplane
+        mirror = normals[i] + np.where(normals[i, 0] < 0, -1.0, 1.0) * np.eye(1, q)[0]
+        basis = (np.eye(q) - np.outer(mirror, mirror) * (2 / (mirror @ mirror)))[:, 1:]
         traces = normals[:i] @ basis
         lengths = np.linalg.norm(traces, axis=1)
         traces, uncertain = traces / lengths[:, None], (doubt[:i] + doubt[i]) / lengths
@@ -281,22 +236,8 @@ def _cells(normals: Float, doubt: Float) -> Float:
     return _one_a_cell(np.vstack(found), normals)
 
 
-def _between_lines(normals: Float) -> Float:
-    """The middle of every sector between neighbouring lines through the origin of a plane."""
-    angles = np.sort(np.mod(np.arctan2(normals[:, 1], normals[:, 0]), np.pi))
-    middles = angles + 0.5 * (np.pi + np.diff(angles, append=angles[0] + np.pi))
-    return np.column_stack([np.cos(middles), np.sin(middles)])
-
-
-def _complement(normal: Float) -> Float:
-    """Orthonormal basis (q, q - 1) of the hyperplane of a unit normal: columns of its Householder reflector."""
-    mirror = normal + np.where(normal[0] < 0, -1.0, 1.0) * np.eye(1, len(normal))[0]
-    reflector: Float = np.eye(len(normal)) - np.outer(mirror, mirror) * (2 / (mirror @ mirror))
-    return reflector[:, 1:]
-
-
 def _both_sides(points: Float, normals: Float, normal: Float) -> Float:
-    """Unit vectors on both sides of a hyperplane that hold the points, across none of the other hyperplanes."""
+    """Unit vectors next to points of a hyperplane, on both of its sides, that cross no other hyperplane."""
     with np.errstate(divide="ignore"):
         reach = np.abs(points @ normals.T) / np.abs(normals @ normal)
     step = np.minimum(1.0, 0.5 * reach.min(axis=1))[:, None] * normal
@@ -304,9 +245,9 @@ def _both_sides(points: Float, normals: Float, normal: Float) -> Float:
 
 
 def _one_a_cell(points: Float, normals: Float) -> Float:
-    """The most interior of the points of each cell or its opposite; points on a hyperplane are left out.
+    """Most interior of the points in each pair of opposite cells, without points on a hyperplane.
 
-    A cell that holds such a point is cut by that hyperplane, so both of its sides have points of their own.
+    A hyperplane through a point cuts its cell, so both sides have points of their own.
     """
     margins, signs = np.empty(len(points)), np.empty((len(points), len(normals)), dtype=bool)
     for part in BlockSize(len(normals), _BLOCK_ENTRIES).slices(len(points)):

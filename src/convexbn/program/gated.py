@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -41,27 +41,9 @@ class GateBlocks(NamedTuple):
     values: Float
 
 
-# --- norms ---
-
-
-class Norm(Protocol):
-    """Norm of the blocks of a program, its dual and its proximal map."""
-
-    name: str
-
-    def of(self, blocks: Float) -> Float:
-        """Norm of every block: (m, q, K) -> (m,)."""
-
-    def dual(self, correlations: Float) -> Float:
-        """Dual norm of every correlation: (m, q, K) -> (m,)."""
-
-    def prox(self, blocks: Float, threshold: float) -> Float:
-        """Proximal map of ``threshold * sum_i ||S_i||``."""
-
-
 @dataclass(frozen=True)
 class Frobenius:
-    """``||S||_F``, its own dual.
+    """Frobenius norm of blocks, its own dual.
 
     Examples
     --------
@@ -75,12 +57,10 @@ class Frobenius:
         """Norm of every block: (m, q, K) -> (m,)."""
         return block_norms(blocks)
 
-    def dual(self, correlations: Float) -> Float:
-        """The same norm."""
-        return block_norms(correlations)
+    dual = of
 
     def prox(self, blocks: Float, threshold: float) -> Float:
-        """``(1 - threshold / ||S_i||)_+ S_i``."""
+        """Proximal map of ``threshold * sum_i ||S_i||``: ``(1 - threshold / ||S_i||)_+ S_i``."""
         norms = block_norms(blocks)
         factors = np.maximum(1 - np.divide(threshold, norms, out=np.ones_like(norms), where=norms > 0), 0)
         return factors[:, None, None] * blocks
@@ -88,7 +68,7 @@ class Frobenius:
 
 @dataclass(frozen=True)
 class Nuclear:
-    """Sum of the singular values; the dual norm is the largest one.
+    """Nuclear norm of blocks, the sum of their singular values; the dual norm is the largest one.
 
     Examples
     --------
@@ -99,17 +79,20 @@ class Nuclear:
     name = "nuclear"
 
     def of(self, blocks: Float) -> Float:
-        """Sum of the singular values of every block."""
+        """Sum of the singular values of every block: (m, q, K) -> (m,)."""
         return np.linalg.svd(blocks, compute_uv=False).sum(axis=1)
 
     def dual(self, correlations: Float) -> Float:
-        """Largest singular value of every correlation."""
+        """Largest singular value of every correlation: (m, q, K) -> (m,)."""
         return np.linalg.svd(correlations, compute_uv=False).max(axis=1, initial=0.0)
 
     def prox(self, blocks: Float, threshold: float) -> Float:
-        """The singular values lose the threshold."""
+        """Proximal map of ``threshold * sum_i ||S_i||``: the singular values lose the threshold."""
         left, values, right = np.linalg.svd(blocks, full_matrices=False)
         return (left * np.maximum(values - threshold, 0)[:, None, :]) @ right
+
+
+Norm: TypeAlias = Frobenius | Nuclear
 
 
 def block_norms(blocks: Float) -> Float:
@@ -117,39 +100,9 @@ def block_norms(blocks: Float) -> Float:
     return np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
 
 
-# --- operators ---
-
-
-class Operator(Protocol):
-    """The linear map from blocks to outputs, ``F = sum_j O_i(j) S_j``, and its adjoint.
-
-    It holds what it is made of: whitened ``rows`` (N, q), ``patterns`` (N, P) of the gates, and a ``readout``.
-    """
-
-    rows: Any
-    patterns: Bool
-    readout: Readout
-    norm: Norm
-
-    def block_shape(self, n_outputs: int) -> tuple[int, int]:
-        """Shape of a block for ``K`` outputs."""
-
-    def apply(self, gate_index: Index, blocks: Float) -> Float:
-        """``F`` (n, K) of blocks (m, ., .) on the gates ``gate_index`` (m,)."""
-
-    def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
-        """Correlations ``O_i' V`` of a dual point (n, K) for every gate, or those of ``gate_index``."""
-
-    def gate(self, gate: int) -> Float:
-        """``O_i`` of one gate as rows (n, .)."""
-
-    def rounding(self, dual: Float, weights: Float) -> float:
-        """What rounding may take from a norm of ``adjoint(dual)`` in float64."""
-
-
 @dataclass(frozen=True)
 class MaskedRows:
-    """``O_i = D_i A``: the rows of a gate are those on which it is open.
+    """Operator ``F = sum_j D_i(j) A S_j`` from blocks to outputs: a gate masks the rows on which it is closed.
 
     Parameters
     ----------
@@ -160,8 +113,8 @@ class MaskedRows:
 
     Notes
     -----
-    Both kernels are matrix products of ``2 n q P K`` flops in the precision of ``rows``; the row-wise product they
-    read is made in cache-sized blocks of rows, so that no ``n x qK`` or ``n x PK`` array is ever in memory.
+    Both kernels are matrix products of ``2 n q P K`` flops in the precision of ``rows``. The row-wise products that
+    they read are formed in cache-sized blocks of rows: no ``n x qK`` or ``n x PK`` array is ever in memory.
     """
 
     rows: Any
@@ -170,34 +123,28 @@ class MaskedRows:
     norm: ClassVar[Norm] = Frobenius()
 
     def block_shape(self, n_outputs: int) -> tuple[int, int]:
-        """``(q, K)``."""
+        """Shape ``(q, K)`` of a block for ``K`` outputs."""
         return self.rows.shape[1], n_outputs
-
-    def in_single_precision(self) -> MaskedRows:
-        """The same operator with float32 kernels: twice as fast, for iterates that float64 judges."""
-        return replace(self, rows=self.rows.astype(np.float32))
 
     def gate(self, gate: int) -> Float:
         """``D_i A`` of one gate: (n, q)."""
         return self.patterns[:, [gate]] * self.rows
 
     def apply(self, gate_index: Index, blocks: Float) -> Float:
-        """``F = sum_j D_{i(j)} A S_j`` for blocks (m, q, K) on the gates ``gate_index`` (m,): (n, K)."""
+        """Outputs ``F`` (n, K) of blocks (m, q, K) on the gates ``gate_index`` (m,)."""
         (q, K), dtype = blocks.shape[1:], self.rows.dtype
         shared = [blocks.transpose(0, 2, 1).astype(dtype, copy=False), gate_index]
         return row_matrix(self.rows).map(masked_outputs, self._size(q * K), along=[self.patterns], shared=shared)
 
     def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
-        """``A' D_i V`` for every gate (or those of ``gate_index``): (P, q, K)."""
-        q, K = self.rows.shape[1], dual.shape[1]
-        along = [self.patterns, dual.astype(self.rows.dtype, copy=False)]
-        (total,) = row_matrix(self.rows).reduce(
-            masked_correlations, self._size(q * K), along=along, shared=[gate_index]
-        )
+        """Correlations ``A' D_i V`` of a dual point (n, K) for every gate, or those of ``gate_index``: (P, q, K)."""
+        (q, K), dtype = self.block_shape(dual.shape[1]), self.rows.dtype
+        along, size = [self.patterns, dual.astype(dtype, copy=False)], self._size(q * K)
+        (total,) = row_matrix(self.rows).reduce(masked_correlations, size, along=along, shared=[gate_index])
         return np.ascontiguousarray(total.reshape(-1, K, q).transpose(0, 2, 1))
 
     def rounding(self, dual: Float, weights: Float) -> float:
-        """What rounding may take from a norm of ``adjoint(dual)`` in float64."""
+        """Bound on the error of a norm of ``adjoint(dual)`` from rounding in float64."""
         n, q = self.rows.shape
         scaled = np.linalg.norm(dual / np.sqrt(weights)[:, None])
         return float((n + q + 4) * EPS * np.sqrt(q) * scaled)
@@ -208,7 +155,7 @@ class MaskedRows:
 
 @dataclass(frozen=True)
 class PooledFeatures:
-    """``O_i = B_i = [T_r D_i A]``: pooled rows of images under every gate.
+    """Operator ``F = sum_j B_i(j) S_j`` with ``B_i = [T_r D_i A]``, the pooled rows of images under every gate.
 
     Parameters
     ----------
@@ -218,7 +165,7 @@ class PooledFeatures:
     readout : Readout
         Linear.
     features : ndarray (n, P, q R)
-        The regions of a whitened direction side by side.
+        ``B_i``, with the regions of a whitened direction side by side.
     """
 
     rows: Any
@@ -228,34 +175,34 @@ class PooledFeatures:
 
     @property
     def norm(self) -> Norm:
-        """Nuclear where several neurons share a gate, each with an output layer over the regions."""
+        """Nuclear if several neurons share a gate, each with an output layer over the regions."""
         return Nuclear() if self.readout.n_regions > 1 else Frobenius()
 
     def block_shape(self, n_outputs: int) -> tuple[int, int]:
-        """``(q, R K)``: a filter's weights, and an output layer's."""
+        """Shape ``(q, R K)`` of a block: weights of a filter, times those of an output layer."""
         R = self.readout.n_regions
         return self.features.shape[2] // R, R * n_outputs
 
     def gate(self, gate: int) -> Float:
-        """``B_i`` (n, q R)."""
+        """``B_i`` of one gate: (n, q R)."""
         return self.features[:, gate]
 
     def apply(self, gate_index: Index, blocks: Float) -> Float:
-        """``F = sum_j B_{i(j)} S_j`` for blocks (m, q, R K) on the gates ``gate_index`` (m,): (n, K)."""
+        """Outputs ``F`` (n, K) of blocks (m, q, R K) on the gates ``gate_index`` (m,)."""
         n, P, width = self.features.shape
         every = len(gate_index) == P and np.array_equal(gate_index, np.arange(P))
         features = (self.features if every else self.features[:, gate_index]).reshape(n, len(gate_index) * width)
         return features @ blocks.reshape(features.shape[1], blocks.shape[2] // self.readout.n_regions)
 
     def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
-        """``B_i'V`` for every gate (or those of ``gate_index``): (P, q, R K)."""
+        """Correlations ``B_i'V`` of a dual point (n, K) for every gate, or those of ``gate_index``: (P, q, R K)."""
         features = self.features if gate_index is None else self.features[:, gate_index]
         flat = features.reshape(len(features), features.shape[1] * features.shape[2])
         products: Float = flat.T @ dual
         return products.reshape(features.shape[1], *self.block_shape(dual.shape[1]))
 
     def rounding(self, dual: Float, weights: Float) -> float:
-        """What rounding may take from a norm of ``adjoint(dual)``, and what it left out of the features."""
+        """Bound on the error of a norm of ``adjoint(dual)`` from rounding, that of the features included."""
         n, _, width = self.features.shape
         terms = n + self.readout.rows_per_case + width + 4
         scaled = np.linalg.norm(dual / np.sqrt(weights)[:, None]) * self.readout.norm
@@ -263,18 +210,15 @@ class PooledFeatures:
 
 
 def gated_operator(rows: Rows, patterns: Bool, readout: Readout | None = None) -> MaskedRows | PooledFeatures:
-    """The operator of whitened rows (N, q) and patterns (N, P), pooled by a readout where there is one.
+    """Operator of whitened rows and gates, pooled if a readout pools.
+
+    Max pooling is a ``ValueError``: it is not linear in the weights under fixed gates.
 
     Parameters
     ----------
     rows : ndarray (N, q), or RowMatrix
     patterns : ndarray (N, P) of bool
     readout : Readout, optional
-
-    Raises
-    ------
-    ValueError
-        For max pooling, which is not linear in the weights under fixed gates.
     """
     if readout is None or readout.rows_per_case == 1:
         return MaskedRows(rows, patterns)
@@ -301,7 +245,7 @@ def _pooled(rows: Rows, patterns: Bool, readout: Any) -> Float:
 
 
 def gated_outputs(rows: Rows, patterns: Bool, blocks: Float, readout: Readout) -> Float:
-    """Outputs (n, K) on any rows (N, q) with patterns (N, m), one for each of the blocks (m, q, R K).
+    """Outputs (n, K) on any rows, for one block on each gate.
 
     Parameters
     ----------
@@ -322,9 +266,6 @@ def gated_outputs(rows: Rows, patterns: Bool, blocks: Float, readout: Readout) -
     return np.concatenate(outputs)
 
 
-# --- the program ---
-
-
 @dataclass(frozen=True)
 class GatedProgram:
     """Data of the program.
@@ -337,8 +278,6 @@ class GatedProgram:
         Loss bound to targets (n, K) and sample weights.
     weight_decay : float
         Strength of the weight decay, beta of the mathematics.
-    norm : Frobenius or Nuclear, optional
-        Penalty of a block; by default that of the operator.
 
     Examples
     --------
@@ -352,11 +291,11 @@ class GatedProgram:
     operator: Any
     loss: Loss
     weight_decay: float
-    norm: Any = None
 
-    def __post_init__(self) -> None:
-        if self.norm is None:
-            object.__setattr__(self, "norm", self.operator.norm)
+    @property
+    def norm(self) -> Any:
+        """Penalty of a block, that of the operator."""
+        return self.operator.norm
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -369,11 +308,11 @@ class GatedProgram:
         return int(self.operator.patterns.shape[1])
 
     def in_single_precision(self) -> GatedProgram:
-        """The same program with float32 kernels."""
-        return replace(self, operator=self.operator.in_single_precision())
+        """Program with float32 kernels: twice as fast, for iterates that float64 judges."""
+        return replace(self, operator=replace(self.operator, rows=self.operator.rows.astype(np.float32)))
 
     def with_weight_decay(self, weight_decay: float) -> GatedProgram:
-        """The same program at another weight decay; what is known of its correlations at zero is kept."""
+        """Program at another weight decay, with the correlations at zero if they are known."""
         other = replace(self, weight_decay=weight_decay)
         if "correlations_at_zero" in self.__dict__:
             other.__dict__["correlations_at_zero"] = self.correlations_at_zero
@@ -388,7 +327,7 @@ class GatedProgram:
         return self.operator.adjoint(dual, gate_index)
 
     def correlation_norms(self, dual: Float) -> Float:
-        """``||A' D_i V||``, the dual norm, for every gate: (P,)."""
+        """Dual norm ``||A' D_i V||`` for every gate: (P,)."""
         return self.norm.dual(self.correlations(dual))
 
     def dual_norm_bound(self, dual: Float) -> tuple[float, float]:
@@ -397,7 +336,7 @@ class GatedProgram:
         return float(self.correlation_norms(dual).max(initial=0.0) + rounding), rounding
 
     def correlation_rounding(self, dual: Float) -> float:
-        """What rounding may take from a norm of ``correlations(dual)`` in float64."""
+        """Bound on the error of ``correlation_norms(dual)`` from rounding in float64."""
         return float(self.operator.rounding(dual, self.loss.weights))
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 """Activation patterns of the data under gates: sampling, evaluation, deduplication.
 
-A gate ``(g, b)`` is open at ``x`` when ``(x - mean)'g + b >= 0``; a row exactly on the hyperplane is open.
+A gate ``(g, b)`` is open at ``x`` if ``(x - mean)'g + b >= 0``; a row exactly on the hyperplane is open.
 The pattern of a gate is the 0/1 vector ``diag(D)`` of its values on the training rows.
 """
 
@@ -13,6 +13,7 @@ from convexbn.data.blocks import BlockSize
 from convexbn.data.row_matrix import Rows, row_matrix
 from convexbn.data.scaling import headroom, powers
 from convexbn.data.whitening import Whitening
+from convexbn.program.arrangement import row_keys
 from convexbn.program.kernels import open_gates
 
 #: Responses held at once.
@@ -27,24 +28,29 @@ def sample_gates(
     Parameters
     ----------
     kind : {"data", "whitened"}
-        ``"data"``: ``g ~ N(0, I_d)``, offset 0. ``"whitened"``: ``h ~ N(0, I_{r+1})`` on the whitened
-        rows, ``g = V S^{-1} h[:r]``, ``b = h[r] / sqrt(n)``: isotropic where the network lives. Drawn as
-        ``h[:r] = V'z``, ``z ~ N(0, I_d)``.
+        ``"data"``: ``g ~ N(0, I_d)``, offset 0. ``"whitened"``: ``h ~ N(0, I_{r+1})`` on the whitened rows,
+        ``g = V S^{-1} h[:r]``, ``b = h[r] / sqrt(n)``: isotropic where the network lives.
     n_gates : int
-        Number of draws.
     whitening : Whitening
         Statistics of the training data.
     random_state : numpy.random.RandomState
-        Source of randomness.
     """
     if kind == "data":
-        gates = random_state.standard_normal((len(whitening.mean), n_gates))
-        return gates, np.zeros(n_gates)
+        return random_state.standard_normal((len(whitening.mean), n_gates)), np.zeros(n_gates)
     return gates_along(whitening, sample_directions(n_gates, whitening, random_state))
 
 
 def sample_directions(n: int, whitening: Whitening, random_state: np.random.RandomState) -> Float:
-    """Isotropic directions on the whitened rows, whatever the signs and rotations of singular vectors: (q, n)."""
+    """Draw isotropic directions on the whitened rows: (q, n).
+
+    They are drawn as ``h[:r] = V'z``, ``z ~ N(0, I_d)``, independent of signs and rotations of singular vectors.
+
+    Parameters
+    ----------
+    n : int
+    whitening : Whitening
+    random_state : numpy.random.RandomState
+    """
     draws = random_state.standard_normal((len(whitening.mean) + 1, n))
     return np.vstack([whitening.directions.T @ draws[:-1], draws[-1:]])
 
@@ -56,12 +62,20 @@ def gates_along(whitening: Whitening, directions: Float) -> tuple[Float, Float]:
 
 @np.errstate(all="ignore")
 def gate_patterns(X: Rows, mean: Float, gates: Float, offsets: Float) -> Bool:
-    """Which gates are open at which rows: (n, d), (d, P) -> (n, P), in float64.
+    """Whether each gate is open at each row, computed in float64: (n, P).
 
-    A response within rounding of zero is summed again in an order that does not depend on the batch, so that
-    a row on a hyperplane is treated alike in training, prediction and certification.
+    A response within rounding of zero is summed again in an order that does not depend on the batch: training,
+    prediction and certification treat a row on a hyperplane alike.
+
+    Parameters
+    ----------
+    X : ndarray (n, d), or RowMatrix
+    mean : ndarray (d,)
+    gates, offsets : ndarray (d, P), (P,)
     """
-    lengths = np.linalg.norm(gates / _column_peaks(gates), axis=0) * _column_peaks(gates)
+    peaks = np.abs(gates).max(axis=0)
+    peaks = np.where(peaks > 0, peaks, 1.0)
+    lengths = np.linalg.norm(gates / peaks, axis=0) * peaks
     exponent = headroom(X, mean)
     shared = [np.ldexp(mean, -exponent), gates, -np.ldexp(offsets, -exponent), lengths, *powers(-exponent)]
     size = BlockSize(max(gates.shape), _BLOCK_ENTRIES, least=64)
@@ -70,7 +84,7 @@ def gate_patterns(X: Rows, mean: Float, gates: Float, offsets: Float) -> Bool:
 
 
 def distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
-    """First of every distinct gate, and for every gate its place among them: (m',), (m,).
+    """Index of the first copy of every distinct gate (m',), and the place of every gate among them (m,).
 
     Examples
     --------
@@ -83,19 +97,12 @@ def distinct_gates(gates: Float, offsets: Float) -> tuple[Index, Index]:
     return np.unique(place, return_index=True)[1], place
 
 
-def _column_peaks(gates: Float) -> Float:
-    peaks = np.abs(gates).max(axis=0)
-    return np.where(peaks > 0, peaks, 1.0)
-
-
 def first_of_each_pattern(patterns: Bool) -> Index:
-    """Indices, in order, of the first gate of every distinct pattern (a column of ``patterns``).
+    """Sorted indices of the first gate of every distinct pattern, a column of ``patterns``.
 
     Examples
     --------
     >>> first_of_each_pattern(np.array([[1, 0, 1], [1, 1, 1]], dtype=bool))
     array([0, 1])
     """
-    packed = np.ascontiguousarray(np.packbits(patterns, axis=0).T)
-    keys = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
-    return np.sort(np.unique(keys, return_index=True)[1])
+    return np.sort(np.unique(row_keys(patterns.T), return_index=True)[1])

@@ -1,4 +1,4 @@
-"""Gauss-Newton matrices ``J' L'' J``: of a loss in the variables behind its outputs, summed over blocks of rows."""
+"""Gauss-Newton matrices ``J' L'' J`` of a loss in the variables behind its outputs, summed over blocks of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.data.blocks import BlockSize
 
-#: ``R_i' J_i`` of a part of the rows, (rows, K, size), from ``R`` of those rows and their slice.
+#: ``R_i' J_i`` (b, K, size) of some rows, from their ``R`` and their slice.
 Derivative: TypeAlias = Callable[[Float, slice], Float]
 
 #: Doubles of the derivative that are formed at a time.
@@ -18,16 +18,15 @@ _BLOCK = 1 << 19
 
 
 def sum_of_squares(root: Float, derivative: Derivative, size: int, rows_per_case: int = 1) -> Float:
-    """``sum_i (R_i' J_i)'(R_i' J_i)`` over cases: (size, size).
+    """Sum ``(R_i' J_i)'(R_i' J_i)`` over cases: (size, size).
 
     Parameters
     ----------
     root : ndarray (n, K', K)
         ``R_i`` with ``R_i R_i'`` the second derivative of the loss, see ``Loss.hessian_root``.
-    derivative : callable
-        ``R_i' J_i`` of a part of the rows.
+    derivative : Derivative
     size : int
-        Variables.
+        Number of variables.
     rows_per_case : int, default=1
         Consecutive rows whose ``R_i' J_i`` are one term.
     """

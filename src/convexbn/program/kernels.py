@@ -1,9 +1,9 @@
 """Kernels of the programs: functions of one block of whitened or raw rows, written against its array namespace.
 
-Flops a row of ``q`` numbers: ``open_gates`` takes ``2 q P`` for ``P`` gates, ``masked_outputs`` and
+Flops per row of ``q`` numbers: ``open_gates`` takes ``2 q P`` for ``P`` gates, ``masked_outputs`` and
 ``masked_correlations`` ``2 q P K`` for ``K`` outputs, ``relu_outputs`` ``2 m (q + R K)`` for ``m`` neurons and
-``loss_and_ascent`` three times that. All but the gates' ties are matrix products, and run at their speed: the products
-of rows and outputs that they read are made in the cache.
+``loss_and_ascent`` three times that. All but the ties of gates are matrix products and run at their speed: the products
+of rows and outputs that they read are formed in the cache.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from array_api_compat import array_namespace
 from convexbn._types import EPS
 from convexbn.data.kernels import positive_part, scaled
 
-#: Entries of gates and rows that are multiplied at once where a response is summed again.
+#: Entries of gates and rows that are multiplied at once when responses are summed again.
 _TIED_ENTRIES = 1 << 20
 
 
 def open_gates(block: Any, mean: Any, gates: Any, thresholds: Any, lengths: Any, *factors: Any) -> Any:
-    """Which gates (d, P) are open at scaled rows (b, d), ``(x - mean)'g >= threshold``: (b, P).
+    """Whether ``(x - mean)'g >= threshold`` for each scaled row and gate: (b, P).
 
     A response within rounding of zero is summed again in an order that does not depend on the block.
 
     Parameters
     ----------
-    block : array (b, d)
-    mean : array (d,)
-    gates : array (d, P)
-    thresholds, lengths : array (P,)
-        Of the gates; ``lengths`` are their norms.
+    block, mean : array (b, d), (d,)
+    gates, thresholds, lengths : array (d, P), (P,), (P,)
+        ``lengths`` are the norms of the gates.
     *factors : array (d,)
-        As in ``kernels.scaled``.
+        Scales of the columns, see ``data.kernels.scaled``.
     """
     xp = array_namespace(gates)
     centred = scaled(block, gates.dtype, *factors) - mean
@@ -50,12 +48,11 @@ def open_gates(block: Any, mean: Any, gates: Any, thresholds: Any, lengths: Any,
 
 
 def masked_outputs(block: Any, patterns: Any, stacked: Any, gate_index: Any = None) -> Any:
-    """``sum_j D_j A S_j`` of rows (b, q) with patterns (b, P): (b, K).
+    """``sum_j D_j A S_j``: (b, K).
 
     Parameters
     ----------
-    block : array (b, q)
-    patterns : array (b, P) of bool
+    block, patterns : array (b, q), (b, P)
     stacked : array (m, K, q)
         Blocks ``S_j'``.
     gate_index : array (m,), optional
@@ -68,7 +65,14 @@ def masked_outputs(block: Any, patterns: Any, stacked: Any, gate_index: Any = No
 
 
 def masked_correlations(block: Any, patterns: Any, dual: Any, gate_index: Any = None) -> tuple[Any]:
-    """``V' D_i A`` of rows (b, q) with patterns (b, P) and a dual point (b, K), for every gate: (P, K q)."""
+    """``V' D_i A`` for every gate: (P, K q).
+
+    Parameters
+    ----------
+    block, patterns, dual : array (b, q), (b, P), (b, K)
+    gate_index : array (m,), optional
+        Gates ``i``; all by default.
+    """
     xp = array_namespace(block)
     products = dual[:, :, None] * block[:, None, :]
     flat = xp.reshape(products, (products.shape[0], products.shape[1] * products.shape[2]))
@@ -76,30 +80,32 @@ def masked_correlations(block: Any, patterns: Any, dual: Any, gate_index: Any = 
 
 
 def _opened(patterns: Any, gate_index: Any, block: Any) -> Any:
-    """Patterns of some gates in the precision of a block."""
+    """Patterns of the chosen gates in the precision of a block."""
     xp = array_namespace(block)
     chosen = patterns if gate_index is None else xp.take(patterns, gate_index, axis=1)
     return xp.astype(chosen, block.dtype, copy=False)
 
 
 def relu_outputs(block: Any, first: Any, output: Any, readout: Any) -> Any:
-    """Outputs of ``(A first)_+`` and an output layer (m, R K): (b, K), ``b`` the cases of the block."""
+    """Outputs of ``(A first)_+`` and an output layer: (cases, K).
+
+    Parameters
+    ----------
+    block, first, output : array (b, q), (q, m), (m, R K)
+    readout : Readout
+    """
     return readout.outputs(positive_part(block @ first), output)
 
 
 def relu_ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, readout: Any) -> tuple[Any, Any]:
-    """``<dual, outputs>`` differentiated by the first layer (q, m), and by the output layer (R m, K).
+    """Derivatives of ``<dual, outputs>`` by the first layer (q, m) and by the output layer (R m, K).
 
     Parameters
     ----------
-    block : array (b, q)
-    hidden : array (b, m)
-        Hidden units of the rows.
-    pooled : array (cases, R m)
-        What the output layer sees of them.
-    dual : array (cases, K)
-    regional : array (R m, K)
-        The output layer, region by region.
+    block, hidden, pooled : array (b, q), (b, m), (cases, R m)
+        Rows, their hidden units, and these as the output layer sees them.
+    dual, regional : array (cases, K), (R m, K)
+        ``regional`` is the output layer, region by region.
     readout : Readout
     """
     back = readout.unpool(dual @ regional.T, hidden)
@@ -112,11 +118,8 @@ def loss_and_ascent(block: Any, loss: Any, first: Any, output: Any, readout: Any
 
     Parameters
     ----------
-    block : array (b, q)
-    loss : Loss
-        Of the cases.
-    first, output, readout
-        As in ``relu_outputs``.
+    block, loss : array (b, q), Loss
+    first, output, readout : array (q, m), array (m, R K), Readout
     """
     xp = array_namespace(block)
     hidden, regional = positive_part(block @ first), readout.by_region(output)
@@ -127,14 +130,12 @@ def loss_and_ascent(block: Any, loss: Any, first: Any, output: Any, readout: Any
 
 
 def ascent(block: Any, dual: Any, first: Any, output: Any, readout: Any) -> tuple[Any, Any]:
-    """``<dual, outputs>`` differentiated by both layers, in float64.
+    """Derivatives of ``<dual, outputs>`` by both layers, in float64.
 
     Parameters
     ----------
-    block : array (b, q)
-    dual : array (cases, K)
-    first, output, readout
-        As in ``relu_outputs``.
+    block, dual : array (b, q), (cases, K)
+    first, output, readout : array (q, m), array (m, R K), Readout
     """
     hidden = positive_part(block @ first)
     return _ascent(block, hidden, readout.pool(hidden), dual, readout.by_region(output), readout)

@@ -1,4 +1,4 @@
-"""A two-layer network as other frameworks hold it: affine map, batch norm with stored statistics, ReLU, affine map.
+"""Two-layer networks as other frameworks hold them: affine map, batch norm with stored statistics, ReLU, affine map.
 
 The map between the two forms is that of mathematics, section 1d: weights of unit biased variance, batch-norm scale
 ``gamma / sqrt(n) * sqrt(1 + eps)`` and offset ``shift / sqrt(n)``. Frameworks convert these arrays and nothing else.
@@ -20,22 +20,19 @@ from convexbn.program.readout import Readout
 class Layers:
     """``x -> relu(scale (weight'x + bias - running_mean) / sqrt(running_var + eps) + offset)'output + output_bias``.
 
-    All arrays are float64, whatever type they were stored in or will be.
+    All arrays are float64, whatever the type in which they are stored.
 
     Attributes
     ----------
     weight, bias : ndarray (d, m), (m,)
-        First affine map.
     running_mean, running_var : ndarray (m,)
         Stored statistics; the variance is the one that normalises.
     eps : float
-        What batch norm adds to the variance.
     scale, offset : ndarray (m,)
-        Batch norm's own weight and bias.
+        Weight and bias of batch norm.
     output, output_bias : ndarray (m, K), (K,)
-        Second affine map.
     readout : Readout
-        Of a convolutional network, whose rows are patches and whose ``output`` is (m, R K), its pooling.
+        Pooling of a convolutional network, whose rows are patches and whose ``output`` is (m, R K).
     """
 
     weight: Float
@@ -54,7 +51,13 @@ class Layers:
     def from_network(cls, network: BatchNormNetwork, dtype: DTypeLike, eps: float) -> Layers:
         """Layers of a network, rounded to numbers of ``dtype``.
 
-        The bias centres the pre-activations, and the running mean is what rounding leaves of their mean.
+        The bias centres the pre-activations; the running mean is the part of their mean that rounding leaves.
+
+        Parameters
+        ----------
+        network : BatchNormNetwork
+        dtype : dtype
+        eps : float
         """
         root = np.sqrt(network.n_effective)
         weight = rounded(network.weight, dtype)
@@ -74,7 +77,7 @@ class Layers:
 
     @property
     def gain(self) -> Float:
-        """What batch norm multiplies each pre-activation with: (m,)."""
+        """Factor of each pre-activation in batch norm: (m,)."""
         return self.scale / np.sqrt(self.running_var + self.eps)
 
     def predict(self, X: Float) -> Float:
@@ -84,38 +87,31 @@ class Layers:
         return self.readout.outputs(hidden, self.output) + self.output_bias
 
     def with_statistics_of(self, X: Float) -> Layers:
-        """The same layers with the full-batch statistics of rows (n, d): what train mode computes on all of them."""
+        """Layers with the full-batch statistics of rows (n, d), which train mode computes on all of them."""
         mean, deviation = self._statistics(X)
         return replace(self, running_mean=mean @ self.weight + self.bias, running_var=deviation**2)
 
     def network(self, X: Float) -> BatchNormNetwork:
-        """The network of the same function, in terms of the statistics of rows ``X`` (n, d).
+        """Network of equal outputs, with the full-batch statistics of rows ``X`` (n, d) in place of the stored ones.
 
-        Gamma and shift are those with which the full-batch statistics of these rows give the function that the layers
-        have with the stored ones.
-
-        Raises
-        ------
-        ValueError
-            When a neuron that is used does not vary over the rows.
+        A neuron that is used and does not vary over the rows is a ValueError.
         """
         return self._network(*self._statistics(X), float(len(X)))
 
     def network_without_rows(self, n_effective: float) -> BatchNormNetwork:
-        """The network of the same function, as if the stored statistics were those of ``n_effective`` rows.
+        """Network of equal outputs, as if the stored statistics were those of ``n_effective`` rows.
 
-        Of the means of the features, which it does not depend on, these are `implied_mean`.
+        Its outputs do not depend on the means of the features, which are ``implied_mean``.
         """
         return self._network(self.implied_mean(), np.sqrt(self.running_var), n_effective)
 
     def implied_mean(self) -> Float:
         """Smallest means of the features (d,) that explain the stored means of the pre-activations."""
         scale = row_scale(self.weight)
-        responses = self.running_mean - self.bias
-        return np.linalg.lstsq((self.weight / scale).T, responses, rcond=None)[0] / scale[:, 0]
+        return np.linalg.lstsq((self.weight / scale).T, self.running_mean - self.bias, rcond=None)[0] / scale[:, 0]
 
     def _statistics(self, X: Float) -> tuple[Float, Float]:
-        """Means of the features (d,) and deviations of the pre-activations (m,), 0 where only rounding varies."""
+        """Means of the features (d,) and deviations of the pre-activations (m,), 0 if only rounding varies."""
         mean = X.mean(axis=0)
         mean += (X - mean).mean(axis=0)  # an offset leaves a mean behind: centre twice
         deviation = ((X - mean) @ self.weight).std(axis=0)
@@ -130,15 +126,10 @@ class Layers:
                 f"{len(still)} neurons (the first is {still[0]}) do not vary over the rows, or overflow, so batch norm "
                 "has nothing to normalise: give the rows that the network was trained on, or remove these neurons."
             )
-        sign = np.where(self.scale < 0, -1.0, 1.0)
-        return BatchNormNetwork(
-            weight=self.weight * (sign / np.where(varies, deviation, 1.0)),
-            gamma=np.sqrt(n) * np.abs(self.gain) * np.where(varies, deviation, 0.0),
-            shift=np.sqrt(n) * (self.offset + self.gain * (mean @ self.weight + self.bias - self.running_mean)),
-            output=self.output,
-            mean=mean,
-            n_effective=n,
-        )
+        weight = self.weight * (np.where(self.scale < 0, -1.0, 1.0) / np.where(varies, deviation, 1.0))
+        gamma = np.sqrt(n) * np.abs(self.gain) * np.where(varies, deviation, 0.0)
+        shift = np.sqrt(n) * (self.offset + self.gain * (mean @ self.weight + self.bias - self.running_mean))
+        return BatchNormNetwork(weight, gamma, shift, self.output, mean, n)
 
 
 @np.errstate(all="ignore")
@@ -150,35 +141,24 @@ def folded(network: BatchNormNetwork, dtype: DTypeLike) -> tuple[Float, Float]:
 
 
 def rounded(array: Float, dtype: DTypeLike) -> Float:
-    """Return the numbers that a type can hold, in float64."""
+    """Array rounded to numbers of a type, in float64."""
     return np.asarray(array).astype(dtype).astype(np.float64)
 
 
 def row_scale(weight: Float) -> Float:
-    """Largest entry of every row (d, 1), 1 where all are 0: what takes the units of the features out of weights."""
+    """Largest entry of every row (d, 1), 1 for rows of zeros; division takes the units of features out of weights."""
     peaks: Float = np.abs(weight).max(axis=1, initial=0.0, keepdims=True)
     return np.where(peaks > 0, peaks, 1.0)
 
 
 def convertible(network: BatchNormNetwork) -> BatchNormNetwork:
-    """The network, or one dead neuron for none: frameworks have no batch norm of no features.
-
-    Raises
-    ------
-    TypeError
-        For anything but a network.
-    """
+    """Network with at least one neuron, dead if need be: batch norm of frameworks needs a feature."""
     if not isinstance(network, BatchNormNetwork):
         raise TypeError(f"network must be a BatchNormNetwork, such as model.network_; got {type(network).__name__}.")
     if network.n_neurons:
         return network
-    gated = network.gates is not None
-    return replace(
-        network,
-        weight=np.zeros((len(network.mean), 1)),
-        gamma=np.zeros(1),
-        shift=np.zeros(1),
-        output=np.zeros((1, network.output.shape[1])),
-        gates=np.zeros((len(network.mean), 1)) if gated else None,
-        gate_offsets=np.zeros(1) if gated else None,
+    d, zero = len(network.mean), np.zeros(1)
+    dead = replace(
+        network, weight=np.zeros((d, 1)), gamma=zero, shift=zero, output=np.zeros((1, network.output.shape[1]))
     )
+    return dead if network.gates is None else replace(dead, gates=np.zeros((d, 1)), gate_offsets=zero)

@@ -21,7 +21,7 @@ from convexbn.data.kernels import positive_part
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.rays import Formula, NoFormulaError, shrunk_rays, two_sides, with_norm
 
-#: What a dual variable may lie outside its domain by rounding alone.
+#: Distance outside its domain up to which a dual variable may lie from rounding alone.
 _ROUNDING = 64 * EPS
 
 
@@ -32,59 +32,47 @@ class Loss:
     Parameters
     ----------
     targets : ndarray (n, K)
-        Targets, one row a sample.
     weights : ndarray (n,)
         Positive sample weights.
     constant : float
-        Added to the value and to the dual value: what merging rows with equal features leaves behind.
+        Added to the value and to the dual value; merging rows with equal features leaves it behind.
     """
 
     targets: Float
     weights: Float
     constant: float = 0.0
 
-    #: Public name.
+    #: Public name, and tasks: ``"classification"``, ``"regression"`` or both.
     name: ClassVar[str] = ""
-
-    #: What it is for: ``"classification"``, ``"regression"`` or both.
     tasks: ClassVar[frozenset[str]] = frozenset()
-
-    #: What targets are: ``"numbers"``, ``"signs"`` (-1 and +1, or soft labels between) or ``"probabilities"``.
+    #: Kind of targets: ``"numbers"``, ``"signs"`` (-1 and +1, or soft labels between) or ``"probabilities"``.
     target_kind: ClassVar[str] = "numbers"
-
-    #: Name of the loss that takes its place for one output, as two classes have; its own if empty.
+    #: Name of the loss that takes its place for two classes, which have one output; its own if empty.
     binary_name: ClassVar[str] = ""
-
     #: Whether outputs are logits, whose softmax models the probabilities of classes.
     models_probabilities: ClassVar[bool] = False
-
-    #: Torch's module of this loss, and what its sum over rows and outputs is, in units of this one.
+    #: Torch's module of this loss, and the factor by which its sum over rows and outputs exceeds this one.
     torch_name: ClassVar[str] = ""
     torch_factor: ClassVar[float] = 1.0
-
     #: Upper bound of the second derivative of ``l`` in any direction of ``f``.
     curvature: ClassVar[float]
-
     #: Derivative of ``V`` in the targets, in units of the sample weights; None unless ``l`` has a second derivative.
     target_slope: ClassVar[float | None] = None
-
     #: Whether rows of equal outputs depend on their targets through the mean alone.
     depends_on_means: ClassVar[bool] = True
-
     #: Whether the loss is the sum of those of its rows.
     separable: ClassVar[bool] = True
-
-    #: Whether ``l`` keeps its curvature where gradient descent goes: steps beyond what is stable then diverge.
+    #: Whether ``l`` keeps its curvature where gradient descent goes: unstable steps then diverge.
     nearly_quadratic: ClassVar[bool] = False
 
     @classmethod
     def takes_outputs(cls, n_outputs: int) -> bool:
-        """Whether it is defined for so many outputs."""
+        """Whether the loss is defined for so many outputs."""
         return n_outputs > 1 or not cls.binary_name
 
     @property
     def output_scale(self) -> float:
-        """Size of the outputs that the loss asks for: 1 for labels, that of the targets for numbers."""
+        """Typical size of outputs: 1 for labels, the size of the targets for numbers."""
         return 1.0
 
     def value(self, outputs: Float) -> float:
@@ -100,51 +88,38 @@ class Loss:
         raise NotImplementedError
 
     def hessian_root(self, outputs: Float) -> Float:
-        """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``, a generalised one where ``l`` has a kink."""
+        """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``, generalised where ``l`` has a kink."""
         n, K = outputs.shape
         return np.sqrt(self.weights)[:, None, None] * np.broadcast_to(self._root(outputs), (n, K, K))
 
     def _root(self, outputs: Float) -> Float:
-        """``R`` for weights of 1: (n, K, K), or (K, K) for all rows alike."""
+        """``R`` for weights of 1: (n, K, K), or (K, K) if it is the same for all rows."""
         raise NotImplementedError
 
     def gauss_newton(self, outputs: Float, derivative: Derivative, size: int) -> Float:
-        """``J' L'' J`` (size, size) for outputs (n, K) with derivative ``J`` in so many variables.
+        """``J' L'' J`` (size, size) for outputs with derivative ``J`` in ``size`` variables.
 
         Parameters
         ----------
         outputs : ndarray (n, K)
-        derivative : callable
-            ``R_i' J_i`` of a part of the rows, of which it gets ``R`` and their slice: (rows, K, size).
+        derivative : Derivative
         size : int
         """
         return sum_of_squares(self.hessian_root(outputs), derivative, size)
 
     def full_rank(self, weight_decay: float) -> Formula:
-        """Optimal hidden units (n, m), times ``sqrt(w)``, and output layer (m, K) at rank n - 1.
-
-        Raises
-        ------
-        NoFormulaError
-            When loss and targets have none.
-        """
+        """Optimal hidden units (n, m), times ``sqrt(w)``, and output layer (m, K) at rank n - 1, or NoFormulaError."""
         raise NoFormulaError(f"there is no formula for {type(self).__name__}.")
 
     def of_rows(self, part: Index | slice) -> Loss:
-        """The terms of some rows."""
+        """Loss of some of the rows."""
         return replace(self, targets=self.targets[part], weights=self.weights[part], constant=0.0)
 
     def __getitem__(self, part: Index | slice) -> Loss:
         return self.of_rows(part)
 
     def merged(self, groups: np.ndarray, n_groups: int) -> Loss:
-        """The same loss as a function of one output row per group of rows, where it ``depends_on_means``.
-
-        Raises
-        ------
-        TypeError
-            For one that does not.
-        """
+        """Loss as a function of one output row per group of rows; a TypeError unless it ``depends_on_means``."""
         if not self.depends_on_means:
             raise TypeError(f"rows of {type(self).__name__} cannot be merged: it depends on each target of a group.")
         weights: Float = np.bincount(groups, self.weights, n_groups).astype(np.float64)
@@ -155,7 +130,7 @@ class Loss:
         return replace(self, targets=means, weights=weights, constant=constant)
 
     def _left_behind(self, means: Float) -> float:
-        """Value that does not depend on the outputs when targets are replaced by group means."""
+        """Part of the value that replacing targets by group means removes, whatever the outputs."""
         return 0.0
 
 
@@ -173,7 +148,7 @@ class SquaredLoss(Loss):
 
     @property
     def output_scale(self) -> float:
-        return root_mean_square(self.targets, self.weights)
+        return _root_mean_square(self.targets, self.weights)
 
     def value(self, outputs: Float) -> float:
         xp = array_namespace(outputs)
@@ -203,7 +178,7 @@ class HuberLoss(Loss):
     Parameters
     ----------
     delta : float, default=1.0
-        Residual from which on the loss grows linearly, in the units of the targets.
+        Residual beyond which the loss grows linearly, in the units of the targets.
 
     Examples
     --------
@@ -223,7 +198,7 @@ class HuberLoss(Loss):
 
     @property
     def output_scale(self) -> float:
-        return root_mean_square(self.targets, self.weights)
+        return _root_mean_square(self.targets, self.weights)
 
     def value(self, outputs: Float) -> float:
         xp = array_namespace(outputs)
@@ -248,9 +223,9 @@ class HuberLoss(Loss):
         return _diagonals(np.where(np.abs(outputs - self.targets) < self.delta, 1.0, 0.0))
 
     def full_rank(self, weight_decay: float) -> Formula:
-        """One neuron for the positive targets and one for the negative ones."""
+        """One neuron for the positive targets, one for the negative ones."""
         if self.targets.shape[1] > 1:
-            raise NoFormulaError("no formula: the Huber loss has one for one output only.")
+            raise NoFormulaError("no formula: the Huber loss has one for a single output only.")
         return two_sides(self.weights, self.targets[:, 0], functools.partial(self._amplitudes, weight_decay))
 
     def _amplitudes(self, weight_decay: float, weights: Float, y: Float) -> Float:
@@ -267,8 +242,8 @@ class HuberLoss(Loss):
 class SquaredHingeLoss(Loss):
     """``1/2 sum_i w_i sum_k (1 - y_ik f_ik)_+^2``, targets -1 or +1; a target in between is a soft label.
 
-    A soft label is a share ``(1 + y) / 2`` of rows with +1 and the rest with -1. Between the margins, ``|f| <= 1``, the
-    loss is then ``((f - y)^2 + 1 - y^2) / 2``.
+    A soft label stands for a share ``(1 + y) / 2`` of rows with +1 and the rest with -1. Between the margins,
+    ``|f| <= 1``, its loss is ``((f - y)^2 + 1 - y^2) / 2``.
     """
 
     name: ClassVar[str] = "squared_hinge"
@@ -306,7 +281,7 @@ class SquaredHingeLoss(Loss):
         return _diagonals(np.sqrt(p * (outputs < 1) + (1 - p) * (outputs > -1)))
 
     def full_rank(self, weight_decay: float) -> Formula:
-        """That of the squared loss: outputs stay between the margins, where the two differ by a constant."""
+        """Formula of the squared loss: between the margins, where outputs stay, the two differ by a constant."""
         return shrunk_rays(np.sqrt(self.weights)[:, None] * self.targets, weight_decay)
 
 
@@ -350,7 +325,7 @@ class LogisticLoss(Loss):
         return _diagonals(np.sqrt(p * (1 - p)))
 
     def full_rank(self, weight_decay: float) -> Formula:
-        """One neuron for the rows that lean to +1 and one for those that lean to -1."""
+        """One neuron for the rows that lean to +1, one for the rows that lean to -1."""
         return two_sides(self.weights, self.targets[:, 0], functools.partial(self._amplitudes, weight_decay))
 
     def _amplitudes(self, weight_decay: float, weights: Float, y: Float) -> Float:
@@ -409,28 +384,24 @@ class CrossEntropyLoss(Loss):
         return root[:, None, :] * np.eye(p.shape[1]) - p[:, :, None] * root[:, None, :]
 
     def full_rank(self, weight_decay: float) -> Formula:
-        """One shared logit row ``amplitude (e_k - 1/K)`` a class; ``1 - p_own = tau`` at the optimum."""
-        K = self.targets.shape[1]
-        labels = self.targets.argmax(axis=1)
+        """One logit row ``amplitude (e_k - 1/K)`` per class; ``1 - p_own = tau`` at the optimum."""
+        K, labels = self.targets.shape[1], self.targets.argmax(axis=1)
         if not np.array_equal(self.targets, np.eye(K)[labels]):
-            raise NoFormulaError(
-                "no formula: rows with equal features carry different classes, which makes their labels soft."
-            )
+            raise NoFormulaError("no formula: rows with equal features have different classes, so labels are soft.")
         totals = np.bincount(labels, self.weights, K)
         hidden = np.sqrt(self.weights / totals[labels])[:, None] * self.targets
         with np.errstate(divide="ignore"):
             tau = weight_decay / np.sqrt(totals) * np.sqrt((K - 1) / K)
         live = tau < (K - 1) / K
         safe = np.where(live, tau, (K - 1) / K)  # amplitude 0
-        amplitude = np.log((K - 1) * (1 - safe) / safe)
-        amplitude[~live] = 0.0
+        amplitude = np.where(live, np.log((K - 1) * (1 - safe) / safe), 0.0)
         return hidden, (np.sqrt(totals) * amplitude)[:, None] * (np.eye(K) - 1 / K)
 
 
-#: What binds targets and weights of rows to a loss.
+#: Makes a loss from the targets and weights of rows.
 LossKind: TypeAlias = Callable[[Float, Float], Loss]
 
-#: The losses by their public names.
+#: Losses by their public names.
 LOSSES: dict[str, type[Loss]] = {
     loss.name: loss for loss in (SquaredLoss, HuberLoss, SquaredHingeLoss, LogisticLoss, CrossEntropyLoss)
 }
@@ -448,7 +419,7 @@ def losses_for(task: str | None = None) -> list[str]:
 
 
 def loss_table() -> str:
-    """The losses as a Markdown table: name, estimators, value, torch's name, and whether there is a formula."""
+    """Markdown table of the losses: name, tasks, value, name in torch, and whether there is a formula."""
     lines = ["| `loss=` | for | value | torch | formula at rank n - 1 |", "|---|---|---|---|---|"]
     for name, loss in LOSSES.items():
         value = (loss.__doc__ or "").partition("\n")[0].rstrip(".").replace("``", "`").replace("|", "\\|")
@@ -459,7 +430,7 @@ def loss_table() -> str:
 
 
 def class_loss(name: str, n_outputs: int) -> type[Loss]:
-    """The loss of a public name for classes with so many outputs.
+    """Class of the loss of a public name, for labels with so many outputs.
 
     Examples
     --------
@@ -471,7 +442,7 @@ def class_loss(name: str, n_outputs: int) -> type[Loss]:
 
 
 def loss_kind(name: str, *, huber_delta: float = 1.0) -> LossKind:
-    """The loss of a public name, and for ``"huber"`` its ``delta``.
+    """Constructor of the loss of a public name, with the ``delta`` of ``"huber"``.
 
     Examples
     --------
@@ -487,16 +458,16 @@ def softmax(outputs: Float) -> Float:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def root_mean_square(targets: Float, weights: Float) -> float:
-    """Weighted root mean square of the rows' norms, 1 where all are zero."""
+def _root_mean_square(targets: Float, weights: Float) -> float:
+    """Weighted root mean square of the norms of rows, 1 if all are zero."""
     peak = float(np.abs(targets).max(initial=0.0)) or 1.0
     return peak * float(np.sqrt(weights @ np.square(targets / peak).sum(axis=1) / weights.sum())) or 1.0
 
 
 def _sum_downwards(terms: Float, sizes: Float | None = None) -> float:
-    """Sum of the terms less what rounding may have added (numpy sums pairwise in blocks of 128).
+    """Sum of terms minus what rounding may have added (numpy sums pairwise in blocks of 128).
 
-    ``sizes`` are those of what was subtracted in a term, where that may be more than the term itself.
+    ``sizes`` bound what was added and subtracted in each term, if that may exceed the term.
     """
     xp = array_namespace(terms)
     slack = EPS * (32 + math.log2(max(math.prod(terms.shape), 1)))
@@ -504,10 +475,10 @@ def _sum_downwards(terms: Float, sizes: Float | None = None) -> float:
 
 
 def _entropy_downwards(y: Float, q: Float) -> Float:
-    """``-p log p`` at ``p = y - q``, 0 at 0, less what rounding in ``p`` may add.
+    """``-p log p`` at ``p = y - q``, 0 at 0, minus what rounding in ``p`` may add.
 
-    Hard labels keep full relative accuracy: ``p`` is ``-q`` or its logarithm is ``log1p(-q)``; what remains is the
-    rounding of ``q`` itself. Soft labels lose an absolute epsilon in the difference.
+    Hard labels keep full relative accuracy up to the rounding of ``q``: ``p`` is ``-q``, or its logarithm is
+    ``log1p(-q)``. Soft labels lose an absolute epsilon in the difference.
     """
     p, xp = y - q, array_namespace(q)
     live = p > 0
@@ -525,7 +496,7 @@ def _sigmoid(outputs: Float) -> Float:
 
 
 def _shifted(outputs: Float) -> tuple[Float, Float, Float, Bool]:
-    """``max f - f``, ``exp(f - max f)``, the sum of the latter but for the first largest, and which that is."""
+    """``max f - f``, ``exp(f - max f)``, the sum of the latter without the first largest, and a mask of that one."""
     xp = array_namespace(outputs)
     below = xp.max(outputs, axis=1, keepdims=True) - outputs
     exponentials = xp.exp(-below)

@@ -18,7 +18,7 @@ from convexbn.program.gates import distinct_gates, gate_patterns
 from convexbn.program.neurons import Neurons
 from convexbn.program.readout import readout_of
 
-#: Hidden activations held at once when predicting (rows times neurons), and those of images.
+#: Hidden activations, rows times neurons, held at once when predicting, and those of images.
 _CHUNK_ENTRIES, _IMAGE_ENTRIES = 1 << 21, 1 << 23
 
 
@@ -26,17 +26,17 @@ _CHUNK_ENTRIES, _IMAGE_ENTRIES = 1 << 21, 1 << 23
 class BatchNormNetwork:
     """``F(x) = sum_j phi(gamma_j BN(x'w_j) + shift_j / sqrt(n)) output_j`` with stored statistics.
 
-    ``BN(z)_i = (x_i'w - mean'w) / ||C X_train w||``; ``phi`` is the ReLU, or the neuron's fixed gate
-    times the identity. Every ``weight`` column is scaled so that ``||C X_train w||^2 = n_effective``
-    (unit biased variance), so that the statistics are ``mean`` and ``n_effective`` alone.
+    ``BN(z)_i = (x_i'w - mean'w) / ||C X_train w||``; ``phi`` is the ReLU, or the neuron's fixed gate times its input.
+    Every ``weight`` column is scaled so that ``||C X_train w||^2 = n_effective`` (unit biased variance): the statistics
+    are ``mean`` and ``n_effective`` alone.
 
-    With a ``convolution`` the rows are patches, of which pooling makes ``R`` regions of an image:
+    With a ``convolution`` the rows are patches, which pooling reduces to ``R`` regions of an image:
     ``F(x) = sum_j sum_r pool_r(phi(gamma_j BN(patches w_j) + shift_j / sqrt(N))) output_jr``.
 
     Attributes
     ----------
     weight : ndarray (d, m)
-        First-layer weights on the raw features; with a convolution (h, m) the filters in torch's order (channel, down,
+        First-layer weights on the raw features; with a convolution the filters (h, m) in torch's order (channel, down,
         across).
     gamma, shift : ndarray (m,)
         The paper's batch-norm scale and shift; ``gamma^2 + shift^2 = ||output row||^2``.
@@ -46,10 +46,10 @@ class BatchNormNetwork:
         Training means of the features, or of the patches.
     n_effective : float
         Sum of the sample weights, of all patches with a convolution.
-    gates, gate_offsets, gate_index : ndarray (d, m), (m,), (m,) or None
-        Gate of each neuron: open where ``(x - mean)'g + b >= 0``, and its place among the gates of
-        the program. ``None`` for ReLU networks.
-    convolution : Convolution or None
+    gates, gate_offsets, gate_index : ndarray (d, m), (m,), (m,), optional
+        Gate of each neuron, open if ``(x - mean)'g + b >= 0``, and its place among the gates of the program. None for
+        ReLU networks.
+    convolution : Convolution, optional
         Filter sizes, input shape and pooling.
     """
 
@@ -72,7 +72,7 @@ class BatchNormNetwork:
 
     @property
     def n_features(self) -> int:
-        """Numbers of a row, or of an image, that it is used on."""
+        """Features of a row, or numbers of an image."""
         return len(self.mean) if self.convolution is None else self.convolution.geometry.n_features
 
     @property
@@ -82,11 +82,11 @@ class BatchNormNetwork:
 
     @property
     def n_outputs(self) -> int:
-        """``K``."""
+        """Outputs ``K``."""
         return int(self.output.shape[1]) // readout_of(self.convolution).n_regions
 
     def hidden(self, X: FloatMatrix) -> Float:
-        """Hidden activations, pooled region by region: (n, features) -> (n, R m). Each row depends on itself alone."""
+        """Hidden activations, pooled region by region: (n, features) -> (n, R m)."""
         if self.convolution is None:
             return self._hidden(X, self._distinct_gates())
         readout = readout_of(self.convolution)
@@ -100,7 +100,7 @@ class BatchNormNetwork:
         return outputs
 
     def _chunks(self, X: FloatMatrix) -> Iterator[tuple[slice, Float]]:
-        """Where some rows or images are, and their activations, with a convolution at all locations (b Kp, m)."""
+        """Slices of the rows or images, and their activations (b, m), or (b Kp, m) at all locations of images."""
         distinct = self._distinct_gates()
         if self.convolution is None:
             for part in BlockSize(max(self.n_neurons, X.shape[1]), _CHUNK_ENTRIES).slices(len(X)):
@@ -123,7 +123,7 @@ class BatchNormNetwork:
         return np.where(opened, response, 0.0)
 
     def _distinct_gates(self) -> tuple[Float, Float, Index] | None:
-        """Gates and offsets, of which several neurons may share one, and the place of every neuron among them."""
+        """Distinct gates and their offsets, which neurons may share, and the place of every neuron among them."""
         if self.gates is None or self.gate_offsets is None:
             return None
         first, place = distinct_gates(self.gates, self.gate_offsets)
@@ -131,33 +131,21 @@ class BatchNormNetwork:
 
     @property
     def layer(self) -> Convolution:
-        """The convolution.
-
-        Raises
-        ------
-        TypeError
-            For a dense network.
-        """
+        """Convolution of the network; a TypeError for a dense one."""
         if self.convolution is None:
             raise TypeError("the network has no convolution: its rows are features.")
         return self.convolution
 
     @property
     def fixed_gates(self) -> tuple[Float, Float, Index]:
-        """Directions (d, m), offsets (m,) and places in the program (m,) of the neurons' gates.
-
-        Raises
-        ------
-        TypeError
-            For a ReLU network.
-        """
+        """Directions (d, m), offsets (m,) and places (m,) of the neurons' gates; a TypeError for a ReLU network."""
         if self.gates is None or self.gate_offsets is None or self.gate_index is None:
             raise TypeError("the network has no gates: it is a ReLU network.")
         return self.gates, self.gate_offsets, self.gate_index
 
     @property
     def weight_decay_penalty(self) -> float:
-        """Half the squared norm of batch norm's scale and shift and of the output layer."""
+        """Half the squared norm of the scale and shift of batch norm and of the output layer."""
         return float(0.5 * (self.gamma @ self.gamma + self.shift @ self.shift + np.sum(self.output**2)))
 
     @classmethod
@@ -166,18 +154,16 @@ class BatchNormNetwork:
     ) -> BatchNormNetwork:
         """ReLU network of neurons on the whitened data.
 
-        Columns on filtered rows ``A Phi`` are ``Phi^{-1} s_j``. Norms are balanced: each neuron is rescaled so that
-        ``||s_j|| = ||output_j||``, which leaves the function and makes the weight decay
-        ``sum_j ||s_j|| ||output_j||`` (mathematics, section 1a).
+        Columns on filtered rows ``A Phi`` are ``Phi^{-1} s_j``. Each neuron is rescaled so that
+        ``||s_j|| = ||output_j||``: this leaves the outputs and makes the weight decay ``sum_j ||s_j|| ||output_j||``
+        (mathematics, section 1a).
 
         Parameters
         ----------
         whitening : Whitening
-            Of the rows, or of the patches.
+            Whitening of the rows, or of the patches.
         neurons : Neurons
-            Columns (r + 1, m) and output rows.
         convolution : Convolution, optional
-            Where the rows are patches.
         """
         first, output = neurons.first, neurons.output
         phi = np.append(whitening.filter, 1.0)[:, None]
@@ -190,15 +176,9 @@ class BatchNormNetwork:
         # a neuron of the constant column alone still needs some direction on which the data vary
         direction = np.where(gamma > 0, first[:-1, live] * scale, np.eye(len(balanced) - 1, 1) / phi[0])
         direction /= np.where(gamma > 0, gamma, 1)
-        return cls(
-            weight=whitening.projection @ direction * np.sqrt(whitening.total_weight),
-            gamma=gamma,
-            shift=balanced[-1],
-            output=output[live] / scale[:, None],
-            mean=whitening.mean,
-            n_effective=whitening.total_weight,
-            convolution=convolution,
-        )
+        weight = whitening.projection @ direction * np.sqrt(whitening.total_weight)
+        output, n = output[live] / scale[:, None], whitening.total_weight
+        return cls(weight, gamma, balanced[-1], output, whitening.mean, n, convolution=convolution)
 
     @classmethod
     def from_blocks(
@@ -209,7 +189,7 @@ class BatchNormNetwork:
         gate_offsets: Float,
         convolution: Convolution | None = None,
     ) -> BatchNormNetwork:
-        """Gated network of blocks ``S_i``: ``rank(S_i)`` neurons each, by its SVD.
+        """Gated network of blocks ``S_i``, with ``rank(S_i)`` neurons for each by its SVD.
 
         Parameters
         ----------

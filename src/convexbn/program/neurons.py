@@ -1,4 +1,4 @@
-"""The weights of a two-layer ReLU network on whitened rows: ``F = (A first)_+ output``."""
+"""Weights of a two-layer ReLU network on whitened rows: ``F = (A first)_+ output``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ import numpy as np
 
 from convexbn._types import Bool, Float, Index
 
-#: Directions closer than this (cosine) with equal outputs are one neuron.
+#: Cosine above which directions with equal outputs are one neuron.
 _SAME = 1 - 1e-4
 
-#: Norm relative to the largest below which a neuron is dropped.
+#: Norm, relative to the largest, below which a neuron is dropped.
 _NEGLIGIBLE = 1e-5
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """Weights of both layers.
-
-    Attributes
-    ----------
-    first : ndarray (q, m)
-        A column for each neuron, ``s_j``.
-    output : ndarray (m, K)
-        A row for each neuron, ``c_j``; (m, R K) for ``R`` regions.
-    """
+    """Weights of both layers: ``first`` (q, m) has a column ``s_j`` per neuron, ``output`` (m, R K) a row ``c_j``."""
 
     first: Float
     output: Float
@@ -38,33 +30,33 @@ class Neurons:
         return np.linalg.norm(self.first, axis=0) * np.linalg.norm(self.output, axis=1)
 
     def joined(self, other: Neurons) -> Neurons:
-        """Both networks side by side."""
+        """Network of the neurons of both."""
         return Neurons(np.hstack([self.first, other.first]), np.vstack([self.output, other.output]))
 
     def select(self, index: Index | Bool | list[int] | slice) -> Neurons:
-        """Some of the neurons."""
+        """Network of some of the neurons."""
         return Neurons(self.first[:, index], self.output[index])
 
     def with_norms(self, norms: Float) -> Neurons:
-        """Balanced neurons of the same directions, ``||s_j|| = ||c_j||``, with other norms; none of norm 0."""
+        """Balanced neurons, ``||s_j|| = ||c_j||``, of these directions and other norms, without neurons of norm 0."""
         live = (norms > 0) & (self.norms > 0)
         kept, root = self.select(live), np.sqrt(norms[live])
         first = kept.first * (root / np.linalg.norm(kept.first, axis=0))
         return Neurons(first, kept.output * (root / np.linalg.norm(kept.output, axis=1))[:, None])
 
     def balanced(self) -> Neurons:
-        """The same function with ``||s_j|| = ||c_j||``, which costs least, without neurons of norm 0."""
+        """Balanced network of equal outputs and least cost, without neurons of norm 0."""
         return self.with_norms(self.norms)
 
 
 def mean(networks: Sequence[Neurons]) -> Neurons:
-    """One network whose outputs are the mean of theirs: its objective is convex, so at most the mean of theirs."""
+    """Network whose outputs are the mean of theirs; by convexity, its objective is at most the mean of theirs."""
     together, root = functools.reduce(Neurons.joined, networks), np.sqrt(len(networks))
     return Neurons(together.first / root, together.output / root)
 
 
 def merge(neurons: Neurons) -> Neurons:
-    """Drop negligible neurons, and join those of nearly equal direction and output into their sum."""
+    """Drop negligible neurons, and add up those of nearly equal direction and output."""
     norms = neurons.norms
     order = np.argsort(-norms)
     order = order[norms[order] > _NEGLIGIBLE * norms.max(initial=0.0)]

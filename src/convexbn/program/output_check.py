@@ -1,4 +1,4 @@
-"""Probe rows: where a converted network is compared with the one that it came from, before it is handed out."""
+"""Probe rows, on which a converted network is compared with its origin before it is handed out."""
 
 from __future__ import annotations
 
@@ -11,32 +11,30 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.program.layers import rounded, row_scale
 from convexbn.program.network import BatchNormNetwork
 
-#: Largest difference of outputs, relative to the largest output, by type.
+#: Largest allowed difference of outputs, relative to the largest output, by type.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
 
 _N_PROBES = 64
 
-#: Smallest relative singular value of weights that probes undo; float32 cannot convert such networks anyway.
+#: Smallest relative singular value of weights that probes invert; float32 cannot convert smaller ones anyway.
 _RCOND = 1e-6
 
 
 def probe_rows(weight: Float, mean: Float) -> Float:
-    """Random rows (64, d) about ``mean`` whose responses ``(x - mean)'weight`` are of size 1 together.
+    """Random rows (64, d) about ``mean`` whose responses ``(x - mean)'weight`` have root mean square 1.
 
-    The least rows with Gaussian responses: they are large along the directions in which the weights are small, like
-    the data that whitened weights come from. Equal weights give equal rows.
+    They are the least rows with Gaussian responses: like the data that whitened weights come from, they are large in
+    directions in which the weights are small. Equal weights give equal rows.
     """
     scale = row_scale(weight)
     inverse = np.linalg.pinv(weight / scale, rcond=_RCOND)
-    targets = np.random.default_rng(0).standard_normal((_N_PROBES, weight.shape[1]))
-    deviations = targets @ inverse
-    responses = deviations @ (weight / scale)
-    size = np.sqrt(np.mean(responses**2))
+    deviations = np.random.default_rng(0).standard_normal((_N_PROBES, weight.shape[1])) @ inverse
+    size = np.sqrt(np.mean((deviations @ (weight / scale)) ** 2))
     return mean + deviations / (size if size > 0 else 1.0) / scale[:, 0]
 
 
 def output_error(expected: Float, found: Float) -> float:
-    """Largest difference relative to the largest expected output; infinite where a number is not finite."""
+    """Largest difference relative to the largest expected output; infinite if an output is not finite."""
     if not np.isfinite(found).all():
         return np.inf
     error, scale = np.abs(found - expected).max(initial=0.0), np.abs(expected).max(initial=0.0)
@@ -52,7 +50,7 @@ def check_conversion(
     tol: float | None,
     probes: Float | None = None,
 ) -> None:
-    """Compare a converted network with its origin on probe rows, and on ``rows`` (n, d) where given.
+    """Compare a converted network with its origin on probe rows and on ``rows``; raise a ValueError if they differ.
 
     Parameters
     ----------
@@ -63,14 +61,9 @@ def check_conversion(
         float32 or float64; the rows are rounded to it first, so that only the network is measured.
     rows : ndarray (n, d) or None
     tol : float or None
-        Allowed difference relative to the largest output; None: ``TOLERANCES``.
+        Allowed difference relative to the largest output; ``TOLERANCES`` by default.
     probes : ndarray, optional
-        Instead of ``probe_rows``.
-
-    Raises
-    ------
-    ValueError
-        With the measured error and the remedy.
+        Replaces ``probe_rows``.
     """
     d = network.n_features
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != d):
@@ -78,7 +71,7 @@ def check_conversion(
     name = np.dtype(dtype).name
     allowed = TOLERANCES[name] if tol is None else tol
     probes = probe_rows(network.weight, network.mean) if probes is None else probes
-    for kind, points in zip(("probe rows", "the rows of X"), [probes, *([] if rows is None else [rows])], strict=False):
+    for kind, points in [("probe rows", probes)] + ([] if rows is None else [("the rows of X", rows)]):
         points = rounded(points, dtype)
         error = output_error(network.predict(points), np.asarray(converted(points.astype(dtype)), dtype=np.float64))
         if not error <= allowed:

@@ -1,4 +1,4 @@
-"""Targets as rays: at rank n - 1 each ray of the targets is one neuron, where no two of them make an acute angle.
+"""Targets as rays: at rank n - 1 each ray of the targets is one neuron, if no two of them make an acute angle.
 
 ``A`` is then orthogonal, and ``(A s)_+`` ranges over all ``u >= 0``: neurons are arbitrary unit vectors ``u >= 0``
 with ``s = A'u`` (mathematics, sections 2d and 2e). A formula is a pair of hidden units (n, m) on rows times
@@ -19,17 +19,16 @@ Formula: TypeAlias = tuple[Float, Float]
 
 
 class NoFormulaError(ValueError):
-    """The targets have no formula: the program is for an iterative solver."""
+    """The targets have no formula: only an iterative solver solves the program."""
 
 
 def group_directions(rows: Float) -> tuple[Index, Float]:
     """Group rows of equal direction: group of each row (-1 for zero rows), and unit directions (G, K).
 
-    Directions are equal when all their entries agree to nine decimals, or lie on a chain of such steps.
+    Directions are equal if all their entries agree to nine decimals, or lie on a chain of such steps.
     """
     norms = np.linalg.norm(rows, axis=1)
-    live = norms > 0
-    group = np.full(len(rows), -1)
+    live, group = norms > 0, np.full(len(rows), -1)
     if not live.any():
         return group, np.zeros((0, rows.shape[1]))
     directions = rows[live] / norms[live][:, None]
@@ -42,18 +41,14 @@ def group_directions(rows: Float) -> tuple[Index, Float]:
 def rays(targets: Float) -> tuple[Float, Float, Float]:
     """Split rows by direction: hidden ``u_g`` (n, G), norms ``||Y_g||`` (G,) and directions ``d_g`` (G, K).
 
-    Raises
-    ------
-    NoFormulaError
-        When two directions make an acute angle.
+    Two directions with an acute angle between them are a NoFormulaError.
     """
     group, directions = group_directions(targets)
     live = group >= 0
-    acute = directions @ directions.T - np.eye(len(directions)) > 1e-9
-    if acute.any():
+    if (directions @ directions.T - np.eye(len(directions)) > 1e-9).any():
         raise NoFormulaError(
-            "no formula: the targets have directions with an acute angle between them; one output, one-hot, "
-            "+-1 and balanced centred targets have one."
+            "no formula: two directions of the targets make an acute angle; single outputs, one-hot, +-1 and balanced "
+            "centred targets have a formula."
         )
     lengths = np.linalg.norm(targets, axis=1)
     norms = np.sqrt(np.bincount(group[live], lengths[live] ** 2, len(directions)))
@@ -63,35 +58,39 @@ def rays(targets: Float) -> tuple[Float, Float, Float]:
 
 
 def shrunk_rays(targets: Float, weight_decay: float) -> Formula:
-    """``F_g = (1 - beta / ||Y_g||)_+ Y_g`` on every ray ``g`` of targets times ``sqrt(w)``."""
+    """Formula ``F_g = (1 - beta / ||Y_g||)_+ Y_g`` on every ray ``g`` of targets times ``sqrt(w)``."""
     hidden, norms, directions = rays(targets)
     return hidden, np.maximum(norms - weight_decay, 0)[:, None] * directions
 
 
 def two_sides(weights: Float, targets: Float, amplitudes: Callable[[Float, Float], Float]) -> Formula:
-    """One neuron for the positive targets and one for the negative ones, of one output.
+    """Formula of a single output: one neuron for the positive targets, one for the negative ones.
 
     Parameters
     ----------
-    weights : ndarray (n,)
-    targets : ndarray (n,)
+    weights, targets : ndarray (n,)
     amplitudes : callable
-        Outputs of rows of one side, from their weights and their targets made positive.
+        Outputs of rows of one sign, from their weights and the absolute values of their targets.
     """
     hidden, output = np.zeros((len(targets), 2)), np.zeros((2, 1))
     for j, sign in enumerate((1.0, -1.0)):
         side = sign * targets > 0
-        of_side = weights[side]
-        amplitude = amplitudes(of_side, sign * targets[side])
-        norm = np.linalg.norm(np.sqrt(of_side) * amplitude)
-        if norm > 0:
-            hidden[side, j] = np.sqrt(of_side) * amplitude / norm
-            output[j] = sign * norm
+        column = np.sqrt(weights[side]) * amplitudes(weights[side], sign * targets[side])
+        if (norm := np.linalg.norm(column)) > 0:
+            hidden[side, j], output[j] = column / norm, sign * norm
     return hidden, output
 
 
 def with_norm(weights: Float, stationary: Callable[[float], Float], weight_decay: float) -> Float:
-    """The outputs ``f(lambda)`` for which ``lambda ||sqrt(w) f||``, which grows with lambda, is the weight decay."""
+    """Outputs ``f(lambda)`` at which ``lambda ||sqrt(w) f||``, which grows with lambda, is the weight decay.
+
+    Parameters
+    ----------
+    weights : ndarray (n,)
+    stationary : callable
+        ``f``.
+    weight_decay : float
+    """
     low, high = -700.0, 700.0
     for _ in range(200):
         middle = 0.5 * (low + high)
@@ -102,7 +101,7 @@ def with_norm(weights: Float, stationary: Callable[[float], Float], weight_decay
 
 
 def _chains(values: Float) -> Index:
-    """Number of the run that each value lies in: sorted values less than 1e-9 apart are one run."""
+    """Index of the run that each value lies in, where sorted values at most 1e-9 apart are one run."""
     order = np.argsort(values)
     chains = np.zeros(len(values), dtype=np.intp)
     chains[order[1:]] = np.cumsum(np.diff(values[order]) > 1e-9)

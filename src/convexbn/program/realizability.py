@@ -1,13 +1,14 @@
-"""Gates as directions of the whitened rows: the nearest ones, and whether any realises the pattern.
+"""Gates as directions of the whitened rows: the nearest direction, and whether any direction realises the pattern.
 
-A pattern ``D`` is realised when some ``u`` has ``(2 D - I) A u > 0``: a neuron on the whitened data opens on exactly
-those rows. Gates on the raw features are directions of the whitened rows while these keep every direction of the data,
-and need not be where ``rank`` leaves some out.
+A direction ``u`` realises a pattern ``D`` if ``(2 D - I) A u > 0``: a neuron on the whitened data then opens on exactly
+those rows. Gates on the raw features are directions of the whitened rows if these keep every direction of the data,
+and need not be if ``rank`` leaves some out.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.optimize import nnls
 
 from convexbn._types import EPS, Bool, Float, FloatMatrix
 from convexbn.data.scaling import centre
@@ -15,10 +16,18 @@ from convexbn.data.whitening import Whitening
 
 
 def nearest_directions(X: FloatMatrix, whitening: Whitening, weights: Float, gates: Float, offsets: Float) -> Float:
-    """Least-squares ``u`` of ``A u = (X - mean)'g + b`` for every gate (d, P), (P,): (q, P), up to a positive factor.
+    """Least-squares ``u`` of ``A u = (X - mean)'g + b`` for every gate, up to a positive factor: (q, P).
 
-    A gate ``u`` has the direction ``projection @ u[:-1]`` on the raw features and the offset
+    Such a gate has the direction ``projection @ u[:-1]`` on the raw features and the offset
     ``u[-1] / sqrt(total_weight)``.
+
+    Parameters
+    ----------
+    X : ndarray (n, d)
+    whitening : Whitening
+    weights : ndarray (n,)
+        Sample weights.
+    gates, offsets : ndarray (d, P), (P,)
     """
     centred, exponent = centre(X, whitening.mean)
     peaks = np.maximum(np.abs(gates).max(axis=0), np.abs(offsets))
@@ -28,10 +37,15 @@ def nearest_directions(X: FloatMatrix, whitening: Whitening, weights: Float, gat
 
 
 def realised(rows: Float, opened: Bool, directions: Float) -> Bool:
-    """Which patterns (n, P) some direction realises; the directions (q, P) are tried first.
+    """Whether some direction realises each pattern: (P,).
 
-    What they do not settle is decided by the nonnegative least squares ``min ||G'v||^2 + (1'v - 1)^2`` with unit rows
-    ``G``: either ``G'v = 0``, which no direction survives (Gordan), or ``G'v`` is the direction of the widest margin.
+    The given directions are tried first. The nonnegative least squares ``min ||G'v||^2 + (1'v - 1)^2`` with unit rows
+    ``G`` settles the rest: ``G'v`` is the direction of the widest margin, or 0 if there is no direction (Gordan).
+
+    Parameters
+    ----------
+    rows, opened : ndarray (n, q), (n, P)
+    directions : ndarray (q, P)
 
     Examples
     --------
@@ -41,32 +55,20 @@ def realised(rows: Float, opened: Bool, directions: Float) -> Bool:
     >>> realised(rows, opened, np.zeros((2, 2)))
     array([ True, False])
     """
-    unit = rows / np.linalg.norm(rows, axis=1)[:, None]
-    settled = _opens_exactly(unit, opened, _off_the_rows(rows, opened, directions))
-    for j in np.flatnonzero(~settled):
-        margin = _widest_margin(unit * np.where(opened[:, j], 1.0, -1.0)[:, None])
-        settled[j] = _opens_exactly(unit, opened[:, [j]], margin[:, None])[0]
-    return settled
-
-
-def _off_the_rows(rows: Float, opened: Bool, directions: Float) -> Float:
-    """Directions moved along the constant, so that rows on their hyperplanes, which are open, are inside."""
+    unit, (n, q) = rows / np.linalg.norm(rows, axis=1)[:, None], rows.shape
+    # a move along the constant takes rows on their hyperplanes, which are open, inside
     room = np.where(opened, np.inf, -(rows @ directions)).min(axis=0)
     moved = directions.copy()
     moved[-1] += np.where(np.isfinite(room), 0.5 * room, np.linalg.norm(directions, axis=0)) / rows[0, -1]
-    return moved
+    settled = _opens_exactly(unit, opened, moved)
+    for j in np.flatnonzero(~settled):
+        signed = unit * np.where(opened[:, j], 1.0, -1.0)[:, None]
+        multipliers, _ = nnls(np.vstack([signed.T, np.ones(n)]), np.eye(q + 1)[-1])
+        settled[j] = _opens_exactly(unit, opened[:, [j]], (multipliers @ signed)[:, None])[0]
+    return settled
 
 
 def _opens_exactly(unit: Float, opened: Bool, directions: Float) -> Bool:
-    """Whether the directions open on the patterns by more than rounding."""
+    """Whether each direction opens on its pattern by more than rounding."""
     images = np.where(opened, 1.0, -1.0) * (unit @ directions)
     return images.min(axis=0) > 8 * EPS * np.linalg.norm(directions, axis=0)
-
-
-def _widest_margin(signed: Float) -> Float:
-    """Direction of the widest margin to the rows of ``G``, or rounding where there is none."""
-    from scipy.optimize import nnls
-
-    n, q = signed.shape
-    multipliers, _ = nnls(np.vstack([signed.T, np.ones(n)]), np.eye(q + 1)[-1])
-    return multipliers @ signed

@@ -1,8 +1,8 @@
-"""The ReLU program over all activation patterns and widths, in terms of the neurons of a network.
+"""ReLU program over all activation patterns and widths, in terms of the neurons of a network.
 
     min over m, s_j, c_j   L(sum_j (A s_j)_+ c_j') + weight_decay * sum_j ||s_j|| ||c_j||
 
-is convex in the measure that the neurons are. Its dual is ``max_V D(V)`` subject to
+is convex in the measure that the neurons form. Its dual is ``max_V D(V)`` subject to
 ``||V'(A u)_+|| <= weight_decay`` for all ``||u|| <= 1`` (mathematics, section 2a).
 """
 
@@ -21,11 +21,8 @@ from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
 from convexbn.program.readout import Readout
 
-#: Entries of the hidden layer that are formed at a time: 4 MB in float64.
-BLOCK_ENTRIES = 1 << 19
-
-#: Fewest rows of a block of hidden units.
-LEAST_ROWS = 256
+#: Entries of the hidden layer that are formed at a time, 4 MB in float64, and the fewest rows of such a block.
+BLOCK_ENTRIES, LEAST_ROWS = 1 << 19, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +34,12 @@ class ReluProgram:
     rows : ndarray (N, q), or RowMatrix
         Whitened rows ``A``; their columns times ``sqrt(row_weights)`` are orthonormal, or orthogonal and shorter.
     loss : Loss
-        Bound to targets (n, K) and weights of the cases.
+        Loss bound to targets (n, K) and weights of the cases.
     weight_decay : float
-        Beta.
+        Strength of the weight decay, beta of the mathematics.
     readout : Readout, default=Readout()
-        What the loss sees of the hidden units of a case's rows.
-    fixed : ndarray (n, K) or None
+        How the loss sees the hidden units of the rows of a case.
+    fixed : ndarray (n, K), optional
         Outputs of neurons that stay as they are, added to those of others.
 
     Examples
@@ -66,17 +63,17 @@ class ReluProgram:
 
     @property
     def n_inputs(self) -> int:
-        """``q``: numbers of a neuron's first layer."""
+        """Inputs ``q`` of a neuron."""
         return int(self.rows.shape[1])
 
     @property
     def n_outputs(self) -> int:
-        """``R K``: numbers of a neuron's output layer."""
+        """Entries ``R K`` of a neuron's row of the output layer."""
         return self.readout.n_regions * int(self.loss.targets.shape[1])
 
     @property
     def no_neurons(self) -> Neurons:
-        """The network of width 0."""
+        """Network of width 0."""
         return Neurons(np.zeros((self.n_inputs, 0)), np.zeros((0, self.n_outputs)))
 
     def outputs(self, neurons: Neurons) -> Float:
@@ -89,7 +86,7 @@ class ReluProgram:
         return self.objective_at(self.loss.value(self.outputs(neurons)), neurons)
 
     def objective_at(self, value: float, neurons: Neurons) -> float:
-        """Objective of a network whose loss is known."""
+        """Objective of a network whose loss is ``value``."""
         return value + self.weight_decay * float(neurons.norms.sum())
 
     def dual(self, neurons: Neurons) -> Float:
@@ -97,48 +94,40 @@ class ReluProgram:
         return self.loss.negative_gradient(self.outputs(neurons))
 
     def dual_bound(self, dual: Float, norm: float) -> float:
-        """Dual value of ``V`` scaled to feasibility, if ``norm`` is ``max over ||u|| <= 1 of ||V'(A u)_+||``."""
-        root = np.sqrt(self.loss.weights)[:, None]
-        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * root * (dual / root))
+        """Dual value of ``V`` scaled to feasibility, given its ``norm``, ``max over ||u|| <= 1 of ||V'(A u)_+||``."""
+        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * dual)
 
     @functools.cached_property
     def unit_rows(self) -> Float:
-        """``sqrt(w) A``, of orthonormal columns; in groups (n R, G, q) where hidden units are maxima."""
+        """``sqrt(w) A``, of orthonormal columns; in groups (n R, G, q) if hidden units are maxima."""
         return self.readout.arranged(np.sqrt(self.row_weights)[:, None] * self.rows[:])
 
     def unit_dual(self, dual: Float) -> Float:
-        """``V / sqrt(w)`` on ``unit_rows``, so that ``||V'(A u)_+||`` is that of plain rows."""
+        """``V / sqrt(w)`` on ``unit_rows``: ``||V'(A u)_+||`` is the same as on ``rows``."""
         return self.readout.spread(dual / np.sqrt(self.loss.weights)[:, None])
 
     @property
     def on_rows(self) -> ReluProgram:
-        """The same program with one case a row: a linear readout becomes part of the loss.
-
-        Raises
-        ------
-        TypeError
-            For max pooling.
-        """
+        """Program with one case per row: a linear readout becomes part of the loss. Max pooling is a TypeError."""
         return ReluProgram(self.rows, self.readout.composed(self.loss), self.weight_decay, fixed=self.fixed)
 
     @property
     def in_single_precision(self) -> ReluProgram:
-        """The same program on rows in float32."""
+        """Program on rows in float32."""
         return replace(self, rows=row_matrix(self.rows).in_single_precision())
 
 
 def relu_outputs(rows: Rows, readout: Readout, first: Float, output: Float) -> Float:
     """Outputs of ``(A first)_+`` and an output layer, (n, K) in float64, computed in the precision of the rows.
 
-    Blocks of rows are shared by threads, and no hidden layer is ever whole. ``2 N m (q + R K)`` flops, and one reading
-    of rows that are computed on access.
+    Threads share blocks of rows, and no hidden layer is ever whole. ``2 N m (q + R K)`` flops; rows that are computed
+    on access are read once.
 
     Parameters
     ----------
     rows : ndarray (N, q), or RowMatrix
     readout : Readout
-    first : ndarray (q, m)
-    output : ndarray (m, R K)
+    first, output : ndarray (q, m), (m, R K)
     """
     matrix = row_matrix(rows)
     shared = [first.astype(matrix.dtype, copy=False), output.astype(matrix.dtype, copy=False), readout]
@@ -147,5 +136,5 @@ def relu_outputs(rows: Rows, readout: Readout, first: Float, output: Float) -> F
 
 
 def hidden_block(width: int, readout: Readout) -> BlockSize:
-    """Rows whose hidden units are formed at a time."""
+    """Size of the blocks of rows whose hidden units are formed at a time."""
     return BlockSize(width, BLOCK_ENTRIES, LEAST_ROWS, readout.rows_per_case)

@@ -1,4 +1,4 @@
-"""Targets of losses: classes and numbers, checked, in the form that a loss takes."""
+"""Checked targets, classes or numbers, in the form that a loss takes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from convexbn.program.losses import LOSSES
 def class_targets(labels: Index, n_outputs: int, loss: str) -> Float:
     """Targets (n, K) of classes 0, 1, ...: -1 and +1 for one output, else one-hot rows or their signs.
 
+    Parameters
+    ----------
+    labels : ndarray (n,) of int
+    n_outputs : int
+        ``K``.
+    loss : str
+        A key of ``LOSSES``.
+
     Examples
     --------
     >>> class_targets(np.array([0, 1]), 1, "squared").ravel(), class_targets(np.array([2]), 3, "squared_hinge")
@@ -24,23 +32,15 @@ def class_targets(labels: Index, n_outputs: int, loss: str) -> Float:
 
 
 def checked_labels(y: np.ndarray[Any, Any], n_outputs: int, n: int, name: str = "y") -> Index:
-    """Classes of ``n`` rows for ``K`` outputs; with one output 0, or -1, and 1.
+    """Classes 0, 1, ... of ``n`` rows, or a ValueError; with one output -1 stands for 0.
 
     Parameters
     ----------
     y : ndarray (n,)
-        Integers.
-    n_outputs : int
-        ``K``.
-    n : int
-        Rows.
+    n_outputs, n : int
+        Numbers of outputs and of rows.
     name : str, default="y"
-        What errors call them.
-
-    Raises
-    ------
-    ValueError
-        For other shapes, types and numbers.
+        Name of ``y`` in messages.
     """
     classes = max(n_outputs, 2)
     if y.shape != (n,) or y.dtype.kind not in "iub":
@@ -49,21 +49,12 @@ def checked_labels(y: np.ndarray[Any, Any], n_outputs: int, n: int, name: str = 
     if n_outputs == 1:
         labels = np.where(labels == -1, 0, labels)
     if n and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"{name} must hold classes from 0 to {classes - 1}, the numbers of the module's outputs; got "
-            f"{y.min()} to {y.max()}."
-        )
+        raise ValueError(f"{name} must hold classes from 0 to {classes - 1}; got {y.min()} to {y.max()}.")
     return labels
 
 
 def ranked_labels(y: np.ndarray[Any, Any], n_classes: int) -> Index:
-    """Integers from 0 to K - 1 as they are; other labels (n,) by their place in order.
-
-    Raises
-    ------
-    ValueError
-        When the number of labels is not that of the classes.
-    """
+    """Integers from 0 to K - 1 as they are, other labels (n,) by their rank; a ValueError unless there are K."""
     if y.dtype.kind in "iu" and y.min() >= 0 and y.max() < n_classes:
         return y
     known, labels = np.unique(y, return_inverse=True)
@@ -72,7 +63,7 @@ def ranked_labels(y: np.ndarray[Any, Any], n_classes: int) -> Index:
 
 
 def checked_targets(y: Any, n_outputs: int, loss: str) -> Float:
-    """Targets (n, K) as a loss takes them: numbers, signs, class indices or rows of probabilities.
+    """Targets (n, K) of a loss from numbers, signs, class indices or rows of probabilities, or a ValueError.
 
     Parameters
     ----------
@@ -81,11 +72,6 @@ def checked_targets(y: Any, n_outputs: int, loss: str) -> Float:
         ``K``.
     loss : str
         A key of ``LOSSES``.
-
-    Raises
-    ------
-    ValueError
-        When they are not its own.
     """
     kind = LOSSES[loss].target_kind
     if kind == "probabilities":
@@ -98,37 +84,23 @@ def checked_targets(y: Any, n_outputs: int, loss: str) -> Float:
 
 
 def numbers(y: Any, n_outputs: int) -> Float:
-    """Finite numbers (n, K).
-
-    Raises
-    ------
-    ValueError
-        For another shape, and for what is not finite.
-    """
+    """Finite targets (n, K) in float64, or a ValueError."""
     targets = np.asarray(y, dtype=np.float64)
     targets = targets[:, None] if targets.ndim == 1 else targets
-    require(
-        targets.ndim == 2 and targets.shape[1] == n_outputs,
-        f"the network has {n_outputs} outputs, and y has shape {np.shape(y)}",
-    )
+    fits = targets.ndim == 2 and targets.shape[1] == n_outputs
+    require(fits, f"the network has {n_outputs} outputs, and y has shape {np.shape(y)}")
     require(bool(np.isfinite(targets).all()), "y must be finite")
     return targets
 
 
 def require(holds: bool, sentence: str) -> None:
-    """Refuse targets unless a condition holds.
-
-    Raises
-    ------
-    ValueError
-        With the sentence.
-    """
+    """Raise a ValueError of this sentence about targets unless a condition holds."""
     if not holds:
         raise ValueError(f"{sentence}: give the targets that the loss was trained with.")
 
 
 def are_soft_targets(Y: Float, loss: str) -> bool:
-    """Whether targets (n, K) may be soft labels of a loss: signs in [-1, 1], rows of the simplex, or numbers."""
+    """Whether targets (n, K) are soft labels of a loss: signs in [-1, 1], rows of the simplex, or any numbers."""
     kind = LOSSES[loss].target_kind
     if kind == "signs":
         return bool(np.abs(Y).max() <= 1)
