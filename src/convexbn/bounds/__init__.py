@@ -1,8 +1,8 @@
-"""Upper bounds of ``max over ||u|| <= 1 of ||V'(A u)_+||``: what a certificate over all patterns rests on.
+"""Upper bounds of ``max over ||u|| <= 1 of ||V'(A u)_+||``, on which a certificate over all patterns rests.
 
-``A`` (n, q) has orthonormal columns, or orthogonal ones of at most unit norm (a spectral filter); weighted data: rows
-times ``sqrt(w)``, ``V / sqrt(w)``. Every bound is a
-number that is never below the maximum, rounding included; ``local_maxima`` gives lower estimates.
+``A`` (n, q) has orthonormal columns, or orthogonal ones of at most unit norm (a spectral filter). For weighted data
+rows are multiplied by ``sqrt(w)`` and ``V`` is divided by it. A bound is never below the maximum, rounding included;
+``local_maxima`` gives lower estimates.
 
 ===================== ============== ==================================================================
 ``orthant``           K outputs      ignores A; exact at rank n - 1

@@ -1,4 +1,4 @@
-"""What a bound returns, and the scaling that all of them share."""
+"""The record that every bound returns."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of ``max over ||u|| <= 1 of ||V'(A u)_+||`` and what it cost.
+    """Upper bound of ``max over ||u|| <= 1 of ||V'(A u)_+||``, and its cost.
 
     Attributes
     ----------
-    value : float
-        Never below the maximum, rounding included.
-    rounding : float
-        The part of ``value`` that covers rounding.
+    value, rounding : float
+        The bound, never below the maximum, and the part of it that covers rounding.
     work : int
-        What it cost, in the unit of the method: nodes, or eigendecompositions.
+        Nodes or eigendecompositions: the unit of the method.
     """
 
     value: float

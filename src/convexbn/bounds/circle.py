@@ -11,17 +11,10 @@ _BLOCK = 512
 
 
 def plane(V: Float, A: Float) -> tuple[float, float, Float, int]:
-    """Maximise over the unit circle (or over the two signs at ``q = 1``).
+    """Maximum over the unit circle (or over the two signs at ``q = 1``) for ``V`` (n, K) with entries of order one.
 
     On the arc between two breakpoints ``V'(A u)_+ = W u`` is linear, and ``||W u||`` is largest at an end or at a
     leading eigenvector of ``W'W`` on the arc.
-
-    Parameters
-    ----------
-    V : ndarray (n, K)
-        Entries of order one.
-    A : ndarray (n, q)
-        Orthonormal columns, ``q <= 2``.
 
     Returns
     -------
@@ -43,20 +36,20 @@ def plane(V: Float, A: Float) -> tuple[float, float, Float, int]:
 
 
 def _candidates(V: Float, A: Float) -> Float:
-    """Ends of the arcs, and on each arc the point nearest to a maximiser of its quadratic form."""
+    """Angles of the ends of the arcs, and on each arc the point nearest to a maximiser of its quadratic form."""
     rows = A[np.linalg.norm(A, axis=1) > 0]
     normal = np.arctan2(rows[:, 1], rows[:, 0]) + np.pi / 2
     ends = np.unique(np.mod(np.concatenate([normal, normal + np.pi]), 2 * np.pi))
     lengths = np.diff(ends, append=ends[0] + 2 * np.pi)
     products = (V[:, :, None] * A[:, None, :]).reshape(len(A), -1)
     peaks = [_peaks(middles, products, A) for middles in _blocks(ends + lengths / 2)]
-    # two opposite maximisers: the first one at or after the start of the arc, if it comes before the end
+    # two opposite maximisers: the first at or after the start of the arc, if it comes before the end
     offset = np.mod(np.concatenate(peaks) - ends, np.pi)
     return np.concatenate([ends, ends + np.minimum(offset, lengths)])
 
 
 def _peaks(middles: Float, products: Float, A: Float) -> Float:
-    """Angle of the leading eigenvector of ``W'W`` on the arcs with these middles."""
+    """Angles of the leading eigenvectors of ``W'W`` on the arcs with these middles."""
     directions = np.column_stack([np.cos(middles), np.sin(middles)])
     W = ((directions @ A.T > 0) @ products).reshape(len(middles), -1, 2)
     S = np.einsum("bki,bkj->bij", W, W)

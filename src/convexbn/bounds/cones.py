@@ -5,9 +5,9 @@ A cone is ``{u = sum_j l_j g_j, l >= 0}`` with q unit generators ``g_j``. With `
 * ``(a_i'u)_+ <= sum_j l_j (T_ij)_+`` by convexity, equal when the hyperplane of row i does not cut the cone;
 * ``(a_i'u)_+ >= theta_i a_i'u`` for every ``0 <= theta_i <= 1``.
 
-One output with weights v: interpolate the terms with ``v_i > 0``, bound the others by ``theta``. What is left is
-``max c'l`` over ``l >= 0, ||sum l_j g_j|| <= 1``, at most ``||r||`` for every r with ``g_j'r >= c_j``. Together,
-with the dual generators ``h_j`` (``h_j'g_k = 1[j = k]``),
+One output with weights v: interpolate the terms with ``v_i > 0`` and bound the others by ``theta``. Then ``max c'l``
+over ``l >= 0, ||sum l_j g_j|| <= 1`` is at most ``||r||`` for every r with ``g_j'r >= c_j``. Together, with the dual
+generators ``h_j`` (``h_j'g_k = 1[j = k]``),
 
     bound = min over 0 <= s_i <= |v_i|, m >= 0 of || sum_j c_j h_j - sum_i s_i a_i + sum_j m_j h_j ||,
 
@@ -19,8 +19,8 @@ a small cone, by ``max_j phi_j / (d'g_j)`` for a convex function with values at 
 any unit vector d, since the cone meets the unit ball inside the simplex ``d'u <= 1``.
 
 Hidden units that are maxima over groups of rows (max pooling) are convex and homogeneous as well: their values at the
-generators take the place of ``(T_ij)_+``, and of a group that is not linear on the cone the row that is largest in its
-middle is the ``a_i`` of the lower bound.
+generators take the place of ``(T_ij)_+``. The ``a_i`` of the lower bound is the row of the group that is largest in the
+middle of the cone.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ from convexbn.bounds.local_search import normalise
 #: Values ``a_i'g_j`` below this are zero: a generator placed on a hyperplane lies on it.
 _SNAP = 1e-14
 _SWEEPS = 50
-#: Edges shorter than this part of the longest (in ``1 - cos``) are not split.
-_SHORT = 0.5
-#: Splits are not closer to a generator than this.
-_SHARES = (0.4, 0.6)
-#: Part of the mean coordinate that is added to the maximiser's, so that the whole cone counts.
+#: Edges shorter than this part of the longest (in ``1 - cos``) are not split, and splits stay within these shares.
+_SHORT, _SHARES = 0.5, (0.4, 0.6)
+#: Part of the mean coordinate added to the maximiser's, so that the whole cone counts.
 _EVERYWHERE = 0.05
 #: Largest ``reach`` of a cone that is bounded and split.
 _LARGEST_REACH = 1e7
@@ -51,18 +49,12 @@ class Cones:
 
     Attributes
     ----------
-    generators : ndarray (B, q, q)
-        Unit generators in rows.
-    dual : ndarray (B, q, q)
-        Dual generators ``h_j`` in rows, the inverse transposed.
-    rows : ndarray (B, m, q)
-        The rows that cut the cone, padded by zero rows.
-    index : ndarray (B, m)
-        Their places in ``A``; ``n`` is padding.
-    at_generators : ndarray (B, q, m)
-        ``T`` of those rows, transposed.
-    above : ndarray (B, q, m)
-        Their hidden units, ``(T)_+`` transposed, or the largest of the group.
+    generators, dual : ndarray (B, q, q)
+        Unit generators in rows, and dual generators ``h_j`` in rows: the inverse, transposed.
+    rows, index : ndarray (B, m, q), (B, m)
+        Rows that cut the cone, padded by zeros, and their places in ``A``; ``n`` is padding.
+    at_generators, above : ndarray (B, q, m)
+        ``T`` of those rows, transposed, and their hidden units: ``(T)_+`` transposed, or the largest of the group.
     whole : ndarray (B, q, n)
         Hidden units of all rows.
     """
@@ -82,45 +74,39 @@ class Cones:
 
     @property
     def thin(self) -> Bool:
-        """Cones whose dual generators are inaccurate."""
+        """Mask of cones whose dual generators are inaccurate."""
         return ~(self.reach < _LARGEST_REACH)
 
 
 def prepare(generators: Float, A: Float) -> Cones:
     """Evaluate the rows (n, q), or groups (n, G, q), at the generators and single out those that cut each cone."""
-    T, chosen = _at_generators(generators, A)
-    whole = np.maximum(T.max(axis=-1) if T.ndim == 4 else T, 0)
+    T = np.tensordot(generators, A, (2, -1))
+    T[np.abs(T) < _SNAP] = 0.0
+    chosen = None if A.ndim == 2 else T.sum(axis=1).argmax(axis=2)  # members (B, n) that are largest in the middle
+    whole = np.maximum(T if chosen is None else T.max(axis=-1), 0)
     T = T if chosen is None else np.take_along_axis(T, chosen[:, None, :, None], axis=3)[..., 0]
     cut = (whole.max(axis=1) > 0) & ((whole - T).max(axis=1) > _SNAP)
     width = max(int(cut.sum(axis=1).max(initial=0)), 1)
     order = np.argsort(~cut, axis=1, kind="stable")[:, :width]
     inside = np.take_along_axis(cut, order, axis=1)
     members = (order,) if chosen is None else (order, np.take_along_axis(chosen, order, axis=1))
-    rows: Float = A[members] * inside[..., None]
+    rows = A[members] * inside[..., None]
     dual = np.linalg.inv(generators).transpose(0, 2, 1).astype(np.float64)
     index = np.where(inside, order, len(A))
     above = np.take_along_axis(whole, order[:, None], axis=2) * inside[:, None]
     return Cones(generators, dual, rows, index, generators @ rows.transpose(0, 2, 1), above, whole)
 
 
-def _at_generators(generators: Float, A: Float) -> tuple[Float, Index | None]:
-    """``T`` (B, q, n); of groups (B, q, n, G), with the member that is largest in the middle of each cone (B, n)."""
-    T = np.tensordot(generators, A, (2, -1))
-    T[np.abs(T) < _SNAP] = 0.0
-    return T, None if A.ndim == 2 else T.sum(axis=1).argmax(axis=2)
-
-
 def one_output(cones: Cones, weights: Float) -> tuple[Float, Float]:
-    """Bound ``sum_i v_i (a_i'u)_+`` on every cone for the weights ``v`` (B, n) of its own.
+    """Bound ``sum_i v_i (a_i'u)_+`` on every cone, each with its own weights ``v`` (B, n).
 
     Returns
     -------
-    bound : ndarray (B,)
-    maximiser : ndarray (B, q)
-        Unit vector that the relaxation is largest at, up to the accuracy of the minimisation.
+    bound, maximiser : ndarray (B,), (B, q)
+        The unit vector maximises the relaxation, up to the accuracy of the minimisation.
     """
     negative = np.maximum(-_crossing_weights(cones, weights), 0)
-    # all rows interpolated, then the negative crossing ones taken out again
+    # interpolate all rows, then take the negative crossing ones out again
     chords = _apply(cones.whole, weights) + _apply(cones.above, negative)
     residual, taken = _minimise(cones, chords, negative)
     norms = np.linalg.norm(residual, axis=1)
@@ -135,18 +121,15 @@ def several_outputs(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
 
     Returns
     -------
-    bound : ndarray (B,)
-    maximiser : ndarray (B, q)
-    weights : ndarray (B, n)
-        ``V c`` of the output direction ``c`` at the middle of the cone.
+    bound, maximiser, weights : ndarray (B,), (B, q), (B, n)
+        The weights are ``V c`` of the output direction ``c`` at the middle of the cone.
     """
     chords, spread, padded = _chords(cones, V)
     outputs = normalise(chords.sum(axis=1))
     weights = outputs @ V.T
     along, maximiser = one_output(cones, weights)
     # the other sign of c'F, and the part of F across c, crudely
-    errors = _apply(padded, outputs)
-    values = _apply(chords, outputs)
+    errors, values = _apply(padded, outputs), _apply(chords, outputs)
     against = _simplex_bound(cones, _apply(spread, np.abs(errors)) - values)
     across = np.linalg.norm(padded - errors[..., None] * outputs[:, None], axis=2)
     beside = np.linalg.norm(chords - values[..., None] * outputs[:, None], axis=2)
@@ -157,18 +140,18 @@ def several_outputs(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
 
 
 def worst_edge(cones: Cones, weights: Float, maximiser: Float) -> tuple[Index, Float]:
-    """The edge on which interpolation costs most at the maximiser, and where to split it.
+    """Edge (B, 2) on which interpolation costs most at the maximiser, and the share (B,) at which to split it.
 
     At ``u = sum_j l_j g_j`` row i loses ``v_i min(P, N)``, ``P`` and ``N`` the sums of the positive and negative
-    ``l_j T_ij``; in shares ``v_i (l_j T_ij)_+ (l_k T_ik)_- / max(P, N)`` it falls to the edges (j, k). Costs are
-    weighted by the length of the edge and short edges left alone, so that cones do not become thin. The edge is split
-    near the crossing of the row that costs most there, or in the middle when nothing crosses.
+    ``l_j T_ij``; the edge (j, k) bears the part ``v_i (l_j T_ij)_+ (l_k T_ik)_- / max(P, N)``. Costs are weighted by
+    the length of the edge and short edges left alone, so that cones do not become thin. The new generator, along
+    ``(1 - share) g_first + share g_second``, is near the crossing of the row that costs most there, or in the middle
+    if none crosses.
 
-    Returns
-    -------
-    edges : ndarray (B, 2)
-    shares : ndarray (B,)
-        The new generator is along ``(1 - share) g_first + share g_second``.
+    Parameters
+    ----------
+    cones : Cones
+    weights, maximiser : ndarray (B, n), (B, q)
     """
     above, below = _loss_factors(cones, weights, maximiser)
     cost = above @ below.transpose(0, 2, 1)
@@ -187,7 +170,7 @@ def worst_edge(cones: Cones, weights: Float, maximiser: Float) -> tuple[Index, F
 
 
 def _loss_factors(cones: Cones, weights: Float, maximiser: Float) -> tuple[Float, Float]:
-    """Factors (B, q, m) whose products over the ends of an edge are what each row loses on it."""
+    """Factors (B, q, m) whose product over the ends of an edge is the loss of each row on it."""
     coordinates = np.maximum(_apply(cones.dual, maximiser), 0)
     coordinates += _EVERYWHERE * coordinates.mean(axis=1, keepdims=True) + EPS
     above = cones.above * coordinates[..., None]
@@ -198,7 +181,7 @@ def _loss_factors(cones: Cones, weights: Float, maximiser: Float) -> tuple[Float
 
 
 def rounding(cones: Cones, weight: Float) -> Float:
-    """What rounding can take from a bound: errors of ``c_j`` times the largest ``l_j``."""
+    """Largest effect of rounding on a bound: errors of ``c_j`` times the largest ``l_j``."""
     q, n = cones.whole.shape[1:]
     return (4 * _SNAP + EPS * (n + 8 * q)) * weight * cones.reach
 
@@ -209,12 +192,11 @@ def _apply(matrices: Float, vectors: Float) -> Float:
 
 
 def _crossing_weights(cones: Cones, weights: Float) -> Float:
-    padded = np.hstack([weights, np.zeros((len(weights), 1))])
-    return np.take_along_axis(padded, cones.index, axis=1)
+    return np.take_along_axis(np.pad(weights, ((0, 0), (0, 1))), cones.index, axis=1)
 
 
 def _minimise(cones: Cones, chords: Float, upper: Float) -> tuple[Float, Float]:
-    """Residual r of the bound and the s in it: projected gradients in s, coordinate descent in m, in turns."""
+    """Minimise the bound by projected gradients in s and coordinate descent in m, in turns: its residual r, and s."""
     dual, transposed = cones.dual, cones.rows.transpose(0, 2, 1)
     squares = (dual**2).sum(axis=2)
     taken, m = _at_first(cones, upper), np.zeros_like(chords)
@@ -232,17 +214,17 @@ def _minimise(cones: Cones, chords: Float, upper: Float) -> tuple[Float, Float]:
 
 
 def _at_first(cones: Cones, upper: Float) -> Float:
-    """All of ``s`` for the member of a group that is positive on the whole cone, where it nearly is the unit itself."""
+    """Start of s: its upper bound if the member of a group is positive on the whole cone, so nearly the unit itself."""
     return np.where(cones.at_generators.min(axis=1) >= 0, upper, 0.0)
 
 
 def _chords(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
     """``V'(A g_j)_+`` less half the largest errors (B, q, K); those halves (B, q, m); rows ``V_i`` of the errors.
 
-    A row that cuts the cone is below its chord by at most ``min(P, N)``, which is at most the mean of both with
-    any shares; half of it is taken off the chord, so that the error is of either sign and half as large.
+    A row that cuts the cone is below its chord by at most ``min(P, N)``, which is at most any weighted mean of both.
+    Half of it is taken off the chord, so that the error is of either sign and half as large.
     """
-    padded = np.vstack([V, np.zeros((1, V.shape[1]))])[cones.index]
+    padded = np.pad(V, ((0, 1), (0, 0)))[cones.index]
     above, below = cones.above, cones.above - cones.at_generators
     P, N = above.sum(axis=1, keepdims=True), below.sum(axis=1, keepdims=True)
     share = N / np.where(P + N > 0, P + N, 1.0)
@@ -251,7 +233,7 @@ def _chords(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
 
 
 def _simplex_bound(cones: Cones, values: Float) -> Float:
-    """``max_j phi_j / (d'g_j)``, d the middle; infinite when it makes an obtuse angle with a generator."""
+    """``max_j phi_j / (d'g_j)``, d the middle; infinite if it makes an obtuse angle with a generator."""
     cosines = _apply(cones.generators, normalise(cones.generators.sum(axis=1)))
     ratios = np.where(cosines > 0, np.maximum(values, 0) / np.where(cosines > 0, cosines, 1.0), np.inf)
     return ratios.max(axis=1)

@@ -6,8 +6,8 @@ On a cell of the arrangement of the rows with ``v_i > 0`` the function is concav
 
     max over ||u|| <= 1 of v'(A u)_+ = max over D of min over 0 <= s <= w of ||A'(D v_+ - s)||,
 
-where any ``s`` bounds its pattern: most patterns are settled by one that is at hand, the rest by least
-squares, first all at once and to the end where that is not enough.
+where any ``s`` bounds its pattern: one at hand settles most patterns, least squares the rest, first all at once and
+to the end if that is not enough.
 """
 
 from __future__ import annotations
@@ -25,27 +25,18 @@ from convexbn.data.blocks import BlockSize
 from convexbn.data.scaling import unit_scale
 from convexbn.program.arrangement import count_bound, enumerate_patterns, row_keys
 
-#: Entries of the table of patterns in three dimensions, of half the size in each further one: more take over a second.
+#: Entries of the table of patterns in three dimensions, half as many in each further one: more take over a second.
 _ENTRIES = 1 << 23
 
-#: Relative distance of bound and value at which a minimum counts as found.
-_ACCURACY = 1e-9
-
-#: Width of the cells that the enumeration may miss.
-_THIN = 1e-12
+#: Relative distance of bound and value at which a minimum counts as found, and width of cells that may be missed.
+_ACCURACY, _THIN = 1e-9, 1e-12
 
 _BLOCK_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Maxima(Bound):
-    """A bound, and where the function is large.
-
-    Attributes
-    ----------
-    directions : ndarray (m, q)
-        A maximiser on each set of cells where the maximum may exceed the target.
-    """
+    """A bound, and a maximiser (m, q) on each set of cells where the maximum may exceed the target."""
 
     directions: Float
 
@@ -63,18 +54,13 @@ class EveryCell:
         self.A, self.patterns = A, enumerate_patterns(A, max_bytes=64 * _ENTRIES, tolerance=_THIN).patterns
 
     def maxima(self, V: Float, target: float = 0.0) -> Maxima:
-        """Bound ``max over ||u|| <= 1 of |V'(A u)_+|``, sharply where it is above the target.
+        """Bound ``max over ||u|| <= 1 of |V'(A u)_+|``, sharply if above the target; ``work`` counts patterns.
 
         Parameters
         ----------
         V : ndarray (n, 1)
         target : float
-            Cells with a bound of at most this are not looked at further.
-
-        Returns
-        -------
-        Maxima
-            With the number of patterns as ``work``.
+            Cells with a bound of at most this are settled.
         """
         n, q = self.A.shape
         scale = unit_scale(V)
@@ -84,23 +70,24 @@ class EveryCell:
                 continue
             for opened, bounds in self._groups(v):
                 unsettled = bounds > target / scale
-                largest = max(largest, float(bounds[~unsettled].max(initial=0.0)))
                 bound, directions = self._least_squares(v, opened[unsettled], target / scale)
-                largest = max(largest, bound)
+                largest = max(largest, bound, float(bounds[~unsettled].max(initial=0.0)))
                 found.append(directions)
-        # a direction in a cell that was missed is within its width of one that was not, hyperplane by hyperplane
+        # a direction in a missed cell is within its width of one that was not missed, hyperplane by hyperplane
         rounding = ((n + q + 4) * np.sqrt(q) * EPS + 2 * n * _THIN) * float(np.linalg.norm(V / scale))
         directions = np.vstack(found)
         directions = directions[hidden_norms(directions, V, self.A) > target]
         return Maxima((largest + rounding) * scale, rounding * scale, len(self.patterns), directions)
 
     def _groups(self, v: Float) -> Iterator[tuple[Bool, Float]]:
-        """One cell for each pattern of the rows with ``v_i > 0``, that of the smallest gradient, and its length."""
-        gradients = np.concatenate([np.linalg.norm(part @ (v[:, None] * self.A), axis=1) for part in self._parts()])
+        """Yield the cell of smallest gradient for each pattern of the rows with ``v_i > 0``, and the norm."""
+        size, signed = BlockSize(len(v), _BLOCK_ENTRIES), v[:, None] * self.A
+        parts = (self.patterns[part] for part in size.slices(len(self.patterns)))
+        gradients = np.concatenate([np.linalg.norm(opened @ signed, axis=1) for opened in parts])
         _, group = np.unique(row_keys(self.patterns[:, v > 0]), return_inverse=True)
         order = np.lexsort((gradients, group))
         smallest = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
-        for part in BlockSize(len(v), _BLOCK_ENTRIES).slices(len(smallest)):
+        for part in size.slices(len(smallest)):
             yield self.patterns[smallest[part]], gradients[smallest[part]]
 
     def _least_squares(self, v: Float, opened: Bool, target: float) -> tuple[float, Float]:
@@ -117,13 +104,9 @@ class EveryCell:
             bounds[i], slopes[i] = np.linalg.norm(rest), rest
         return float(bounds.max(initial=0.0)), normalise(slopes)
 
-    def _parts(self) -> Iterator[Bool]:
-        size = BlockSize(self.patterns.shape[1], _BLOCK_ENTRIES)
-        return (self.patterns[part] for part in size.slices(len(self.patterns)))
-
 
 def few_cells(A: Float) -> bool:
-    """Whether enumerating the cells of the rows of ``A`` (n, q) takes no more than a second.
+    """Whether enumerating the cells of the rows of ``A`` (n, q) takes at most a second.
 
     Examples
     --------

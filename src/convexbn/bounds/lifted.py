@@ -1,4 +1,4 @@
-"""Bound of ``max over ||u|| <= 1 of ||V'(A u)_+||`` by the doubly nonnegative relaxation (module ``lifting``).
+"""Bound of ``max over ||u|| <= 1 of ||V'(A u)_+||`` by the doubly nonnegative relaxation (module ``lifted_set``).
 
 The multipliers come from alternating directions between the spectraplex and the entrywise constraints: with the
 scaled multiplier L and penalty rho,
@@ -28,6 +28,8 @@ PENALTY, RELAXATION = 10.0, 1.8
 def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None = None, target: float = 0.0) -> Bound:
     """Bound ``max over ||u|| <= 1 of ||V'(A u)_+||`` by the doubly nonnegative relaxation.
 
+    ``work`` counts eigendecompositions. Memory: about ten matrices of order ``2 n``.
+
     Parameters
     ----------
     V : ndarray (n, K)
@@ -39,28 +41,18 @@ def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None 
         ``time.monotonic()`` at which to stop.
     target : float
         Stop as soon as the bound is at most this.
-
-    Returns
-    -------
-    Bound
-        With the number of eigendecompositions as ``work``. Memory: about ten matrices of order ``2 n``.
     """
     A = completed(A)
     V = np.vstack([V, np.zeros((len(A) - len(V), V.shape[1]))])
     scale = unit_scale(V)
-    norm = float(np.linalg.norm(V / scale)) or 1.0
-    unit = scale * norm
+    unit = scale * (float(np.linalg.norm(V / scale)) or 1.0)
+    relaxed = LiftedSet(A, homogenised=V.shape[1] == 1)
     if V.shape[1] == 1:
-        relaxed = LiftedSet(A, homogenised=True)
-        sides = [
-            _alternate(relaxed, relaxed.weights(sign * V[:, 0] / unit), iterations, deadline, target / unit)
-            for sign in (1.0, -1.0)
-        ]
+        signs = [relaxed.weights(sign * V[:, 0] / unit) for sign in (1.0, -1.0)]
+        sides = [_alternate(relaxed, objective, iterations, deadline, target / unit) for objective in signs]
         best = max(sides, key=lambda side: side.value)
         return Bound(best.value * unit, best.rounding * unit, sum(side.work for side in sides))
-    relaxed = LiftedSet(A, homogenised=False)
-    gram = Blocks.zeros(len(A))
-    gram.xx[:] = (V / unit) @ (V / unit).T
+    gram = Blocks((V / unit) @ (V / unit).T, *np.zeros((2, len(A), len(A))))
     square = _alternate(relaxed, gram, iterations, deadline, (target / unit) ** 2)
     value = float(np.sqrt(square.value)) * (1 + 4 * EPS)
     return Bound(value * unit, square.rounding / max(value, EPS) * unit, square.work)
@@ -84,21 +76,14 @@ def _alternate(relaxed: LiftedSet, objective: Blocks, iterations: int, deadline:
     return Bound(*best, work)
 
 
-def _largest(matrix: Float, few: int) -> tuple[Float, Float]:
-    """The ``few`` largest eigenvalues and their vectors; all of them where LAPACK's subset driver gives up."""
-    size = len(matrix)
-    try:
-        values, basis = scipy.linalg.eigh(matrix, subset_by_index=[size - few, size - 1], check_finite=False)
-    except scipy.linalg.LinAlgError:
-        values, basis = np.linalg.eigh(matrix)
-    return values, basis
-
-
 def _spectraplex(matrix: Float) -> Float:
     """Factor F of the nearest positive semidefinite matrix ``F F'`` of unit trace: few eigenvectors are needed."""
     size = len(matrix)
     for few in (min(32, size), size):
-        values, basis = _largest(matrix, few)
+        try:
+            values, basis = scipy.linalg.eigh(matrix, subset_by_index=[size - few, size - 1], check_finite=False)
+        except scipy.linalg.LinAlgError:  # LAPACK's subset driver gave up
+            values, basis = np.linalg.eigh(matrix)
         descending = values[::-1]
         excess = (np.cumsum(descending) - 1) / np.arange(1, len(values) + 1)
         level = excess[np.flatnonzero(descending > excess)[-1]]

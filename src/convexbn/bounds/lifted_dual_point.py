@@ -1,6 +1,6 @@
 """Choose the dual point within the doubly nonnegative relaxation: squared loss, one output.
 
-The relaxation of the whole training program, with one homogenised lifted matrix (module ``lifting``) for each output
+The relaxation of the whole training program, with one homogenised lifted matrix (module ``lifted_set``) for each output
 sign and ``f = 2 Z+_0x - 2 Z-_0x``,
 
     min 1/2 ||y - f||^2 + beta (tr Z+ + tr Z-),
@@ -43,10 +43,6 @@ def lifted_dual_point(
         Alternating steps, of two eigendecompositions each.
     deadline : float, optional
         ``time.monotonic()`` at which to stop.
-
-    Returns
-    -------
-    DualPoint
     """
     scale = unit_scale(targets)
     search = _AlternatingDirections(targets[:, 0] / scale, V[:, 0] / scale, A, weight_decay / scale)
@@ -55,9 +51,7 @@ def lifted_dual_point(
         search.step()
         late = is_over(deadline)
         if k % CHECK_EVERY == 0 or k == iterations or late:
-            found = search.candidate()
-            if dual_value(found.dual[:, 0], search.y) > dual_value(best.dual[:, 0], search.y):
-                best = found
+            best = max(best, search.candidate(), key=lambda point: dual_value(point.dual[:, 0], search.y))
         if late:
             break
     return DualPoint(best.value * scale, best.rounding * scale, search.work, best.dual * scale)
@@ -78,11 +72,12 @@ class _AlternatingDirections:
         self.lifted, self.multipliers = [zero, zero], [zero, zero]
 
     def step(self) -> None:
-        """One alternating step of both signs."""
-        shifted = []
+        """Take one alternating step of both signs."""
+        shifted, level = [], self.beta / self.penalty
         for Z, multiplier in zip(self.lifted, self.multipliers, strict=True):
             matrix = self.relaxed.adjoint(Z.plus(multiplier, -1.0))
-            factor = _positive_part(matrix, self.beta / self.penalty)
+            values, basis = scipy.linalg.eigh(matrix, subset_by_value=[level, np.inf], check_finite=False)
+            factor = basis * np.sqrt(np.maximum(values - level, 0))  # of the positive part of matrix - level I
             shifted.append(self.relaxed.lift(factor).times(RELAXATION).plus(Z, 1 - RELAXATION).plus(multiplier))
         self.lifted = [self.relaxed.nearest(Y) for Y in shifted]
         part = slice(1, 1 + len(self.y))
@@ -94,13 +89,10 @@ class _AlternatingDirections:
         self.work += 2
 
     def candidate(self) -> DualPoint:
-        """The dual point of the moment, scaled to the bounds that its multipliers prove."""
-        sides = []
+        """Current dual point, scaled to the bounds that its multipliers prove."""
         padded = np.append(self.v, np.zeros(self.without_loss))
-        for sign, multiplier in zip((1.0, -1.0), self.multipliers, strict=True):
-            objective = self.relaxed.weights(sign * padded)
-            N = multiplier.times(-self.penalty).plus(objective, -1.0)
-            sides.append(self.relaxed.bound(objective, N))
+        pairs = zip((self.relaxed.weights(padded), self.relaxed.weights(-padded)), self.multipliers, strict=True)
+        sides = [self.relaxed.bound(C, multiplier.times(-self.penalty).plus(C, -1.0)) for C, multiplier in pairs]
         self.work += 2
         return rescaled(self.v, Bound(*max(sides), 2), self.y, self.beta)
 
@@ -108,8 +100,7 @@ class _AlternatingDirections:
 def _meet_in_the_loss(y: Float, plus: Float, minus: Float, penalty: float) -> tuple[Float, Float]:
     """Minimise ``1/2 (y - 2a + 2b)^2 + penalty ((a - plus)^2 + (b - minus)^2)`` over ``a, b >= 0``, row by row.
 
-    The cases are tried in turn: ``a = 0`` where its slope there is not negative at the best b, ``b = 0`` likewise,
-    and both positive.
+    The cases in turn: ``a = 0`` if its slope there is not negative at the best b, ``b = 0`` likewise, both positive.
     """
     v = (y - 2 * plus + 2 * minus) / (1 + 4 / penalty)
     a, b = plus + v / penalty, minus - v / penalty
@@ -121,9 +112,3 @@ def _meet_in_the_loss(y: Float, plus: Float, minus: Float, penalty: float) -> tu
         np.where(only_b, 0.0, np.where(only_a, a_alone, np.maximum(a, 0))),
         np.where(only_b, b_alone, np.where(only_a, 0.0, np.maximum(b, 0))),
     )
-
-
-def _positive_part(matrix: Float, level: float) -> Float:
-    """Factor F of the positive semidefinite part ``F F'`` of ``matrix - level I``."""
-    values, basis = scipy.linalg.eigh(matrix, subset_by_value=[level, np.inf], check_finite=False)
-    return basis * np.sqrt(np.maximum(values - level, 0))

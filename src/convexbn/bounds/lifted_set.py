@@ -8,9 +8,8 @@ and ``u``, ``x = (s + A u) / 2`` and ``z = (s - A u) / 2``. Lifted to ``Z = (x, 
 
 For any symmetric N, nonnegative except on the entries that are zero, ``max <C, Z>`` is at most the largest eigenvalue
 of ``C + N`` on the subspace. With ``C = V V'`` on the block of x this bounds ``||V'x||^2``. One output: a first row
-``x_0 = tau = 1, z_0 = 0`` makes the objective ``tau v'x`` linear and tells the two signs of v apart; the trace becomes
-2, to be divided by, and ``tau^2 = ||(x, z)||^2`` need not be asked: scaling tau against the rest, the trace is least
-there.
+``x_0 = tau = 1, z_0 = 0`` makes the objective ``tau v'x`` linear and tells the two signs of v apart. The trace becomes
+2, to be divided by. ``tau^2 = ||(x, z)||^2`` need not be asked: scaling tau against the rest, the trace is least there.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
 from convexbn._types import EPS, Float
 
-#: What a column's norm may lack in quadrature and is not completed; a shorter column is valid, only less tight.
+#: What a column's norm may lack in quadrature without completion: a shorter column is valid, only less tight.
 _COMPLETE = 1e-6
 
 
@@ -35,8 +35,8 @@ class Blocks:
 
     @staticmethod
     def zeros(n: int) -> Blocks:
-        """All zero."""
-        return Blocks(np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n)))
+        """Zero matrix."""
+        return Blocks(*np.zeros((3, n, n)))
 
     def plus(self, other: Blocks, factor: float = 1.0) -> Blocks:
         """``self + factor * other``."""
@@ -52,7 +52,7 @@ class Blocks:
 
 
 def completed(A: Float) -> Float:
-    """Rows below orthogonal columns of at most unit norm, so that all have unit norm: no rows where all have it.
+    """Append rows to orthogonal columns of at most unit norm so that all have unit norm; not if they have it already.
 
     Rows of weight 0 change neither ``V'(A u)_+`` nor its maximum over the ball.
     """
@@ -64,11 +64,7 @@ class LiftedSet:
     """The relaxed set for rows A; ``homogenised``: with a first row for which ``a_0'u = tau >= 0``, so ``z_0 = 0``."""
 
     def __init__(self, A: Float, *, homogenised: bool) -> None:
-        n, q = A.shape
-        self.A = A
-        if homogenised:
-            self.A = np.zeros((n + 1, q + 1))
-            self.A[0, 0], self.A[1:, 1:] = 1.0, A
+        self.A = scipy.linalg.block_diag(1.0, A) if homogenised else A
         self.size = len(self.A)
         self.zero_xz = np.eye(self.size, dtype=bool)
         self.zero_zz = np.zeros((self.size, self.size), dtype=bool)
@@ -93,21 +89,18 @@ class LiftedSet:
         zz = np.where(self.zero_zz, 0.0, np.maximum(Y.zz, 0))
         return Blocks(np.maximum(Y.xx, 0), zz, np.where(self.zero_xz, 0.0, np.maximum(Y.xz, 0)))
 
-    def valid(self, N: Blocks) -> Blocks:
-        """Multipliers made nonnegative where they have to be."""
-        zz = np.where(self.zero_zz, N.zz, np.maximum(N.zz, 0))
-        return Blocks(np.maximum(N.xx, 0), zz, np.where(self.zero_xz, N.xz, np.maximum(N.xz, 0)))
-
     def bound(self, objective: Blocks, N: Blocks) -> tuple[float, float]:
         """Upper bound of ``<C, Z>`` over the set for any multipliers N, and the part of it that covers rounding."""
-        N = self.valid(N)
+        # multipliers of entries that are not fixed to zero must be nonnegative
+        zz = np.where(self.zero_zz, N.zz, np.maximum(N.zz, 0))
+        N = Blocks(np.maximum(N.xx, 0), zz, np.where(self.zero_xz, N.xz, np.maximum(N.xz, 0)))
         matrix = self.adjoint(objective.plus(N))
         top = float(np.linalg.eigvalsh(matrix)[-1])
         rounding = 16 * len(matrix) * EPS * (objective.norm() + N.norm())
         return max(top, 0.0) + rounding, rounding
 
     def weights(self, v: Float) -> Blocks:
-        """The objective ``v'x`` of one output on the homogenised set, where ``tr Z = 1`` and ``Z_0x = tau x / 2``."""
+        """Objective ``v'x`` of one output on the homogenised set, where ``tr Z = 1`` and ``Z_0x = tau x / 2``."""
         objective = Blocks.zeros(self.size)
         objective.xx[0, 1:] = objective.xx[1:, 0] = v
         return objective

@@ -15,38 +15,32 @@ from __future__ import annotations
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.data.blocks import BlockSize
 from convexbn.data.scaling import unit_scale
 
-_FIXED_POINT_STEPS = 4
+_FIXED_POINT_STEPS, _CONCAVE_STEPS = 4, 40
 _SAME_DIRECTION = 1 - 1e-4
 
-#: Steps without a rise after which a direction is left.
+#: Steps without a rise after which a direction is given up.
 _RESTS = 4
 
-#: How far around initial directions there are starts, as tangents of the angle.
+#: Distances of further starts around the initial directions, as tangents of the angle.
 _SPREADS = (0.1, 0.4)
 
 #: Directions that are followed to the end and returned; on small data, of ``n q`` entries, more are followed.
-_FOLLOWED = 30
-_FOLLOWED_ENTRIES = 1 << 18
+_FOLLOWED, _FOLLOWED_ENTRIES = 30, 1 << 18
 
-#: Entries of the hidden layer that are formed at a time.
+#: Entries of the hidden layer in memory at a time.
 _HIDDEN_ENTRIES = 1 << 23
 
 
 def local_maxima(
-    V: Float,
-    A: Float,
-    n_starts: int,
-    rng: np.random.Generator,
-    *,
-    start: Float | None = None,
-    rounds: int = 30,
+    V: Float, A: Float, n_starts: int, rng: np.random.Generator, *, start: Float | None = None, rounds: int = 30
 ) -> tuple[Float, Float]:
     """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= 30``.
 
-    The directions of ``start`` and the random ones are thinned apart from each other: near an optimum the neurons all
-    have the largest value, and would leave no place for a start that leads elsewhere.
+    ``start`` and the random directions are thinned separately: near an optimum the neurons all have the largest value,
+    and would leave no place for a start that leads elsewhere.
 
     Parameters
     ----------
@@ -57,17 +51,19 @@ def local_maxima(
         Number of random starts.
     rng : numpy.random.Generator
     start : ndarray (m, q), optional
-        Directions to ascend from, and from around them, besides the random ones: the neurons of the moment.
+        Further directions to ascend from, and from around them: the present neurons.
     rounds : int
         Largest number of convex-concave steps.
     """
     scale = unit_scale(V)
     V = V / scale
     raw = normalise(rng.standard_normal((n_starts, A.shape[-1])))
-    outputs = normalise(rng.standard_normal((n_starts, V.shape[1])))
-    moved = _fixed_point(raw, outputs, V, A)
+    moved, outputs = raw, normalise(rng.standard_normal((n_starts, V.shape[1])))
+    for _ in range(_FIXED_POINT_STEPS):
+        moved = normalise(linear_parts(moved, outputs @ V.T, A))
+        outputs = normalise(hidden_units(moved, A) @ V)
     keep = max(_FOLLOWED, _FOLLOWED_ENTRIES // A.size)
-    # the fixed point takes many starts to few places: some are followed from where they are
+    # the fixed point takes many starts to few places: follow some from where they are
     followed = [distinct(moved, hidden_norms(moved, V, A), keep), raw[:keep]]
     if start is not None and len(start):
         known = normalise(start)
@@ -79,39 +75,54 @@ def local_maxima(
 
 
 def hidden_norms(directions: Float, V: Float, A: Float) -> Float:
-    """``||V'(A u)_+||`` of every row ``u``."""
-    size = max(1, _HIDDEN_ENTRIES * A.shape[-1] // A.size)
-    parts = (directions[start : start + size] for start in range(0, max(len(directions), 1), size))
-    return np.concatenate([np.linalg.norm(hidden_units(part, A) @ V, axis=1) for part in parts])
+    """Values (m,) of ``||V'(A u)_+||``, one for every row ``u``.
+
+    Parameters
+    ----------
+    directions, V, A : ndarray (m, q), (n, K), (n, q) or (n, G, q)
+    """
+    parts = BlockSize(A.size // A.shape[-1], _HIDDEN_ENTRIES).slices(max(len(directions), 1))
+    return np.concatenate([np.linalg.norm(hidden_units(directions[part], A) @ V, axis=1) for part in parts])
 
 
 def hidden_units(directions: Float, A: Float) -> Float:
-    """``(A u)_+`` of every row ``u`` (m, q): (m, n); for groups of rows (n, G, q) the largest of each."""
+    """Hidden units ``(A u)_+`` (m, n), one row for every row ``u``; of groups of rows (n, G, q) the largest of each."""
     response = np.tensordot(directions, A, (1, -1))
     return np.maximum(response if A.ndim == 2 else response.max(axis=2), 0)
 
 
 def linear_parts(directions: Float, weights: Float, A: Float) -> Float:
-    """``sum_i weights_i D_i(u) a_i`` of every row ``u``, the gradient at fixed signs (and maxima): (m, q)."""
+    """Gradients ``sum_i weights_i D_i(u) a_i`` (m, q) at fixed signs (and maxima), one for every row ``u``.
+
+    Parameters
+    ----------
+    directions, weights, A : ndarray (m, q), (m, n), (n, q) or (n, G, q)
+    """
     response = np.tensordot(directions, A, (1, -1))
     if A.ndim == 2:
         return np.where(response > 0, weights, 0.0) @ A
     places = response.argmax(axis=2)
     weights = np.where(np.take_along_axis(response, places[..., None], axis=2)[..., 0] > 0, weights, 0.0)
-    chosen = A[np.arange(len(A)), places]  # (m, n, q)
-    return np.einsum("mn,mnq->mq", weights, chosen)
+    return np.einsum("mn,mnq->mq", weights, A[np.arange(len(A)), places])
 
 
 def normalise(rows: Float) -> Float:
-    """Rows divided by their norms; zero rows become the first unit vector."""
+    """Divide rows by their norms; zero rows become the first unit vector."""
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    first = np.zeros(rows.shape[-1])
-    first[0] = 1.0
-    return np.where(norms > 0, rows / np.where(norms > 0, norms, 1.0), first)
+    return np.where(norms > 0, rows / np.where(norms > 0, norms, 1.0), np.eye(1, rows.shape[-1])[0])
 
 
 def scattered(directions: Float, count: int, spread: float, rng: np.random.Generator) -> Float:
-    """At least ``count`` unit vectors, as many around each direction, at angles of tangent about ``spread``."""
+    """Scatter at least ``count`` unit vectors, equally many around each direction.
+
+    Parameters
+    ----------
+    directions : ndarray (m, q)
+    count : int
+    spread : float
+        Tangent of their angle to the direction, about.
+    rng : numpy.random.Generator
+    """
     m, q = directions.shape
     if m == 0:
         return directions
@@ -120,7 +131,13 @@ def scattered(directions: Float, count: int, spread: float, rng: np.random.Gener
 
 
 def distinct(directions: Float, values: Float, keep: int) -> Float:
-    """At most ``keep`` directions with pairwise angles above about 0.8 degrees, best first."""
+    """Select at most ``keep`` directions with pairwise angles above about 0.8 degrees, best first.
+
+    Parameters
+    ----------
+    directions, values : ndarray (m, q), (m,)
+    keep : int
+    """
     ordered = directions[np.argsort(-values, kind="stable")]
     chosen: list[int] = []
     for i, row in enumerate(ordered):
@@ -132,9 +149,15 @@ def distinct(directions: Float, values: Float, keep: int) -> Float:
 
 
 def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
-    """Convex-concave ascent from every row, with a step onto the face of kinks that each iterate lies on.
+    """Ascend by convex-concave steps from every row, with a step onto the face of kinks that each iterate lies on.
 
-    On groups of rows only the steps of the fixed point are taken, as far as they rise.
+    On groups of rows the steps are those of the fixed point, as far as they rise.
+
+    Parameters
+    ----------
+    directions, V, A : ndarray (m, q), (n, K), (n, q) or (n, G, q)
+    rounds : int
+        Largest number of steps.
     """
     if A.ndim == 3:
         return _risen(directions, V, A, rounds)
@@ -161,16 +184,8 @@ def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
     return directions
 
 
-def _fixed_point(directions: Float, outputs: Float, V: Float, A: Float) -> Float:
-    """Some steps of ``u <- A'D(u) V c, c <- V'(A u)_+``, rows normalised; the first with the given outputs."""
-    for _ in range(_FIXED_POINT_STEPS):
-        directions = normalise(linear_parts(directions, outputs @ V.T, A))
-        outputs = normalise(hidden_units(directions, A) @ V)
-    return directions
-
-
 def _risen(directions: Float, V: Float, A: Float, rounds: int) -> Float:
-    """Steps of the fixed point from every row, half as long each time that one would fall."""
+    """Steps of the fixed point from every row, halved each time that the value would fall."""
     values, length = hidden_norms(directions, V, A), np.ones((len(directions), 1))
     for _ in range(rounds):
         outputs = normalise(hidden_units(directions, A) @ V)
@@ -183,30 +198,25 @@ def _risen(directions: Float, V: Float, A: Float, rounds: int) -> Float:
     return directions
 
 
-def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float, steps: int = 40) -> tuple[Float, Float]:
+def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float) -> tuple[Float, Float]:
     """Maximise ``p'u - sum w_i (a_i'u)_+`` over the sphere by accelerated projected gradients on its dual.
 
     Parameters
     ----------
-    linear : ndarray (m, q)
-        ``p``, one row a problem.
-    upper : ndarray (m, n) or (n,)
-        ``w >= 0``.
+    linear, upper : ndarray (m, q), (m, n) or (n,)
+        ``p`` and ``w >= 0``, one row a problem.
     start : ndarray (m, n)
         Dual variables to start from.
     A : ndarray (n, q)
         ``||A|| <= 1``.
-    steps : int
 
     Returns
     -------
-    u : ndarray (m, q)
-        Unit vectors along ``p - A's``.
-    s : ndarray (m, n)
-        Dual variables, ``0 <= s <= w``: ``||p - A's||`` is at least the maximum.
+    u, s : ndarray (m, q), (m, n)
+        Unit vectors along ``p - A's``, and dual variables ``0 <= s <= w``: ``||p - A's||`` is at least the maximum.
     """
     point = previous = np.minimum(start, upper)
-    for k in range(steps):
+    for k in range(_CONCAVE_STEPS):
         following = np.clip(point + (linear - point @ A) @ A.T, 0, upper)
         point = following + (k / (k + 3)) * (following - previous)
         previous = following
@@ -216,19 +226,14 @@ def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float, steps
 def _onto_kinks(directions: Float, weights: Float, subgradients: Float, A: Float) -> Float:
     """Maximise on the face ``a_i'u = 0`` of the rows whose subgradient lies strictly inside its interval.
 
-    With the rows at rest on their kinks known, the maximiser is the projection of the gradient of all others.
+    With these rows known, the maximiser is the projection of the gradient of all others.
     """
     upper = np.maximum(-weights, 0)
     inside = (subgradients > 1e-6 * upper) & (subgradients < (1 - 1e-6) * upper)
     inside &= np.abs(directions @ A.T) < 1e-3 * np.linalg.norm(A, axis=1)
     gradients = np.where((directions @ A.T > 0) & ~inside, weights, 0.0) @ A
     for k in np.flatnonzero(inside.any(axis=1)):
-        gradients[k] -= _along(A[inside[k]], gradients[k])
+        _, values, right = np.linalg.svd(A[inside[k]], full_matrices=False)
+        basis = right[values > 1e-10 * values[0]]
+        gradients[k] -= basis.T @ (basis @ gradients[k])
     return normalise(gradients)
-
-
-def _along(face: Float, vector: Float) -> Float:
-    """Component of ``vector`` in the span of the rows of ``face``."""
-    _, values, right = np.linalg.svd(face, full_matrices=False)
-    basis = right[values > 1e-10 * values[0]]
-    return basis.T @ (basis @ vector)

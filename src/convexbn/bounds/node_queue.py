@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from convexbn._types import Bool, Float, FloatMatrix, Index
+from convexbn._types import Bool, Float, Index
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """Cones with their bounds and the edge each would be split on.
+class Nodes(NamedTuple):
+    """Cones with their bounds and the edge on which to split each.
 
     Attributes
     ----------
     generators : ndarray (B, q, q)
         Unit generators in rows.
-    problem : ndarray (B,)
-        Which function is bounded.
-    bounds : ndarray (B,)
-    edges : ndarray (B, 2)
-        The generators at the ends of the edge to split.
-    shares : ndarray (B,)
-        The new generator is along ``(1 - share) * first + share * second``.
+    problem, bounds : ndarray (B,)
+        Which function is bounded, and its bound.
+    edges, shares : ndarray (B, 2), (B,)
+        Generators at the ends of the edge; the new one is along ``(1 - share) * first + share * second``.
     """
 
     generators: Float
@@ -32,54 +28,43 @@ class Nodes:
     edges: Index
     shares: Float
 
-    def __len__(self) -> int:
-        return len(self.bounds)
-
     def take(self, chosen: Index | Bool) -> Nodes:
-        """The nodes of an index or mask."""
-        return Nodes(*(field[chosen] for field in self.fields()))
-
-    def fields(self) -> tuple[FloatMatrix, ...]:
-        """The arrays, in the order of the constructor."""
-        return self.generators, self.problem, self.bounds, self.edges, self.shares
+        """Nodes of an index or mask, copied."""
+        return Nodes._make(field[chosen] for field in self)
 
     def children(self) -> Nodes:
         """Both halves of every node, with the bounds of their parents."""
-        places = np.arange(len(self))
+        count, places = len(self.bounds), np.arange(len(self.bounds))
         first, second = self.edges.T
         share = self.shares[:, None]
         middle = (1 - share) * self.generators[places, first] + share * self.generators[places, second]
         middle /= np.linalg.norm(middle, axis=1, keepdims=True)
-        halves = np.repeat(self.generators[None], 2, axis=0)
-        halves[0, places, first] = middle
-        halves[1, places, second] = middle
-        twice = np.tile(places, 2)
-        q = self.generators.shape[1]
-        return Nodes(
-            halves.reshape(-1, q, q), self.problem[twice], self.bounds[twice], self.edges[twice], self.shares[twice]
-        )
+        halves = self.take(np.tile(places, 2))
+        halves.generators[places, first] = halves.generators[count + places, second] = middle
+        return halves
 
 
 class Frontier:
-    """A bag of nodes from which those of largest bound are taken many at a time."""
+    """A bag of nodes that gives those of largest bound, many at a time."""
 
     def __init__(self, q: int) -> None:
         self._size = 0
-        self._room = Nodes(
-            np.empty((0, q, q)), np.empty(0, np.intp), np.empty(0), np.empty((0, 2), np.intp), np.empty(0)
-        )
+        self._room = Nodes(np.empty((0, q, q)), np.empty(0, int), np.empty(0), np.empty((0, 2), int), np.empty(0))
 
     def largest(self) -> float:
-        """Largest bound of an open node; 0 when none is left."""
+        """Largest bound of an open node; 0 when empty."""
         return float(self._room.bounds[: self._size].max(initial=0.0))
 
     def add(self, nodes: Nodes) -> None:
         """Put nodes in."""
-        end = self._size + len(nodes)
-        if end > len(self._room):
+        end = self._size + len(nodes.bounds)
+        if end > len(self._room.bounds):
             # more than twice the room, so that a node is copied a constant number of times
-            self._room = Nodes(*(_grown(field, 2 * end) for field in self._room.fields()))
-        for room, new in zip(self._room.fields(), nodes.fields(), strict=True):
+            larger = Nodes._make(np.empty((2 * end, *field.shape[1:]), field.dtype) for field in nodes)
+            for new, old in zip(larger, self._room, strict=True):
+                new[: self._size] = old[: self._size]
+            self._room = larger
+        for room, new in zip(self._room, nodes, strict=True):
             room[self._size : end] = new
         self._size = end
 
@@ -90,13 +75,7 @@ class Frontier:
         taken = self._room.take(chosen)
         rest = self._size - len(chosen)
         holes, movers = chosen[chosen < rest], np.setdiff1d(np.arange(rest, self._size), chosen)
-        for room in self._room.fields():
+        for room in self._room:
             room[holes] = room[movers]
         self._size = rest
         return taken
-
-
-def _grown(field: FloatMatrix, size: int) -> FloatMatrix:
-    room = np.empty((size, *field.shape[1:]), field.dtype)
-    room[: len(field)] = field
-    return room

@@ -13,24 +13,21 @@ _PERRON_ROWS = 2000
 
 
 def orthant(dual: Float) -> tuple[float, float]:
-    """Bound ``max ||V'u||`` over ``u >= 0, ||u|| <= 1``, which contains every ``(A s)_+``.
+    """Bound ``max ||V'u||`` over ``u >= 0, ||u|| <= 1``; returned with the part of the bound that covers rounding.
+
+    One output: ``max(||v_+||, ||v_-||)``, exact. K outputs: the smaller of ``sigma_max(V)`` and the Perron bound
+    ``sqrt(lambda_max((V V')_+))``, after rows of equal direction were merged; exact if rows of different directions
+    have no positive inner product.
 
     Parameters
     ----------
     dual : ndarray (n, K)
         Dual variable on orthonormal rows (weighted: ``V / sqrt(w)``).
 
-    Returns
-    -------
-    bound, rounding : float
-        The bound, and the part of it that covers rounding. One output: ``max(||v_+||, ||v_-||)``, exact.
-        K outputs: the smaller of ``sigma_max(V)`` and the Perron bound ``sqrt(lambda_max((V V')_+))``, after rows
-        of equal direction were merged; exact when rows of different directions have no positive inner product.
-
     Notes
     -----
-    Exact as a bound of the program when ``rank(C X) = n - 1``, where ``A`` is orthogonal; valid for every
-    ``A`` (mathematics, sections 2c and 7).
+    Exact as a bound of the program if ``rank(C X) = n - 1``, where ``A`` is orthogonal; valid for every ``A``
+    (mathematics, sections 2c and 7).
     """
     scale = unit_scale(dual)
     V = dual / scale
@@ -38,17 +35,13 @@ def orthant(dual: Float) -> tuple[float, float]:
         bound, slack = max(np.linalg.norm(np.maximum(V, 0)), np.linalg.norm(np.minimum(V, 0))), 0.0
     else:
         rows, slack = _merge_directions(V)
-        square = _largest_eigenvalue(rows.T @ rows)
+        square = np.linalg.eigvalsh(rows.T @ rows)[-1]
         if len(rows) <= _PERRON_ROWS:
-            square = min(square, _largest_eigenvalue(np.maximum(rows @ rows.T, 0)))
-        bound = np.sqrt(square)
+            square = min(square, np.linalg.eigvalsh(np.maximum(rows @ rows.T, 0))[-1])
+        bound = np.sqrt(max(square, 0.0))
         slack += 4 * np.sqrt(len(rows)) * EPS * float(bound)  # LAPACK's backward error in the eigenvalue
     rounding = float(bound) * EPS * (32 + len(V)) + slack  # sums of n squares
     return (float(bound) + rounding) * scale, rounding * scale
-
-
-def _largest_eigenvalue(matrix: Float) -> float:
-    return float(max(np.linalg.eigvalsh(matrix)[-1], 0.0))
 
 
 def _merge_directions(dual: Float) -> tuple[Float, float]:

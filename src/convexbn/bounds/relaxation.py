@@ -13,7 +13,7 @@ substitution the bound is convex in them. An evaluation costs ``O(n q^2 + q^3)``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
@@ -23,30 +23,21 @@ from convexbn.bounds import trust_region
 from convexbn.bounds.bound import Bound
 from convexbn.data.scaling import unit_scale
 
-#: Smoothing of the trust-region problem, relative to the norm of v, from coarse to fine.
-_SMOOTHING = (1e-2, 1e-3, 1e-4)
+#: Smoothing of the trust-region problem and of the larger of two signs, relative, from coarse to fine.
+SMOOTHING = (1e-2, 1e-3, 1e-4)
 _EXPONENT = 40.0
 
 
 @dataclass(frozen=True)
 class Relaxed(Bound):
-    """The bound with the multipliers of both signs.
+    """The bound, with the multipliers (n, 2) of ``v'(A u)_+`` and ``-v'(A u)_+``, as ``Terms`` takes them."""
 
-    Attributes
-    ----------
-    sides : tuple of float
-        Bounds of the maxima of ``v'(A u)_+`` and ``-v'(A u)_+``.
-    multipliers : tuple of ndarray (n, 2)
-        Of both signs, as ``Terms`` takes them.
-    """
-
-    sides: tuple[float, float]
     multipliers: tuple[Float, Float]
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The quadratics ``c_i + l_i t + k_i t^2`` that bound ``sign(v_i) t_+``, one a row, at multipliers x (n, 2).
+    """The quadratics ``c_i + l_i t + k_i t^2`` that bound ``sign(v_i) t_+``, one a row.
 
     Attributes
     ----------
@@ -87,17 +78,12 @@ class Terms:
         by_first, by_second = -mean, -mean / 2 - square / (2 * self.norms)
         average = first * by_first + second * by_second
         of_alpha = self.alpha / 4 - square / (4 * self.alpha)
-        return np.stack(
-            [
-                np.where(self.positive, of_alpha, first * (by_first - average)),
-                np.where(self.positive, 0.0, second * (by_second - average)),
-            ],
-            axis=1,
-        )
+        by_x1 = np.where(self.positive, of_alpha, first * (by_first - average))
+        return np.column_stack([by_x1, np.where(self.positive, 0.0, second * (by_second - average))])
 
 
 def relaxation(V: Float, A: Float, *, steps: int = 150, deadline: float | None = None) -> Relaxed:
-    """Bound ``max over ||u|| <= 1 of |v'(A u)_+|`` by optimised multipliers.
+    """Bound ``max over ||u|| <= 1 of |v'(A u)_+|`` by optimised multipliers; ``work`` counts eigendecompositions.
 
     Parameters
     ----------
@@ -108,27 +94,20 @@ def relaxation(V: Float, A: Float, *, steps: int = 150, deadline: float | None =
         L-BFGS steps for each sign.
     deadline : float, optional
         ``time.monotonic()`` at which to stop improving the multipliers.
-
-    Returns
-    -------
-    Relaxed
-        With the number of eigendecompositions as ``work``.
     """
     scale = unit_scale(V)
-    v = V[:, 0] / scale
-    plus, minus = (_optimise(sign * v, A, steps, deadline) for sign in (1.0, -1.0))
-    sides = plus.value * scale, minus.value * scale
-    return Relaxed(
-        max(sides),
-        max(plus.rounding, minus.rounding) * scale,
-        plus.work + minus.work,
-        sides,
-        (plus.multipliers, minus.multipliers),
-    )
+    signed = (V[:, 0] / scale, -V[:, 0] / scale)
+    values, slacks, work, multipliers = zip(*(_optimise(v, A, steps, deadline) for v in signed), strict=True)
+    return Relaxed(max(values) * scale, max(slacks) * scale, sum(work), multipliers)
 
 
 def bound_at(v: Float, A: Float, multipliers: Float) -> tuple[float, float]:
-    """Rigorous bound of ``v'(A u)_+`` at any multipliers (n, 2), and the part of it that covers rounding."""
+    """Rigorous bound of ``v'(A u)_+`` at any multipliers, and the part of it that covers rounding.
+
+    Parameters
+    ----------
+    v, A, multipliers : ndarray (n,), (n, q), (n, 2)
+    """
     constant, slope, curvature = Terms(v > 0, row_norms(A), multipliers).coefficients()
     size = np.abs(v)
     offset = float(size @ constant)
@@ -144,66 +123,60 @@ def row_norms(A: Float) -> Float:
     return np.linalg.norm(A, axis=1) * (1 + 64 * EPS) + 1e-150
 
 
-def start_multipliers(A: Float) -> Float:
-    """``alpha_i = ||a_i|| / 2`` and equal shares."""
-    return np.zeros((len(A), 2))
-
-
 def smoothed(v: Float, A: Float, multipliers: Float, eps: float) -> tuple[float, Float, Float]:
-    """Smoothed bound, its gradient by ``|v|`` (n,) at fixed signs, and by the multipliers (n, 2)."""
+    """Smoothed bound, its gradient by ``|v|`` (n,) at fixed signs, and by the multipliers (n, 2).
+
+    Parameters
+    ----------
+    v, A, multipliers : ndarray (n,), (n, q), (n, 2)
+    eps : float
+    """
     terms = Terms(v > 0, row_norms(A), multipliers)
     constant, slope, curvature = terms.coefficients()
     size = np.abs(v)
-    moments = trust_region.smoothed_maximum(A.T @ (size * slope), (A.T * (size * curvature)) @ A, eps)
-    mean, square = A @ moments.u, np.einsum("ij,ij->i", A @ moments.U, A)
+    largest, u, U = trust_region.smoothed_maximum(A.T @ (size * slope), (A.T * (size * curvature)) @ A, eps)
+    mean, square = A @ u, np.einsum("ij,ij->i", A @ U, A)
     by_size = constant + slope * mean + curvature * square
-    return (
-        float(size @ constant) + moments.value,
-        by_size,
-        size[:, None] * terms.multiplier_gradient(mean, square),
-    )
+    return float(size @ constant) + largest, by_size, size[:, None] * terms.multiplier_gradient(mean, square)
 
 
-@dataclass(frozen=True)
-class _Side(Bound):
-    """Best bound of one sign."""
-
-    multipliers: Float
-
-
-def _optimise(v: Float, A: Float, steps: int, deadline: float | None) -> _Side:
-    """L-BFGS on the smoothed bound, the smoothing reduced in stages; the best rigorous bound of the stages."""
-    point = start_multipliers(A)
-    best, work = _Side(*bound_at(v, A, point), 1, point), 1
+def _optimise(v: Float, A: Float, steps: int, deadline: float | None) -> tuple[float, float, int, Float]:
+    """Best rigorous bound of one sign, its rounding, the work and the multipliers, from stages of falling smoothing."""
+    point = np.zeros((len(A), 2))  # alpha_i = ||a_i|| / 2 and equal shares
+    best, work = (*bound_at(v, A, point), point), 1
     scale = float(np.linalg.norm(v)) or 1.0
 
     def objective(flat: Float, eps: float) -> tuple[float, Float]:
         value, _, gradient = smoothed(v / scale, A, flat.reshape(-1, 2), eps)
         return value, gradient.ravel()
 
-    for eps in _SMOOTHING:
-        found = minimise(objective, point.ravel(), (eps,), max(steps // len(_SMOOTHING), 1), deadline)
+    for eps in SMOOTHING:
+        found = minimise(objective, point.ravel(), eps, steps, deadline)
         point, work = found.x.reshape(-1, 2), work + int(found.nfev) + 1
-        value, rounding = bound_at(v, A, point)
-        if value < best.value:
-            best = _Side(value, rounding, work, point)
-    return replace(best, work=work)
+        best = min(best, (*bound_at(v, A, point), point), key=lambda side: side[0])
+    return best[0], best[1], work, best[2]
 
 
 def minimise(
-    objective: Callable[..., tuple[float, Float]],
-    start: Float,
-    args: tuple[float, ...],
-    steps: int,
-    deadline: float | None,
+    objective: Callable[..., tuple[float, Float]], start: Float, eps: float, steps: int, deadline: float | None
 ) -> scipy.optimize.OptimizeResult:
-    """L-BFGS for a number of steps or until a deadline."""
+    """Minimise at one smoothing by L-BFGS until a deadline.
+
+    Parameters
+    ----------
+    objective : callable
+        ``(point, eps) -> value, gradient``.
+    start, eps : ndarray, float
+    steps : int
+        Steps of all smoothings together.
+    deadline : float or None
+    """
 
     def watch(_: Float) -> None:
         if is_over(deadline):
             raise StopIteration
 
-    options = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10, "gtol": 1e-9}
+    options = {"maxiter": max(steps // len(SMOOTHING), 1), "maxcor": 20, "ftol": 1e-10, "gtol": 1e-9}
     return scipy.optimize.minimize(
-        objective, start, args=args, jac=True, method="L-BFGS-B", callback=watch, options=options
+        objective, start, args=(eps,), jac=True, method="L-BFGS-B", callback=watch, options=options
     )

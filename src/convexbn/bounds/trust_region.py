@@ -10,25 +10,20 @@ function of l and Q, with derivatives the moments ``u = G^{-1} l / 2`` and ``U =
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.linalg
 
 from convexbn._types import EPS, Float
 
 
-@dataclass(frozen=True)
-class SmoothedMaximum:
-    """Smoothed maximum and its derivatives: ``value``, ``u`` (q,) by the linear term, ``U`` (q, q) by Q."""
+def smoothed_maximum(linear: Float, Q: Float, eps: float) -> tuple[float, Float, Float]:
+    """Smoothed maximum of ``l'u + u'Q u`` over the unit ball, and its derivatives ``u`` by l and ``U`` by Q.
 
-    value: float
-    u: Float
-    U: Float
-
-
-def smoothed_maximum(linear: Float, Q: Float, eps: float) -> SmoothedMaximum:
-    """Smoothed maximum of ``l'u + u'Q u`` over the unit ball, with its derivatives."""
+    Parameters
+    ----------
+    linear, Q : ndarray (q,), (q, q)
+    eps : float
+    """
     values, basis = scipy.linalg.eigh(Q, check_finite=False)
     rotated = basis.T @ linear
     largest = max(float(values[-1]), 0.0)
@@ -38,7 +33,7 @@ def smoothed_maximum(linear: Float, Q: Float, eps: float) -> SmoothedMaximum:
     u = basis @ (0.5 * rotated / gaps)
     value = largest + distance + 0.25 * float(rotated**2 @ (1 / gaps))
     value -= eps * float(np.log(gaps).sum() + np.log(largest + distance))
-    return SmoothedMaximum(value, u, np.outer(u, u) + eps * (basis / gaps) @ basis.T)
+    return value, u, np.outer(u, u) + eps * (basis / gaps) @ basis.T
 
 
 def maximum(linear: Float, Q: Float) -> float:
