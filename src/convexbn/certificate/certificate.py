@@ -260,6 +260,14 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     """Best ``D(t V)`` over the feasible multiples ``t <= weight_decay / dual_norm`` of a dual point.
 
     ``D`` is concave in ``t``, so a golden section finds the best; every value on the way is valid.
+
+    Parameters
+    ----------
+    loss : Loss
+    dual : ndarray (n, K)
+        The dual point ``V``.
+    dual_norm, weight_decay : float
+        Norm of the correlations of ``V``, and the bound on it that makes a point feasible.
     """
     largest = weight_decay / dual_norm if dual_norm > 0 else 1.0
     high = min(largest, 2.0)  # beyond twice the residual nothing is won near an optimum

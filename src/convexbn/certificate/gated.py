@@ -45,6 +45,15 @@ class GatedCase:
     ) -> GatedCase:
         """Check that every neuron follows the gate that it names.
 
+        Parameters
+        ----------
+        question : Question
+        program : GatedProgram
+            The program of ``question``, with the gates of the network.
+        network : BatchNormNetwork
+        responses : PreActivations
+            Inputs of its batch norms on the training rows.
+
         Raises
         ------
         ValueError

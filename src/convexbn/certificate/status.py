@@ -86,7 +86,16 @@ def status_of(relative: float, tol: float, *, trivial: bool, stopped_by: str, es
 
 
 def bound_note(status: Status, estimated: float | None, bound: str) -> str:
-    """Where the valid bound comes from, and the estimate beside it, for networks over all patterns."""
+    """Sentence on the source of the valid bound and the estimate beside it, for networks over all patterns.
+
+    Parameters
+    ----------
+    status : Status
+    estimated : float or None
+        Relative gap to an estimate of the bound.
+    bound : str
+        Source of the valid bound, see ``Certificate.bound``.
+    """
     if bound in ("gates", "none"):
         return ""
     note = f" The bound is valid ({bound})."
