@@ -1,19 +1,20 @@
-"""What every solver takes and gives: a budget of work, a report after each iteration, a solution."""
+"""The interface of all solvers: a program and a budget of work in, a solution with its history out."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from convexbn._types import is_over
+from convexbn._types import Float, is_over
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, Nuclear, PooledFeatures
 from convexbn.program.losses import Loss
 
-Program = TypeVar("Program", contravariant=True)
+Program = TypeVar("Program")
 Weights = TypeVar("Weights")
 
 
@@ -57,8 +58,18 @@ class Budget:
         return None if self.time_limit is None else self.started + share * self.time_limit
 
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
-        """Why to stop now (a key of ``status.STOPPED_BY``), or None to go on."""
-        asked = bool(self.callback(progress)) if self.callback is not None else False
+        """Why to stop now (a key of ``status.STOPPED_BY``), or None to go on.
+
+        Parameters
+        ----------
+        progress : Progress
+            State after the last iteration.
+        tol : float
+            Relative gap to reach.
+        max_iter : int
+            Largest number of iterations.
+        """
+        asked = self.callback is not None and bool(self.callback(progress))
         if not np.isfinite(progress.objective):
             return "numerical"
         if progress.relative_gap <= tol:
@@ -97,8 +108,8 @@ class Solution(Generic[Weights]):
         return self.history[-1].iteration if self.history else 0
 
 
-class Solver(Protocol[Program, Weights]):
-    """Frozen settings with one method; no state is kept between solves, and the arguments are not changed."""
+class Solver(ABC, Generic[Program, Weights]):
+    """Frozen settings with one method; a solve keeps no state and does not change its arguments."""
 
     def solve(
         self,
@@ -118,12 +129,19 @@ class Solver(Protocol[Program, Weights]):
             By default the solver's own limits alone.
         rng : numpy.random.Generator, optional
             For methods with random starts; by default one of seed 0.
+
+        Raises
+        ------
+        UnsupportedProgramError
+            For a program that the solver does not take.
         """
+        return self._solve(program, start, budget or Budget(), np.random.default_rng(0) if rng is None else rng)
 
-
-def new_rng(rng: np.random.Generator | None) -> np.random.Generator:
-    """The generator that was given, or one of seed 0."""
-    return np.random.default_rng(0) if rng is None else rng
+    @abstractmethod
+    def _solve(
+        self, program: Program, start: Weights | None, budget: Budget, rng: np.random.Generator
+    ) -> Solution[Weights]:
+        """Solve with the defaults filled in."""
 
 
 class UnsupportedProgramError(TypeError, ValueError):
@@ -132,41 +150,31 @@ class UnsupportedProgramError(TypeError, ValueError):
 
 @dataclass(frozen=True)
 class Solves:
-    """What a solver of gated programs takes, checked before any work.
-
-    Attributes
-    ----------
-    losses : tuple of Loss classes or None
-        None: every loss.
-    operators : tuple of operator classes
-    norms : tuple of norm classes
-    """
+    """Losses (None for all), operators and norms that a solver of gated programs takes, checked before any work."""
 
     losses: tuple[type[Loss], ...] | None = None
     operators: tuple[type, ...] = (MaskedRows, PooledFeatures)
     norms: tuple[type, ...] = (Frobenius, Nuclear)
 
     def check(self, solver: str, program: GatedProgram) -> None:
-        """Refuse a program that a solver does not take.
-
-        Raises
-        ------
-        UnsupportedProgramError
-            With what is missing, and another solver.
-        """
+        """Raise an ``UnsupportedProgramError`` for a program that a solver does not take."""
         if self.losses is not None and not isinstance(program.loss, self.losses):
             names = " and ".join(loss.name.replace("_", " ") for loss in self.losses)
             raise UnsupportedProgramError(f"solver={solver!r} solves the {names} loss only: use 'proximal' for others.")
         if not isinstance(program.operator, self.operators):
             raise UnsupportedProgramError(f"solver={solver!r} is for dense data: use 'proximal' with a convolution.")
         if not isinstance(program.norm, self.norms):
-            raise UnsupportedProgramError(
-                f"solver={solver!r} has one Frobenius norm a gate: use 'proximal' for regions."
-            )
+            raise UnsupportedProgramError(f"solver={solver!r} has one Frobenius norm a gate: use 'proximal'.")
+
+
+def nonzero(blocks: Float) -> GateBlocks:
+    """Nonzero ones among the blocks (P, q, K) of all gates."""
+    index = np.flatnonzero(blocks.any(axis=(1, 2)))
+    return GateBlocks(index, blocks[index])
 
 
 def zero_solution(program: GatedProgram, budget: Budget) -> Solution[GateBlocks] | None:
-    """The zero network where the weight decay makes it optimal, else None."""
+    """The zero network if the weight decay makes it optimal, else None."""
     if program.max_weight_decay() > program.weight_decay * (1 + 1e-14):
         return None
     value = program.loss.value(np.zeros_like(program.loss.targets))

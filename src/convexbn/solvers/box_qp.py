@@ -1,10 +1,10 @@
-"""Convex quadratic programs over a box, or over what is not negative, whatever the rank of the matrix.
+"""Convex quadratic programs over a box, or over the nonnegative orthant, with a matrix of any rank.
 
     min  1/2 x'Qx - b'x    over 0 <= x <= upper
 
-With a good guess of the bounds that hold, the primal-dual active set method (Hintermueller, Ito and Kunisch 2003) is
-there after a few factorisations of the free part. Where it does not settle, Mehrotra's predictor and corrector
-(1992) does the work, with one factorisation of ``Q`` plus a positive diagonal an iteration.
+With a good guess of the active bounds, the primal-dual active set method (Hintermueller, Ito and Kunisch 2003) ends
+after a few factorisations of the free part. Where it does not settle, Mehrotra's predictor and corrector (1992) takes
+over, with one factorisation of ``Q`` plus a positive diagonal an iteration.
 """
 
 from __future__ import annotations
@@ -32,46 +32,44 @@ def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: 
     start : ndarray (p,)
         A guess.
     deadline : float, optional
-        ``time.monotonic()`` after which the point of the moment will do.
+        ``time.monotonic()`` after which the current point is returned.
     """
-    exact = _active_set(Q, b, upper, start)
-    if exact is not None:
+    if (exact := _active_set(Q, b, upper, start)) is not None:
         return exact
-    inner = _interior_point(Q, b, _InteriorPoint.in_box(Q, b, upper, start), deadline).x
-    if is_over(deadline):
-        return inner
-    exact = _active_set(Q, b, upper, inner)
+    x = np.clip(start, 0.05 * upper, 0.95 * upper)
+    gradient = Q @ x - b
+    margin = 0.1 * np.abs(gradient).mean() + 1e-300
+    inside = _InteriorPoint(x, np.array([x, upper - x]), np.maximum([gradient, -gradient], 0) + margin)
+    inner = _interior_point(Q, b, inside, deadline).x
+    exact = None if is_over(deadline) else _active_set(Q, b, upper, inner)
     return inner if exact is None else exact
 
 
 def minimise_nonnegative(Q: Float, b: Float, start: Float) -> Float:
-    """Minimiser ``x >= 0``, exactly zero where the multiplier is larger.
+    """Minimiser ``x >= 0``, exactly zero where the multiplier is larger; ``LinAlgError`` if ``Q`` is indefinite.
 
     Parameters
     ----------
     Q : ndarray (p, p)
-        Positive semidefinite: singular as soon as there are more gates at work than rows.
+        Positive semidefinite: singular as soon as more gates are active than there are rows.
     b : ndarray (p,)
     start : ndarray (p,)
-        Not negative, and not zero.
-
-    Raises
-    ------
-    LinAlgError
-        When rounding made ``Q`` indefinite.
+        Nonnegative, and not zero.
     """
-    state = _interior_point(Q, b, _InteriorPoint.nonnegative(Q, b, start), None, tol=1e-14)
+    x, slope = np.maximum(start, 0.1 * start.mean()), np.abs(Q @ start - b)
+    inside = _InteriorPoint(x, x[None], np.maximum(slope, 0.1 * slope.mean())[None] + np.finfo(float).tiny)
+    state = _interior_point(Q, b, inside, None, tol=1e-14)
     if state.broken:
         raise scipy.linalg.LinAlgError("the matrix of the quadratic program is not positive semidefinite.")
     curvature = np.trace(Q) / len(b)
     return np.where(state.x * curvature > state.multipliers[0], state.x, 0.0)
 
 
-def _active_set(Q: Float, b: Float, upper: Float, x: Float, max_iter: int = 12) -> Float | None:
-    """Solve for the free variables, move those that leave the box to its faces, free those that are pulled inside."""
+def _active_set(Q: Float, b: Float, upper: Float, x: Float) -> Float | None:
+    """Alternate solves for the free variables with updates of the active bounds; None if that does not settle."""
     scale = np.maximum(Q.diagonal(), 1e-300)
     held: tuple[Bool, Bool] | None = None
-    for _ in range(max_iter):
+    for _ in range(12):
         wished = x - (Q @ x - b) / scale
         below, above = wished <= 0, wished >= upper
         if held is not None and np.array_equal(below, held[0]) and np.array_equal(above, held[1]):
@@ -96,23 +94,9 @@ class _InteriorPoint:
     multipliers: Float
     broken: bool = False
 
-    @classmethod
-    def in_box(cls, Q: Float, b: Float, upper: Float, start: Float) -> _InteriorPoint:
-        """Inside the box, near a guess."""
-        x = np.clip(start, 0.05 * upper, 0.95 * upper)
-        gradient = Q @ x - b
-        margin = 0.1 * np.abs(gradient).mean() + 1e-300
-        return cls(x, np.array([x, upper - x]), np.maximum([gradient, -gradient], 0) + margin)
-
-    @classmethod
-    def nonnegative(cls, Q: Float, b: Float, start: Float) -> _InteriorPoint:
-        """A guess with its zeros moved inside."""
-        x, slope = np.maximum(start, 0.1 * start.mean()), np.abs(Q @ start - b)
-        return cls(x, x[None], np.maximum(slope, 0.1 * slope.mean())[None] + np.finfo(float).tiny)
-
     @property
     def signs(self) -> Float:
-        """How the distances change with the point: (k, 1)."""
+        """Derivative of the distances in the point: (k, 1)."""
         return _SIGNS[: len(self.slacks)]
 
     @property
@@ -125,35 +109,32 @@ class _InteriorPoint:
         return float(1 / max(1.0, distances, (-change / self.multipliers).max()))
 
     def moved(self, length: float, dx: Float, change: Float) -> _InteriorPoint:
-        return _InteriorPoint(
-            self.x + length * dx, self.slacks + length * self.signs * dx, self.multipliers + length * change
-        )
+        slacks = self.slacks + length * self.signs * dx
+        return _InteriorPoint(self.x + length * dx, slacks, self.multipliers + length * change)
 
 
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def _interior_point(
-    Q: Float, b: Float, state: _InteriorPoint, deadline: float | None, tol: float = 1e-13, max_iter: int = 60
+    Q: Float, b: Float, state: _InteriorPoint, deadline: float | None, tol: float = 1e-13
 ) -> _InteriorPoint:
-    """Minimiser to a complementarity of ``tol`` relative to the terms of the value; ``broken`` where rounding ends."""
-    for _ in range(max_iter):
+    """Minimiser to a complementarity of ``tol`` relative to the terms of the value; ``broken`` if rounding ends it."""
+    for _ in range(60):
         curved = Q @ state.x
         if is_over(deadline) or state.complementarity <= tol * (state.x @ (np.abs(curved) + np.abs(b))):
             break
-        following = _advance(state, Q, curved - b)
-        if following is None:
+        if (following := _advance(state, Q, curved - b)) is None:
             return replace(state, broken=True)
         state = following
     return state
 
 
 def _advance(state: _InteriorPoint, Q: Float, gradient: Float) -> _InteriorPoint | None:
-    """One predictor-corrector step; None when rounding ends it."""
+    """One predictor-corrector step; None if rounding prevents it."""
     slacks, multipliers, signs = state.slacks, state.multipliers, state.signs
     barrier = multipliers / slacks
-    solve = _factorised(Q, barrier.sum(axis=0))
-    if solve is None:
+    if (solve := _factorised(Q, barrier.sum(axis=0))) is None:
         return None
-    dx = solve(-gradient)  # where the multipliers are those of no barrier
+    dx = solve(-gradient)  # predictor, without a barrier
     change = -multipliers - barrier * (signs * dx)
     mean = state.complementarity / slacks.size
     ahead = state.moved(state.longest(dx, change), dx, change).complementarity / slacks.size
@@ -167,7 +148,7 @@ def _advance(state: _InteriorPoint, Q: Float, gradient: Float) -> _InteriorPoint
 
 
 def _factorised(Q: Float, diagonal: Float) -> Callable[[Float], Float] | None:
-    """Solver for ``Q + diag(diagonal)`` of LAPACK itself: checks would take longer than some dozens of variables."""
+    """Solver for ``Q + diag(diagonal)`` by plain LAPACK: scipy's checks take longer than some dozens of variables."""
     system = np.array(Q, order="F")
     system.ravel("K")[:: len(system) + 1] += diagonal
     factor, info = dpotrf(system, lower=1, clean=0, overwrite_a=1)

@@ -15,14 +15,17 @@ from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
 from convexbn.program.rays import NoFormulaError, rays
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import Budget, Solution
+from convexbn.solvers.base import Budget, Solution, Solver
 
 __all__ = ["ClosedForm", "NoFormulaError", "max_weight_decay"]
 
 
 @dataclass(frozen=True)
-class ClosedForm:
-    """Globally optimal neurons of a program whose whitened rows are square.
+class ClosedForm(Solver[ReluProgram, Neurons]):
+    """Globally optimal neurons of a program with rows (n, n) whose product with ``diag(sqrt(w))`` is orthogonal.
+
+    ``solve`` raises a ``NoFormulaError`` for rows that are not square or pooled, and for a loss and targets without a
+    formula: two rays with an acute angle, or soft labels in cross-entropy.
 
     Examples
     --------
@@ -34,27 +37,11 @@ class ClosedForm:
     array([[0.2142, 0.    ]])
     """
 
-    def solve(
-        self,
-        program: ReluProgram,
-        start: Neurons | None = None,
-        budget: Budget | None = None,
-        rng: np.random.Generator | None = None,
+    def _solve(
+        self, program: ReluProgram, start: Neurons | None, budget: Budget, rng: np.random.Generator
     ) -> Solution[Neurons]:
-        """Solve the program.
-
-        Parameters
-        ----------
-        program : ReluProgram
-            Rows (n, n) whose product with ``diag(sqrt(w))`` is orthogonal.
-        start, budget, rng
-            Not used.
-
-        Raises
-        ------
-        NoFormulaError
-            When loss and targets have no formula: two rays with an acute angle, or soft labels in cross-entropy.
-        """
+        if program.rows.shape[0] != program.rows.shape[1] or program.readout.rows_per_case > 1:
+            raise NoFormulaError("no formula: the whitened rows of single cases are not square.")
         loss = program.loss
         hidden, output = loss.full_rank(program.weight_decay)
         if program.weight_decay >= max_weight_decay(loss):
@@ -67,10 +54,7 @@ class ClosedForm:
 def max_weight_decay(loss: Loss) -> float:
     """Smallest weight decay at which the zero network is optimal at rank n - 1: the largest ray norm.
 
-    Raises
-    ------
-    NoFormulaError
-        When two rays make an acute angle.
+    Raises a ``NoFormulaError`` if two rays make an acute angle.
     """
     dual = loss.negative_gradient(np.zeros_like(loss.targets)) / np.sqrt(loss.weights)[:, None]
     return float(rays(dual)[1].max(initial=0.0))

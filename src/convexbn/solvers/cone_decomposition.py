@@ -3,8 +3,8 @@
     min ||p|| + ||m||   s.t.   p - m = s,   G p >= 0,   G m >= 0,       G = (2 D - I) A
 
 With the centre ``x`` of ``p = x + s / 2`` and ``m = x - s / 2`` both cones are one polyhedron, and the objective is the
-sum of the distances to two points that lie outside of it (unless ``s`` or ``-s`` is in the cone, where nothing is left
-to do), so it is smooth:
+sum of the distances to two points. They lie outside of it unless ``s`` or ``-s`` is in the cone, where nothing is left
+to do; so the objective is smooth:
 
     min ||x + s / 2|| + ||x - s / 2||   s.t.   G x >= |G s| / 2
 
@@ -19,31 +19,23 @@ import numpy as np
 from convexbn._types import EPS, Bool, Float
 from convexbn.data.blocks import BlockSize
 
-#: Responses of unit rows to a unit vector that count as zero.
-_ROUNDING = 1e-13
-
-#: Slacks held at once.
-_BLOCK_ENTRIES = 1 << 17
+_ROUNDING = 1e-13  # responses of unit rows to a unit vector that count as zero
+_TOL, _MAX_ITER = 1e-9, 60  # of the interior point: complementarity relative to the objective
+_BLOCK_ENTRIES = 1 << 17  # slacks held at once
 
 
 @np.errstate(all="ignore")
-def difference_in_cones(
-    rows: Float, opened: Bool, vectors: Float, *, tol: float = 1e-9, max_iter: int = 60
-) -> tuple[Float, Float]:
-    """Vectors ``p, m`` (m, q) of the cones, ``p - m = vectors``, that minimise ``||p|| + ||m||`` one by one.
+def difference_in_cones(rows: Float, opened: Bool, vectors: Float) -> tuple[Float, Float]:
+    """Vectors ``p, m`` (m, q) of the cones with ``p - m = vectors`` that minimise each ``||p|| + ||m||``.
 
     Parameters
     ----------
     rows : ndarray (n, q)
-        Rows of ``A``, none of them zero.
+        Nonzero rows of ``A``.
     opened : ndarray (m, n) of bool
         Pattern ``D`` of every cone ``{s : (2 D - I) A s >= 0}``, which must have an interior.
     vectors : ndarray (m, q)
         Nonzero vectors ``s``.
-    tol : float
-        Complementarity relative to the objective at which to stop.
-    max_iter : int
-        Largest number of iterations.
 
     Examples
     --------
@@ -58,11 +50,11 @@ def difference_in_cones(
     scaled = vectors / lengths
     centres = np.empty_like(scaled)
     for part in BlockSize(len(rows), _BLOCK_ENTRIES).slices(len(scaled)):
-        centres[part] = _centres(unit, opened[part], scaled[part], tol, max_iter)
+        centres[part] = _centres(unit, opened[part], scaled[part])
     return 0.5 * lengths * (centres + scaled), 0.5 * lengths * (centres - scaled)
 
 
-def _centres(unit: Float, opened: Bool, vectors: Float, tol: float, max_iter: int) -> Float:
+def _centres(unit: Float, opened: Bool, vectors: Float) -> Float:
     """Centres ``x`` for unit vectors, in units of half their length."""
     signs = np.where(opened, 1.0, -1.0)
     images = signs * (vectors @ unit.T)
@@ -71,9 +63,8 @@ def _centres(unit: Float, opened: Bool, vectors: Float, tol: float, max_iter: in
     mixed: Bool = ~(inside | opposite)
     if mixed.any():
         state = _Iterate(unit, signs[mixed], vectors[mixed])
-        for _ in range(max_iter):
-            running = ~state.converged(tol)
-            if not running.any():
+        for _ in range(_MAX_ITER):
+            if not (running := ~state.converged()).any():
                 break
             state.advance(running)
         centres[mixed] = state.x
@@ -81,7 +72,10 @@ def _centres(unit: Float, opened: Bool, vectors: Float, tol: float, max_iter: in
 
 
 class _Iterate:
-    """Points of the interior-point method, one a vector: centres, slacks and multipliers."""
+    """Points of the interior-point method, one a vector: centres, slacks and multipliers.
+
+    ``G x`` is ``signs * (x @ unit.T)``, and ``G' y`` is ``(signs * y) @ unit``.
+    """
 
     def __init__(self, unit: Float, signs: Float, vectors: Float) -> None:
         self.unit, self.signs, self.vectors = unit, signs, vectors
@@ -96,26 +90,18 @@ class _Iterate:
         self.sides = np.stack([self.x + self.vectors, self.x - self.vectors])
         self.norms = np.linalg.norm(self.sides, axis=2)
         self.sides /= self.norms[:, :, None]
-        self.infeasible = self._images(self.x) - self.needed - self.slack
-        self.stationary = self._pullback(self.multiplier) - self.sides.sum(axis=0)
+        self.infeasible = self.signs * (self.x @ self.unit.T) - self.needed - self.slack
+        self.stationary = (self.signs * self.multiplier) @ self.unit - self.sides.sum(axis=0)
 
-    def _images(self, x: Float) -> Float:
-        """``G x``: (m, n)."""
-        return self.signs * (x @ self.unit.T)
-
-    def _pullback(self, multiplier: Float) -> Float:
-        """``G' multiplier``: (m, q)."""
-        return (self.signs * multiplier) @ self.unit
-
-    def converged(self, tol: float) -> Bool:
+    def converged(self) -> Bool:
         """Where complementarity is small against the objective, and the inequalities hold to rounding."""
         objective = self.norms.sum(axis=0)
-        complementary = np.einsum("mn,mn->m", self.slack, self.multiplier) <= tol * objective
+        complementary = np.einsum("mn,mn->m", self.slack, self.multiplier) <= _TOL * objective
         feasible = np.abs(self.infeasible).max(axis=1) <= _ROUNDING * objective
         return complementary & feasible
 
     def advance(self, running: Bool) -> None:
-        """One predictor-corrector step of the vectors that are still running."""
+        """One predictor-corrector step of the running vectors."""
         newton = self._newton_matrices(running)
         product = self.slack * self.multiplier
         mean = product.mean(axis=1)
@@ -144,9 +130,9 @@ class _Iterate:
 
     def _direction(self, newton: Float, products: Float) -> tuple[Float, Float, Float]:
         """Newton direction ``(dx, dslack, dmultiplier)`` for given changes of ``slack * multiplier``."""
-        pulled = self._pullback((products - self.multiplier * self.infeasible) / self.slack)
+        pulled = (self.signs * ((products - self.multiplier * self.infeasible) / self.slack)) @ self.unit
         dx = np.linalg.solve(newton, (self.stationary + pulled)[:, :, None])[:, :, 0]
-        dslack = self._images(dx) + self.infeasible
+        dslack = self.signs * (dx @ self.unit.T) + self.infeasible
         return dx, dslack, (products - self.multiplier * dslack) / self.slack
 
     def _longest(self, dslack: Float, dmultiplier: Float) -> Float:

@@ -11,7 +11,7 @@ With ``L'' = R R'``, ``E = diag(||S_i||)`` and ``p_i = R' D_i A s_i``, a system 
     u_i = ||S_i|| (x_i - A' D_i R b) + t_i s_i,    weight_decay x_i = g_i - A' D_i R a,    C a = R' J E g,
     C b = sum_j t_j p_j,    sum_j <p_i, C^{-1} p_j> t_j = <s_i, x_i>.
 
-The last matrix is singular where, and only where, the ``p_i`` depend on one another: the blocks are not unique.
+The last matrix is singular if and only if the ``p_i`` are linearly dependent; the blocks are then not unique.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ from convexbn._types import Bool, Float, Index
 from convexbn.program.gated import GatedProgram, block_norms
 from convexbn.program.losses import SquaredLoss
 
-#: Eigenvalues below this of a matrix of unit diagonal are 0: the groups depend on one another.
-_DEPENDENT = 1e-11
-
-#: Length of a block that becomes active, relative to the longest.
-_ENTERING = 1e-3
+_DEPENDENT = 1e-11  # eigenvalues of a matrix of unit diagonal below this are 0: the groups are dependent
+_ENTERING = 1e-3  # length of a block that becomes active, relative to the longest
 
 
 class ActiveGroups:
@@ -43,30 +40,17 @@ class ActiveGroups:
     gate_index : ndarray (m,)
         The active groups, in order.
     blocks : ndarray (m, q, K)
-        Their blocks.
-
-    Attributes
-    ----------
-    lengths : ndarray (m,)
-        ``||S_i||``.
-    directions : ndarray (m, q, K)
-        ``s_i``.
-    outputs, dual : ndarray (n, K)
-        ``F`` and ``V``.
-    slope : ndarray (m, q, K)
-        ``weight_decay s_i - A' D_i V``: the derivative of the objective in the blocks, 0 at an optimum.
-    error : float
-        Largest norm of a slope, relative to the weight decay.
 
     Notes
     -----
-    The factor of ``C`` is made with its first use: ``n^3 / 3`` flops for the squared loss, whatever ``K``, and
-    ``(n K)^3 / 3`` for others.
+    ``C`` is factorised at first use: ``n^3 / 3`` flops for the squared loss, whatever ``K``, and ``(n K)^3 / 3`` for
+    others.
 
     Examples
     --------
     >>> rng = np.random.default_rng(0)
     >>> A, D, Y = rng.standard_normal((30, 4)), rng.random((30, 8)) < 0.5, rng.standard_normal((30, 1))
+    >>> from convexbn.program.gated import gated_operator
     >>> program = GatedProgram(gated_operator(A, D), SquaredLoss(Y, np.ones(30)), 1.0)
     >>> groups = ActiveGroups(program, np.arange(8), np.ones((8, 4, 1)))
     >>> for _ in range(12):
@@ -77,19 +61,20 @@ class ActiveGroups:
 
     def __init__(self, program: GatedProgram, gate_index: Index, blocks: Float) -> None:
         self.program, self.gate_index, self.blocks = program, gate_index, blocks
-        self.lengths = block_norms(blocks)
-        self.directions = blocks / self.lengths[:, None, None]
-        self.outputs = self.image(blocks)
-        self.dual = program.loss.negative_gradient(self.outputs)
+        self.lengths = block_norms(blocks)  # (m,)
+        self.directions = blocks / self.lengths[:, None, None]  # s_i
+        self.outputs = self.image(blocks)  # F, (n, K)
+        self.dual = program.loss.negative_gradient(self.outputs)  # V
+        # derivative of the objective in the blocks, 0 at an optimum, and its largest norm relative to the weight decay
         self.slope = program.weight_decay * self.directions - self.correlations(self.dual)
         self.error = float(block_norms(self.slope).max(initial=0.0) / program.weight_decay)
 
     def only(self, kept: Bool) -> ActiveGroups:
-        """The groups of a mask; the others become zero."""
+        """The groups of a mask, with all others zero."""
         return self if kept.all() else ActiveGroups(self.program, self.gate_index[kept], self.blocks[kept])
 
     def entered(self, gate: int) -> ActiveGroups:
-        """One more active group, with a short block where its correlation points."""
+        """One more active group, with a short block along its correlation."""
         block = self.program.correlations(self.dual, np.array([gate]))
         block *= _ENTERING * self.lengths.max(initial=1.0) / np.linalg.norm(block)
         gates = np.r_[self.gate_index, gate]
@@ -97,10 +82,10 @@ class ActiveGroups:
         return ActiveGroups(self.program, gates[order], np.concatenate([self.blocks, block])[order])
 
     def newton_step(self) -> ActiveGroups:
-        """Newton's step for the stationarity; a group that would change its sign leaves."""
+        """Newton's step for stationarity; a group that would change its sign leaves."""
         blocks = self.blocks - self.solve(self.slope)
         lengths = np.einsum("mqk,mqk->m", blocks, self.directions)
-        # turned at the old length: a group that becomes short is not turned further for it
+        # turn at the old length: a group that becomes short is not turned further for it
         turned = blocks + (self.lengths - lengths)[:, None, None] * self.directions
         scaled = (lengths / block_norms(turned))[:, None, None] * turned
         kept = lengths > 0
@@ -116,17 +101,17 @@ class ActiveGroups:
 
     def curved(self, change: Float) -> Float:
         """``L''`` of a change of the outputs."""
-        return self._root(self._root_transposed(change))
+        return self._root(self._root(change, transposed=True))
 
     @property
     def unique(self) -> bool:
         """Whether no other blocks of these groups have the same outputs and penalty, to first order."""
-        return bool((self._values > _DEPENDENT).all())
+        return bool((self._spectrum[1] > _DEPENDENT).all())
 
     def solve(self, right: Float) -> Float:
-        """``H^{-1}`` of blocks (m, q, K), of least norm in the lengths of groups that depend on one another."""
+        """``H^{-1}`` of blocks (m, q, K), of least norm in the lengths of dependent groups."""
         longs = self.lengths[:, None, None]
-        inner = self._solve_C(self._root_transposed(self.image(longs * right))[None])[0]
+        inner = self._solve_C(self._root(self.image(longs * right), transposed=True)[None])[0]
         first = (right - self.correlations(self._root(inner))) / self.program.weight_decay
         t = self._least_squares(np.einsum("mqk,mqk->m", self.directions, first))
         second = np.einsum("m,mnk->nk", t, self._solved_images)
@@ -158,7 +143,8 @@ class ActiveGroups:
     @cached_property
     def _images(self) -> Float:
         """``p_i`` (m, n, K)."""
-        return self._root_transposed(self._opened.T[:, :, None] * (self.program.operator.rows @ self.directions))
+        images = self._opened.T[:, :, None] * (self.program.operator.rows @ self.directions)
+        return self._root(images, transposed=True)
 
     @cached_property
     def _solved_images(self) -> Float:
@@ -172,10 +158,6 @@ class ActiveGroups:
         scales = 1 / np.sqrt(np.diagonal(gram))
         return scales, *np.linalg.eigh(gram * scales * scales[:, None])
 
-    @property
-    def _values(self) -> Float:
-        return self._spectrum[1]
-
     def _least_squares(self, right: Float) -> Float:
         """Solve with ``<p_i, C^{-1} p_j>``."""
         scales, values, vectors = self._spectrum
@@ -183,22 +165,16 @@ class ActiveGroups:
         return scales * (vectors @ (inverse * (vectors.T @ (scales * right))))
 
     def _solve_C(self, stacked: Float) -> Float:
-        """``C^{-1}`` of arrays (count, n, K): rows and outputs that ``L''`` mixes are one index, others columns."""
+        """``C^{-1}`` of arrays (count, n, K): rows and outputs that ``L''`` couples are one index, others columns."""
         count, (size, _) = len(stacked), self._factor[0].shape
         copies = self.outputs.size // size
         columns = stacked.reshape(count, size, copies).transpose(1, 0, 2).reshape(size, count * copies)
         solved: Float = scipy.linalg.cho_solve(self._factor, columns, check_finite=False)
         return solved.reshape(size, count, copies).transpose(1, 0, 2).reshape(stacked.shape)
 
-    def _root(self, change: Float) -> Float:
-        """``R`` of changes of the outputs (..., n, K)."""
-        return (self._half @ self._mixed(change)).reshape(change.shape)
-
-    def _root_transposed(self, change: Float) -> Float:
-        """``R'`` of them."""
-        return (self._half.transpose(0, 2, 1) @ self._mixed(change)).reshape(change.shape)
-
-    def _mixed(self, change: Float) -> Float:
-        """Outputs that ``L''`` mixes, and those that it treats alike, as two axes."""
-        mixed = self._half.shape[1]
-        return change.reshape(*change.shape[:-1], mixed, change.shape[-1] // mixed)
+    def _root(self, change: Float, *, transposed: bool = False) -> Float:
+        """``R``, or ``R'``, times changes of the outputs (..., n, K); those that ``L''`` treats alike are columns."""
+        half = self._half.transpose(0, 2, 1) if transposed else self._half
+        coupled = half.shape[1]
+        columns = change.reshape(*change.shape[:-1], coupled, change.shape[-1] // coupled)
+        return (half @ columns).reshape(change.shape)

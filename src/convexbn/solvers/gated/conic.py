@@ -11,14 +11,14 @@ import scipy.sparse
 from convexbn._types import Float
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.base import Budget, Progress, Solution, Solves
+from convexbn.solvers.base import Budget, Progress, Solution, Solver, Solves
 
 
 @dataclass(frozen=True)
-class Conic:
+class Conic(Solver[GatedProgram, GateBlocks]):
     """Clarabel on ``min 1/2 ||R||^2 + beta sum t_i`` s.t. ``R = sqrt(w) (sum_i D_i A S_i - Y)``, ``||S_i|| <= t_i``.
 
-    For small programs: the constraint matrix has ``n K q P`` nonzeros.
+    For small programs: the constraint matrix has ``n K q P`` nonzeros. An interior point takes no warm start.
 
     Parameters
     ----------
@@ -33,31 +33,9 @@ class Conic:
 
     solves: ClassVar[Solves] = Solves(losses=(SquaredLoss,), norms=(Frobenius,))
 
-    def solve(
-        self,
-        program: GatedProgram,
-        start: GateBlocks | None = None,
-        budget: Budget | None = None,
-        rng: np.random.Generator | None = None,
+    def _solve(
+        self, program: GatedProgram, start: GateBlocks | None, budget: Budget, rng: np.random.Generator
     ) -> Solution[GateBlocks]:
-        """Solve the program.
-
-        Parameters
-        ----------
-        program : GatedProgram
-        start : GateBlocks, optional
-            Not used: an interior point takes no warm start.
-        budget : Budget, optional
-        rng : numpy.random.Generator, optional
-            Not used: nothing is random.
-
-        Raises
-        ------
-        ImportError
-            When Clarabel is not installed.
-        TypeError
-            For another loss than the squared one, and for the nuclear norm.
-        """
         self.solves.check("conic", program)
         try:
             import clarabel
@@ -67,10 +45,9 @@ class Conic:
         settings.verbose = False
         settings.max_iter = self.max_iter
         settings.tol_gap_rel = settings.tol_gap_abs = settings.tol_feas = min(0.01 * self.tol, 1e-8)
-        if budget is not None and budget.time_limit is not None:
+        if budget.time_limit is not None:
             settings.time_limit = max(budget.time_limit, 1e-3)
-        answer = clarabel.DefaultSolver(*_problem(program, clarabel), settings).solve()
-        return _solution(program, answer)
+        return _solution(program, clarabel.DefaultSolver(*_problem(program, clarabel), settings).solve())
 
 
 def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
@@ -81,24 +58,22 @@ def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
     quadratic = scipy.sparse.diags(np.r_[np.ones(n * K), np.zeros(size - n * K)]).tocsc()
     linear = np.zeros(size)
     linear[n * K + q * K :: q * K + 1] = program.weight_decay
-    eye = scipy.sparse.identity(K)
     columns: list[scipy.sparse.spmatrix] = [scipy.sparse.identity(n * K)]
     for i in range(m):
-        columns.append(-scipy.sparse.kron(root * program.operator.gate(i), eye))
-        columns.append(scipy.sparse.csc_matrix((n * K, 1)))
+        block = scipy.sparse.kron(root * program.operator.gate(i), scipy.sparse.identity(K))
+        columns += [-block, scipy.sparse.csc_matrix((n * K, 1))]
     # cone rows hold (t_i, S_i) = b - A x with b = 0
-    order = np.arange(m * (q * K + 1)).reshape(m, -1)[:, np.r_[q * K, 0 : q * K]].ravel()
-    cone = scipy.sparse.csc_matrix(
-        (-np.ones(len(order)), (np.arange(len(order)), n * K + order)), shape=(len(order), size)
-    )
+    order = np.roll(np.arange(n * K, size).reshape(m, -1), 1, axis=1).ravel()
+    count = len(order)
+    cone = scipy.sparse.csc_matrix((-np.ones(count), (np.arange(count), order)), shape=(count, size))
     constraints = scipy.sparse.vstack([scipy.sparse.hstack(columns), cone]).tocsc()
-    right = np.r_[-(root * program.loss.targets).ravel(), np.zeros(len(order))]
+    right = np.r_[-(root * program.loss.targets).ravel(), np.zeros(count)]
     cones = [clarabel.ZeroConeT(n * K)] + [clarabel.SecondOrderConeT(q * K + 1)] * m
     return quadratic, linear, constraints, right, cones
 
 
 def _solution(program: GatedProgram, answer) -> Solution[GateBlocks]:  # type: ignore[no-untyped-def]
-    """Blocks above the solver's own accuracy, with its word for why it stopped."""
+    """Blocks above the solver's own accuracy, with its reason for stopping."""
     (n, K), (q, _) = program.loss.targets.shape, program.block_shape
     stacked = np.asarray(answer.x)[n * K :].reshape(program.n_gates, q * K + 1)
     blocks: Float = stacked[:, :-1].reshape(-1, q, K)

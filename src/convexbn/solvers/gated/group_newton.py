@@ -26,15 +26,14 @@ import scipy.linalg
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
 from convexbn.program.losses import SquaredLoss
-from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
+from convexbn.solvers.base import Budget, Progress, Solution, Solver, Solves, zero_solution
 from convexbn.solvers.box_qp import minimise_nonnegative
 
-#: Below this many rows everything is factorised in float64.
-_SMALL = 500
+_SMALL = 500  # below this many rows everything is factorised in float64
 
 
 @dataclass(frozen=True)
-class GroupNewton:
+class GroupNewton(Solver[GatedProgram, GateBlocks]):
     """Newton on the group scales: squared loss, up to some thousand rows, one Cholesky an iteration.
 
     Parameters
@@ -50,88 +49,61 @@ class GroupNewton:
 
     solves: ClassVar[Solves] = Solves(losses=(SquaredLoss,), operators=(MaskedRows,), norms=(Frobenius,))
 
-    def solve(
-        self,
-        program: GatedProgram,
-        start: GateBlocks | None = None,
-        budget: Budget | None = None,
-        rng: np.random.Generator | None = None,
+    def _solve(
+        self, program: GatedProgram, start: GateBlocks | None, budget: Budget, rng: np.random.Generator
     ) -> Solution[GateBlocks]:
-        """Solve the program.
-
-        Parameters
-        ----------
-        program : GatedProgram
-        start : GateBlocks, optional
-            A warm start.
-        budget : Budget, optional
-        rng : numpy.random.Generator, optional
-            Not used: nothing is random.
-
-        Raises
-        ------
-        TypeError
-            For another loss than the squared one, and for convolutional programs; use ``Proximal``.
-        """
         self.solves.check("group_newton", program)
-        budget = budget or Budget()
-        zero = zero_solution(program, budget)
-        if zero is not None:
+        if (zero := zero_solution(program, budget)) is not None:
             return zero
         state = _Scaled(program)
-        norms = block_norms(program.correlations_at_zero) / state.unit
-        scales = state.initial_scales(norms, start)
+        scales = state.initial_scales(block_norms(program.correlations_at_zero) / state.unit, start)
         point = state.evaluate(scales, accuracy=1.0)
         history: list[Progress] = []
         while True:
             gradients = state.program.correlations(point.alpha)
             norms = block_norms(gradients)
-            objective, bound = state.gap(point, norms)
-            unit = state.unit**2
-            history.append(
-                Progress(
-                    len(history) + 1,
-                    objective * unit + program.loss.constant,
-                    bound * unit + program.loss.constant,
-                    int(np.count_nonzero(point.scales)),
-                )
-            )
+            history.append(state.report(len(history) + 1, point, norms))
             # the certificate is taken at the residual, which differs from weight_decay * alpha by rounding
             reason = budget.stop_reason(history[-1], tol=0.8 * self.tol, max_iter=self.max_iter)
             following = None
             if reason is None:
                 relative = max(history[-1].relative_gap ** 2, self.tol)  # what a Newton step may reach
-                following = self._newton_step(state, point, gradients, norms, accuracy=relative)
-            if reason is not None or following is None:
-                return state.solution(point, gradients, reason or "stalled", history)
+                following = _newton_step(state, point, gradients, norms, relative)
+            if following is None:
+                active = np.flatnonzero(point.scales)
+                blocks = state.unit * point.scales[active, None, None] * gradients[active]
+                return Solution(GateBlocks(active, blocks), reason or "stalled", history, state.n_factorizations)
             point = following
 
-    def _newton_step(
-        self, state: _Scaled, point: _Point, gradients: Float, norms: Float, accuracy: float
-    ) -> _Point | None:
-        """One step on the working set with backtracking; None when no step decreases ``J``."""
-        working = _working_set(point.scales, norms)
-        slope = 0.5 * state.beta * (1 - norms[working] ** 2)
-        hessian = state.hessian(working, gradients[working])
-        old = point.scales[working]
-        for modelled, halvings in ((_secular(slope, norms[working], state.beta), 4), (slope, 30)):
-            step = minimise_nonnegative(hessian, hessian @ old - modelled, old) - old
-            for _ in range(halvings):
-                scales = point.scales.copy()
-                scales[working] = np.maximum(old + step, 0)
-                if not scales.any():
-                    scales = 0.1 * point.scales
-                trial = state.evaluate(scales, accuracy)
-                decrease = min(slope @ (scales[working] - old), 0.0)
-                if trial.value <= point.value + 1e-4 * decrease + 1e-13 * abs(point.value):
-                    return trial if np.any(scales != point.scales) else None
-                step *= 0.5
-        return None
+
+def _newton_step(state: _Scaled, point: _Point, gradients: Float, norms: Float, accuracy: float) -> _Point | None:
+    """One step on the working set with backtracking; None when no step decreases ``J``."""
+    working = _working_set(point.scales, norms)
+    old, norms = point.scales[working], norms[working]
+    slope = 0.5 * state.beta * (1 - norms**2)
+    # Where a scale should grow, first take the slope for which the model is Newton's for 1 / norm_i = 1, up to a factor
+    # a row: 1 / norm_i is nearly linear in the scales where norm_i^2 is nearly a hyperbola, as in the secular equation
+    # of a trust region (More and Sorensen 1983).
+    secular = np.where(norms > 1, state.beta * norms**2 * (1 - norms), slope)
+    hessian = state.hessian(working, gradients[working])
+    for modelled, halvings in ((secular, 4), (slope, 30)):
+        step = minimise_nonnegative(hessian, hessian @ old - modelled, old) - old
+        for _ in range(halvings):
+            scales = point.scales.copy()
+            scales[working] = np.maximum(old + step, 0)
+            if not scales.any():
+                scales = 0.1 * point.scales
+            trial = state.evaluate(scales, accuracy)
+            decrease = min(slope @ (scales[working] - old), 0.0)
+            if trial.value <= point.value + 1e-4 * decrease + 1e-13 * abs(point.value):
+                return trial if np.any(scales != point.scales) else None
+            step *= 0.5
+    return None
 
 
 @dataclass(frozen=True)
 class _Point:
-    """``J`` and its ingredients at one vector of scales."""
+    """``J`` and its parts at one vector of scales."""
 
     scales: Float  # (P,)
     alpha: Float  # C^{-1} Y, (n, K)
@@ -147,8 +119,8 @@ class _Scaled:
         targets = root * program.loss.targets
         largest = float(np.abs(targets).max()) or 1.0
         self.unit = 2.0 ** np.frexp(largest * np.linalg.norm(targets / largest))[1]
-        self.targets = targets / self.unit
-        # below this the kernel is all there is; the judge still takes the weight decay as it is
+        self.targets, self.constant = targets / self.unit, program.loss.constant
+        # below 1e-12 only the kernel matters; the judge still takes the weight decay as it is
         self.beta = max(program.weight_decay / self.unit, 1e-12)
         self.program = replace(
             program,
@@ -160,7 +132,7 @@ class _Scaled:
         self._use(np.dtype(np.float32 if len(targets) >= _SMALL else np.float64))
 
     def _use(self, dtype: np.dtype) -> None:
-        """Build what the factorisation reads in its precision: ``A`` and ``A A'``, and room for ``C``."""
+        """Build ``A``, ``A A'`` and room for ``C`` in the precision of the factorisation."""
         self.rows = self.program.operator.rows.astype(dtype)
         self.gram = (self.rows @ self.rows.T).T  # symmetric, in LAPACK's order
         self.factor = np.zeros_like(self.gram)  # syrk and potrf touch the lower triangle only
@@ -188,8 +160,7 @@ class _Scaled:
         def image(alpha: Float) -> Float:  # the masked kernel, without forming it
             return restricted.apply(everything, scales[active, None, None] * restricted.adjoint(alpha))
 
-        goal = 0.03 * self.beta * accuracy
-        alpha, outputs = self._conjugate_gradients(image, goal)
+        alpha, outputs = self._conjugate_gradients(image, goal=0.03 * self.beta * accuracy)
         fitted = self.beta * alpha + outputs
         # second-order accurate in the error of alpha, unlike <Y, alpha>
         value = 0.5 * self.beta * float(np.sum(alpha * (2 * self.targets - fitted)) + scales.sum())
@@ -198,15 +169,14 @@ class _Scaled:
     def _factorize(self, scales: Float, active: Index) -> None:
         """Lower Cholesky factor of ``C`` in place, in float32 while that is enough."""
         for ridge in (0.0, 0.0, 1e-14, 1e-11, 1e-8, 1e-5):
-            root = np.sqrt(scales).astype(self.rows.dtype)
-            columns = (root[:, None] * self._gates(active)).T
-            C = self.syrk(1.0, columns, beta=0.0, c=self.factor, lower=1, overwrite_c=1)
+            root = np.sqrt(scales).astype(self.rows.dtype)[:, None]
+            C = self.syrk(1.0, (root * self._gates(active)).T, beta=0.0, c=self.factor, lower=1, overwrite_c=1)
             C *= self.gram
             diagonal = np.einsum("ii->i", C)
             diagonal += self.beta + ridge * diagonal.max()
             self.n_factorizations += 1
             self.factor, info = self.potrf(C, lower=1, overwrite_a=1, clean=0)
-            if info == 0:
+            if not info:
                 return
             if self.rows.dtype == np.float32:
                 self._use(np.dtype(np.float64))
@@ -243,14 +213,16 @@ class _Scaled:
             old = new
         return alpha, outputs
 
-    def gap(self, point: _Point, norms: Float) -> tuple[float, float]:
+    def report(self, iteration: int, point: _Point, norms: Float) -> Progress:
         """Primal value of the blocks, and the dual value of the feasible multiple of ``beta alpha``."""
         penalty = float(point.scales @ norms)
         objective = 0.5 * float(np.sum((self.targets - point.outputs) ** 2)) + self.beta * penalty
         dual = self.beta * point.alpha
         inner, square = float(np.sum(dual * self.targets)), float(np.sum(dual**2))
         t = min(inner / square, 1 / norms.max()) if square > 0 else 0.0
-        return objective, t * inner - 0.5 * t**2 * square
+        bound = t * inner - 0.5 * t**2 * square
+        objective, bound = (value * self.unit**2 + self.constant for value in (objective, bound))
+        return Progress(iteration, objective, bound, int(np.count_nonzero(point.scales)))
 
     def hessian(self, working: Index, gradients: Float) -> Float:
         """``H_ij = beta <w_i, C^{-1} w_j> = beta <L^{-1} w_i, L^{-1} w_j>`` at the point evaluated last."""
@@ -261,29 +233,13 @@ class _Scaled:
         stacked = solved.reshape(len(working), -1)
         return self.beta * (stacked @ stacked.T).astype(np.float64)
 
-    def solution(self, point: _Point, gradients: Float, reason: str, history: list[Progress]) -> Solution[GateBlocks]:
-        """Blocks ``S_i = eta_i A' D_i alpha`` in the units of the program."""
-        active = np.flatnonzero(point.scales)
-        blocks = self.unit * point.scales[active, None, None] * gradients[active]
-        return Solution(GateBlocks(active, blocks), reason, history, self.n_factorizations)
-
 
 def _working_set(scales: Float, norms: Float) -> Index:
     """The support and the worst violators of ``||A' D_i alpha|| <= 1``, at most twice as many (or 64)."""
     support = scales > 0
     outside = np.flatnonzero(~support & (norms > 1))
-    count = max(64, 2 * int(support.sum()))
-    worst = outside[np.argsort(-norms[outside], kind="stable")[:count]]
+    worst = outside[np.argsort(-norms[outside], kind="stable")[: max(64, 2 * int(support.sum()))]]
     return np.sort(np.concatenate([np.flatnonzero(support), worst]))
-
-
-def _secular(slope: Float, norms: Float, beta: float) -> Float:
-    """Slope for which the quadratic model is Newton's for ``1 / norm_i = 1`` where a scale should grow.
-
-    ``1 / norm_i`` is nearly linear in the scales where ``norm_i^2`` is nearly a hyperbola, as in the secular
-    equation of a trust region (More and Sorensen 1983); the Jacobian is that of ``J`` up to a factor a row.
-    """
-    return np.where(norms > 1, beta * norms**2 * (1 - norms), slope)
 
 
 def _ratio(numerator: Float, denominator: Float) -> Float:

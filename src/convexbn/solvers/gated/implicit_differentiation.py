@@ -1,10 +1,10 @@
 """Derivatives of the optimum of the gated program, by implicit differentiation on its active groups.
 
-At an optimum ``weight_decay s_i = A' D_i V`` on the active groups. Another question moves their blocks by ``-H^{-1}``
-times the change of these equations, and leaves the groups at zero where they are (implicit function theorem), as long
-as every ``||A' D_i V||`` of those is below the weight decay. With ``u = H^{-1}`` of the derivative of a scalar in the
+At an optimum ``weight_decay s_i = A' D_i V`` on the active groups. A change of the data moves their blocks by
+``-H^{-1}`` times the change of these equations, and leaves groups at zero there (implicit function theorem), as long as
+all of their ``||A' D_i V||`` are below the weight decay. With ``u = H^{-1}`` of the derivative of a scalar in the
 blocks, its derivatives are ``-<u, s>`` in the weight decay, ``J u`` in the targets of the squared loss, and
-``sum_i D_i (V u_i' + W S_i')`` in the rows, ``W`` being its derivative in the outputs less ``L'' J u``.
+``sum_i D_i (V u_i' + W S_i')`` in the rows, with ``W`` its derivative in the outputs less ``L'' J u``.
 """
 
 from __future__ import annotations
@@ -20,32 +20,15 @@ from convexbn.solvers.gated.active_groups import ActiveGroups
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.subspace import Subspace
 
-#: Relative gaps to which a solver is asked, in turn, until the polished solution is optimal to `_ACCURATE`.
-_TOLERANCES = (1e-4, 1e-8, 1e-11)
-
-#: Relative residual that derivatives may rest on, and that beyond which there are none.
-_ACCURATE, _TOO_ROUGH = 1e-9, 1e-6
-
-#: Newton steps that bring a solution to the limits of float64, and the error that needs no more.
-_STEPS, _CONVERGED = 20, 1e-13
-
-#: How often a group may enter, and the length relative to the longest below which it leaves first.
-_ROUNDS, _SHORT = 6, 1e-7
+_TOLERANCES = (1e-4, 1e-8, 1e-11)  # of the solver, in turn, until the polished solution is optimal to _ACCURATE
+_ACCURATE, _TOO_ROUGH = 1e-9, 1e-6  # relative residual to aim at, and beyond which derivatives are refused
+_STEPS, _CONVERGED = 20, 1e-13  # most Newton steps, and the error that ends them
+_ROUNDS, _SHORT = 6, 1e-7  # how often a group may enter, and the relative length below which it leaves first
 
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Derivatives of a scalar of the optimum.
-
-    Attributes
-    ----------
-    rows : ndarray (n, q)
-        In the whitened rows, patterns held.
-    targets : ndarray (n, K)
-        In the targets.
-    weight_decay : float
-        In the weight decay.
-    """
+    """Derivatives of a scalar of the optimum in the rows (n, q) at fixed patterns, the targets and the weight decay."""
 
     rows: Float
     targets: Float
@@ -59,12 +42,12 @@ class Optimum:
     Attributes
     ----------
     groups : ActiveGroups
-        Its blocks, and the factor that serves all derivatives.
+        Active blocks, and the factor for all derivatives.
     residual : float
         Largest violation of the optimality conditions, relative to the weight decay, groups at zero included.
     margin : float
-        How far the active groups are from changing: the smallest ``1 - ||A' D_i V|| / weight_decay`` of a group at
-        zero, or length of an active one relative to the longest. At 0 the derivatives are those of one side.
+        Distance to a change of the active groups: the smallest ``1 - ||A' D_i V|| / weight_decay`` of a group at zero,
+        or length of an active one relative to the longest. At 0 the derivatives are one-sided.
     """
 
     groups: ActiveGroups
@@ -83,10 +66,10 @@ class Optimum:
 
     @property
     def unique(self) -> bool:
-        """Whether the blocks are the only ones.
+        """Whether the optimal blocks are unique.
 
-        Otherwise derivatives of the outputs are right as long as the same groups stay active, and those of the blocks
-        are one choice of many, of least norm.
+        If not, derivatives of the outputs hold while the same groups stay active; those of the blocks are the choice
+        of least norm.
         """
         return self.groups.unique
 
@@ -99,7 +82,7 @@ class Optimum:
         return blocks
 
     def pullback(self, *, outputs: Float | None = None, blocks: Float | None = None) -> Derivatives:
-        """Derivatives of a scalar, given those in the outputs (n, K) and in the blocks of all gates (P, q, K)."""
+        """Derivatives of a scalar from those in the outputs (n, K) and in the blocks of all gates (P, q, K)."""
         groups, loss = self.groups, self.groups.program.loss
         outputs = np.zeros_like(groups.outputs) if outputs is None else outputs
         right = groups.correlations(outputs)
@@ -113,14 +96,14 @@ class Optimum:
 
 
 def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
-    """Solve a program to the limits of float64, from another optimum where there is one.
+    """Solve a program to the limits of float64.
 
-    Newton's method on the groups of the start is tried first, then on those that a solver finds.
+    Newton's method first tries the active groups of ``start``, if given, then those that a solver finds.
 
     Raises
     ------
     TypeError
-        For losses without a second derivative everywhere.
+        For losses that are not twice differentiable.
     FloatingPointError
         When the optimality conditions are violated by more than 1e-6 of the weight decay.
 
@@ -128,6 +111,7 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     --------
     >>> rng = np.random.default_rng(0)
     >>> A, D, Y = rng.standard_normal((30, 4)), rng.random((30, 8)) < 0.5, rng.standard_normal((30, 1))
+    >>> from convexbn.program.gated import gated_operator
     >>> optimum = optimum_of(GatedProgram(gated_operator(A, D), SquaredLoss(Y, np.ones(30)), 3.0))
     >>> optimum.gate_index
     array([0, 1, 2, 3, 4, 6])
@@ -137,28 +121,22 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     if program.loss.target_slope is None:
         name = type(program.loss).__name__
         raise TypeError(f"the optimum of {name} is not differentiated: take squared, logistic or cross-entropy loss.")
-    blocks = None
+    blocks, method = None, GroupNewton if isinstance(program.loss, SquaredLoss) else Subspace
     if start is not None:
         blocks = GateBlocks(start.gate_index, start.groups.blocks)
-        optimum = _polished(program, blocks)
-        if optimum.residual <= _ACCURATE:
+        if (optimum := _polished(program, blocks)).residual <= _ACCURATE:
             return optimum
     for tol in _TOLERANCES:
-        solver = GroupNewton(tol) if isinstance(program.loss, SquaredLoss) else Subspace(tol)
-        blocks = solver.solve(program, blocks).weights
-        optimum = _polished(program, blocks)
-        if optimum.residual <= _ACCURATE:
+        blocks = method(tol).solve(program, blocks).weights
+        if (optimum := _polished(program, blocks)).residual <= _ACCURATE:
             return optimum
     if optimum.residual > _TOO_ROUGH:
-        raise FloatingPointError(
-            f"the optimality conditions are violated by {optimum.residual:.1e} of the weight decay, too much to "
-            "differentiate: raise weight_decay."
-        )
+        raise FloatingPointError(f"residual {optimum.residual:.0e} is too large to differentiate: raise weight_decay.")
     return optimum
 
 
 def _polished(program: GatedProgram, blocks: GateBlocks) -> Optimum:
-    """Newton on the groups of a solution; one that cannot stay at zero enters."""
+    """Newton's method on the active groups of a solution; groups that cannot stay at zero enter."""
     groups = ActiveGroups(program, blocks.gate_index, blocks.values)
     groups = groups.only(groups.lengths > _SHORT * groups.lengths.max(initial=0.0))
     for _ in range(_ROUNDS):
@@ -177,7 +155,7 @@ def _polished(program: GatedProgram, blocks: GateBlocks) -> Optimum:
 
 
 def _stationary(groups: ActiveGroups) -> ActiveGroups:
-    """Newton steps as long as they help."""
+    """Newton steps as long as they reduce the error or the groups."""
     for _ in range(_STEPS):
         if groups.error <= _CONVERGED:
             break

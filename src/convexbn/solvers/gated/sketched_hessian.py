@@ -1,14 +1,14 @@
-"""The Hessian of a gated program as some of its rows show it, and its inverse.
+"""The Hessian of a gated program estimated from some of its rows, and its inverse.
 
 With weights ``p_i = weight_decay / ||S_i||`` of the penalty and curvatures ``h_n`` of the loss, one an output, the
 blocks have the Hessian ``sum_n h_n (m_n m_n') x (a_n a_n') + diag(p) x I``, where ``m_n`` and ``a_n`` are the rows of
 the patterns and of ``A``. Rows drawn by leverage estimate the sum, whose rank is far beyond their number. So the
-estimate is drawn towards what the sum would be if patterns and rows were independent, ``G x I`` with
-``G = sum_n h_n |a_n|^2 / q m_n m_n'``, and towards its mean diagonal:
+estimate is shrunk towards ``G x I`` with ``G = sum_n h_n |a_n|^2 / q m_n m_n'``, the sum for independent patterns and
+rows, and towards its mean diagonal:
 
     B x I + T'T,   B = diag(p + mean(diag G)) + COMMON G,   T = rows sqrt(SKETCH h_n) m_n x a_n of the sample.
 
-By the Woodbury identity the inverse takes one matrix of the size of ``B``, one of that of the sample, and a product
+By the Woodbury identity the inverse takes one matrix of the size of ``B``, one of the size of the sample, and a product
 with the sample's rows both ways.
 """
 
@@ -26,46 +26,38 @@ from convexbn.program.losses import Loss
 
 #: Shares of the sample and of the independent estimate: those of smallest gap after 15 and 30 iterations among a dozen.
 _SKETCH, _COMMON = 0.5, 0.1
-
-#: Rows of the Hessian in factors are at least so many times its columns.
-_PER_COLUMN = 10
-
-#: Programs with up to so many rows are not sampled.
-_SMALLEST = 500
-
-#: Entries of the second derivatives that are formed at a time.
-_BLOCK_ENTRIES = 1 << 20
+_PER_COLUMN = 10  # fewest rows per column of the Hessian in factors
+_SMALLEST = 500  # programs with up to so many rows are not sampled
+_BLOCK_ENTRIES = 1 << 20  # entries of the second derivatives that are formed at a time
 
 
 @dataclass(frozen=True)
 class SketchedHessian:
-    """Approximate Hessian of the blocks at a point, and its inverse; made by ``at``.
+    """Approximate Hessian of the blocks at a point, and its inverse; made by ``at``."""
 
-    Attributes
-    ----------
-    scaled : MaskedRows
-        On the rows of ``T``.
-    base_inverse : ndarray (P, P)
-        Inverse of ``B``.
-    factor : tuple
-        Cholesky factor of ``I + T (B x I)^{-1} T'``.
-    """
-
-    scaled: MaskedRows
-    base_inverse: FloatMatrix
-    factor: tuple[FloatMatrix, bool]
+    scaled: MaskedRows  # on the rows of T
+    base_inverse: FloatMatrix  # of B, (P, P)
+    factor: tuple[FloatMatrix, bool]  # Cholesky factor of I + T (B x I)^{-1} T'
 
     @classmethod
     def at(cls, program: GatedProgram, penalty: Float, outputs: Float, rng: np.random.Generator) -> SketchedHessian:
-        """The Hessian at penalty weights (P,) and outputs (n, K), in the precision of the program's rows."""
-        part, there = sampled(program, outputs, sample_size(program), rng)
-        A, D = part.operator.rows, part.operator.patterns
-        curvature = row_curvature(part.loss, there)
-        dtype, q = A.dtype, A.shape[1]
-        gates = D.astype(dtype)
+        """Estimate the Hessian at a point, in the precision of the program's rows.
+
+        Parameters
+        ----------
+        program : GatedProgram
+        penalty : ndarray (P,)
+            Weights ``p`` of the penalty.
+        outputs : ndarray (n, K)
+        rng : numpy.random.Generator
+            Draws the rows.
+        """
+        part, there = _sampled(program, outputs, sample_size(program), rng)
+        A, dtype = part.operator.rows, part.operator.rows.dtype
+        gates, curvature = part.operator.patterns.astype(dtype), row_curvature(part.loss, there)
         base = np.diag(penalty)
         if len(A) < len(program.operator.rows):
-            leverage = curvature * np.einsum("nq,nq->n", A, A) / q
+            leverage = curvature * np.einsum("nq,nq->n", A, A) / A.shape[1]
             independent = (gates.T * leverage.astype(dtype)) @ gates
             base += np.trace(independent) / len(base) * np.eye(len(base)) + _COMMON * independent
             curvature *= _SKETCH
@@ -73,7 +65,7 @@ class SketchedHessian:
         rows = np.sqrt(curvature).astype(dtype)[:, None] * A
         capacity = gates @ inverse @ gates.T
         capacity *= rows @ rows.T
-        # beyond the identity what rounding may take from a singular product
+        # the identity, and what rounding may take from a singular product
         capacity[np.diag_indices(len(capacity))] += 1 + len(capacity) * np.finfo(dtype).eps * capacity.diagonal().max()
         factor = scipy.linalg.cho_factor(capacity, lower=True, overwrite_a=True, check_finite=False)
         return cls(replace(part.operator, rows=rows), inverse, factor)
@@ -82,9 +74,8 @@ class SketchedHessian:
         """The inverse applied to blocks (P, q, K)."""
         first = self._apply_base(blocks)
         seen = self.scaled.apply(np.arange(len(blocks)), first)
-        return first - self._apply_base(
-            self.scaled.adjoint(scipy.linalg.cho_solve(self.factor, seen, check_finite=False))
-        )
+        seen = scipy.linalg.cho_solve(self.factor, seen, check_finite=False)
+        return first - self._apply_base(self.scaled.adjoint(seen))
 
     def _apply_base(self, blocks: FloatMatrix) -> FloatMatrix:
         flat = blocks.astype(self.base_inverse.dtype, copy=False).reshape(len(blocks), -1)
@@ -94,14 +85,22 @@ class SketchedHessian:
 def factor_hessian(
     program: GatedProgram, gate_index: Index, blocks: Float, outputs: Float, rng: np.random.Generator
 ) -> Float:
-    """Hessian of the loss in factors of blocks (m, q, K), ``S_i -> z_i S_i``, estimated from rows: (m, m).
+    """Hessian of the loss in factors of blocks, ``S_i -> z_i S_i``, estimated from rows: (m, m).
 
-    It takes so many rows that their products cost no more than a product with the blocks, and more than it has columns.
+    It takes more rows than columns, and as many as cost no more than a product with the blocks.
+
+    Parameters
+    ----------
+    program : GatedProgram
+    gate_index : ndarray (m,)
+    blocks : ndarray (m, q, K)
+    outputs : ndarray (n, K)
+    rng : numpy.random.Generator
+        Draws the rows.
     """
     (q, K), n, m = program.block_shape, len(program.operator.rows), len(blocks)
-    part, there = sampled(program, outputs, min(n, max(_SMALLEST, n * q // m, _PER_COLUMN * m // K)), rng)
-    A, D = part.operator.rows, part.operator.patterns
-    dtype = A.dtype
+    part, there = _sampled(program, outputs, min(n, max(_SMALLEST, n * q // m, _PER_COLUMN * m // K)), rng)
+    A, D, dtype = part.operator.rows, part.operator.patterns, part.operator.rows.dtype
     exponent = np.frexp(np.abs(blocks).max())[1]  # into the range of float32
     stacked = np.ldexp(blocks, -exponent).transpose(1, 2, 0).reshape(q, -1).astype(dtype)
 
@@ -119,15 +118,14 @@ def sample_size(program: GatedProgram) -> int:
     return min(n, max(_SMALLEST, int((2.0 * n * q * program.n_gates * K) ** (1 / 3))))
 
 
-def sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
+def _sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
     """The program on rows drawn in part by leverage, each weighted by the rows it stands for, and their outputs."""
-    operator = program.operator
-    n = len(operator.rows)
+    operator, n = program.operator, len(outputs)
     if count >= n:
         return program, outputs
     leverage = row_curvature(program.loss, outputs) * np.einsum("nq,nq->n", operator.rows, operator.rows)
     total = leverage.sum()
-    if not total > 0:  # where the loss is linear or zero on all rows, they are alike
+    if not total > 0:  # a loss that is linear or zero on all rows
         leverage, total = np.ones(n), float(n)
     chances = 0.5 * leverage / total + 0.5 / n
     index, times = np.unique(rng.choice(n, count, p=chances), return_counts=True)

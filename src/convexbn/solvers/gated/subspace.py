@@ -26,40 +26,23 @@ import scipy.optimize
 from convexbn._threads import single_scipy_blas
 from convexbn._types import Float, FloatMatrix
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
-from convexbn.solvers.base import Budget, Progress, Solution, Solves, zero_solution
+from convexbn.solvers.base import Budget, Progress, Solution, Solver, Solves, nonzero, zero_solution
 from convexbn.solvers.box_qp import minimise_nonnegative
 from convexbn.solvers.gated.sketched_hessian import SketchedHessian, factor_hessian, row_curvature, sample_size
 
-#: Columns of last steps that are kept, in blocks of K, at least one block.
-_COLUMNS = 10
-
-#: Evaluations of a search in a subspace.
-_EVALUATIONS = 8
-
-#: Norm relative to the mean below which the penalty of a block is majorised as if it were of this norm.
-_SMALL = 1e-9
-
-#: A certificate is taken when the gap seems to be this much above the tolerance, since new lengths will lower it.
-_EARLY = 5.0
-
-#: New lengths are also chosen when the gap has not halved in so many iterations, from zero and from a warm start.
-_PATIENCE, _WARM_PATIENCE = 5, 2
-
-#: Relative change of an objective by rounding in float64.
-_ROUNDING = 1e-14
-
-#: Relative gap from which on float32 is not enough, and what it may change in the objective.
-_DOUBLE, _SINGLE = 1e-5, 1e-7
-
-#: Eigenvalues of the Hessian of a subspace below this, relative, belong to columns that depend on others.
-_DEPENDENT = 1e-7
-
-#: The Hessian is factorised again when penalty weights have moved by this factor in the mean, or after some iterations.
-_MOVED, _STALE = 1.1, 8
+_COLUMNS = 10  # of last steps that are kept, in blocks of K, at least one block
+_EVALUATIONS = 8  # of a search in a subspace
+_SMALL = 1e-9  # norm relative to the mean below which the penalty of a block is majorised as if it were of this norm
+_EARLY = 5.0  # gap to the tolerance at which a certificate is taken, since new lengths will lower it
+_PATIENCE, _WARM_PATIENCE = 5, 2  # iterations without half the gap before new lengths, from zero and a warm start
+_ROUNDING = 1e-14  # relative change of an objective by rounding in float64
+_DOUBLE, _SINGLE = 1e-5, 1e-7  # relative gap that needs float64, and what float32 may change in the objective
+_DEPENDENT = 1e-7  # relative eigenvalues of the Hessian of a subspace below this belong to dependent columns
+_MOVED, _STALE = 1.1, 8  # mean factor of the penalty weights, or iterations, after which the Hessian is factorised
 
 
 @dataclass(frozen=True)
-class Subspace:
+class Subspace(Solver[GatedProgram, GateBlocks]):
     """Descent in subspaces with a sampled Hessian: any loss, any number of rows.
 
     Parameters
@@ -71,7 +54,8 @@ class Subspace:
 
     Notes
     -----
-    Lower bounds in the history are valid and certified in float64; they change when a point is certified.
+    Lower bounds in the history are valid and certified in float64; they change when a point is certified. Rows are
+    sampled by a generator of the solver's own.
     """
 
     tol: float = 1e-6
@@ -79,36 +63,15 @@ class Subspace:
 
     solves: ClassVar[Solves] = Solves(operators=(MaskedRows,), norms=(Frobenius,))
 
-    def solve(
-        self,
-        program: GatedProgram,
-        start: GateBlocks | None = None,
-        budget: Budget | None = None,
-        rng: np.random.Generator | None = None,
+    def _solve(
+        self, program: GatedProgram, start: GateBlocks | None, budget: Budget, rng: np.random.Generator
     ) -> Solution[GateBlocks]:
-        """Solve the program.
-
-        Parameters
-        ----------
-        program : GatedProgram
-        start : GateBlocks, optional
-            A warm start.
-        budget : Budget, optional
-        rng : numpy.random.Generator, optional
-            Not used: rows are sampled by a generator of its own.
-
-        Raises
-        ------
-        TypeError
-            For convolutional programs; use ``Proximal``.
-        """
         self.solves.check("subspace", program)
         with single_scipy_blas():
-            return self._solved(program, start, budget or Budget())
+            return self._descended(_Descent(program, start), budget)
 
-    def _solved(self, program: GatedProgram, start: GateBlocks | None, budget: Budget) -> Solution[GateBlocks]:
-        descent = _Descent(program, start)
-        zero = None if descent.below_zero else zero_solution(program, budget)
+    def _descended(self, descent: _Descent, budget: Budget) -> Solution[GateBlocks]:
+        zero = None if descent.below_zero else zero_solution(descent.program, budget)
         if zero is not None:
             return zero
         history: list[Progress] = []
@@ -117,10 +80,11 @@ class Subspace:
             if stalled or descent.due(self.tol):
                 before = descent.certified
                 stalled = descent.certify() > 0.9 * before and stalled
-            history.append(descent.report(len(history) + 1))
+            live = np.flatnonzero(descent.norms)
+            history.append(Progress(len(history) + 1, descent.objective, descent.bound, len(live)))
             reason = budget.stop_reason(history[-1], tol=0.9 * self.tol, max_iter=self.max_iter)
             if reason is not None or (stalled and descent.double):
-                return descent.solution(reason or "stalled", history)
+                return Solution(GateBlocks(live, descent.blocks[live]), reason or "stalled", history)
             if stalled or descent.certified <= _DOUBLE or descent.exhausted:
                 descent.use_double()
             stalled = not descent.step()
@@ -138,10 +102,8 @@ class _Descent:
             blocks[start.gate_index] = start.values
         self.bound = self.loss.dual_value(np.zeros_like(self.loss.targets))
         self.certified = self.halved = self.judged = np.inf
-        self.exhausted = False
+        self.exhausted, self.waiting, self.penalty = False, 0, np.ones(program.n_gates)
         self.patience = _PATIENCE if start is None else _WARM_PATIENCE
-        self.waiting, self.age = 0, _STALE
-        self.penalty = np.ones(program.n_gates)
         self._move_to(blocks, _outputs(self.kernels, blocks))
         self._forget()
 
@@ -171,43 +133,30 @@ class _Descent:
 
     @property
     def gap(self) -> float:
-        """Relative gap to the bound that was certified last."""
+        """Relative gap to the last certified bound."""
         return (self.objective - self.bound) / self.objective
 
-    def report(self, iteration: int) -> Progress:
-        """Objective, best bound and number of blocks."""
-        return Progress(iteration, self.objective, self.bound, int(np.count_nonzero(self.norms)))
-
-    def solution(self, reason: str, history: list[Progress]) -> Solution[GateBlocks]:
-        """The nonzero blocks."""
-        index = np.flatnonzero(self.norms)
-        return Solution(GateBlocks(index, self.blocks[index]), reason, history)
-
-    def estimated_gap(self) -> float:
-        """Relative gap to the dual value of the scaled residual, as far as the products are right."""
-        return (self.objective - self._dual_value(0.0)) / self.objective
-
     def due(self, tol: float) -> bool:
-        """Whether a certificate may end the solve, or new lengths may help a gap that does not fall."""
+        """Whether a certificate may end the solve, or new lengths may lower a stagnant gap."""
         wanted = max(tol, self.certified / 3) if np.isfinite(self.certified) else _EARLY * tol
-        estimate = self.estimated_gap()
+        estimate = (self.objective - self._dual_value(0.0)) / self.objective  # as far as float32 is right
         self.waiting += 1
         if estimate < 0.5 * self.halved:
             self.halved, self.waiting = estimate, 0
         return self.waiting >= self.patience or self.gap <= tol or estimate <= wanted
 
     def certify(self) -> float:
-        """Choose the lengths of all blocks anew, and take objective and bound there in float64; the relative gap."""
+        """Choose the lengths of all blocks anew, and compute objective, bound and their gap there in float64."""
         before, unchanged, last = self.objective, self.blocks, self.judged
         self._judge(self._best_factors()[:, None, None] * unchanged)
         if self.objective > before * (1 + (_ROUNDING if self.double else _SINGLE)):
             self._judge(unchanged)
         elif np.count_nonzero(self.norms) < np.count_nonzero(unchanged.any(axis=(1, 2))):
-            self._forget()  # the last steps would move blocks that are now zero
+            self._forget()  # the last steps would move blocks that are zero now
         self.bound = self._dual_value(self.program.correlation_rounding(self.dual))
         self.certified = self.halved = self.gap
         self.judged, self.waiting = self.objective, 0
-        self.exhausted = self.objective > last * (1 - _SINGLE)  # what float32 cannot tell from rounding
+        self.exhausted = self.objective > last * (1 - _SINGLE)  # a decrease that float32 cannot resolve
         return self.certified
 
     def _judge(self, blocks: Float) -> None:
@@ -234,7 +183,7 @@ class _Descent:
         try:
             ones = np.ones(len(live))
             factors[live] = minimise_nonnegative(hessian, hessian @ ones - slope, ones)
-        except np.linalg.LinAlgError:  # where a loss saturates its curvature is that of rounding
+        except np.linalg.LinAlgError:  # the curvature of a saturated loss is rounding
             factors[live] = 1.0
         return factors
 
@@ -258,7 +207,7 @@ class _Descent:
         return False
 
     def _admit(self) -> None:
-        """Let blocks leave zero by a proximal gradient step of best length, if theirs is the worst violation."""
+        """Let blocks leave zero by a proximal gradient step of best length, if they violate optimality most."""
         at_zero, pull = self.norms == 0, block_norms(self.correlations)
         if pull[at_zero].max(initial=0.0) <= max(self.beta, pull[~at_zero].max(initial=0.0)):
             return
@@ -269,7 +218,7 @@ class _Descent:
         self._move_to(self.blocks + length * entering, self.outputs + length * seen)
 
     def _preconditioned(self) -> Float:
-        """Negative gradient times the inverse of the sampled Hessian; blocks at zero stay there."""
+        """Inverse of the sampled Hessian times the negative gradient; blocks at zero stay there."""
         live = self.norms > 0
         self._renew_hessian()
         pull = (self.beta / np.where(live, self.norms, 1.0))[:, None, None] * self.blocks
@@ -279,7 +228,7 @@ class _Descent:
         return direction
 
     def _renew_hessian(self) -> None:
-        """Factorise the Hessian at this point, unless it was done lately at nearly the same weights of the penalty."""
+        """Factorise the Hessian at this point unless a recent factor has nearly the same penalty weights."""
         live = self.norms > 0
         mean = float(self.norms[live].mean())
         penalty = self.beta / np.where(live, np.maximum(self.norms, _SMALL * mean), mean)
@@ -303,28 +252,28 @@ class _Descent:
             slope = self.beta * columns.T @ here.reshape(len(columns), -1) - outputs.T @ dual
             return value, slope
 
-        at_zero, slope = value_and_slope(np.zeros((columns.shape[1], K)))
+        best = np.zeros((columns.shape[1], K))
+        at_zero, slope = value_and_slope(best)
+        lowest = at_zero
         unit = float(np.linalg.norm(metric.T @ slope)) or 1.0  # in these units a Newton step is 1
-
-        lowest, best = at_zero, np.zeros((columns.shape[1], K))
 
         def scaled(x: Float) -> tuple[float, Float]:
             nonlocal lowest, best
             combination: Float = unit * metric @ x.reshape(-1, K)
             value, slope = value_and_slope(combination)
-            if value < lowest:  # L-BFGS forgets what it found in a line search that its evaluations end
+            if value < lowest:  # L-BFGS forgets what it found in a line search cut short
                 lowest, best = value, combination
             return (value - at_zero) / unit**2, (metric.T @ slope).ravel() / unit
 
         found = scipy.optimize.minimize(
             scaled, np.zeros(metric.shape[1] * K), jac=True, method="L-BFGS-B", options={"maxfun": _EVALUATIONS}
         )
-        if found.nfev > 2 * _EVALUATIONS:  # a far too long step: the curvature of a loss that saturates has changed
+        if found.nfev > 2 * _EVALUATIONS:  # a far too long step: the curvature of a saturating loss has changed
             self.age = _STALE
         return best
 
     def _metric(self, columns: Float, outputs: Float) -> Float:
-        """``T`` with ``T' H T = I`` for the Hessian of every output in its combination; dependent columns left out."""
+        """``T`` with ``T' H T = I`` for the Hessian of an output in its combination, without dependent columns."""
         curvature = row_curvature(self.loss, self.outputs)
         penalty = np.repeat(self.penalty, self.blocks.shape[1])
         hessian = (outputs.T * curvature) @ outputs + (columns.T * penalty) @ columns
@@ -335,12 +284,12 @@ class _Descent:
 
 
 def _outputs(program: GatedProgram, blocks: Float) -> Float:
-    """Outputs of all blocks (P, q, K), of which only those that are not zero are multiplied."""
-    index = np.flatnonzero(blocks.any(axis=(1, 2)))
-    return _in_range(lambda live: program.outputs(index, live), blocks[index])
+    """Outputs of all blocks (P, q, K); products take the nonzero ones alone."""
+    index, values = nonzero(blocks)
+    return _in_range(lambda live: program.outputs(index, live), values)
 
 
 def _in_range(linear: Callable[[Float], FloatMatrix], array: Float) -> Float:
-    """A linear function in whatever precision at an array scaled by a power of two to entries below 1; in float64."""
+    """A linear function at an array that is scaled by a power of two to entries below 1, so in float32's range."""
     exponent = np.frexp(np.abs(array).max(initial=0.0))[1]
     return np.ldexp(linear(np.ldexp(array, -exponent)).astype(np.float64, copy=False), exponent)

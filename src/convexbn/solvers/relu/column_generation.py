@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -23,33 +23,20 @@ from convexbn._types import Float
 from convexbn.bounds.local_search import distinct, hidden_norms, hidden_units, normalise
 from convexbn.program.neurons import Neurons, merge
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import Budget, Progress, Solution, new_rng
+from convexbn.solvers.base import Budget, Progress, Solution, Solver
 from convexbn.solvers.relu.lbfgs import lbfgs, random_neurons
 from convexbn.solvers.relu.newton import MOST_SYSTEMS, polish
 from convexbn.solvers.relu.pricing import Pricing
 from convexbn.solvers.relu.pruning import merged_in_cones, vertex
 from convexbn.solvers.relu.restricted_master import with_best_norms
 
-#: Neurons that enter in a round.
-_NEWCOMERS = 30
-
-#: Batches of starts that have to find nothing before the search ends.
-_BATCHES = 10
-
-#: New neurons relative to the present ones that end the search after one batch; half as many after two, and so on.
-_ENOUGH = 0.1
-
-#: Rounds without progress that are enough.
-_PATIENCE = 5
-
-#: Cubes of the number of variables that one polish may spend on Newton systems, and that count as a round of work.
-_POLISH_WORK, _ROUND_WORK = 2e10, 4e8
-
-#: Least Newton systems of a polish.
-_FEWEST_SYSTEMS = 5
-
-#: Rounds by default, with Newton's method and without, and iterations of L-BFGS in a round without.
-_ROUNDS, _ROUNDS_OF_MAXIMA, _ITERATIONS = 100, 10, 2000
+_NEWCOMERS = 30  # neurons that enter in a round
+_BATCHES = 10  # batches of starts that have to find nothing before the search ends
+_ENOUGH = 0.1  # relative number of new neurons that ends the search after one batch; half as many after two, and so on
+_PATIENCE = 5  # rounds without progress that end the solve
+_POLISH_WORK, _ROUND_WORK = 2e10, 4e8  # cubed variables of the Newton systems of a polish, at most, and of a round
+_FEWEST_SYSTEMS = 5  # Newton systems of a polish, at least
+_ITERATIONS = 2000  # of L-BFGS in a round without Newton's method
 
 
 class _Priced(NamedTuple):
@@ -61,8 +48,11 @@ class _Priced(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ColumnGeneration:
+class ColumnGeneration(Solver[ReluProgram, Neurons]):
     """L-BFGS, restricted master problem, Newton's method, pricing, until nothing better is found.
+
+    A warm start joins the random neurons, and the solution is never worse. Bounds in the history rest on a search and
+    prove nothing.
 
     Parameters
     ----------
@@ -82,24 +72,9 @@ class ColumnGeneration:
     width: int = 200
     n_starts: int = 100
 
-    def solve(
-        self,
-        program: ReluProgram,
-        start: Neurons | None = None,
-        budget: Budget | None = None,
-        rng: np.random.Generator | None = None,
+    def _solve(
+        self, program: ReluProgram, start: Neurons | None, budget: Budget, rng: np.random.Generator
     ) -> Solution[Neurons]:
-        """Train on whitened rows; the bounds in the history rest on a search and prove nothing.
-
-        Parameters
-        ----------
-        program : ReluProgram
-        start : Neurons, optional
-            A warm start, which joins the random neurons; the solution is never worse.
-        budget : Budget, optional
-        rng : numpy.random.Generator, optional
-        """
-        budget, rng = budget or Budget(), new_rng(rng)
         method = _NewtonRounds if program.readout.linear else _Rounds
         rounds = method(program, self.tol, self.n_starts, budget.deadline, rng)
         most = rounds.most_rounds if self.max_iter is None else self.max_iter
@@ -117,30 +92,27 @@ class ColumnGeneration:
                     break
             history.append(progress)
             work += rounds.work(neurons)
+            settled = len(history) > _PATIENCE and record >= history[-1 - _PATIENCE].objective * (1 - 1e-13)
             if reason is None and work >= most:
                 reason = "max_iter"
-            if reason is None and (not len(priced.violators) or _without_progress(history)):
+            if reason is None and (settled or not len(priced.violators)):
                 reason = "stalled"
             if reason is not None:
                 return Solution(rounds.reduced(best), reason, history)
             neurons = neurons.joined(rounds.newcomers(neurons, priced.violators))
 
 
-def _without_progress(history: list[Progress]) -> bool:
-    """Several rounds have brought nothing beyond rounding."""
-    return len(history) > _PATIENCE and history[-1].objective >= history[-1 - _PATIENCE].objective * (1 - 1e-13)
-
-
+@dataclass
 class _Rounds:
-    """Rounds of L-BFGS and pricing by local search: what max pooling takes."""
+    """Rounds of L-BFGS and pricing by local search, as max pooling needs them."""
 
-    most_rounds = _ROUNDS_OF_MAXIMA
-
-    def __init__(
-        self, program: ReluProgram, tol: float, n_starts: int, deadline: float | None, rng: np.random.Generator
-    ) -> None:
-        self.program, self.tol, self.n_starts = program, tol, n_starts
-        self.deadline, self.rng = deadline, rng
+    program: ReluProgram
+    tol: float
+    n_starts: int
+    deadline: float | None
+    rng: np.random.Generator
+    most_rounds: ClassVar[int] = 10
+    new_norm: ClassVar[float] = 1e-2  # of a new neuron, relative to the mean
 
     def begin(self, random: Neurons, start: Neurons | None) -> tuple[Neurons, Neurons]:
         """First neurons, and the best network so far."""
@@ -154,10 +126,10 @@ class _Rounds:
 
     def cheaper(self, one: Neurons, other: Neurons) -> Neurons:
         """The network of smaller objective."""
-        return one if self.program.objective(one) < self.program.objective(other) else other
+        return min(other, one, key=self.program.objective)
 
     def price(self, neurons: Neurons, record: float) -> Iterator[_Priced]:
-        """Directions that would lower the objective, of a local search."""
+        """Directions of a local search that would lower the objective."""
         dual = self.program.dual(neurons)
         V, A = self.program.unit_dual(dual), self.program.unit_rows
         values, found = bounds.local_maxima(V, A, self.n_starts, self.rng, start=neurons.first.T)
@@ -165,64 +137,62 @@ class _Rounds:
         yield _Priced(violators, self.program.dual_bound(dual, float(values[0])), last=True)
 
     def work(self, neurons: Neurons) -> float:
-        """Rounds that a round counts as."""
+        """Number of rounds that a round counts as."""
         return 1.0
 
     def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
-        """New neurons with their best outputs and small norms."""
+        """New neurons with their best outputs."""
         V = self.program.unit_dual(self.program.dual(neurons))
-        norm = 1e-2 * float(neurons.norms.mean()) if len(neurons.output) else 1.0
+        norm = self.new_norm * float(neurons.norms.mean()) if len(neurons.output) else 1.0
         new = Neurons(directions.T, normalise(hidden_units(directions, self.program.unit_rows) @ V))
         return new.with_norms(np.full(len(directions), norm))
 
     def reduced(self, neurons: Neurons) -> Neurons:
-        """The network that is returned."""
+        """The network to return."""
         return neurons
 
 
+@dataclass
 class _NewtonRounds(_Rounds):
     """Rounds of the restricted master problem, Newton's method, and pricing by searches of growing effort."""
 
-    most_rounds = _ROUNDS
+    most_rounds: ClassVar[int] = 100
+    new_norm: ClassVar[float] = 1.0  # the restricted master problem decides
 
-    def __init__(
-        self, program: ReluProgram, tol: float, n_starts: int, deadline: float | None, rng: np.random.Generator
-    ) -> None:
-        super().__init__(program.on_rows, tol, n_starts, deadline, rng)
-        self.by_case = program
+    def __post_init__(self) -> None:
+        self.by_case, self.program = self.program, self.program.on_rows
         few = self.program.n_outputs == 1 and bounds.few_cells(self.program.unit_rows)
         self.cells = bounds.EveryCell(self.program.unit_rows) if few else None
 
     def begin(self, random: Neurons, start: Neurons | None) -> tuple[Neurons, Neurons]:
-        """The random neurons after L-BFGS, those that it leaves in clusters as one each; and the best so far."""
+        """The random neurons after L-BFGS, with clusters merged, and the best network so far."""
         return super().begin(merge(lbfgs(self.by_case, random, deadline=self.deadline)), start)
 
     def trained(self, neurons: Neurons, gap: float) -> Neurons:
         """The neurons that are needed, with their best norms, made stationary."""
-        best = with_best_norms(self.program, neurons, deadline=self.deadline)
+        best = with_best_norms(self.program, neurons, self.deadline)
         return self._polished(merged_in_cones(self.program.rows[:], best), gap)
 
     def price(self, neurons: Neurons, record: float) -> Iterator[_Priced]:
         """Look for directions that would lower the objective.
 
-        Every cell is looked at where there are few. Else starts are followed batch by batch until enough of them
-        leave a gap to the best objective so far. Where the first batch finds none, branch and bound looks in low
-        rank, and nothing else is left to do when it has looked everywhere. A search that time cuts short estimates
-        nothing: a valid bound takes its place.
+        If there are few cells, all of them are searched. Otherwise starts are followed batch by batch until enough of
+        them leave a gap to the best objective so far. If the first batch finds none, branch and bound searches in low
+        rank, and ends the search if it has covered everything. A search cut short by time estimates nothing: a valid
+        bound takes its place.
         """
         program, dual = self.program, self.program.dual(neurons)
         V, A = program.unit_dual(dual), program.unit_rows
         threshold = program.weight_decay * (1 + 0.1 * self.tol)
         if self.cells is not None:
             maxima = self.cells.maxima(V, threshold)
-            values = hidden_norms(maxima.directions, V, A)
-            found = distinct(maxima.directions, values, _NEWCOMERS)
+            found = distinct(maxima.directions, hidden_norms(maxima.directions, V, A), _NEWCOMERS)
             yield _Priced(found, program.dual_bound(dual, maxima.value), last=True)
             return
-        search = Pricing(V, A, self.deadline)
-        search.from_neurons(neurons.first.T, self.n_starts, self.rng)
+        search = Pricing(V, A, self.n_starts, self.rng, self.deadline)
+        search.from_neurons(neurons.first.T)
         for batch in range(1, _BATCHES + 1):
-            search.from_random(self.n_starts, self.rng)
+            search.from_random()
             found, bound = search.above(threshold, _NEWCOMERS), program.dual_bound(dual, search.largest)
             gap = record - bound > self.tol * record
             enough = gap and len(found) * batch > _ENOUGH * len(neurons.output)
@@ -238,18 +208,11 @@ class _NewtonRounds(_Rounds):
                 return
 
     def work(self, neurons: Neurons) -> float:
-        """Rounds that a round counts as: Newton systems grow with the cube of the variables."""
+        """Number of rounds that a round counts as: Newton systems cost the cube of the variables."""
         return max(1.0, _variables(neurons) ** 3 / _ROUND_WORK)
 
-    def newcomers(self, neurons: Neurons, directions: Float) -> Neurons:
-        """New neurons with their best outputs; the restricted master problem decides on these."""
-        V = self.program.unit_dual(self.program.dual(neurons))
-        image = np.maximum(directions @ self.program.unit_rows.T, 0) @ V
-        norm = float(neurons.norms.mean()) if len(neurons.output) else 1.0
-        return Neurons(directions.T, normalise(image)).with_norms(np.full(len(directions), norm))
-
     def reduced(self, neurons: Neurons) -> Neurons:
-        """The same network with fewer neurons, polished, where that does not cost anything."""
+        """The network with fewer neurons, polished, unless that raises the objective."""
         fewer = vertex(self.program.unit_rows, merged_in_cones(self.program.rows[:], neurons))
         if len(fewer.output) == len(neurons.output):
             return neurons
@@ -259,13 +222,10 @@ class _NewtonRounds(_Rounds):
     def _polished(self, neurons: Neurons, gap: float) -> Neurons:
         """Newton's method, as carefully started and as accurate as a relative gap asks for."""
         systems = np.clip(_POLISH_WORK / max(_variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, MOST_SYSTEMS)
-        return polish(
-            self.program, neurons,
-            damping=float(np.clip(gap, 1e-6, 0.1)), tol=float(np.clip(1e-3 * gap**2, 1e-14, 1e-9)),
-            max_iter=int(systems), deadline=self.deadline,
-        )  # fmt: skip
+        damping, tol = float(np.clip(gap, 1e-6, 0.1)), float(np.clip(1e-3 * gap**2, 1e-14, 1e-9))
+        return polish(self.program, neurons, damping=damping, tol=tol, max_iter=int(systems), deadline=self.deadline)
 
 
 def _variables(neurons: Neurons) -> int:
-    """Weights of a network."""
-    return int(neurons.first.size + neurons.output.size)
+    """Number of weights of a network."""
+    return neurons.first.size + neurons.output.size

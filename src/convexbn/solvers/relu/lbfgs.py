@@ -2,9 +2,9 @@
 
     min  L((A first)_+ output) + beta / 2 (||first||^2 + ||output||^2)
 
-The objective has kinks, on which L-BFGS ends; wide networks find more than narrow ones. Rows are taken in blocks, in
-their own precision: ``6 n q m + 6 n m K`` flops an evaluation, and no array of size ``n x m``; with an output bias,
-which all rows share, ``8 n q m + 8 n m K``.
+L-BFGS ends on the kinks of the objective; wide networks find more than narrow ones. Rows are taken in blocks, in their
+own precision: ``6 n q m + 6 n m K`` flops an evaluation, and no array of size ``n x m``; with an output bias, which all
+rows share, ``8 n q m + 8 n m K``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
     Parameters
     ----------
     program : ReluProgram
-        Its rows may be of float32; sums are of float64.
+        Rows may be in float32; sums are in float64.
     neurons : Neurons
-        Where to begin.
     max_iter : int, default=400
-        Largest number of iterations.
     deadline : float, optional
         ``time.monotonic()`` at which to stop.
     """
@@ -47,15 +45,13 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
             raise StopIteration
 
     start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
-    options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
-    answer = scipy.optimize.minimize(
-        value, start, jac=True, method="L-BFGS-B", options=options, callback=stop_when_late
-    )
-    return split(answer.x)
+    settings = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
+    minimize = scipy.optimize.minimize
+    return split(minimize(value, start, jac=True, method="L-BFGS-B", options=settings, callback=stop_when_late).x)
 
 
 def _loss_and_ascent(program: ReluProgram, network: Neurons) -> tuple[float, Float]:
-    """Loss, and its negative gradient by both layers; a loss that is not a sum over rows takes a pass of its own."""
+    """Loss and its negative gradient in both layers; a loss that is not a sum over rows takes a second pass."""
     rows, loss, readout = row_matrix(program.rows), program.loss, program.readout
     first, output = (layer.astype(rows.dtype, copy=False) for layer in (network.first, network.output))
     size, shared = hidden_block(len(output), readout), [first, output, readout]
@@ -76,7 +72,6 @@ def random_neurons(program: ReluProgram, width: int, rng: np.random.Generator) -
     ----------
     program : ReluProgram
     width : int
-        Neurons.
     rng : numpy.random.Generator
     """
     loss = program.loss

@@ -1,16 +1,15 @@
 """Newton's method on a ReLU network with its kinks: first layer, output layer and resting rows jointly.
 
 Each step minimises the convex model of ``newton_model``, whose hinges hold rows on the kinks where they belong; the
-steps are damped (Levenberg 1944, Marquardt 1963) and searched along. It converges quadratically to a point that
-is stationary over all directions and outputs of the neurons, for any smooth loss, and drops the neurons that the
-program has no use for. Optimality among all networks is for the pricing to find out.
+steps are damped (Levenberg 1944, Marquardt 1963) and searched along. The method converges quadratically to a point that
+is stationary over all directions and outputs of the neurons, for any smooth loss, and drops useless neurons. Pricing
+decides whether the network is optimal among all.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -20,66 +19,10 @@ from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.relu.newton_model import NewtonModel, NewtonStep
 
-#: Norms are dropped below this multiple of the largest.
-_DROPPED = 1e-9
-
-_LEAST_DAMPING = 1e-8
-_MOST_DAMPING = 1e6
-
-#: Variables of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix.
-_MOST_VARIABLES = 3000
-
-#: Newton systems that a polish may take by default.
-MOST_SYSTEMS = 100
-
-
-class _Trial(NamedTuple):
-    neurons: Neurons
-    value: float
-
-
-def newton(
-    program: ReluProgram,
-    neurons: Neurons,
-    *,
-    damping: float = 0.1,
-    tol: float = 1e-14,
-    max_iter: int = MOST_SYSTEMS,
-    deadline: float | None = None,
-) -> Neurons:
-    """Descend from given neurons until the model predicts a decrease of at most ``tol`` relative to the objective.
-
-    Parameters
-    ----------
-    program : ReluProgram
-        With one case a row.
-    neurons : Neurons
-    damping : float
-        First multiple of ``weight_decay`` on the diagonal: less when the neurons are nearly stationary.
-    tol : float
-    max_iter : int
-        Largest number of models.
-    deadline : float, optional
-        ``time.monotonic()`` after which no model is built.
-    """
-    neurons = neurons.balanced()
-    point = _Trial(neurons, program.objective(neurons))
-    for _ in range(max_iter):
-        if is_over(deadline) or damping > _MOST_DAMPING or not len(point.neurons.output):
-            break
-        step = _model_step(program, point.neurons, damping, deadline)
-        if step is None:
-            damping = max(10 * damping, 1e-4)
-            continue
-        length, following = _search(program, point, step)
-        if following.value < point.value:
-            damping = max((0.2 if length == 1 else 4.0) * damping, _LEAST_DAMPING)
-            point = following
-        else:
-            damping = max(10 * damping, 1e-4)
-        if abs(step.predicted) <= tol * point.value:
-            break
-    return point.neurons
+_DROPPED = 1e-9  # relative to the largest norm: smaller ones are dropped
+_LEAST_DAMPING, _MOST_DAMPING = 1e-8, 1e6
+_MOST_VARIABLES = 3000  # of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix
+MOST_SYSTEMS = 100  # Newton systems that a polish may take by default
 
 
 def polish(
@@ -91,14 +34,23 @@ def polish(
     max_iter: int = MOST_SYSTEMS,
     deadline: float | None = None,
 ) -> Neurons:
-    """A stationary network by Newton's method, never worse than the one that is given.
+    """A stationary network by Newton's method, never worse than the given one.
 
-    Where all variables are too many for one system, blocks of neurons take turns, the heaviest first.
+    If all variables are too many for one system, blocks of neurons take turns, the heaviest first.
 
     Parameters
     ----------
-    program, neurons, damping, tol, max_iter, deadline
-        As in ``newton``.
+    program : ReluProgram
+        With one case a row.
+    neurons : Neurons
+    damping : float
+        First multiple of ``weight_decay`` on the diagonal: less when the neurons are nearly stationary.
+    tol : float
+        Predicted decrease relative to the objective at which to stop.
+    max_iter : int
+        Largest number of models of a block.
+    deadline : float, optional
+        ``time.monotonic()`` after which no model is built.
     """
     neurons = neurons.select(np.argsort(-neurons.norms)).balanced()
     most = max(1, _MOST_VARIABLES // (program.n_inputs + program.n_outputs))
@@ -107,9 +59,31 @@ def polish(
         fixed = np.zeros_like(program.loss.targets)
         for other in blocks[:k] + blocks[k + 1 :]:
             fixed += program.outputs(other)
-        apart = replace(program, fixed=fixed)
-        blocks[k] = newton(apart, block, damping=damping, tol=tol, max_iter=max_iter, deadline=deadline)
+        blocks[k] = _newton(replace(program, fixed=fixed), block, damping, tol, max_iter, deadline)
     return functools.reduce(Neurons.joined, blocks, neurons.select(slice(0)))
+
+
+def _newton(
+    program: ReluProgram, neurons: Neurons, damping: float, tol: float, max_iter: int, deadline: float | None
+) -> Neurons:
+    """Descend until the model predicts a decrease of at most ``tol`` relative to the objective."""
+    neurons = neurons.balanced()
+    value = program.objective(neurons)
+    for _ in range(max_iter):
+        if is_over(deadline) or damping > _MOST_DAMPING or not len(neurons.output):
+            break
+        if (step := _model_step(program, neurons, damping, deadline)) is None:
+            damping = max(10 * damping, 1e-4)
+            continue
+        length, moved, at_moved = _search(program, neurons, value, step)
+        if at_moved < value:
+            damping = max((0.2 if length == 1 else 4.0) * damping, _LEAST_DAMPING)
+            neurons, value = moved, at_moved
+        else:
+            damping = max(10 * damping, 1e-4)
+        if abs(step.predicted) <= tol * value:
+            break
+    return neurons
 
 
 def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline: float | None) -> NewtonStep | None:
@@ -120,20 +94,18 @@ def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline
     return model.minimise(deadline)
 
 
-def _search(program: ReluProgram, point: _Trial, step: NewtonStep) -> tuple[float, _Trial]:
-    """Halve the step until the objective decreases by a share of the prediction, ten times at most."""
+def _search(program: ReluProgram, neurons: Neurons, value: float, step: NewtonStep) -> tuple[float, Neurons, float]:
+    """Halve the step until the objective decreases by a share of the prediction, ten times at most.
+
+    Neurons turn along the step; their norms change linearly, so that they can leave in one step.
+    """
     length = 1.0
     for _ in range(10):
-        following = _moved(program, point.neurons, step, length)
-        if following.value <= point.value - 1e-4 * length * step.predicted:
+        norms = np.maximum(neurons.norms * (1 + length * step.growth), 0)
+        norms[norms < _DROPPED * norms.max(initial=0.0)] = 0
+        moved = Neurons(neurons.first + length * step.first, neurons.output + length * step.output).with_norms(norms)
+        at_moved = program.objective(moved)
+        if at_moved <= value - 1e-4 * length * step.predicted:
             break
         length *= 0.5
-    return length, following
-
-
-def _moved(program: ReluProgram, neurons: Neurons, step: NewtonStep, length: float) -> _Trial:
-    """Turn the neurons along the step; their norms change linearly, so that they can leave in one step."""
-    norms = np.maximum(neurons.norms * (1 + length * step.growth), 0)
-    norms[norms < _DROPPED * norms.max(initial=0.0)] = 0
-    turned = Neurons(neurons.first + length * step.first, neurons.output + length * step.output).with_norms(norms)
-    return _Trial(turned, program.objective(turned))
+    return length, moved, at_moved

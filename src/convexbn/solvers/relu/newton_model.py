@@ -2,18 +2,18 @@
 
     Phi(first, output) = L((A first)_+ output) + beta / 2 (||first||^2 + ||output||^2)
 
-With the sides of all rows kept, ``Phi`` is smooth, and its second derivative is ``J' L'' J`` plus one block a neuron,
+With the sides of all rows fixed, ``Phi`` is smooth, and its second derivative is ``J' L'' J`` plus one block a neuron,
 
     [[beta I, X_j], [X_j', beta I]],    X_j = -A' D_j V,    V = -grad L.
 
-At a local minimum no singular value of ``X_j`` exceeds beta in the directions that the neuron may take, so that cutting
-them off there gives a convex model that is exact in the end. A row that changes sides where
-``g = (V c_j)_i < 0`` meets a convex kink, the hinge ``-g (a_i's_j)_+``; where ``g > 0`` the model only overestimates.
-Hinges enter when a step would cross them, and the step solves the box program dual to the model:
+At a local minimum no singular value of ``X_j`` exceeds beta in the directions that the neuron may take. So cutting them
+off at beta gives a convex model that is exact in the end. A row that changes sides where ``g = (V c_j)_i < 0`` meets a
+convex kink, the hinge ``-g (a_i's_j)_+``; where ``g > 0`` the model only overestimates. Hinges enter when a step would
+cross them, and the step solves the box program dual to the model:
 
     min over 0 <= theta <= w   1/2 ||L^{-1}(grad + E theta)||^2 - t'theta,      L L' the second derivative.
 
-A neuron that is to leave has a hinge too: its norm, linear in the step, stays nonnegative.
+A leaving neuron has a hinge too: its norm, linear in the step, stays nonnegative.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.box_qp import minimise_over_box
 
-#: Response relative to ``||a_i|| ||s_j||`` below which a row rests on its kink.
-_RESTING = 1e-6
-
-#: Multiplier of a norm in units of ``weight_decay`` times the largest norm: above what any norm needs.
-_NORM_WEIGHT = 100.0
+_RESTING = 1e-6  # response relative to ||a_i|| ||s_j|| below which a row rests on its kink
+_NORM_WEIGHT = 100.0  # multiplier of a norm in units of weight_decay times the largest norm: more than any needs
 
 
 class NewtonStep(NamedTuple):
@@ -55,7 +52,7 @@ class NewtonModel:
     neurons : Neurons
         Balanced.
     damping : float
-        Multiple of ``weight_decay`` that is added to the second derivative.
+        Multiple of ``weight_decay`` added to the second derivative.
     """
 
     def __init__(self, program: ReluProgram, neurons: Neurons, damping: float) -> None:
@@ -70,6 +67,9 @@ class NewtonModel:
         dual = loss.negative_gradient(outputs)
         self.pull = dual @ neurons.output.T  # g, (n, m)
         self.size = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(neurons.first, axis=0)
+        self.resting = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
+        #: Derivative of ``log ||s_j|| ||c_j||`` (m, q + K); balanced, so that either norm squared is their product.
+        self.radial = np.hstack([neurons.first.T, neurons.output]) / neurons.norms[:, None]
         smooth_first = weight_decay * neurons.first - rows.T @ (self.opened * self.pull)
         smooth_output = weight_decay * neurons.output - hidden.T @ dual
         gradient = np.hstack([smooth_first.T, smooth_output])  # (m, q + K)
@@ -78,24 +78,26 @@ class NewtonModel:
         self.factor = scipy.linalg.cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
         self.gradient = self._solve(gradient.ravel())
 
-    def minimise(self, deadline: float | None = None, max_sweeps: int = 15) -> NewtonStep | None:
+    def minimise(self, deadline: float | None = None) -> NewtonStep | None:
         """Minimiser of the model; None when it crosses more kinks than there are variables, or time is over."""
-        hinges = _Hinges.none(self.gradient.size)
-        new = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
-        leaving = np.zeros(len(self.neurons.output), dtype=bool)
-        for _ in range(max_sweeps):
+        m, q = len(self.radial), self.rows.shape[1]
+        new, leaving = self.resting, np.zeros(m, dtype=bool)
+        hinges = self._norms(leaving)
+        for _ in range(15):
             if is_over(deadline) or len(hinges.offset) + np.count_nonzero(new) > self.gradient.size:
                 return None
             hinges = hinges.joined(self._kinks(new)).joined(self._norms(leaving))
             hinges, z = hinges.solved(self.gradient, deadline)
             change = scipy.linalg.solve_triangular(self.factor, z, lower=True, trans=1, check_finite=False)
-            new, leaving = self._missing(hinges, change.reshape(len(leaving), -1))
+            change = change.reshape(m, -1)
+            new, leaving = self._missing(hinges, change)
             if not new.any() and not leaving.any():
                 break
-        return self._step(hinges, z, change.reshape(len(leaving), -1))
+        predicted = -float(self.gradient @ z + 0.5 * z @ z) - hinges.increase(z)
+        return NewtonStep(change[:, :q].T, change[:, q:], np.sum(self.radial * change, axis=1), predicted)
 
     def _derivative(self, hidden: Float, half: Float, part: slice) -> Float:
-        """Derivative of the outputs of a part of the rows in all weights, times ``R_i'``: (rows, K, m, q + K)."""
+        """``R_i'`` times the derivative of the outputs of some rows in all weights: (rows, K, m, q + K)."""
         q = len(self.neurons.first)
         weighted = np.einsum("ilk,jl->ikj", half, self.neurons.output)  # R_i' c_j
         gated = self.opened[part][:, None, :, None] * self.rows[part][:, None, None, :]
@@ -105,14 +107,11 @@ class NewtonModel:
         return jacobian
 
     def _add_blocks(self, hessian: Float, dual: Float, diagonal: float) -> None:
-        """Add the diagonal and the blocks ``X_j``, free of resting rows and with their singular values cut."""
-        q, m = self.neurons.first.shape
-        K = dual.shape[1]
-        cross = np.stack([-self.rows.T @ (self.opened * dual[:, [k]]) for k in range(K)], axis=2)  # (q, m, K)
-        cross = cross.transpose(1, 0, 2)
-        resting = (np.abs(self.response) <= _RESTING * self.size) & (self.pull < 0)
-        for j in np.flatnonzero(resting.any(axis=0)):
-            cross[j] -= _along(self.rows[resting[:, j]], cross[j])
+        """Add the diagonal and the blocks ``X_j``, without resting rows and with their singular values cut."""
+        (q, m), K = self.neurons.first.shape, dual.shape[1]
+        cross = np.stack([-self.rows.T @ (self.opened * dual[:, [k]]) for k in range(K)], axis=2).transpose(1, 0, 2)
+        for j in np.flatnonzero(self.resting.any(axis=0)):
+            cross[j] -= _along(self.rows[self.resting[:, j]], cross[j])
         left, values, right = np.linalg.svd(cross, full_matrices=False)
         cut = (left * np.minimum(values, self.beta)[:, None, :]) @ right
         blocks = hessian.reshape(m, q + K, m, q + K)
@@ -127,44 +126,30 @@ class NewtonModel:
     def _kinks(self, chosen: Bool) -> _Hinges:
         """Hinges ``-g (a_i's_j)_+`` of the chosen rows and neurons (n, m)."""
         i, j = np.nonzero(chosen)
-        m, w = len(self.neurons.output), len(self.gradient) // len(self.neurons.output)
-        columns = np.zeros((m, w, len(i)))
+        columns = np.zeros((*self.radial.shape, len(i)))
         columns[j, : self.rows.shape[1], np.arange(len(i))] = self.rows[i]
-        weight = -self.pull[i, j]
-        return _Hinges(
-            self._solve(columns.reshape(m * w, -1)), self.response[i, j], weight, self.opened[i, j],
-            np.where(self.opened[i, j], weight, 0.0), i * m + j,
-        )  # fmt: skip
+        columns = self._solve(columns.reshape(self.radial.size, -1))
+        weight, opened = -self.pull[i, j], self.opened[i, j]
+        label = i * len(self.radial) + j
+        return _Hinges(columns, self.response[i, j], weight, opened, np.where(opened, weight, 0.0), label)
 
     def _norms(self, chosen: Bool) -> _Hinges:
         """Hinges of the chosen neurons' norms, ``-1 - growth <= 0``."""
         j = np.flatnonzero(chosen)
-        m, w = len(self.neurons.output), len(self.gradient) // len(self.neurons.output)
-        columns = np.zeros((m, w, len(j)))
-        columns[j, :, np.arange(len(j))] = -self._radial()[j]
-        norms = self.beta * self.neurons.norms
-        cap = np.full(len(j), _NORM_WEIGHT * norms.max())
-        closed = np.zeros(len(j), dtype=bool)
-        return _Hinges(self._solve(columns.reshape(m * w, -1)), np.full(len(j), -1.0), cap, closed, norms[j], -1 - j)
-
-    def _radial(self) -> Float:
-        """Derivative of ``log ||s_j|| ||c_j||`` (m, q + K)."""
-        first, output = self.neurons.first.T, self.neurons.output
-        return np.hstack([first, output]) / self.neurons.norms[:, None]  # balanced: both norms squared
+        columns = np.zeros((*self.radial.shape, len(j)))
+        columns[j, :, np.arange(len(j))] = -self.radial[j]
+        columns, norms = self._solve(columns.reshape(self.radial.size, -1)), self.beta * self.neurons.norms
+        cap, closed = np.full(len(j), _NORM_WEIGHT * norms.max()), np.zeros(len(j), dtype=bool)
+        return _Hinges(columns, np.full(len(j), -1.0), cap, closed, norms[j], -1 - j)
 
     def _missing(self, hinges: _Hinges, change: Float) -> tuple[Bool, Bool]:
-        """Convex kinks and norms that a step crosses and that are not among the hinges."""
+        """Convex kinks and norms that a step crosses and the hinges lack."""
         ahead = self.response + self.rows @ change[:, : self.rows.shape[1]].T
         crossed = ((ahead > 0) != self.opened) & (self.pull < 0) & (np.abs(ahead) > 1e-9 * self.size)
-        leaving = np.sum(self._radial() * change, axis=1) < -1 - 1e-9
+        leaving = np.sum(self.radial * change, axis=1) < -1 - 1e-9
         crossed.flat[hinges.label[hinges.label >= 0]] = False
         leaving[-1 - hinges.label[hinges.label < 0]] = False
         return crossed, leaving
-
-    def _step(self, hinges: _Hinges, z: Float, change: Float) -> NewtonStep:
-        predicted = -float(self.gradient @ z + 0.5 * z @ z) - hinges.increase(z)
-        q = self.rows.shape[1]
-        return NewtonStep(change[:, :q].T, change[:, q:], np.sum(self._radial() * change, axis=1), predicted)
 
 
 class _Hinges(NamedTuple):
@@ -176,11 +161,6 @@ class _Hinges(NamedTuple):
     opened: Bool  # whose slope is in the gradient already
     theta: Float  # multipliers, 0 <= theta <= weight
     label: Index  # of a kink: its flat index; of a norm: -1 - j
-
-    @classmethod
-    def none(cls, size: int) -> _Hinges:
-        empty = np.zeros(0)
-        return cls(np.zeros((size, 0)), empty, empty, empty.astype(bool), empty, empty.astype(np.intp))
 
     def joined(self, other: _Hinges) -> _Hinges:
         return _Hinges(*(np.concatenate(pair, axis=-1) for pair in zip(self, other, strict=True)))
@@ -195,7 +175,7 @@ class _Hinges(NamedTuple):
         return self._replace(theta=theta), -(base + self.columns @ theta)
 
     def increase(self, z: Float) -> float:
-        """What the hinges add to the linear part of the model."""
+        """Value that the hinges add to the linear part of the model."""
         moved = self.columns.T @ z
         added = np.maximum(self.offset + moved, 0) - np.maximum(self.offset, 0) - self.opened * moved
         return float(self.weight @ added)

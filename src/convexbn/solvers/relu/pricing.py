@@ -1,8 +1,8 @@
 """Where is ``||V'(A u)_+||`` large? Local maxima from many starts, and branch and bound in low rank.
 
-What a network lacks lies mostly near the neurons that it has, behind a kink or two: starts around them find it.
-The best random starts lead to the neurons themselves, since at an optimum these are the largest local maxima, and
-what is missing elsewhere is found from the others. So all of them are followed.
+Missing neurons lie mostly near the present ones, behind a kink or two: starts around them find these. The best random
+starts lead to the present neurons, since at an optimum these are the largest local maxima, and the others to neurons
+that are missing elsewhere. So all starts are followed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from convexbn import bounds
 from convexbn._types import Float, is_over
 from convexbn.bounds.local_search import ascend, distinct, hidden_norms, normalise, scattered
 
-#: Starts are followed up to this many entries of ``starts x n x q``, and at least 30; so many of them at a time.
-_FOLLOWED_ENTRIES = 1 << 23
-_CLIMBED_ENTRIES = 1 << 21
-
-#: How far from the neurons the starts around them are, as tangents of the angle: at first, and in later batches.
-_NEAR, _NEARER, _FARTHER = 0.3, 0.1, 1.0
-
-#: Steps of an ascent.
-_ROUNDS = 10
-
-#: Cones of the branch and bound.
-_NODES = 5_000
+_FOLLOWED_ENTRIES = 1 << 23  # of starts x n x q, up to which starts are followed; at least 30 are
+_CLIMBED_ENTRIES = 1 << 21  # of starts x n x q that are followed at a time
+_NEAR, _NEARER, _FARTHER = 0.3, 0.1, 1.0  # tangents of the angle of starts to neurons: at first, in later batches
+_ROUNDS = 10  # steps of an ascent
+_NODES = 5_000  # cones of the branch and bound
 
 
 class Pricing:
@@ -35,12 +28,16 @@ class Pricing:
     V : ndarray (n, K)
     A : ndarray (n, q)
         Orthonormal columns.
+    starts : int
+        Starts of a search, fewer if the data are large.
+    rng : numpy.random.Generator
     deadline : float, optional
         ``time.monotonic()`` at which to stop.
     """
 
-    def __init__(self, V: Float, A: Float, deadline: float | None) -> None:
-        self.V, self.A, self.deadline = V, A, deadline
+    def __init__(self, V: Float, A: Float, starts: int, rng: np.random.Generator, deadline: float | None) -> None:
+        self.V, self.A, self.starts, self.rng, self.deadline = V, A, starts, rng, deadline
+        self.followed = int(np.clip(_FOLLOWED_ENTRIES // A.size, min(30, starts), starts))
         self.neurons = self.found = np.zeros((0, A.shape[1]))
         self.values = np.zeros(0)
 
@@ -50,44 +47,39 @@ class Pricing:
         return float(self.values.max(initial=0.0))
 
     def above(self, threshold: float, keep: int) -> Float:
-        """Distinct directions with values above the threshold, best first, at most ``keep``."""
+        """At most ``keep`` distinct directions with values above the threshold, best first."""
         above = self.values > threshold
         return distinct(self.found[above], self.values[above], keep)
 
     @property
     def late(self) -> bool:
-        """No time is left."""
+        """Whether the deadline has passed."""
         return is_over(self.deadline)
 
-    def from_neurons(self, directions: Float, starts: int, rng: np.random.Generator) -> None:
+    def from_neurons(self, directions: Float) -> None:
         """Take the directions (m, q), and climb from them and from around them."""
         self.neurons = normalise(directions)
         self._add(self.neurons)
         self._climb(self.neurons)
-        self._climb(scattered(self.neurons, self._affordable(starts), _NEAR, rng))
+        self._climb(scattered(self.neurons, self.followed, _NEAR, self.rng))
 
-    def from_random(self, starts: int, rng: np.random.Generator) -> None:
-        """Climb from further around the neurons and from random directions, fewer where the data are large."""
-        followed = self._affordable(starts)
+    def from_random(self) -> None:
+        """Climb from further around the neurons and from random directions."""
         for spread in _NEARER, _FARTHER:
-            self._climb(scattered(self.neurons, followed // 3, spread, rng))
-        self._climb(rng.standard_normal((followed // 3, self.A.shape[1])))
-        if followed == starts and not self.late:
-            self._add(bounds.local_maxima(self.V, self.A, starts // 3, rng, rounds=_ROUNDS)[1])
+            self._climb(scattered(self.neurons, self.followed // 3, spread, self.rng))
+        self._climb(self.rng.standard_normal((self.followed // 3, self.A.shape[1])))
+        if self.followed == self.starts and not self.late:
+            self._add(bounds.local_maxima(self.V, self.A, self.starts // 3, self.rng, rounds=_ROUNDS)[1])
 
     def by_branch_and_bound(self, threshold: float, tolerance: float) -> bool:
-        """In low rank look everywhere; True when no cone is left that is open, but for those too thin to be split."""
+        """Search everywhere in low rank; True when no cone is open any more, or only those too thin to split."""
         if self.A.shape[1] > bounds.MAX_RANK or self.late:
             return False
         enclosure = bounds.branch_and_bound(
-            self.V, self.A, tol=tolerance, max_nodes=_NODES, deadline=self.deadline, start=self.found,
-            target=threshold,
-        )  # fmt: skip
+            self.V, self.A, tol=tolerance, max_nodes=_NODES, deadline=self.deadline, start=self.found, target=threshold
+        )
         self._add(enclosure.maximiser[None, :])
         return enclosure.stopped_by in ("tolerance", "rounding")
-
-    def _affordable(self, starts: int) -> int:
-        return int(np.clip(_FOLLOWED_ENTRIES // self.A.size, min(30, starts), starts))
 
     def _climb(self, directions: Float) -> None:
         scale = np.abs(self.V).max(initial=0.0) or 1.0

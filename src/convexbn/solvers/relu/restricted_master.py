@@ -2,8 +2,8 @@
 
     min over r >= 0   L(sum_j r_j (A u_j)_+ c_j') + beta sum_j r_j,    ||u_j|| = ||c_j|| = 1
 
-It is convex, has one variable a neuron, and its solution uses few of them, whatever the starting norms: it
-tells which of many neurons are needed, how much of each, and whether new ones are of use.
+It is convex with one variable a neuron. Its solution uses few of them, whatever the starting norms: it tells which of
+many neurons are needed, how much of each, and whether new ones are of use.
 """
 
 from __future__ import annotations
@@ -15,22 +15,17 @@ from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.box_qp import minimise_over_box
 
-#: Norms are dropped below this multiple of the largest.
-_DROPPED = 1e-7
+_DROPPED = 1e-7  # relative to the largest norm: smaller ones are dropped
 
 
-def with_best_norms(
-    program: ReluProgram, neurons: Neurons, max_iter: int = 30, deadline: float | None = None
-) -> Neurons:
-    """The same directions and outputs with the norms of least objective, by Newton's method over ``r >= 0``.
+def with_best_norms(program: ReluProgram, neurons: Neurons, deadline: float | None = None) -> Neurons:
+    """Neurons with the norms of least objective at fixed directions and outputs, by Newton's method over ``r >= 0``.
 
     Parameters
     ----------
     program : ReluProgram
         With one case a row.
     neurons : Neurons
-    max_iter : int, default=30
-        Newton steps.
     deadline : float, optional
         ``time.monotonic()`` at which to stop.
     """
@@ -47,7 +42,7 @@ def with_best_norms(
 
     value = objective(norms)
     largest = np.full(len(norms), value / weight_decay)  # the losses are nonnegative
-    for _ in range(max_iter):
+    for _ in range(30):
         if not len(norms) or is_over(deadline):
             break
         outputs = hidden @ (norms[:, None] * unit.output)

@@ -1,23 +1,22 @@
 """Mini-batch gradient descent on many rows, with momentum on the whitened data, in float32.
 
-On whitened rows batch normalisation has become plain weight decay (mathematics, section 0), so that no statistics
-are needed and a batch is two layers,
+On whitened rows batch normalisation has become plain weight decay (mathematics, section 0). So no statistics are needed
+and a batch is two layers,
 
     min  1/W sum_i w_i l((a_i'first)_+ output, y_i) + lam / 2 (||first||^2 + ||output||^2),
 
-with rows scaled by ``sqrt(W)``, ``W`` the total weight, and ``lam = beta / sqrt(W)``: what a trainer calls the weight
-decay of the mean loss. Outputs are in units of ``loss.output_scale``, so that units of the targets do not matter. A
-step takes four matrix products, ``4 b (q + K) m + 2 b K m`` flops. It is the network whose statistics are those of all
-rows; one that is trained with the statistics of each batch has their noise besides.
+with rows scaled by ``sqrt(W)``, ``W`` the total weight, and the weight decay ``lam = beta / sqrt(W)`` of the mean loss.
+Outputs are in units of ``loss.output_scale``, so that units of the targets do not matter. A step takes four matrix
+products, ``4 b (q + K) m + 2 b K m`` flops. The network has the statistics of all rows; training with the statistics of
+each batch adds their noise.
 
 Images of a convolutional network are batches of whitened patches, ``4 b Kp q m`` flops; some images at a time, so that
-their hidden units, which are written and read five times, stay in the cache. What threads share is said in
-``sgd_workers``.
+their hidden units, which are written and read five times, stay in the cache. See ``sgd_workers`` for the threads.
 
 On two cores with 158 GFLOP/s in float32 a step of 250 rows in 201 directions runs at 74 (1000 neurons) to 91 GFLOP/s
 (2000). On one core with 93, images of 196 patches run at 47 (109 directions, 300 filters, 3 x 3 regions; their two
 products alone at 70); beside another job, with 73, at 37 (70), and images of 784 patches at 26 (50, 200, 7 x 7; 41):
-what is left is made of patches, rectifiers and pooling (``benchmarks/convolution.py kernel``).
+patches, rectifiers and pooling take the rest (``benchmarks/convolution.py kernel``).
 """
 
 from __future__ import annotations
@@ -29,21 +28,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from convexbn._threads import workers
-from convexbn._types import Float, FloatMatrix, is_over
+from convexbn._types import Float, is_over
+from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.relu.sgd_workers import Batches, DataParallel, ModelParallel, StepSettings
+from convexbn.solvers.relu.sgd_workers import Batches, DataParallel, ModelParallel
 
-#: Share of the training in which the learning rate rises, and where it begins relative to the largest.
-_WARM_UP, _FIRST = 0.25, 0.04
-
-#: Loss of an epoch, relative to that of outputs of zero and to that of the start, above both of which it has diverged,
-#: and what the learning rate is then divided by.
-_OF_ZERO, _OF_START, _SLOWER = 10.0, 2.0, 4.0
-
-#: Rows that show how large the hidden layer is, the fewest images, and the share taken of the learning rate that is
-#: stable there, which is ``2 (1 + momentum)`` over the largest eigenvalue of the Hessian of the output layer.
-_SAMPLE, _FEWEST, _STABLE = 1000, 50, 1.0
+_WARM_UP, _FIRST = 0.25, 0.04  # share of the training in which the learning rate rises, and its relative start
+_OF_ZERO, _OF_START = 10.0, 2.0  # a descent diverges above so many times both the loss of zero and that of its start
+_SLOWER = 4.0  # divisor of the learning rate after a divergence
+_SAMPLE, _FEWEST = 1000, 50  # rows, and fewest images, that estimate the size of the hidden layer
+_STABLE = 1.0  # share of the stable learning rate, 2 (1 + momentum) over the top eigenvalue of the output Hessian
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,8 @@ class SGD:
         Passes over the rows.
     batch_size : int, default=250
     learning_rate : float, default=0.2
-        Largest learning rate of the mean loss. Where the loss is nearly quadratic it is lowered to what is stable for
-        the hidden layer at the start.
+        Largest learning rate of the mean loss. For a nearly quadratic loss it is lowered to what is stable for the
+        hidden layer at the start.
     momentum : float, default=0.9
     """
 
@@ -69,7 +64,7 @@ class SGD:
     def run(
         self, program: ReluProgram, start: Neurons, rng: np.random.Generator, deadline: float | None = None
     ) -> Iterator[tuple[Neurons, float]]:
-        """Train given neurons; yields the network after each epoch and the loss on its way.
+        """Yield the network after each epoch and the loss on its way; a descent that diverges begins again slower.
 
         Parameters
         ----------
@@ -78,23 +73,19 @@ class SGD:
         rng : numpy.random.Generator
             Orders the batches.
         deadline : float, optional
-            ``time.monotonic()``: the learning rate falls as fast as it needs to be there in time. Where the descent
-            diverges all begins again at a smaller learning rate.
+            ``time.monotonic()`` by which the learning rate falls to zero.
         """
-        loss, root = program.loss, float(np.sqrt(program.row_weights.sum()))
-        decay = program.weight_decay * root / float(loss.weights.sum()) / loss.output_scale
-        step = StepSettings(root, decay, self.momentum)
-        parallel = ModelParallel if program.readout.rows_per_case == 1 else DataParallel
         with workers() as threads:
-            batches, most = Batches(program, root), _OF_ZERO * loss.value(np.zeros_like(loss.targets))
+            batches, most = Batches(program), _OF_ZERO * program.loss.value(np.zeros_like(program.loss.targets))
+            parallel = ModelParallel if batches.readout.rows_per_case == 1 else DataParallel
             largest, late = self._largest_rate(batches, start, rng), False
             while not late:
-                clock = _Clock(self.epochs * -(-len(loss.targets) // self.batch_size), deadline)
-                layers = parallel(start, threads, program, step)
-                for neurons, value in self._epochs(layers, batches, largest, clock, rng):
-                    late = clock.late
+                clock = _Clock(self.epochs * -(-len(program.loss.targets) // self.batch_size), deadline)
+                layers = parallel(start, threads, batches, self.momentum)
+                for neurons, value in self._epochs(layers, batches.loss, largest, clock, rng):
+                    late = is_over(deadline)
                     if not value <= most:
-                        most = max(most, _OF_START * loss.value(program.outputs(start)))
+                        most = max(most, _OF_START * program.loss.value(program.outputs(start)))
                     if not (value <= most and np.isfinite(neurons.norms).all()):
                         largest /= _SLOWER
                         break
@@ -103,21 +94,15 @@ class SGD:
                     return
 
     def _epochs(
-        self,
-        layers: ModelParallel | DataParallel,
-        batches: Batches,
-        largest: float,
-        clock: _Clock,
-        rng: np.random.Generator,
+        self, layers: ModelParallel | DataParallel, loss: Loss, largest: float, clock: _Clock, rng: np.random.Generator
     ) -> Iterator[tuple[Neurons, float]]:
         """The network after each epoch and the loss on its way, at a largest learning rate."""
-        loss = batches.loss
         outputs = np.zeros_like(loss.targets)
         for _ in range(self.epochs):
             order, seen = rng.permutation(len(outputs)), 0
             while seen < len(outputs) and clock.done < 1:
                 batch = order[seen : seen + self.batch_size]
-                layers.step(batches, batch, largest * shape(clock.tick()), outputs)
+                outputs[batch] = layers.step(batch, largest * shape(clock.tick()))
                 seen += len(batch)
             layers.settle()
             value = loss.of_rows(order[:seen]).value(outputs[order[:seen]])
@@ -126,14 +111,15 @@ class SGD:
                 return
 
     def _largest_rate(self, batches: Batches, start: Neurons, rng: np.random.Generator) -> float:
-        """The learning rate, or where the loss is nearly quadratic what is stable for the hidden layer."""
+        """The learning rate; for a nearly quadratic loss at most what is stable for the hidden layer."""
         loss, readout = batches.loss, batches.readout
         if not loss.nearly_quadratic:
             return self.learning_rate
         first = start.first / batches.root / np.sqrt(loss.output_scale)
         sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // readout.rows_per_case, _FEWEST)]
         blocks = (np.maximum(rows @ first, 0) for _, rows in batches.pieces(sample, len(start.output)))
-        square = _largest_square(np.concatenate([readout.pool(hidden) for hidden in blocks]))
+        hidden = np.concatenate([readout.pool(block) for block in blocks])
+        square = float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)  # of the mean of h h' over its rows h
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 
 
@@ -145,7 +131,7 @@ def shape(done: float) -> float:
 
 
 def random_start(program: ReluProgram, directions: Float, rng: np.random.Generator) -> Neurons:
-    """Neurons along normal directions: hidden units of order one, outputs of the size that the loss asks for.
+    """Neurons along normal directions, with hidden units of order one and outputs of the size that the loss asks for.
 
     Parameters
     ----------
@@ -162,7 +148,7 @@ def random_start(program: ReluProgram, directions: Float, rng: np.random.Generat
 
 
 class _Clock:
-    """Share of the training that is over, by steps or by time, whichever ends first."""
+    """Completed share of the training, by steps or by time, whichever ends first."""
 
     def __init__(self, steps: int, deadline: float | None) -> None:
         self.steps, self.deadline, self.started = steps, deadline, time.monotonic()
@@ -176,13 +162,3 @@ class _Clock:
             self.done = max(self.done, min(spent, 1.0))
         self._ticks += 1
         return self.done
-
-    @property
-    def late(self) -> bool:
-        """Whether the time is over."""
-        return is_over(self.deadline)
-
-
-def _largest_square(hidden: FloatMatrix) -> float:
-    """Largest eigenvalue of the mean of ``h h'`` over the rows ``h`` of a hidden layer."""
-    return float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)
