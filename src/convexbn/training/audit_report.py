@@ -1,4 +1,4 @@
-"""Audit: what is proved of a trained network, and what its gap means, in words."""
+"""Audit of a trained network: the numbers proved, and the meaning of the gap in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from convexbn.certificate.status import Status
 
 
 class Cause(StrEnum):
-    """What most of the gap is made of."""
+    """The largest part of a gap."""
 
     NONE = "none"
     OPTIMISATION = "optimisation"
@@ -20,16 +20,16 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """Objective of a trained network, a lower bound of every network's, and what the gap means.
+    """Objective of a trained network, a lower bound for all networks, and the meaning of the gap.
 
-    All numbers are in the units of the loss that was given (torch's mean, say), except for those of ``certificate``.
+    All numbers are in the units of the given loss (such as torch's mean), except for those of ``certificate``.
 
     Attributes
     ----------
     objective : float
         Loss with the full-batch statistics plus weight decay, of the numbers as they stand.
     balanced_objective : float
-        The same after rescaling every neuron to its least penalty, with the best output bias where there is one.
+        Objective after rescaling every neuron to its least penalty, with the best output bias if the layers have one.
     lower_bound : float
         No network of the scope has a smaller objective.
     tol : float
@@ -38,23 +38,21 @@ class Audit:
     cause : Cause
         The largest part of the gap.
     explanation : str
-        One paragraph on what the gap means and what to do.
+        One paragraph: what the gap means and what to do.
     scope : str
-        Among what the network is compared.
+        The networks that this one is compared with.
     factor : float
-        What the sum of the losses over rows is multiplied with.
+        Factor of the sum of the losses over rows.
     weight_decay : float
         Beta of the program, against the sum of the losses.
     n_neurons : int
-        Neurons that are used.
+        Number of neurons of nonzero norm.
     loss, stored_loss : float
         Loss with the full-batch statistics of the rows, and in eval mode with the stored ones.
     trained_on_objective : float or None
-        What the same neurons reach when they are trained on; None where it was not tried.
-    best_known : float
-        Smallest objective of a network that was seen: this one, or one of ours.
-    best_n_neurons : int
-        Its neurons.
+        Objective of its neurons after further training; None if that was not tried.
+    best_known, best_n_neurons : float, int
+        Smallest objective of all networks seen, this one and ours, and the number of its neurons.
     universal : bool
         Whether the bound also holds for all other features of these rows: whatever the layers before compute.
     certificate : Certificate
@@ -91,69 +89,56 @@ class Audit:
         return self.gap / self.balanced_objective if self.balanced_objective else 0.0
 
 
-def scope_of(deep: bool, has_bias: bool) -> str:
-    """Among what a network is compared, in words."""
-    layers = "the last two layers on these features" if deep else "the network"
-    return f"{layers}, of any width{', with an output bias' if has_bias else ''}"
-
-
 def explanation_of(report: Audit, bound: str, in_time: bool) -> str:
-    """What was measured, what it means, what to do."""
+    """Explain what was measured, what it means, and what to do.
+
+    Parameters
+    ----------
+    report : Audit
+        All of it but the explanation.
+    bound : str
+        Name of the lower bound.
+    in_time : bool
+        Whether the further training of the network's neurons ended before its time limit.
+    """
     if report.status is Status.NUMERICAL:
         return report.certificate.sentence
-    parts = [_measured(report, bound)]
+    left = f"{gap:.1%}" if (gap := report.relative_gap) >= 1e-3 else f"{gap:.1g}"
+    parts = [
+        f"{report.scope[0].upper()}{report.scope[1:]}: the objective is {report.balanced_objective:.9g} (norms "
+        f"balanced; {report.objective:.9g} as it stands), and the least possible is at least "
+        f"{report.lower_bound:.9g} ({bound}): no more than {left} of the objective can be won."
+    ]
     if report.cause is Cause.NONE:
         parts.append("Nothing is left to win by longer training or more neurons.")
     elif report.trained_on_objective is None:
         parts.append(_UNSEARCHED[report.cause])
     else:
-        parts.append(_reached(report, in_time))
+        far = "" if in_time else ", as far as time allowed"
+        parts.append(
+            f"Trained on from where they stand{far}, its {report.n_neurons} neurons reach "
+            f"{report.trained_on_objective:.9g}; the best network that we found has {report.best_n_neurons} and "
+            f"reaches {report.best_known:.9g}."
+        )
         parts.append(_MEANING[report.cause].format(few=report.n_neurons, more=report.best_n_neurons))
     if report.universal:
         parts.append("The bound holds for all features of these rows: whatever the layers before compute.")
     return " ".join(parts)
 
 
-def _measured(report: Audit, bound: str) -> str:
-    return (
-        f"{report.scope[0].upper()}{report.scope[1:]}: the objective is {report.balanced_objective:.9g} (norms "
-        f"balanced; {report.objective:.9g} as it stands), and the least possible is at least "
-        f"{report.lower_bound:.9g} ({bound}): no more than {_share(report.relative_gap)} of the objective can be won."
-    )
-
-
-def _share(part: float) -> str:
-    return f"{part:.1%}" if part >= 1e-3 else f"{part:.1g}"
-
-
-def _reached(report: Audit, in_time: bool) -> str:
-    far = "" if in_time else ", as far as time allowed"
-    return (
-        f"Trained on from where they stand{far}, its {report.n_neurons} neurons reach "
-        f"{report.trained_on_objective:.9g}; the best network that we found has {report.best_n_neurons} and reaches "
-        f"{report.best_known:.9g}."
-    )
-
-
+#: The meaning of the cause of a gap after a search.
 _MEANING = {
-    Cause.OPTIMISATION: (
-        "Most of the gap is optimisation error: train longer, with a smaller learning rate at the end or another start."
-    ),
-    Cause.WIDTH: (
-        "Most of the gap is for want of neurons: {few} against {more}; widen the hidden layer (a local minimum of the "
-        "narrow one cannot be told from this)."
-    ),
-    Cause.BOUND: (
-        "Most of the gap lies between that and the bound, which is valid and may be loose, unless our search stopped "
-        "short: allow more time, or raise the weight decay."
-    ),
+    Cause.OPTIMISATION: "Most of the gap is optimisation error: train longer, with a smaller learning rate at the end "
+    "or another start.",
+    Cause.WIDTH: "Most of the gap is for want of neurons: {few} against {more}; widen the hidden layer (a local "
+    "minimum of the narrow one cannot be told from this).",
+    Cause.BOUND: "Most of the gap lies between that and the bound, which is valid and may be loose, unless our search "
+    "stopped short: allow more time, or raise the weight decay.",
 }
 
-
+#: Its meaning without one.
 _UNSEARCHED = {
-    Cause.OPTIMISATION: (
-        "A local search finds a neuron that would lower the objective: train longer or widen the hidden layer, and "
-        "allow more time to learn which."
-    ),
+    Cause.OPTIMISATION: "A local search finds a neuron that would lower the objective: train longer or widen the "
+    "hidden layer, and allow more time to learn which.",
     Cause.BOUND: "A local search finds no neuron that would lower the objective: most of the gap may be a loose bound.",
 }

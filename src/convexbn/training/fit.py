@@ -1,9 +1,10 @@
-"""From a training set to a certified network: program, solver and judge put together."""
+"""Certified networks from a training set: program, solver and judge put together."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import Budget, Progress, Solution, Solver
+from convexbn.solvers.base import Budget, Progress, Solver
 from convexbn.solvers.closed_form import ClosedForm, NoFormulaError
 from convexbn.solvers.gated.conic import Conic
 from convexbn.solvers.gated.group_newton import GroupNewton
@@ -28,19 +29,17 @@ from convexbn.solvers.relu.large_scale import LargeScale
 from convexbn.solvers.relu.sgd import SGD
 from convexbn.training.training_set import IMAGES_DESCENT, TrainingSet
 
-#: Rows up to which ``solver="auto"`` factorises n x n matrices; beyond the fewer of them only where a factorisation has
-#: no more flops than so many pairs of products with the rows.
+#: ``solver="auto"`` factorises n x n matrices up to ``NEWTON_ROWS`` rows; beyond ``FEW_ROWS`` only if a factorisation
+#: has no more flops than ``PRODUCTS`` pairs of products with the rows.
 NEWTON_ROWS, FEW_ROWS, PRODUCTS = 6000, 2500, 20
 
 #: Entries ``n q`` of the whitened rows up to which ReLU networks are trained by column generation.
 PRICING_ENTRIES = 1 << 20
 
-
-#: Rows beyond which an epoch has so many steps that the polish takes no more than a fifth of the descent's time, which
-#: one iteration for this many epochs is: on CIFAR-10 two lower the objective by .4 per cent in the time of two and a
-#: half epochs, of which the last three of 15 lower it by 1.7.
+#: Beyond ``FEW_STEPS_ROWS`` rows the polish takes at most a fifth of the descent's time: one iteration for every
+#: ``EPOCHS_A_POLISH`` epochs. On CIFAR-10 two iterations lower the objective by .4 per cent in the time of two and a
+#: half epochs; the last three of 15 epochs lower it by 1.7.
 FEW_STEPS_ROWS, EPOCHS_A_POLISH = 20_000, 8
-
 
 #: Share of a time limit that the ReLU solver may take before the proof begins.
 SOLVER_SHARE = 0.5
@@ -59,7 +58,7 @@ SOLVERS: dict[str, Callable[..., Solver[GatedProgram, GateBlocks]]] = {
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained network, its certificate and how it was reached."""
+    """A trained network, its certificate, and the solver's history."""
 
     network: BatchNormNetwork
     certificate: Certificate
@@ -78,7 +77,7 @@ def fit_gated(
     budget: Budget | None = None,
     start: GateBlocks | None = None,
 ) -> Fit:
-    """Solve the program of some gates, read the network off its blocks, and have it judged on the raw rows.
+    """Solve a gated program, read the network off its blocks, and have it judged on the raw rows.
 
     Parameters
     ----------
@@ -86,16 +85,13 @@ def fit_gated(
     program : GatedProgram
         On the rows of ``data``.
     gates : (ndarray (d, P), ndarray (P,))
-        Directions and offsets of its gates.
-    solver : str, default="auto"
+        Directions and offsets of the program's gates.
+    solver : str
         A name of ``SOLVERS``, or ``"auto"``.
-    tol : float, default=1e-6
-        Relative gap that counts as optimal.
-    max_iter : int or None, default=None
-        Limit of the solver's iterations; None takes the solver's own.
-    budget : Budget, optional
-    start : GateBlocks, optional
-        A warm start.
+    tol, max_iter : float, int or None
+        Relative gap that counts as optimal, and limit of the iterations; None for the solver's own limit.
+    budget, start : Budget, GateBlocks, optional
+        Limits of time, and a warm start.
 
     Raises
     ------
@@ -104,7 +100,10 @@ def fit_gated(
     """
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method = SOLVERS[choose_solver(solver, program)](**settings)
-    solution = _finite(method.solve(program, start, budget))
+    solution = method.solve(program, start, budget)
+    index, values = solution.weights
+    if not np.isfinite(values).all():
+        solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
     network = BatchNormNetwork.from_blocks(data.whitening, solution.weights, *gates, data.convolution)
     proof = judged(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True)
     return Fit(network, proof, solution.history, solution.n_iter)
@@ -120,10 +119,10 @@ def fit_relu(
     rng: np.random.Generator | None = None,
     start: Neurons | None = None,
 ) -> Fit:
-    """Train over all patterns, by formula where there is one and by search elsewhere, and have the network judged.
+    """Train over all patterns, by formula if there is one and else by search, and have the network judged.
 
-    Of a time limit the solver takes ``SOLVER_SHARE`` at most; the proof has the rest, and no time after a callback has
-    asked to stop.
+    The solver takes at most ``SOLVER_SHARE`` of a time limit, the proof the rest. A callback that asks to stop leaves
+    the proof no time.
 
     Parameters
     ----------
@@ -131,18 +130,17 @@ def fit_relu(
     weight_decay : float
     solver : ReluSettings, optional
         Width, starts and iterations.
-    tol : float, default=1e-6
+    tol : float
         Relative gap that counts as optimal.
-    budget : Budget, optional
-    rng : numpy.random.Generator, optional
-        For random neurons and batches.
-    start : Neurons, optional
-        A warm start.
+    budget, rng, start : Budget, numpy.random.Generator, Neurons, optional
+        Limits of time, the source of random neurons and batches, and a warm start.
     """
     program, budget = data.relu_program(weight_decay), budget or Budget()
-    try:
-        solution = _by_formula(data, program)
-    except NoFormulaError:
+    solution = None
+    if data.has_orthogonal_rows:
+        with suppress(NoFormulaError):
+            solution = ClosedForm().solve(program)
+    if solution is None:
         share = None if budget.time_limit is None else SOLVER_SHARE * budget.time_limit
         method = (solver or ReluSettings()).solver_for(data, tol)
         solution = method.solve(program, start, replace(budget, time_limit=share), rng)
@@ -155,16 +153,14 @@ def fit_relu(
 
 @dataclass(frozen=True)
 class ReluSettings:
-    """How ReLU networks are trained.
+    """Settings of ReLU training.
 
     Parameters
     ----------
-    width : int or None, default=None
-        Neurons to begin with; None takes the solver's own.
-    n_starts : int, default=1
+    width, max_iter : int or None
+        Neurons to begin with, and rounds of column generation or, on many rows, epochs; None for the solver's own.
+    n_starts : int
         Mini-batch descents whose mean is the network, on many rows.
-    max_iter : int or None, default=None
-        Rounds of column generation, or epochs on many rows; None takes the solver's own.
     """
 
     width: int | None = None
@@ -172,7 +168,7 @@ class ReluSettings:
     max_iter: int | None = None
 
     def solver_for(self, data: TrainingSet, tol: float) -> Solver[ReluProgram, Neurons]:
-        """Column generation, or on many rows mini-batch descents, of which an iteration is an epoch."""
+        """Column generation, or on many rows mini-batch descents, one epoch an iteration."""
         given: dict[str, Any] = {} if self.width is None else {"width": self.width}
         if data.whitening.rows.size <= PRICING_ENTRIES:
             return ColumnGeneration(tol=PRICING_TOL * tol, max_iter=self.max_iter, **given)
@@ -185,21 +181,6 @@ class ReluSettings:
         return LargeScale(**given, n_starts=self.n_starts, descent=replace(descent, epochs=epochs))
 
 
-def _by_formula(data: TrainingSet, program: ReluProgram) -> Solution[Neurons]:
-    """The globally optimal network at rank n - 1 for targets that have a formula."""
-    if not data.has_orthogonal_rows:
-        raise NoFormulaError("the whitened rows are not square.")
-    return ClosedForm().solve(program)
-
-
-def _finite(solution: Solution[GateBlocks]) -> Solution[GateBlocks]:
-    """The solution, or the zero one stopped by ``"numerical"`` when a block is not finite."""
-    index, values = solution.weights
-    if np.isfinite(values).all():
-        return solution
-    return replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
-
-
 def judged(
     data: TrainingSet,
     network: BatchNormNetwork,
@@ -210,19 +191,15 @@ def judged(
     own_rows: bool = False,
     deadline: float | None = None,
 ) -> Certificate:
-    """Judge a network on the rows of a training set, for the gates of a program or as a ReLU network.
+    """Judge a network from the raw rows of a training set, for the gates of a program or as a ReLU network.
 
     Parameters
     ----------
-    data : TrainingSet
-        Its raw rows are what every answer is recomputed from.
-    network : BatchNormNetwork
+    data, network : TrainingSet, BatchNormNetwork
     program : GatedProgram or ReluProgram
         On the rows of ``data``.
-    tol : float, default=1e-6
-        Relative gap that counts as optimal.
-    stopped_by, own_rows, deadline
-        As in ``certificate.certify``.
+    tol, stopped_by, own_rows, deadline
+        As in ``certificate.certify``, ``tol`` in its question.
     """
     with single_scipy_blas():
         return certify(
@@ -231,10 +208,10 @@ def judged(
 
 
 def choose_solver(solver: str, program: GatedProgram) -> str:
-    """Resolve ``"auto"``: descent in subspaces, and for the squared loss on few rows Newton on the group scales.
+    """Resolve ``"auto"``: descent in subspaces, or for the squared loss on few rows Newton on the group scales.
 
     Newton takes some five factorisations of size ``n``, descent to 1e-6 some sixty pairs of products with the rows.
-    Either is the faster on its side of the line, or level, on the twelve data sets of ``benchmarks/choice.py``.
+    On the twelve data sets of ``benchmarks/choice.py`` neither is slower than the other on its side of the line.
     """
     if solver != "auto":
         return solver

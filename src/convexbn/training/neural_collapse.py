@@ -1,4 +1,4 @@
-"""Neural collapse: how far the features of a layer and the classifier on them have collapsed to one point a class.
+"""Neural collapse: how far the features of a layer and their classifier have collapsed to one point a class.
 
 The four measures are those of Papyan, Han, Donoho, "Prevalence of neural collapse during the terminal phase of deep
 learning training", PNAS 2020. Every class counts the same, whatever its number of samples: the global mean is the mean
@@ -13,20 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from convexbn._types import EPS, Float, FloatMatrix, Index
-from convexbn.data.blocks import BlockSize
 from convexbn.program.losses import LOSSES
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.closed_form import ClosedForm
 
-#: Entries of the distances held at once (rows times classes times features).
-_BLOCK_ENTRIES = 1 << 22
-
 
 @dataclass(frozen=True)
 class CollapseMetrics:
-    """Four measures, 0 where the features have collapsed; ``nan`` where class means coincide.
+    """The four measures of neural collapse: 0 after a collapse, ``nan`` if class means coincide.
 
     Attributes
     ----------
@@ -55,7 +52,7 @@ class CollapseMetrics:
 def collapse_metrics(
     features: FloatMatrix, labels: np.ndarray, classifier: FloatMatrix, bias: FloatMatrix | None = None
 ) -> CollapseMetrics:
-    """Neural collapse of the features of the last hidden layer.
+    """Neural collapse of the last hidden layer's features.
 
     Parameters
     ----------
@@ -68,10 +65,6 @@ def collapse_metrics(
     bias : ndarray (K,), optional
         Bias of the last layer.
 
-    Returns
-    -------
-    CollapseMetrics
-
     Raises
     ------
     ValueError
@@ -79,8 +72,8 @@ def collapse_metrics(
 
     Notes
     -----
-    ``S_W`` and ``S_B`` are means over the classes. A class of features 0 (its neuron is dead) has equal outputs,
-    of which the first counts as the largest.
+    ``S_W`` and ``S_B`` are means over the classes. If the features of a class are 0 (its neuron is dead), its outputs
+    are equal, and the first counts as the largest.
 
     Examples
     --------
@@ -90,8 +83,7 @@ def collapse_metrics(
     0.0
     """
     features, classifier = np.asarray(features, dtype=np.float64), np.asarray(classifier, dtype=np.float64)
-    labels = _checked_labels(features, np.asarray(labels), classifier)
-    K = classifier.shape[1]
+    labels, K = _checked_labels(features, np.asarray(labels), classifier), classifier.shape[1]
     counts = np.bincount(labels, minlength=K)
     sums = np.zeros((K, features.shape[1]))
     np.add.at(sums, labels, features)
@@ -105,12 +97,12 @@ def collapse_metrics(
         angle_deviation=deviation,
         duality_centred=_distance_of_directions(classifier.T, centred),
         duality_uncentred=_distance_of_directions(classifier.T, means),
-        disagreement=float(np.mean(outputs.argmax(axis=1) != _nearest(features, means))),
+        disagreement=float(np.mean(outputs.argmax(axis=1) != cdist(features, means, "sqeuclidean").argmin(axis=1))),
     )
 
 
 def optimal_collapse(counts: Sequence[int], weight_decay: float, *, loss: str) -> CollapseMetrics:
-    """Neural collapse at the global optimum by formula: of any deep network whose last features reach rank n - 1.
+    """Neural collapse at the global optimum of any deep network whose last features reach rank n - 1, by formula.
 
     Parameters
     ----------
@@ -137,14 +129,13 @@ def optimal_collapse(counts: Sequence[int], weight_decay: float, *, loss: str) -
     if loss not in ("squared", "cross_entropy"):
         raise ValueError(f"loss must be 'squared' or 'cross_entropy', whose targets are one-hot; got {loss!r}.")
     weights, K = np.asarray(counts, dtype=np.float64), len(counts)
-    # rows of a class have equal hidden activations at the optimum, so one row of its weight stands for all of them
+    # the rows of a class have equal hidden activations at the optimum: one row of their total weight stands for them
     rows = np.diag(1 / np.sqrt(weights))
     program = ReluProgram(rows, LOSSES[loss](np.eye(K), weights), weight_decay)
-    neurons = ClosedForm().solve(program).weights
-    first, output = neurons.first, neurons.output
-    root = np.sqrt(np.linalg.norm(output, axis=1))  # the first layer has unit norms
-    labels = np.repeat(np.arange(K), counts)
-    return collapse_metrics((np.maximum(rows @ first, 0) * root)[labels], labels, output / root[:, None])
+    neurons, labels = ClosedForm().solve(program).weights, np.repeat(np.arange(K), counts)
+    root = np.sqrt(np.linalg.norm(neurons.output, axis=1))  # the first layer has unit norms
+    hidden = np.maximum(rows @ neurons.first, 0) * root
+    return collapse_metrics(hidden[labels], labels, neurons.output / root[:, None])
 
 
 def _checked_labels(features: Float, labels: np.ndarray, classifier: Float) -> Index:
@@ -183,11 +174,3 @@ def _distance_to_simplex(centred: Float) -> tuple[float, float]:
 def _distance_of_directions(one: Float, other: Float) -> float:
     lengths = np.linalg.norm(one), np.linalg.norm(other)
     return float(np.linalg.norm(one / lengths[0] - other / lengths[1])) if all(lengths) else float("nan")
-
-
-def _nearest(features: Float, means: Float) -> Index:
-    """Nearest class mean of every row, the first of equal ones."""
-    nearest = np.empty(len(features), dtype=np.intp)
-    for part in BlockSize(means.size, _BLOCK_ENTRIES).slices(len(features)):
-        nearest[part] = ((features[part, None, :] - means) ** 2).sum(axis=2).argmin(axis=1)
-    return nearest

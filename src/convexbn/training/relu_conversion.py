@@ -1,13 +1,13 @@
-"""From a gated network to a plain ReLU network with the same outputs on the training rows.
+"""Conversion of a gated network to a plain ReLU network with the same outputs on the training rows.
 
-A neuron ``u`` of the gate ``D`` adds ``D A u c'``. Where some direction opens on exactly the rows of ``D`` (the gate is
+A neuron ``u`` of the gate ``D`` adds ``D A u c'``. If some direction opens on exactly the rows of ``D`` (the gate is
 realised), the cone ``{s : (2 D - I) A s >= 0}`` has an interior, and ``u`` is the difference ``p - m`` of two of its
 vectors. On them the gate is the ReLU's own, so ``D A u = (A p)_+ - (A m)_+``: two ReLU neurons, with outputs ``c`` and
-``-c``. Blocks of several outputs are split atom by atom of their SVD. The norms are the smallest for the block; they
-are larger than the gated ones, the more so the thinner the cone, and that is the price of dropping the gates.
+``-c``. Blocks of several outputs are split atom by atom of their SVD. The norms are the smallest for the block. They
+are larger than the gated ones, the more so the thinner the cone: the price of dropping the gates.
 
 With ``rank`` below that of the data, gates on the raw features cut the rows in ways that no direction of the whitened
-data does. Such gates are counted and refused, or moved to the nearest direction and the program solved again.
+data does. Such gates are refused, with their number, or moved to the nearest direction and the program solved again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import numpy as np
 from convexbn._types import EPS, Float, Index
 from convexbn.certificate.certificate import Certificate
 from convexbn.data.preactivations import PreActivations
-from convexbn.data.whitening import Whitening
-from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows
+from convexbn.program.gated import GateBlocks, GatedProgram
 from convexbn.program.gates import first_of_each_pattern, gate_patterns
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
@@ -32,7 +31,7 @@ from convexbn.training.training_set import TrainingSet
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """A ReLU network, and what became of the gated one's objective on the way.
+    """A ReLU network made of a gated one, with the objectives before and after.
 
     Attributes
     ----------
@@ -40,10 +39,8 @@ class Conversion:
         The ReLU network; its outputs on the training rows are those of the gated network.
     certificate : Certificate
         Its objective over all patterns, with the orthant's lower bound.
-    objective_before : float
-        Objective of the gated network that was given.
-    objective_realised : float
-        Objective of the gated network that was split: after the gates that are not realised were moved.
+    objective_before, objective_realised : float
+        Objective of the given network, and after the gates that were not realised were moved.
     n_unrealisable : int
         Gates of the given network that no direction of the whitened data realises.
     output_error : float
@@ -77,18 +74,15 @@ def to_relu(
 
     Parameters
     ----------
-    data : TrainingSet
-        The rows that the network was trained on.
-    network : BatchNormNetwork
-        The gated network.
-    gates, gate_offsets : ndarray (d, P), (P,)
-        All gates of its program.
-    weight_decay : float
+    data, network : TrainingSet, BatchNormNetwork
+        The gated network, and the rows that it was trained on.
+    gates, gate_offsets, weight_decay : ndarray (d, P), (P,), float
+        All gates of its program, and its weight decay.
     tol : float
         Relative gap of the certificate, and of the program that ``"nearest"`` solves.
     unrealisable : {"refuse", "nearest"}
-        What to do with gates that no direction of the whitened data realises: an error with their number, or solve
-        the program again with the gates of the directions nearest to them.
+        Whether gates that no direction of the whitened data realises are an error, or are moved to the nearest
+        directions and the program solved again.
 
     Raises
     ------
@@ -107,9 +101,13 @@ def to_relu(
         network = fit_gated(data, program, (gates, gate_offsets), tol=tol).network
         split = _SplitProgram.from_network(data, network, weight_decay)
     if missing := split.n_unrealisable:
-        raise ValueError(_refusal(missing, len(split.blocks), data.whitening))
+        raise ValueError(
+            f"{missing} of the {len(split.blocks)} gates that the network uses are not realised on the whitened data "
+            f"(rank {data.whitening.rank} of {data.whitening.numerical_rank}): no ReLU neuron opens on exactly their "
+            "rows. Train with gates='whitened' or with rank=None, or convert with unrealisable='nearest'."
+        )
     converted = BatchNormNetwork.from_neurons(data.whitening, split.split())
-    # the proof is not what the conversion is for: the orthant alone
+    # a cheap proof, of the orthant alone: the conversion is not for its sake
     proof = judged(data, converted, data.relu_program(weight_decay), tol=tol, own_rows=True, deadline=0.0)
     outputs = network.predict(data.X)
     error = np.abs(converted.predict(data.X) - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float64).tiny)
@@ -117,7 +115,7 @@ def to_relu(
 
 
 def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
-    """First-layer columns and output rows of a network on the whitened rows of ``data``: a warm start of pricing."""
+    """Neurons of a network on the whitened rows of ``data``: a warm start of pricing."""
     weights = data.row_weights
     responses = PreActivations.compute(data.inputs, network.weight, weights, rank=data.whitening.rank)
     coordinates = responses.products(data.whitening.rows, weights)
@@ -128,7 +126,7 @@ def neurons_of(data: TrainingSet, network: BatchNormNetwork) -> Neurons:
 
 
 def blocks_of(neurons: Neurons, gate_index: Index) -> tuple[Index, Float]:
-    """First neuron of every gate that a network uses (m,), and the block ``S_i`` of that gate (m, q, K)."""
+    """Index (m,) of the first neuron of every gate in use, and the blocks ``S_i`` of these gates (m, q, K)."""
     _, first, place = np.unique(gate_index, return_index=True, return_inverse=True)
     blocks = np.zeros((len(first), len(neurons.first), neurons.output.shape[1]))
     np.add.at(blocks, place, neurons.first.T[:, :, None] * neurons.output[:, None, :])
@@ -137,7 +135,10 @@ def blocks_of(neurons: Neurons, gate_index: Index) -> tuple[Index, Float]:
 
 @dataclass(frozen=True)
 class _SplitProgram:
-    """Gates that a network uses, their nearest directions on the whitened rows (q, m), and its blocks (m, q, K)."""
+    """Program of the gates that a network uses, their nearest directions on the whitened rows (q, m), and its blocks.
+
+    The blocks (m, q, K) are sums over the neurons of every gate.
+    """
 
     program: GatedProgram
     directions: Float
@@ -145,12 +146,11 @@ class _SplitProgram:
 
     @classmethod
     def from_network(cls, data: TrainingSet, network: BatchNormNetwork, weight_decay: float) -> _SplitProgram:
-        """Sum the neurons of every gate."""
         gates, offsets, index = network.fixed_gates
         first, blocks = blocks_of(neurons_of(data, network), index)
         gates, offsets = gates[:, first], offsets[first]
         program = data.gated_program(gates, offsets, weight_decay)
-        return cls(program, _directions(data, gates, offsets), blocks)
+        return cls(program, nearest_directions(data.X, data.whitening, data.loss.weights, gates, offsets), blocks)
 
     @property
     def objective(self) -> float:
@@ -158,43 +158,29 @@ class _SplitProgram:
         return self.program.objective(GateBlocks(np.arange(len(self.blocks)), self.blocks))
 
     @property
-    def _operator(self) -> MaskedRows:
-        return self.program.operator
-
-    @property
     def n_unrealisable(self) -> int:
-        """Gates that no direction of the whitened rows realises."""
-        return int((~realised(self._operator.rows, self._operator.patterns, self.directions)).sum())
+        """Number of gates that no direction of the whitened rows realises."""
+        operator = self.program.operator
+        return int((~realised(operator.rows, operator.patterns, self.directions)).sum())
 
     def split(self) -> Neurons:
-        """Two ReLU neurons an atom of every block."""
+        """Two ReLU neurons for each atom of every block."""
         left, values, right = np.linalg.svd(self.blocks, full_matrices=False)
         cut = EPS * max(self.blocks.shape[1:]) * values.max(axis=1, initial=0.0, keepdims=True)
         block, atom = np.nonzero((values > cut) & (values > 0))
         vectors, output = values[block, atom][:, None] * left[block, :, atom], right[block, atom]
-        positive, negative = difference_in_cones(self._operator.rows, self._operator.patterns.T[block], vectors)
+        operator = self.program.operator
+        positive, negative = difference_in_cones(operator.rows, operator.patterns.T[block], vectors)
         return Neurons(np.vstack([positive, negative]).T, np.vstack([output, -output]))
 
 
-def _directions(data: TrainingSet, gates: Float, offsets: Float) -> Float:
-    return nearest_directions(data.X, data.whitening, data.loss.weights, gates, offsets)
-
-
 def _with_nearest(data: TrainingSet, gates: Float, offsets: Float) -> tuple[Float, Float]:
-    """The gates, those that are not realised moved to the nearest direction, of equal patterns the first."""
+    """Gates with those not realised moved to the nearest direction; of equal patterns the first is kept."""
     whitening = data.whitening
-    directions = _directions(data, gates, offsets)
+    directions = nearest_directions(data.X, whitening, data.loss.weights, gates, offsets)
     opened = gate_patterns(data.X, whitening.mean, gates, offsets)
     kept = realised(whitening.rows[:], opened, directions)
     moved = whitening.projection @ directions[:-1], directions[-1] / np.sqrt(whitening.total_weight)
     gates, offsets = np.where(kept, gates, moved[0]), np.where(kept, offsets, moved[1])
     first = first_of_each_pattern(gate_patterns(data.X, whitening.mean, gates, offsets))
     return gates[:, first], offsets[first]
-
-
-def _refusal(n_unrealisable: int, n_gates: int, whitening: Whitening) -> str:
-    return (
-        f"{n_unrealisable} of the {n_gates} gates that the network uses are not realised on the whitened data (rank "
-        f"{whitening.rank} of {whitening.numerical_rank}): no ReLU neuron opens on exactly their rows. Train with "
-        "gates='whitened' or with rank=None, or convert with unrealisable='nearest'."
-    )

@@ -1,4 +1,4 @@
-"""What a network was trained for elsewhere, in the terms of this package.
+"""The objective of a network that torch trained, in the terms of this package.
 
 Torch minimises ``factor * L(F) + 1/2 sum of decays times squares``, with ``L`` a sum over rows. The decays of batch
 norm (scale and offset) and of the last layer act through their product alone, since a neuron's two layers can be
@@ -19,12 +19,12 @@ from convexbn.program.targets import checked_targets, numbers, ranked_labels, re
 
 
 def torch_losses() -> dict[str, str]:
-    """Torch's losses, and those of this package that they are a multiple of."""
+    """Names of torch's losses, and the losses of this package of which they are multiples."""
     return {loss.torch_name: name for name, loss in LOSSES.items() if loss.torch_name}
 
 
 def loss_names() -> list[str]:
-    """All names of a loss: those of this package are sums over rows, torch's are means as torch's own default."""
+    """All names of losses: those of this package are sums over rows; torch's are means, as is torch's default."""
     return [*LOSSES, *torch_losses()]
 
 
@@ -37,11 +37,9 @@ class TrainedLoss:
     name : str
         A key of ``losses.LOSSES``.
     targets : ndarray (n, K)
-        As that loss takes them.
-    factor : float
-        What multiplies the sum over rows.
-    huber_delta : float
-        Of the Huber loss.
+        In the form that the loss takes.
+    factor, huber_delta : float
+        Factor of the sum over rows, and the parameter of the Huber loss.
     """
 
     name: str
@@ -60,7 +58,7 @@ class TrainedLoss:
         label_smoothing: float = 0.0,
         huber_delta: float = 1.0,
     ) -> TrainedLoss:
-        """Loss by a name of this package or of torch, with targets as they are given to torch.
+        """Loss by a name of this package or of torch, with targets in torch's form.
 
         Parameters
         ----------
@@ -73,17 +71,13 @@ class TrainedLoss:
             hinge -1 and +1; for ``"BCEWithLogitsLoss"`` numbers in [0, 1].
         n_outputs : int
             ``K``.
-        reduction : {"mean", "sum"}
-            Of torch's losses.
-        label_smoothing : float
-            Of torch's cross-entropy.
-        huber_delta : float
-            Of the Huber loss.
+        reduction, label_smoothing, huber_delta : {"mean", "sum"}, float, float
+            For torch's losses, torch's cross-entropy and the Huber loss.
 
         Raises
         ------
         ValueError
-            For another loss, and targets that are not its own.
+            For an unknown loss, and targets that do not suit it.
 
         Examples
         --------
@@ -92,27 +86,26 @@ class TrainedLoss:
         """
         if name not in loss_names():
             raise ValueError(f"loss must be one of {', '.join(loss_names())}; got {name!r}.")
-        by_torch = torch_losses()
-        own = by_torch.get(name, name)
-        if name in by_torch and LOSSES[own].target_kind == "signs":
+        own = torch_losses().get(name, name)
+        of_torch, kind = own != name, LOSSES[own].target_kind
+        if of_torch and kind == "signs":
             targets = numbers(y, n_outputs)
             require(bool((np.abs(targets - 0.5) <= 0.5).all()), f"{name} takes targets in [0, 1]")
             targets = 2 * targets - 1
         else:
             targets = checked_targets(y, n_outputs, own)
-        probabilities = LOSSES[own].target_kind == "probabilities"
-        if probabilities:
+        if kind == "probabilities":
             targets = (1 - label_smoothing) * targets + label_smoothing / n_outputs
         if not 0 < huber_delta < np.inf:
             raise ValueError(f"huber_delta must be a positive number, got {huber_delta}.")
-        factor = LOSSES[own].torch_factor if name in by_torch else 1.0
-        if name in by_torch and reduction == "mean":
-            factor /= len(targets) if probabilities else targets.size
+        factor = LOSSES[own].torch_factor if of_torch else 1.0
+        if of_torch and reduction == "mean":
+            factor /= len(targets) if kind == "probabilities" else targets.size
         return cls(own, targets, factor, huber_delta)
 
     @property
     def kind(self) -> LossKind:
-        """``L`` before it is bound to targets."""
+        """``L``, not yet bound to targets."""
         return loss_kind(self.name, huber_delta=self.huber_delta)
 
     def value(self, outputs: Float) -> float:
@@ -127,14 +120,10 @@ class Objective:
     Attributes
     ----------
     loss : TrainedLoss
-    hidden_decay : float
-        Of batch norm's scale and offset, relative to the summed loss.
-    output_decay : float
-        Of the last layer's weight.
-    bias_decay : float
-        Of the last layer's bias, 0 for none.
+    hidden_decay, output_decay, bias_decay : float
+        Of batch norm's scale and offset, the last layer's weight and its bias, relative to the summed loss.
     rows_together : int
-        Rows of batch norm for each of the loss: the locations of a convolution.
+        Rows of batch norm for each row of the loss: the locations of a convolution.
     """
 
     loss: TrainedLoss
@@ -145,7 +134,7 @@ class Objective:
 
     @classmethod
     def with_weight_decay(cls, loss: TrainedLoss, weight_decay: float) -> Objective:
-        """The objective of this package: beta on ``gamma = sqrt(n) scale``, ``shift = sqrt(n) offset`` and ``C``."""
+        """Objective of this package: beta on ``gamma = sqrt(n) scale``, ``shift = sqrt(n) offset`` and ``C``."""
         if not 0 < weight_decay < np.inf:
             raise ValueError(f"weight_decay must be a positive number, got {weight_decay}.")
         return cls(loss, len(loss.targets) * weight_decay, weight_decay)
@@ -154,15 +143,13 @@ class Objective:
     def with_optimizer_decay(
         cls, loss: TrainedLoss, hidden: float, output: float | None = None, bias: float | None = None
     ) -> Objective:
-        """The objective of an optimiser that adds its weight decay to the gradient: ``factor L + decay / 2 squares``.
+        """Objective of an optimiser that adds its weight decay to the gradient: ``factor L + decay / 2 squares``.
 
         Parameters
         ----------
         loss : TrainedLoss
-        hidden : float
-            The optimiser's ``weight_decay`` of batch norm.
-        output, bias : float, optional
-            Those of the last layer; by default the same.
+        hidden, output, bias : float
+            The optimiser's ``weight_decay`` of batch norm, and those of the last layer, by default equal to it.
         """
         output, bias = (hidden if decay is None else decay for decay in (output, bias))
         if not (0 < hidden < np.inf and 0 < output < np.inf and 0 <= bias < np.inf):
@@ -176,11 +163,10 @@ class Objective:
     @property
     def weight_decay(self) -> float:
         """Beta of the program: ``sqrt(hidden_decay output_decay / n)``, ``n`` the rows of batch norm."""
-        n = len(self.loss.targets) * self.rows_together
-        return float(np.sqrt(self.hidden_decay * self.output_decay / n))
+        return float(np.sqrt(self.hidden_decay * self.output_decay / (len(self.loss.targets) * self.rows_together)))
 
     def value(self, layers: Layers, outputs: Float) -> float:
-        """Objective of layers with these outputs on the training rows: penalties of the numbers as they stand."""
+        """Objective of layers with these outputs on the training rows, with the penalties of the layers as given."""
         hidden = float(np.sum(layers.scale**2) + np.sum(layers.offset**2))
         penalty = self.hidden_decay * hidden + self.output_decay * float(np.sum(layers.output**2))
         penalty += self.bias_decay * float(layers.output_bias @ layers.output_bias)
@@ -188,22 +174,22 @@ class Objective:
 
 
 def targets_of_labels(name: str, y: np.ndarray[Any, Any], n_outputs: int) -> np.ndarray[Any, Any]:
-    """Targets of a loss from one column of a table: numbers, or class labels.
+    """Targets of a loss from one column of numbers or class labels.
 
     Parameters
     ----------
     name : str
-        As ``TrainedLoss.from_name``.
+        A name that ``TrainedLoss.from_name`` takes.
     y : ndarray (n,)
-        Numbers for a squared or Huber loss of one output. Else labels: integers from 0 to K - 1 are the numbers of the
-        outputs, others are put in order.
+        Numbers for a squared or Huber loss of one output. Else labels: integers from 0 to K - 1 number the outputs;
+        others are ranked.
     n_outputs : int
         ``K``.
 
     Raises
     ------
     ValueError
-        When the number of labels is not that of the outputs.
+        When there are not as many labels as outputs.
 
     Examples
     --------

@@ -1,10 +1,10 @@
-"""Rows made ready for training: canonical, merged, whitened, with their loss, gates and programs."""
+"""Training sets: canonical, merged and whitened rows with their loss, gates and programs."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,13 +25,13 @@ from convexbn.program.relu import ReluProgram
 from convexbn.solvers import closed_form
 from convexbn.solvers.relu.sgd import SGD, random_start
 
-#: Fraction of the largest useful weight decay that ``weight_decay="auto"`` takes.
+#: ``weight_decay="auto"`` is this fraction of the largest useful one.
 AUTO_FRACTION = 0.02
 
-#: The descent whose neurons are trained gates, and rows that it sees at least, each as often as it takes.
+#: The descent that trains gates; it repeats the rows until it has seen at least so many.
 GATES_DESCENT, GATES_ROWS = SGD(epochs=8, learning_rate=0.2), 250_000
 
-#: The descent on images: one is as many patches, which agree on a class.
+#: The descent on images; batches are small, because an image is many patches that agree on a class.
 IMAGES_DESCENT = SGD(batch_size=100)
 
 
@@ -50,9 +50,9 @@ class TrainingSet:
     fingerprint : str
         Hash of the canonical rows, targets and weights.
     inputs : ndarray (n, d), or PatchMatrix
-        What the first layer sees: the rows, or the patches of the images.
+        Inputs of the first layer: the rows, or the patches of the images.
     convolution : Convolution or None
-        Where the rows are images, of whose patches the first layer is made.
+        If given, the rows are images, and the first layer acts on their patches.
     """
 
     X: FloatMatrix
@@ -74,23 +74,23 @@ class TrainingSet:
         convolution: Convolution | None = None,
         **whitening: Any,
     ) -> TrainingSet:
-        """Canonical order, merging and whitening: of the rows, or of the patches of images.
+        """Sort, merge and whiten rows, or the patches of images.
 
         Parameters
         ----------
         X : ndarray (n, d)
             Finite rows of any real type.
         Y : ndarray (n, K)
-            Targets as the loss takes them.
+            Targets of the loss.
         sample_weight : ndarray (n,)
             Weights, not negative; rows of weight zero are left out.
         loss : callable
-            Binds targets and weights to a loss.
+            Makes a loss of targets and weights.
         merge_features : bool, default=True
-            Whether rows of equal features are merged whatever their targets, where the loss depends on their mean:
-            averaged for the squared loss, soft labels for those of classes. Formulas and exact ReLU training need it.
+            Whether to merge rows of equal features and different targets, if the loss depends on the targets' mean
+            alone: averages for the squared loss, soft labels for classes. Formulas and exact ReLU training need it.
         convolution : Convolution, optional
-            Where the rows are flattened images.
+            If given, the rows are flattened images.
         **whitening
             ``rank``, ``spectral_filter`` and ``input_eps``, as in ``whiten``.
         """
@@ -106,12 +106,12 @@ class TrainingSet:
 
     @property
     def readout(self) -> Readout:
-        """What the loss sees of the hidden units of a case's rows."""
+        """Map from hidden units to the inputs of the output layer."""
         return readout_of(self.convolution)
 
     @property
     def row_weights(self) -> Float:
-        """Weights of what the first layer sees."""
+        """Weights of the inputs of the first layer."""
         return self.readout.row_weights(self.loss.weights)
 
     @property
@@ -121,80 +121,83 @@ class TrainingSet:
         return self.convolution is None and square and not self.whitening.filtered
 
     def leading(self, rank: int | float | None, spectral_filter: float | None = None) -> TrainingSet:
-        """The same rows on fewer directions, or filtered: one SVD serves them all, see ``Whitening.leading``."""
+        """Training set on fewer directions, or filtered, from the same SVD: see ``Whitening.leading``."""
         return replace(self, whitening=self.whitening.leading(rank, spectral_filter))
 
     def relu_program(self, weight_decay: float) -> ReluProgram:
-        """The ReLU program on these rows."""
+        """ReLU program on these rows."""
         return ReluProgram(self.whitening.rows, self.loss, weight_decay, self.readout)
 
     def gated_program(self, gates: Float, gate_offsets: Float, weight_decay: float = 1.0) -> GatedProgram:
-        """The gated program on these rows, of gates (d, P) with offsets (P,)."""
+        """Gated program on these rows.
+
+        Parameters
+        ----------
+        gates, gate_offsets : ndarray (d, P), (P,)
+        weight_decay : float
+        """
         patterns = gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets)
         return GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, weight_decay)
 
     def question(self, program: GatedProgram | ReluProgram, tol: float) -> Question:
-        """What a network on these rows is judged by."""
+        """Question that the certificate of a network on these rows answers."""
         phi = self.whitening.filter if self.whitening.filtered else None
         return Question(self.inputs, self.whitening.mean, program, tol, self.whitening.truncated, phi)
 
     def draw_gates(
         self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
     ) -> tuple[Float, Float, GatedProgram]:
-        """Sampled or given gates, of equal training patterns the first, (d, P) and (P,), and their program.
+        """Sampled or given gates with their offsets, (d, P) and (P,), and their program; of equal patterns the first.
 
         Parameters
         ----------
         gates : {"data", "whitened", "trained"} or ndarray (d, P) or (d + 1, P)
-            How gates are drawn, or the gates, with offsets in the last row if there is one.
+            How gates are drawn, or the gates, optionally with offsets in a last row.
         n_gates : int
             Number of draws.
         random_state : numpy.random.RandomState
         """
         n, d = self.inputs.shape
         if isinstance(gates, str):
-            check_memory(n, d, n_gates)
-            drawn = self._trained_gates if gates == "trained" else functools.partial(sample_gates, gates)
-            directions, offsets = drawn(n_gates, self.whitening, random_state)
+            _check_memory(n, d, n_gates)
+            if gates == "trained":
+                directions, offsets = self._trained_gates(n_gates, random_state)
+            else:
+                directions, offsets = sample_gates(gates, n_gates, self.whitening, random_state)
         else:
-            directions, offsets = split_gates(np.asarray(gates, dtype=np.float64), d)
-            check_memory(n, d, len(offsets))
+            directions, offsets = _split_gates(np.asarray(gates, dtype=np.float64), d)
+            _check_memory(n, d, len(offsets))
         patterns = gate_patterns(self.inputs, self.whitening.mean, directions, offsets)
         kept = first_of_each_pattern(patterns)
         patterns = np.ascontiguousarray(patterns[:, kept])
         program = GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, 1.0)
         return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
 
-    def _trained_gates(
-        self, n_gates: int, whitening: Whitening, random_state: np.random.RandomState
-    ) -> tuple[Float, Float]:
-        """First layers of so many ReLU neurons after a short mini-batch descent: (d, P), (P,)."""
-        directions = sample_directions(n_gates, whitening, random_state)
-        untrained = self.gated_program(*gates_along(whitening, directions))
-        rng, n = np.random.default_rng(random_state.randint(2**31)), len(whitening.rows)
+    def _trained_gates(self, n_gates: int, random_state: np.random.RandomState) -> tuple[Float, Float]:
+        """First layers of ReLU neurons after a short mini-batch descent: directions (d, P) and offsets (P,)."""
+        directions = sample_directions(n_gates, self.whitening, random_state)
+        untrained = self.gated_program(*gates_along(self.whitening, directions))
+        rng = np.random.default_rng(random_state.randint(2**31))
         settings = GATES_DESCENT if self.convolution is None else IMAGES_DESCENT
-        descent = replace(settings, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // n)))
+        descent = replace(settings, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // len(self.whitening.rows))))
         program = self.relu_program(AUTO_FRACTION * untrained.max_weight_decay())
         neurons, _ = deque(descent.run(program, random_start(program, directions, rng), rng), maxlen=1).pop()
-        return gates_along(whitening, neurons.first)
+        return gates_along(self.whitening, neurons.first)
 
     def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
         """Smallest weight decay at which the zero ReLU network is optimal: local-search value and valid upper bound.
 
-        Equal at rank n - 1 where the targets have a formula; elsewhere infinity stands for a bound that is not asked
-        for.
+        The two are equal at rank n - 1 if the targets have a formula. Else the bound is infinite unless ``proved``.
         """
         if self.has_orthogonal_rows:
-            try:
+            with suppress(closed_form.NoFormulaError):
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
-            except closed_form.NoFormulaError:
-                pass
         program = self.relu_program(weight_decay=0.0)
         prover = ReluDualBounds(program, directions=np.zeros((0, program.n_inputs)))
         return prover.dual_norm(self.loss.negative_gradient(np.zeros_like(self.loss.targets)), proved=proved)
 
 
-def split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:
+def _split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:
     """Directions (d, P) and offsets (P,) of an array of gates (d, P), or (d + 1, P) with offsets last."""
     if gates.ndim != 2 or gates.shape[0] not in (d, d + 1) or gates.shape[1] == 0:
         raise ValueError(
@@ -206,8 +209,8 @@ def split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:
     return gates[:d], offsets
 
 
-def check_memory(n: int, d: int, n_gates: int) -> None:
-    """Refuse gates whose directions and patterns cannot fit in memory, before allocating them."""
+def _check_memory(n: int, d: int, n_gates: int) -> None:
+    """Refuse gates whose directions and patterns do not fit in memory, before allocating them."""
     needed = 8 * n_gates * (2 * d + 2 * n)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * physical:

@@ -1,4 +1,4 @@
-"""Warm starts of a path: points that were fitted before, on the whitened rows of the next."""
+"""Warm starts of a path: fitted points on the whitened rows of the next point."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from convexbn.training.training_set import TrainingSet
 
 
 def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks | Neurons | None:
-    """A solution near that of ``model``, from one or two fitted before it; None without any."""
+    """A point near the solution of an estimator; None if the former ones do not help.
+
+    Parameters
+    ----------
+    data : TrainingSet
+    model : estimator
+        Not yet fitted.
+    former : sequence of estimators
+        At most two, fitted at the points before.
+    """
     if not former or (draws_whitened(model) and model.rank != former[-1].rank):
-        return None  # whitened gates of another rank are others
+        return None  # whitened gates of another rank are other gates
     if model.activation == "relu":
         return _neurons(data, former[-1])
     blocks = _blocks(data, former[-1])
     if len(former) == 2 and former[0].rank == former[1].rank == model.rank:
         before, last, now = former[0].weight_decay, former[1].weight_decay, model.weight_decay
-        if (last - before) * (now - last) > 0:  # solutions are nearly linear in the weight decay, piece by piece
+        if (last - before) * (now - last) > 0:  # solutions are nearly piecewise linear in the weight decay
             blocks += (now - last) / (last - before) * (blocks - _blocks(data, former[0]))
     index = np.flatnonzero(blocks.any(axis=(1, 2)))
     return GateBlocks(index, blocks[index])
 
 
 def _blocks(data: TrainingSet, fitted: Any) -> Float:
-    """Blocks of all gates on the whitened rows of ``data`` (P, q, K)."""
+    """Blocks (P, q, K) of all gates on the whitened rows of ``data``."""
     network, neurons = fitted.network_, _neurons(data, fitted)
     first, blocks = blocks_of(neurons, network.gate_index)
     everywhere = np.zeros((len(fitted.gate_offsets_), *blocks.shape[1:]))
@@ -39,9 +48,9 @@ def _blocks(data: TrainingSet, fitted: Any) -> Float:
 
 
 def _neurons(data: TrainingSet, fitted: Any) -> Neurons:
-    """Both layers of a fitted network on the whitened rows of ``data``, whatever its rank.
+    """Both layers of a fitted network of any rank on the whitened rows of ``data``.
 
-    By the weights alone: a start need not be accurate, and products with all rows cost as much as some iterations.
+    Made of the weights alone: a start need not be accurate, and products with all rows cost as much as some iterations.
     """
     network, whitening = fitted.network_, data.whitening
     lengths = np.linalg.norm(whitening.projection, axis=0)
