@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: there is at every instant the former one or the new one, complete."""
+"""Files replaced in one step: at every instant the former or the new file is there, complete."""
 
 import contextlib
 import errno
@@ -10,15 +10,10 @@ from collections.abc import Iterator
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, by way of ``.<name>.<random>.tmp`` in the same folder.
+    """Write a file through ``.<name>.<random>.tmp`` in the same folder.
 
-    Only a killed process leaves the temporary file behind; it is never read and may be deleted.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The file; a symbolic link is written through. A former file keeps its permissions.
-    data : bytes
+    Symbolic links are followed, and a former file keeps its permissions. Only a killed process leaves the temporary
+    file behind; it is never read and may be deleted.
 
     Raises
     ------
@@ -31,7 +26,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let errors of the system name the file that the caller knows, not the temporary one."""
+    """Let OS errors name the caller's file, not the temporary one."""
     try:
         yield
     except OSError as error:
@@ -39,7 +34,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """Return the status of a regular file; refuse folders, and devices and pipes, which may never end."""
+    """Return the status of a regular file; refuse folders, devices and pipes."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL, "Not a regular file")
@@ -47,11 +42,11 @@ def regular(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def _replace(target: str, data: bytes) -> None:
-    """Put a complete, synced file in the place of the target, or leave all as it was."""
+    """Replace the target by a complete, synced file, or leave everything as it was."""
     former = regular(target) if os.path.lexists(target) else None
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
-    # Created no wider than the former file, so that no one reads more than before while it is written.
+    # Permissions no wider than those of the former file, so that nobody can read more while it is written.
     mode = stat.S_IMODE(former.st_mode) if former else 0o666
     try:
         with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
@@ -70,7 +65,7 @@ def _replace(target: str, data: bytes) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make the new name survive a loss of power."""
+    """Make the new name survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

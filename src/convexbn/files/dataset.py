@@ -1,4 +1,4 @@
-"""Rows to learn from, of a file or of a public data set."""
+"""Rows to learn from, read from a file or a public data set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data matrix, its target where there is one, and the test part where its authors split it.
+    """A data matrix with its target, if it has one, and its test part, if its authors split it.
 
     Attributes
     ----------
     name : str
-        What the data set is called; of a file, its name.
+        Name of the data set or of its file.
     X : ndarray (n, d)
-        The (training) rows, finite; one flattened image a row.
+        The (training) rows, finite; one flattened image per row.
     y : ndarray (n,) or None
         Class labels (int64 or text) or numbers (int64 or float64).
     X_test, y_test : ndarray or None
@@ -25,7 +25,7 @@ class Dataset:
     feature_names : tuple of str or None
         Names of the columns of a file.
     target : str or None
-        Name of the column that ``y`` is.
+        Name of the column in ``y``.
     image_shape : tuple of int or None
         Shape of a row that is an image or a signal, ``(height, width, channels)`` or ``(length, channels)``.
     """

@@ -21,15 +21,8 @@ from convexbn.files.dataset import Dataset
 __all__ = ["cifar10", "digits", "fashion_mnist"]
 
 _DEBIAN_HOME = Path("/usr/share/datasets/fashion-mnist")
-_FASHION_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+_FASHION_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 _UNSIGNED_BYTE = 0x08  # the idx format's code of its element type
-
-
 _CIFAR_ROWS = (50_000, 10_000)
 
 #: Environment variable with the folder of CIFAR-10.
@@ -37,12 +30,7 @@ CIFAR10_HOME = "CIFAR10_HOME"
 
 
 def digits() -> Dataset:
-    """Return the 1,797 handwritten digits of scikit-learn: float64 grey values 0 to 16, 8 x 8 pixels.
-
-    Returns
-    -------
-    Dataset
-        Without a test part.
+    """Return the 1,797 handwritten digits of scikit-learn: float64 grey values 0 to 16, 8 x 8 pixels, no test part.
 
     Examples
     --------
@@ -62,8 +50,8 @@ def fashion_mnist(data_home: str | os.PathLike[str] | None = None) -> Dataset:
     Parameters
     ----------
     data_home : str or path-like, optional
-        The folder of the four idx files, each plain or with the ending ``.gz``. None: where Debian's package
-        dataset-fashion-mnist puts them.
+        Folder of the four idx files, each plain or gzipped (``.gz``). None: the folder of Debian's package
+        dataset-fashion-mnist.
 
     Returns
     -------
@@ -73,20 +61,14 @@ def fashion_mnist(data_home: str | os.PathLike[str] | None = None) -> Dataset:
     Raises
     ------
     FileNotFoundError
-        If one of the files is missing; the sentence says how to get it.
+        If a file is missing; the message says how to get it.
     ValueError
-        If a file is not exactly what it should be; the sentence names the file and the rule.
+        If a file is not exactly as expected; the message names the file and the rule.
     """
     home = _DEBIAN_HOME if data_home is None else Path(data_home)
-    X, y, X_test, y_test = [_find(home, name) for name in _FASHION_FILES]
-    return Dataset(
-        "fashion-mnist",
-        _images(X, 60_000),
-        _labels(y, 60_000),
-        _images(X_test, 10_000),
-        _labels(y_test, 10_000),
-        image_shape=(28, 28, 1),
-    )
+    images, labels, test_images, test_labels = [_find(home, name) for name in _FASHION_FILES]
+    train, test = _grey_images(images, labels, 60_000), _grey_images(test_images, test_labels, 10_000)
+    return Dataset("fashion-mnist", *train, *test, image_shape=(28, 28, 1))
 
 
 def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
@@ -98,7 +80,7 @@ def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
     Parameters
     ----------
     data_home : str or path-like, optional
-        The folder of ``train.parquet`` and ``test.parquet``. None: the environment variable ``CIFAR10_HOME``.
+        Folder of ``train.parquet`` and ``test.parquet``. None: the environment variable ``CIFAR10_HOME``.
 
     Returns
     -------
@@ -108,11 +90,11 @@ def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
     Raises
     ------
     ImportError
-        Without pyarrow and Pillow (extra ``data``).
+        If pyarrow or Pillow (extra ``data``) is not installed.
     FileNotFoundError
-        If a file is missing; the sentence says what to give.
+        If a file is missing; the message says what to give.
     ValueError
-        If a file is not exactly what it should be; the sentence names the file and the rule.
+        If a file is not exactly as expected; the message names the file and the rule.
     """
     home = os.environ.get(CIFAR10_HOME) if data_home is None else data_home
     paths = [Path(home or "", f"{part}.parquet") for part in ("train", "test")]
@@ -128,15 +110,14 @@ def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
 
 
 def _coloured_images(path: Path, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Decode n images of 32 x 32 pixels, one a row, and their labels, batch by batch."""
+    """Decode n images of 32 x 32 pixels, one per row, and their labels, batch by batch."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
         from PIL import Image
     except ImportError as error:
         raise ImportError("reading CIFAR-10 needs pyarrow and Pillow: pip install 'convexbn[data]'.") from error
-    X, y = np.empty((n, 3072), dtype=np.uint8), np.empty(n, dtype=np.int64)
-    done = 0
+    X, y, done = np.empty((n, 3072), dtype=np.uint8), np.empty(n, dtype=np.int64), 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if file.metadata.num_rows != n:
@@ -148,13 +129,11 @@ def _coloured_images(path: Path, n: int) -> tuple[NDArray[np.uint8], NDArray[np.
                 y[done - len(batch) : done] = batch.column("label").to_numpy(zero_copy_only=False)
     except (pa.ArrowException, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error or 'no sound Parquet file with columns img and label'}") from error
-    if not np.array_equal(np.unique(y), np.arange(10)):
-        raise ValueError(f"{path}: the labels must be 0 to 9, each at least once")
-    return X, y
+    return X, _ten_classes(path, y)
 
 
 def _pixels(image: bytes, pillow: Any) -> NDArray[np.uint8]:
-    """Decode one image, after a look at its size."""
+    """Decode one image, after a check of its size."""
     try:
         with pillow.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
             if opened.size != (32, 32):
@@ -165,7 +144,7 @@ def _pixels(image: bytes, pillow: Any) -> NDArray[np.uint8]:
 
 
 def _find(home: Path, name: str) -> Path:
-    """Return the plain or the compressed file of this name."""
+    """Return the path of the plain or the gzipped file."""
     for path in (home / name, home / f"{name}.gz"):
         if path.is_file():
             return path
@@ -175,23 +154,23 @@ def _find(home: Path, name: str) -> Path:
     )
 
 
-def _images(path: Path, n: int) -> NDArray[np.uint8]:
-    """Read n images of 28 x 28 pixels, one a row."""
-    return _read_idx(path, (n, 28, 28)).reshape(n, -1)
+def _grey_images(images: Path, labels: Path, n: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read n images of 28 x 28 pixels, one per row, and their labels."""
+    X = _read_idx(images, (n, 28, 28)).reshape(n, -1)
+    return X, _ten_classes(labels, _read_idx(labels, (n,)).astype(np.int64))
 
 
-def _labels(path: Path, n: int) -> NDArray[np.int64]:
-    """Read n labels and check that they are the ten classes."""
-    labels = _read_idx(path, (n,)).astype(np.int64)
+def _ten_classes(path: Path, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the labels, or refuse them unless they are 0 to 9."""
     if not np.array_equal(np.unique(labels), np.arange(10)):
         raise ValueError(f"{path}: the labels must be 0 to 9, each at least once")
     return labels
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Read an idx file of unsigned bytes that must have this shape, header and length exact.
+    """Read an idx file of unsigned bytes; its header and length must be exactly those of the shape.
 
-    Never more than one byte beyond the expected length is read or decompressed.
+    At most one byte beyond the expected length is read or decompressed.
     """
     magic, dimensions = bytes([0, 0, _UNSIGNED_BYTE, len(shape)]), np.array(shape, dtype=">u4").tobytes()
     expected = prod(shape)

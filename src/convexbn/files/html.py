@@ -137,7 +137,13 @@ def picture(title: str, figure: Figure) -> Html:
 
 
 def page(title: str, parts: Iterable[Html], footer: Iterable[Html] = ()) -> bytes:
-    """The page, complete, as UTF-8."""
+    """Whole page as UTF-8.
+
+    Parameters
+    ----------
+    title : str
+    parts, footer : iterable of Html
+    """
     document = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

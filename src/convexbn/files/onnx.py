@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from convexbn._types import Float, FloatMatrix
+from convexbn._types import FloatMatrix
 from convexbn._version import __version__
 from convexbn.files.atomic import write_atomically
 from convexbn.program.layers import Layers, convertible
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import check_conversion
 
-#: What batch norm adds to the variance: a float32, as ONNX stores it.
+#: Batch norm adds this to the variance; a float32, as ONNX stores it.
 _EPS = float(np.float32(1e-5))
 
-#: Old enough for runtimes in use; the operators have not changed since.
+#: Old enough for the runtimes in use; later versions do not change the operators.
 _OPSET, _IR_VERSION = 17, 8
 
 
@@ -31,7 +31,7 @@ def export(
 ) -> None:
     """Write a network as an ONNX file, in one step: input ``X`` (rows, d), output ``outputs`` (rows, K).
 
-    A gated network has five nodes in place of Relu; its gates are in float64.
+    A gated network has five nodes in place of Relu; its gates are computed in float64.
 
     Parameters
     ----------
@@ -39,23 +39,23 @@ def export(
         ``network_`` of a fitted estimator.
     path : str or os.PathLike
     dtype : {"float32", "float64"}
-        Type of the numbers, the input and the output.
+        Type of the weights, the input and the output.
     X : ndarray (n, d), optional
-        Rows on which the outputs are compared before the file is written, besides random ones: the training rows show
-        what those miss where some features vary far more than others.
+        Rows on which the outputs are compared before the file is written, besides random ones. Training rows show
+        errors that random rows miss if some features vary far more than others.
     tol : float, optional
-        Largest difference of the outputs, relative to the largest; by default 1e-12 in float64, 1e-5 in float32.
+        Largest difference of the outputs, relative to the largest output; by default 1e-12 in float64, 1e-5 in float32.
 
     Raises
     ------
     ImportError
         When onnx is not installed.
     TypeError
-        For anything but a network.
+        When ``network`` is not a fully connected network.
     ValueError
-        For another type, and where the outputs differ by more than ``tol``: with the measured error.
+        When ``dtype`` is another type, or the outputs differ by more than ``tol``; the message has the measured error.
     OSError
-        When the file cannot be written; a former one is then intact.
+        When the file cannot be written; a former file is then intact.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def export(
 
 
 def _model(network: BatchNormNetwork, dtype: str) -> Any:
-    """The graph of a network of one neuron or more, as an ONNX ModelProto."""
+    """Build the ONNX ModelProto of a network with at least one neuron."""
     from onnx import helper, numpy_helper
 
     d, K = len(network.mean), network.output.shape[1]
@@ -98,24 +98,21 @@ def _model(network: BatchNormNetwork, dtype: str) -> Any:
         [numpy_helper.from_array(array, name) for name, array in _arrays(network, dtype).items()],
     )
     model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=_IR_VERSION,
-        producer_name="convexbn",
-        producer_version=__version__,
-    )
+        graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION,
+        producer_name="convexbn", producer_version=__version__,
+    )  # fmt: skip
     activation = "gated" if gated else "relu"
     helper.set_model_props(model, {"activation": activation, "n_effective": repr(network.n_effective)})
     return model
 
 
 def _nodes(gated: bool) -> list[tuple[Any, ...]]:
-    """Operator, inputs, outputs and attributes of every node."""
+    """List operator, inputs, outputs and attributes of every node."""
     from onnx import TensorProto
 
     statistics = ["scale", "offset", "running_mean", "running_var"]
     relu: list[tuple[Any, ...]] = [("Relu", ["normalised"], ["hidden"], {})]
-    gates = [  # in float64: rounding must not open or close one
+    gates = [  # in float64: rounding must not open or close a gate
         ("Cast", ["X"], ["wide"], {"to": TensorProto.DOUBLE}),
         ("Sub", ["wide", "mean"], ["centred"], {}),
         ("Gemm", ["centred", "gates", "gate_offsets"], ["openings"], {}),
@@ -131,11 +128,11 @@ def _nodes(gated: bool) -> list[tuple[Any, ...]]:
 
 
 def _arrays(network: BatchNormNetwork, dtype: str) -> dict[str, np.ndarray]:
-    """Arrays of the graph by name."""
+    """Return the arrays of the graph by name."""
     layers = Layers.from_network(network, dtype, _EPS)
     names = ("weight", "bias", "scale", "offset", "running_mean", "running_var", "output")
     arrays: dict[str, np.ndarray] = {name: getattr(layers, name).astype(dtype) for name in names}
     if network.gates is not None and network.gate_offsets is not None:
-        wide: dict[str, Float] = {"mean": network.mean, "gates": network.gates, "gate_offsets": network.gate_offsets}
-        arrays |= {**wide, "wide_zero": np.zeros(()), "zero": np.zeros((), dtype)}
+        arrays |= {"mean": network.mean, "gates": network.gates, "gate_offsets": network.gate_offsets}
+        arrays |= {"wide_zero": np.zeros(()), "zero": np.zeros((), dtype)}
     return arrays

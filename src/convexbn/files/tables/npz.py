@@ -1,82 +1,63 @@
-"""NPZ archives of numpy arrays; pickled objects inside are refused, never loaded."""
+"""NPZ archives of numpy arrays; pickled objects in them are refused, never loaded."""
 
 from __future__ import annotations
 
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convexbn.files.dataset import Dataset
-from convexbn.files.tables.table import TableError, cause, check_finite, check_memory, choose, declared, listed
+from convexbn.files.tables.table import Selection, TableError, check_finite, check_memory, declared, listed, sound
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What zipfile and numpy.lib.format raise on damaged bytes.
 _DAMAGE = (
-    ValueError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
+    ValueError, EOFError, LookupError, RuntimeError, SyntaxError, TypeError, tokenize.TokenError, zipfile.BadZipFile,
     zlib.error,
-)
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Member:
-    """An array of an archive as its header describes it."""
+class _Member(NamedTuple):
+    """An array of an archive, as its header describes it."""
 
     info: zipfile.ZipInfo
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
 
-def read_npz(path: Path, target: str | None, features: Sequence[str] | None) -> Dataset:
-    """Read an archive of numpy arrays; pickled objects inside are refused, never loaded."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _npz_table(archive, target, features)
-    except TableError:
-        raise
-    except _DAMAGE as error:
-        raise TableError(f"no sound .npz archive ({cause(error)}); write it again") from error
-
-
-def _npz_table(archive: zipfile.ZipFile, target: str | None, features: Sequence[str] | None) -> Dataset:
-    """Find the matrix and the target in an open archive, and read them."""
-    members = _members(archive)
-    name = _matrix_name(members)
-    rows, *shape = members[name].shape
-    width = prod(shape)
-    if not rows:
-        raise TableError(f"array {name!r} has no rows; add at least one")
-    if target is not None and (target not in members or members[target].shape != (rows,)):
-        shapes = ", ".join(f"{other!r} {member.shape}" for other, member in list(members.items())[:20])
-        raise TableError(f"has no array {target!r} of shape ({rows},) for the target; its arrays are {shapes}")
-    check_memory(8 * rows * width)
-    names = [f"x{index}" for index in range(width)]
-    chosen = choose(names, None, features)
-    matrix = _matrix(_array(archive, members[name]).reshape(rows, width))
-    if features is not None:
-        position = {column: index for index, column in enumerate(names)}
-        matrix = matrix[:, [position[wanted] for wanted in chosen]]
-    image_shape = tuple(shape) if len(shape) > 1 else None
-    labels = None if target is None else declared(_array(archive, members[target]), target)
-    return Dataset("", matrix, labels, feature_names=chosen, target=target, image_shape=image_shape)
+def read_npz(path: Path, wanted: Selection) -> Dataset:
+    """Read the feature matrix of an archive, and its target."""
+    with sound(".npz archive", *_DAMAGE), zipfile.ZipFile(path) as archive:
+        members, target = _members(archive), wanted.target
+        name = _matrix_name(members)
+        rows, *shape = members[name].shape
+        width = prod(shape)
+        if not rows:
+            raise TableError(f"array {name!r} has no rows; add at least one")
+        if target is not None and (target not in members or members[target].shape != (rows,)):
+            shapes = ", ".join(f"{other!r} {member.shape}" for other, member in list(members.items())[:20])
+            raise TableError(f"has no array {target!r} of shape ({rows},) for the target; its arrays are {shapes}")
+        check_memory(8 * rows * width)
+        chosen = Selection(None, wanted.features).choose([f"x{index}" for index in range(width)])
+        with np.errstate(over="ignore"):
+            matrix = np.asarray(_array(archive, members[name]).reshape(rows, width), dtype=np.float64)
+        for index, column in enumerate(matrix.T):  # a mask of the whole matrix would cost an eighth of it
+            check_finite(column, f"x{index}")
+        if wanted.features is not None:
+            matrix = matrix[:, [int(column[1:]) for column in chosen]]
+        image_shape = tuple(shape) if len(shape) > 1 else None
+        labels = None if target is None else declared(_array(archive, members[target]), target)
+        return Dataset(path.name, matrix, labels, feature_names=chosen, target=target, image_shape=image_shape)
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, _Member]:
-    """Read the headers of all arrays; refuse one that promises more data than its file holds."""
+    """Read the headers of all arrays; refuse one that promises more data than its entry holds."""
     members = {}
     for info in archive.infolist():
         if not info.filename.endswith(".npy"):
@@ -104,12 +85,8 @@ def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[
 
 
 def _matrix_name(members: dict[str, _Member]) -> str:
-    """Return the name of the array that holds the features: X, maybe of images or signals, or the only matrix."""
-    matrices = [
-        name
-        for name, member in members.items()
-        if len(member.shape) == 2 or (name == "X" and len(member.shape) in (3, 4))
-    ]
+    """Return the name of the feature array: X, possibly of images or signals, or the only matrix."""
+    matrices = [name for name, member in members.items() if len(member.shape) in ((2, 3, 4) if name == "X" else (2,))]
     if "X" not in matrices and len(matrices) != 1:
         raise TableError(
             f"has {len(matrices)} two-dimensional arrays, none called 'X'; call the features 'X' (its arrays "
@@ -122,7 +99,7 @@ def _matrix_name(members: dict[str, _Member]) -> str:
 
 
 def _array(archive: zipfile.ZipFile, member: _Member) -> NDArray[Any]:
-    """Read one array to the end of its file, which is where the checksum is compared."""
+    """Read one array to the end of its entry, where zipfile compares the checksum."""
     if member.dtype.hasobject:
         raise TableError(f"{member.info.filename} holds a pickle, which is never loaded; store numbers or text")
     with archive.open(member.info) as stream:
@@ -130,12 +107,3 @@ def _array(archive: zipfile.ZipFile, member: _Member) -> NDArray[Any]:
         if stream.read(1):
             raise TableError(f"{member.info.filename} is longer than its header says; write it again")
     return values
-
-
-def _matrix(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Convert a numeric matrix to finite float64."""
-    with np.errstate(over="ignore"):
-        matrix = np.asarray(values, dtype=np.float64)
-    for index, column in enumerate(matrix.T):  # a mask of the whole matrix would cost an eighth of it
-        check_finite(column, f"x{index}")
-    return matrix

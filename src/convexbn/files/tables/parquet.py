@@ -1,8 +1,7 @@
-"""Parquet files, read batch by batch with pyarrow, which is imported only here and only on use."""
+"""Parquet files, read batch by batch with pyarrow, which only these functions import."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,56 +9,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexbn.files.dataset import Dataset
-from convexbn.files.tables.table import TableError, as_labels, cause, check_finite, check_rows, choose, declared
+from convexbn.files.tables.table import Selection, TableError, as_labels, check_finite, declared, sound
 
 _BATCH_CELLS = 1 << 22  # decoded at a time
 
 
-def read_parquet(path: Path, target: str | None, features: Sequence[str] | None) -> Dataset:
+def read_parquet(path: Path, wanted: Selection) -> Dataset:
     """Read a Parquet file batch by batch into one array."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise TableError("reading Parquet needs pyarrow; run: pip install convexbn[data]") from error
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return _parquet_table(file, target, features)
-    except TableError:
-        raise
-    except (pa.ArrowException, ValueError) as error:
-        # ValueError: text that is no UTF-8, counts of rows that cannot be
-        raise TableError(f"no sound Parquet file ({cause(error)}); write it again") from error
-
-
-def _parquet_table(file: Any, target: str | None, features: Sequence[str] | None) -> Dataset:
-    """Choose the columns of an open Parquet file and fill the arrays."""
-    schema, rows = file.schema_arrow, file.metadata.num_rows
-    chosen = choose(schema.names, target, features)
-    wanted = chosen if target is None else (*chosen, target)
-    for name in wanted:
-        _check_arrow_type(name, schema.field(name).type, text_allowed=name == target)
-    if not rows:
-        raise TableError("has columns but no rows; add at least one")
-    check_rows(rows, len(chosen), target)
-    matrix = np.empty((rows, len(chosen)))
-    labels: list[NDArray[Any]] = []
-    done = 0
-    for batch in file.iter_batches(1 + _BATCH_CELLS // len(wanted), columns=list(wanted)):
-        for index, name in enumerate(chosen):
-            part = matrix[done : done + len(batch), index]
-            part[:] = _arrow_column(batch, name, done)
-            check_finite(part, name, done)
-        if target is not None:
-            labels.append(declared(_arrow_column(batch, target, done), target, done))
-        done += len(batch)
-    if done != rows:
-        raise TableError(f"announces {rows:,} rows and holds {done:,}; write it again")
-    return Dataset("", matrix, None if target is None else np.concatenate(labels), feature_names=chosen, target=target)
+    # ValueError: text that is not UTF-8, impossible numbers of rows
+    with (
+        sound("Parquet file", pa.ArrowException, ValueError),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        schema, rows, target = file.schema_arrow, file.metadata.num_rows, wanted.target
+        chosen = wanted.choose(schema.names)
+        columns = [*chosen] if target is None else [*chosen, target]
+        for name in columns:
+            _check_arrow_type(name, schema.field(name).type, text_allowed=name == target)
+        if not rows:
+            raise TableError("has columns but no rows; add at least one")
+        wanted.check_rows(rows, len(chosen))
+        matrix, labels, done = np.empty((rows, len(chosen))), [], 0
+        for batch in file.iter_batches(1 + _BATCH_CELLS // len(columns), columns=columns):
+            for index, name in enumerate(chosen):
+                part = matrix[done : done + len(batch), index]
+                part[:] = _arrow_column(batch, name, done)
+                check_finite(part, name, done)
+            if target is not None:
+                labels.append(declared(_arrow_column(batch, target, done), target, done))
+            done += len(batch)
+        if done != rows:
+            raise TableError(f"announces {rows:,} rows and holds {done:,}; write it again")
+        y = None if target is None else np.concatenate(labels)
+        return Dataset(path.name, matrix, y, feature_names=chosen, target=target)
 
 
 def _check_arrow_type(name: str, kind: Any, text_allowed: bool) -> None:
-    """Refuse a column of neither numbers nor, where allowed, text; a dictionary is what its values are."""
+    """Refuse a column unless it holds numbers or, if allowed, text; a dictionary counts as its values."""
     from pyarrow import types
 
     values = kind.value_type if types.is_dictionary(kind) else kind
@@ -71,7 +62,7 @@ def _check_arrow_type(name: str, kind: Any, text_allowed: bool) -> None:
 
 
 def _arrow_column(batch: Any, name: str, before: int) -> NDArray[Any]:
-    """Return a column of a batch as a numpy array without nulls; `before` rows came in earlier batches."""
+    """Return a column of a batch, which follows `before` rows, as a numpy array; refuse nulls."""
     from pyarrow import types
 
     column = batch.column(name)

@@ -1,27 +1,20 @@
-"""The door of the package: `read_table` finds the reader for a kind of file and says which file it refuses."""
+"""`read_table` finds the reader for a kind of file and names the file that it refuses."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
 from convexbn.files.dataset import Dataset
 from convexbn.files.tables.npz import read_npz
 from convexbn.files.tables.parquet import read_parquet
-from convexbn.files.tables.table import TableError, cause
+from convexbn.files.tables.table import Selection, TableError, cause
 from convexbn.files.tables.text import read_text
 
-_Reader: TypeAlias = Callable[[Path, str | None, Sequence[str] | None], Dataset]
-_READERS: dict[str, _Reader] = {
-    ".csv": read_text,
-    ".tsv": read_text,
-    ".txt": read_text,
-    ".parquet": read_parquet,
-    ".npz": read_npz,
-}
+_READERS: dict[str, Callable[[Path, Selection], Dataset]] = {
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_text), ".parquet": read_parquet, ".npz": read_npz,
+}  # fmt: skip
 
 
 def read_table(
@@ -32,20 +25,18 @@ def read_table(
     Parameters
     ----------
     path : str or path-like
-        A file whose name ends in ``.csv``, ``.tsv`` or ``.txt`` (UTF-8 text with a header line; cells are
-        separated by ``,``, ``;`` or tab, whichever the header uses), in ``.parquet`` (needs pyarrow) or in
-        ``.npz``.
+        ``.csv``, ``.tsv`` or ``.txt`` (UTF-8 text with a header line; cells are separated by ``,``, ``;`` or tab,
+        whichever the header uses), ``.parquet`` (needs pyarrow) or ``.npz``.
     target : str, optional
-        The column that holds the target; in an ``.npz``, the array. None: the table has no target.
+        Column of the target; in an ``.npz``, the array. None: the table has no target.
     features : sequence of str, optional
-        The columns to read, in this order; all others are ignored. None: every column but the target.
+        Columns to read, in this order; others are ignored. None: every column but the target.
 
     Returns
     -------
     Dataset
-        In a text file the target is int64 if every cell is an integer literal, float64 if every cell is a
-        number, text otherwise. Elsewhere its declared type decides: bool and integers become int64, floats
-        float64, and text stays text.
+        In a text file the target is int64 if every cell is an integer literal, float64 if every cell is a number, text
+        otherwise. Elsewhere its declared type decides: bool and integers become int64, floats float64, text stays text.
 
     Raises
     ------
@@ -54,9 +45,8 @@ def read_table(
 
     Notes
     -----
-    The columns of an ``.npz`` are those of its array ``X``, or of its only two-dimensional array, and are
-    called ``x0``, ``x1`` and so on. Messages give the line of a text file; in the other formats the row,
-    counted from 1.
+    The columns of an ``.npz`` are those of its array ``X``, or of its only two-dimensional array, called ``x0``, ``x1``
+    and so on. Messages give the line of a text file; in the other formats the row, counted from 1.
 
     Examples
     --------
@@ -73,21 +63,16 @@ def read_table(
     """
     file = Path(path)
     try:
-        return replace(_reader(file)(file, target, features), name=file.name)
+        reader = _READERS.get(file.suffix.lower())
+        if reader is None:
+            raise TableError(f"unknown kind of file; its name must end in {', '.join(_READERS)}")
+        if not file.exists():
+            raise TableError("no such file; check the path")
+        if not file.is_file():
+            raise TableError("not a regular file; give the path of a file")
+        return reader(file, Selection(target, features))
     except TableError as error:
         error.args = (f"{file}: {error}",)
         raise
     except OSError as error:
         raise TableError(f"{file}: cannot be read ({error.strerror or cause(error)}); check the file") from error
-
-
-def _reader(file: Path) -> _Reader:
-    """Return the function that reads this kind of file."""
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise TableError(f"unknown kind of file; its name must end in {', '.join(_READERS)}")
-    if not file.exists():
-        raise TableError("no such file; check the path")
-    if not file.is_file():
-        raise TableError("not a regular file; give the path of a file")
-    return reader

@@ -1,28 +1,22 @@
-"""The checks that every format of a table shares: names, memory, finite numbers, labels."""
+"""Checks that all table formats share: names, memory, finite numbers, labels."""
 
 from __future__ import annotations
 
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-def _half_of_physical_memory() -> int:
-    """Return half of this machine's memory in bytes; 4 GiB where the system does not tell (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return 4 << 30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-MEMORY_BUDGET = _half_of_physical_memory()
+# Half of the physical memory in bytes; 4 GiB where the system does not tell its size (Windows).
+MEMORY_BUDGET = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
 _LONGEST_LABEL = 256  # numpy stores every label as wide as the longest: one long text would cost n times its size
-_LABEL_BYTES = 80  # a CSV target is text until its last cell is seen: one Python string a row
+_LABEL_BYTES = 80  # a CSV target is text until its last cell is seen: one Python string per row
 
 _quoter = reprlib.Repr()
 _quoter.maxstring = 80
@@ -30,28 +24,49 @@ quoted = _quoter.repr
 
 
 class TableError(ValueError):
-    """A file that cannot be read as a table; the message is one sentence with the cause and the remedy."""
+    """A file cannot be read as a table; the message is one sentence with cause and remedy."""
 
 
-def choose(names: Sequence[str], target: str | None, features: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the feature columns: those asked for, or all but the target."""
-    known = Counter(names)
-    if len(known) < len(names):
-        repeated = [name for name, times in known.items() if times > 1]
-        raise TableError(f"several columns are called {listed(repeated)}; give each its own name")
-    chosen = tuple(name for name in names if name != target) if features is None else tuple(features)
-    missing = [name for name in (*chosen, target) if name is not None and name not in known]
-    if missing:
-        raise TableError(f"has no column {listed(missing)}; its columns are {listed(names)}")
-    if target in chosen:
-        raise TableError(f"column {target!r} is asked for as target and as feature; name it once")
-    for unnamed in ("", "__index_level_0__"):  # pandas' row index: as a feature, a column nobody meant
-        if unnamed in chosen:
-            position = names.index(unnamed) + 1
-            raise TableError(f"column {position} has no name; name it, or if it numbers the rows, leave it out")
-    if not chosen:
-        raise TableError("no feature column is left; a table needs one besides the target")
-    return chosen
+class Selection(NamedTuple):
+    """Columns to read: a target or None, and the features in order, or None for all other columns."""
+
+    target: str | None
+    features: Sequence[str] | None
+
+    def choose(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the feature columns among the names of all columns."""
+        known = Counter(names)
+        if len(known) < len(names):
+            repeated = [name for name, times in known.items() if times > 1]
+            raise TableError(f"several columns are called {listed(repeated)}; give each its own name")
+        chosen = tuple(name for name in names if name != self.target) if self.features is None else tuple(self.features)
+        missing = [name for name in (*chosen, self.target) if name is not None and name not in known]
+        if missing:
+            raise TableError(f"has no column {listed(missing)}; its columns are {listed(names)}")
+        if self.target in chosen:
+            raise TableError(f"column {self.target!r} is asked for as target and as feature; name it once")
+        for unnamed in ("", "__index_level_0__"):  # pandas' row index: as a feature, a column nobody meant
+            if unnamed in chosen:
+                position = names.index(unnamed) + 1
+                raise TableError(f"column {position} has no name; name it, or if it numbers the rows, leave it out")
+        if not chosen:
+            raise TableError("no feature column is left; a table needs one besides the target")
+        return chosen
+
+    def check_rows(self, rows: int, columns: int) -> None:
+        """Refuse, before they are read, more rows of features and target than the memory allows."""
+        check_memory(rows * (8 * columns + (0 if self.target is None else _LABEL_BYTES)))
+
+
+@contextmanager
+def sound(kind: str, *damage: type[Exception]) -> Iterator[None]:
+    """Turn the errors that another library raises on damaged bytes into a `TableError`."""
+    try:
+        yield
+    except TableError:
+        raise
+    except damage as error:
+        raise TableError(f"no sound {kind} ({cause(error)}); write it again") from error
 
 
 def cause(error: Exception) -> str:
@@ -74,13 +89,16 @@ def check_memory(needed: int) -> None:
         )
 
 
-def check_rows(rows: int, columns: int, target: str | None) -> None:
-    """Refuse so many rows of features, and a target where there is one, before they are read."""
-    check_memory(rows * (8 * columns + (0 if target is None else _LABEL_BYTES)))
-
-
 def check_finite(values: NDArray[Any], name: str, before: int = 0) -> None:
-    """Refuse a column with NaN or infinity; `before` of its rows were checked already."""
+    """Refuse a column with NaN or infinity.
+
+    Parameters
+    ----------
+    values : ndarray (n,)
+    name : str
+    before : int
+        Number of rows that come before these, for the message.
+    """
     finite = np.isfinite(values)
     if not finite.all():
         row = int(finite.argmin())
@@ -91,7 +109,15 @@ def check_finite(values: NDArray[Any], name: str, before: int = 0) -> None:
 
 
 def declared(values: NDArray[Any], name: str, before: int = 0) -> NDArray[Any]:
-    """Convert a column whose type is known: integers to int64, floats to float64, text as it is."""
+    """Convert a target of declared type: integers to int64, floats to float64; text stays as it is.
+
+    Parameters
+    ----------
+    values : ndarray (n,)
+    name : str
+    before : int
+        Number of rows that come before these, for messages.
+    """
     if values.dtype.kind == "U":
         return values
     if values.dtype.kind == "f":

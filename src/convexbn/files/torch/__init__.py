@@ -1,4 +1,4 @@
-"""Networks in the files of other frameworks, read without executing anything in them."""
+"""Networks in files of other frameworks; reading executes nothing in them."""
 
 from convexbn.files.torch.read import Checkpoint, is_checkpoint, read_checkpoint
 

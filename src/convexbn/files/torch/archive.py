@@ -1,4 +1,4 @@
-"""Zip archives of torch, audited before anything in them is read: stored entries that fit into the file."""
+"""Zip archives of torch, audited before any entry is read: stored entries that fit into the file."""
 
 from __future__ import annotations
 
@@ -14,28 +14,19 @@ from convexbn.files.model_file import FormatError
 #: Bytes of a JSON text: hundreds of times those of three layers.
 _MOST_JSON = 16 * 2**20
 
-
-#: What the zipfile module raises for files that are none.
+#: What the zipfile module raises on damaged files.
 _DAMAGE = (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OSError, struct.error)
 
 
 class Archive:
-    """Entries by their names without the folder that holds them all.
+    """Entries of a zip file, named without the folder that holds them all.
 
-    Parameters
-    ----------
-    path : path-like
-        A zip file.
+    Torch stores its entries uncompressed; a compressed one could be a thousand times larger than the file.
 
     Raises
     ------
     FormatError
-        When it is no zip file, or its entries are compressed, lie over one another, are named twice or have no folder
-        in common.
-
-    Notes
-    -----
-    Torch stores its entries as they are. A compressed one could be a thousand times larger than the file.
+        When it is no zip file, or its entries are compressed, overlap, repeat a name or share no folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -56,7 +47,7 @@ class Archive:
             raise FormatError("its entries are not in one folder, each once: save the model again with torch")
 
     def read(self, name: str) -> bytes:
-        """Bytes of an entry, checked against their sum."""
+        """Return the bytes of an entry, verified by their checksum."""
         if name not in self.names:
             raise FormatError(f"it has no entry {name!r}: save the model again with torch")
         try:
@@ -66,7 +57,7 @@ class Archive:
             raise FormatError(f"its entry {name!r} is damaged ({error}): copy it again") from None
 
     def rebuilt(self) -> io.BytesIO:
-        """The same entries as a new archive: what another reader finds in it is what was audited."""
+        """Return a new archive of the audited entries, so that another reader finds nothing else."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as file:
             for name in self.names:
@@ -75,7 +66,7 @@ class Archive:
         return buffer
 
     def read_json(self, name: str) -> Any:
-        """Value of a JSON entry."""
+        """Parse a JSON entry."""
         data = self.read(name)
         if len(data) > _MOST_JSON:
             raise FormatError(f"its entry {name!r} has more than {_MOST_JSON} bytes: export a smaller model")

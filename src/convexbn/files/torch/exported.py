@@ -1,7 +1,7 @@
-"""Layers of an exported program, a file of ``torch.export.save``: the graph is JSON, and the weights are plain bytes.
+"""Layers of an exported program, a file of ``torch.export.save``: its graph is JSON, its weights are plain bytes.
 
-Torch's own ``torch.export.load`` falls back to an unpickler that runs what a file tells it to. Here the graph is
-followed from its output back to its input, and nothing but JSON and numbers is read.
+Torch's own ``torch.export.load`` falls back to an unpickler that runs what a file tells it to. This reader follows the
+graph from its output back to its input, and reads nothing but JSON and numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from convexbn.files.torch.archive import Archive
 from convexbn.files.torch.state_dict import assembled
 from convexbn.program.layers import Layers
 
-#: Torch's numbers for types of numbers.
+#: Number types by torch's codes.
 _DTYPES = {5: "<i8", 6: "<f2", 7: "<f4", 8: "<f8"}
 
-#: Steps that change nothing in eval mode.
+#: Steps that are the identity in eval mode.
 _NO_OPS = ("aten.flatten.using_ints", "aten.dropout.default", "aten.dropout_.default")
 
 _ENDING = (
@@ -31,30 +31,29 @@ _MOST_NODES = 10_000
 
 
 def is_exported(archive: Archive) -> bool:
-    """Whether an archive is one of ``torch.export.save`` (torch 2.8 or later)."""
+    """Whether ``torch.export.save`` (torch 2.8 or later) wrote the archive."""
     return "archive_format" in archive.names and archive.read("archive_format") == b"pt2"
 
 
 def read_exported(archive: Archive) -> Layers:
-    """Layers of the program, with its own ``eps``.
+    """Read the layers of the program, and its ``eps``.
 
     Raises
     ------
     FormatError
-        When the program is another than Linear, BatchNorm1d, ReLU, Linear, or the file is damaged.
+        When the program is not Linear, BatchNorm1d, ReLU, Linear, or the file is damaged.
     """
     names = [name for name in archive.names if name.startswith("models/") and name.endswith(".json")]
     if len(names) != 1:
         raise FormatError(f"it holds {len(names)} programs: export one")
     try:
-        program = _Program(archive, names[0].removeprefix("models/").removesuffix(".json"))
-        return program.layers()
+        return _Program(archive, names[0].removeprefix("models/").removesuffix(".json")).layers()
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"its program has another form than torch writes ({error!r}): export it again") from None
 
 
 class _Program:
-    """Graph and weights of an archive; a value that is not as torch writes it raises the errors of its access."""
+    """Graph and weights of an archive; accessing what torch would not write raises KeyError, TypeError and the like."""
 
     def __init__(self, archive: Archive, name: str) -> None:
         self.archive = archive
@@ -63,18 +62,21 @@ class _Program:
         nodes = self.graph["graph"]["nodes"]
         if len(nodes) > _MOST_NODES:
             raise FormatError(f"its program has more than {_MOST_NODES} steps: {_ENDING}")
-        self.made_by = {node["outputs"][0]["as_tensor"]["name"]: node for node in nodes if _makes_one_tensor(node)}
-        self.stored: dict[str, str] = {}
-        self.given: list[str] = []
+        self.made_by = {
+            node["outputs"][0]["as_tensor"]["name"]: node
+            for node in nodes
+            if len(node["outputs"]) == 1 and "as_tensor" in node["outputs"][0]
+        }
+        self.stored, self.given = dict[str, str](), list[str]()
         for spec in self.graph["signature"]["input_specs"]:
-            (kind, value), *_ = spec.items()
+            kind, value = {**spec}.popitem()
             if kind == "user_input":
                 self.given.append(value["arg"]["as_tensor"]["name"])
             elif kind in ("parameter", "buffer"):
                 self.stored[value["arg"]["name"]] = value[f"{kind}_name"]
 
     def layers(self) -> Layers:
-        """Follow the output back to the input."""
+        """Follow the graph from its output back to its input."""
         specs = self.graph["signature"]["output_specs"]
         outputs = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in specs if "user_output" in spec]
         if len(outputs) != 1 or len(self.given) != 1:
@@ -88,7 +90,7 @@ class _Program:
         return assembled(self._tensors(norm), self._tensors(first), self._tensors(last), norm["eps"])
 
     def _step(self, name: str, *targets: str) -> dict[str, Any]:
-        """Arguments of the step that makes a tensor: names of tensors, and numbers."""
+        """Return the arguments of the step that makes a tensor: names of tensors, and numbers."""
         name = self._skip(name)
         node = self.made_by.get(name)
         target = "the input" if node is None else node["target"].removeprefix("torch.ops.")
@@ -97,21 +99,20 @@ class _Program:
         return _arguments(node)
 
     def _skip(self, name: str) -> str:
-        """The tensor behind steps that change nothing."""
+        """Return the tensor that identity steps pass on."""
         for _ in range(len(self.made_by)):
             node = self.made_by.get(name)
             if node is None or node["target"].removeprefix("torch.ops.") not in _NO_OPS:
                 break
-            name = next(iter(_arguments(node).values()))
+            name = node["inputs"][0]["arg"]["as_tensor"]["name"]
         return name
 
     def _tensors(self, arguments: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        """The weights among the arguments of a step."""
-        stored = {key: name for key, name in arguments.items() if isinstance(name, str) and name in self.stored}
-        return {key: self._tensor(name) for key, name in stored.items()}
+        """Read the weights among the arguments of a step."""
+        return {k: self._tensor(v) for k, v in arguments.items() if isinstance(v, str) and v in self.stored}
 
     def _tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """A weight, from its bytes."""
+        """Read a weight."""
         weight = self.weights[self.stored[name]]
         meta = weight["tensor_meta"]
         shape = [size["as_int"] for size in meta["sizes"]]
@@ -128,14 +129,7 @@ class _Program:
         return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _makes_one_tensor(node: dict[str, Any]) -> bool:
-    return len(node["outputs"]) == 1 and "as_tensor" in node["outputs"][0]
-
-
 def _arguments(node: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name: of tensors their names, else the value."""
-    found = {}
-    for item in node["inputs"]:
-        (kind, value), *_ = item["arg"].items()
-        found[item["name"]] = value["name"] if kind == "as_tensor" else value
-    return found
+    """Return the arguments of a step by name: a tensor's name, or a value."""
+    arguments = {item["name"]: {**item["arg"]}.popitem() for item in node["inputs"]}
+    return {name: value["name"] if kind == "as_tensor" else value for name, (kind, value) in arguments.items()}

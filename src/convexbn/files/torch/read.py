@@ -1,4 +1,4 @@
-"""A model file of another framework: which of them it is, and its layers."""
+"""Model files of other frameworks: their format and their layers."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import NamedTuple
 from convexbn.files.model_file import FormatError
 from convexbn.files.torch.archive import Archive
 from convexbn.files.torch.exported import is_exported, read_exported
-from convexbn.files.torch.state_dict import Arrays, of_arrays, read_safetensors, read_torch
+from convexbn.files.torch.state_dict import of_arrays, read_safetensors, read_torch
 from convexbn.program.layers import Layers
 
-_ZIP = b"PK\x03\x04"
 _MOST_BYTES = 4 * 2**30
 
 
 class Checkpoint(NamedTuple):
-    """Layers of a file, and in a sentence what the file does not hold and was taken to be."""
+    """Layers of a file, and a sentence on what was assumed because the file does not hold it."""
 
     layers: Layers
     assumed: str
 
 
+def _format(path: str | os.PathLike[str]) -> str:
+    """Return "zip", "safetensors" or "", by the first bytes of the file."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return "zip" if start.startswith(b"PK\x03\x04") else "safetensors" if start[8:] == b"{" else ""
+
+
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a zip archive, as torch's are, or a safetensors file without a model of this package.
 
-    Damaged files are none: what reads this package's own says what is wrong with them.
+    False for damaged files; ``load`` reports what is wrong with them.
     """
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start.startswith(_ZIP):
-        return True
-    if start[8:] != b"{":
-        return False
+    kind = _format(path) if os.path.isfile(path) else ""
+    if kind != "safetensors":
+        return kind == "zip"
     try:
         with safe_open(path, framework="numpy") as tensors:
             return "convexbn" not in (tensors.metadata() or {})
@@ -45,7 +46,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -> Checkpoint:
-    """Linear, BatchNorm1d, ReLU, Linear of a file; nothing in it is executed.
+    """Read Linear, BatchNorm1d, ReLU, Linear from a file; nothing in it is executed.
 
     Parameters
     ----------
@@ -53,8 +54,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
         A program of ``torch.export.save`` (.pt2), a state dict of ``torch.save`` (.pt, read by torch 2.10 or later), or
         a state dict of safetensors.
     eps : float, optional
-        Of the batch norm of a state dict, by default torch's own 1e-5; an exported program holds its own. A state dict
-        does not hold its activation either: it is taken to be the ReLU.
+        Of the batch norm of a state dict, by default torch's 1e-5; an exported program holds its own. The activation of
+        a state dict, which does not hold it either, is taken to be the ReLU.
 
     Returns
     -------
@@ -63,9 +64,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
     Raises
     ------
     FormatError
-        When it is none of these, is damaged, or has other layers.
+        When the file has another format, is damaged, or has other layers.
     ImportError
-        For a state dict of ``torch.save`` without torch.
+        When torch, which reads state dicts of ``torch.save``, is not installed.
 
     Examples
     --------
@@ -81,30 +82,20 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
     try:
         if os.path.getsize(path) > _MOST_BYTES:
             raise FormatError(f"it has more than {_MOST_BYTES} bytes: save the tensors alone")
-        return _read(path, eps)
-    except FormatError as error:
-        raise FormatError(f"{os.fspath(path)} is not read: {error}.") from None
-
-
-def _read(path: str | os.PathLike[str], eps: float | None) -> Checkpoint:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if not start.startswith(_ZIP):
-        if start[8:] != b"{":
+        kind = _format(path)
+        if not kind:
             raise FormatError(
                 "it is neither an archive of torch nor a safetensors file: save the state dict, by "
                 "torch.save(model.state_dict(), ...)"
             )
-        return _of_arrays(read_safetensors(path), eps)
-    archive = Archive(path)
-    if not is_exported(archive):
-        return _of_arrays(read_torch(archive), eps)
-    if eps is not None:
-        raise FormatError("an exported program holds its own eps: leave --eps out")
-    return Checkpoint(read_exported(archive), "")
-
-
-def _of_arrays(arrays: Arrays, eps: float | None) -> Checkpoint:
-    layers = of_arrays(arrays, 1e-5 if eps is None else eps)
-    named = f"the ReLU and eps={layers.eps:g} were taken" if eps is None else "the ReLU was taken"
-    return Checkpoint(layers, f"A state dict does not hold its activation{' or eps' if eps is None else ''}: {named}.")
+        archive = Archive(path) if kind == "zip" else None
+        if archive is not None and is_exported(archive):
+            if eps is not None:
+                raise FormatError("an exported program holds its own eps: leave --eps out")
+            return Checkpoint(read_exported(archive), "")
+        arrays = read_safetensors(path) if archive is None else read_torch(archive)
+        layers = of_arrays(arrays, 1e-5 if eps is None else eps)
+    except FormatError as error:
+        raise FormatError(f"{os.fspath(path)} is not read: {error}.") from None
+    told, taken = (" or eps", f"the ReLU and eps={layers.eps:g} were") if eps is None else ("", "the ReLU was")
+    return Checkpoint(layers, f"A state dict does not hold its activation{told}: {taken} taken.")

@@ -1,7 +1,7 @@
-"""Layers of a state dict: named tensors, of which only names and shapes tell what they belong to.
+"""Layers of a state dict: named tensors, whose names and shapes alone say what they belong to.
 
-Three layers can be told apart: batch norm has statistics, the first Linear has its width, and the last one takes it.
-That a ReLU stands between, and ``eps``, are nowhere in such a file.
+Three layers can be told apart: batch norm has statistics, the first Linear returns its width, the last one takes it.
+The file holds neither the ReLU between them nor ``eps``.
 """
 
 from __future__ import annotations
@@ -27,19 +27,12 @@ _LINEAR, _BATCH_NORM = {"weight", "bias"}, {"weight", "bias", "running_mean", "r
 
 
 def of_arrays(arrays: Arrays, eps: float) -> Layers:
-    """Layers of named arrays, in torch's layout.
-
-    Parameters
-    ----------
-    arrays : mapping of str to ndarray
-        Such as ``0.weight``, ``0.bias``, ``1.weight``, ``1.running_mean``, ..., ``3.weight``.
-    eps : float
-        Of batch norm.
+    """Build layers from arrays named in torch's layout: ``0.weight``, ``0.bias``, ``1.running_mean``, ``3.weight``.
 
     Raises
     ------
     FormatError
-        Unless they are those of one Linear, BatchNorm1d and Linear.
+        Unless the arrays are those of one Linear, BatchNorm1d and Linear.
 
     Examples
     --------
@@ -53,7 +46,7 @@ def of_arrays(arrays: Arrays, eps: float) -> Layers:
         layer, _, key = name.rpartition(".")
         layers.setdefault(layer, {})[key] = array
     norms = [name for name, layer in layers.items() if "running_var" in layer]
-    linears = [name for name, layer in layers.items() if _is_linear(layer)]
+    linears = [name for name, one in layers.items() if {"weight"} <= one.keys() <= _LINEAR and one["weight"].ndim == 2]
     if len(norms) != 1 or len(linears) != 2 or len(layers) != 3 or not layers[norms[0]].keys() <= _BATCH_NORM:
         others = len(layers) - len(linears) - len(norms)
         raise FormatError(
@@ -65,7 +58,14 @@ def of_arrays(arrays: Arrays, eps: float) -> Layers:
 
 
 def assembled(norm: Arrays, first: Arrays, last: Arrays, eps: float) -> Layers:
-    """Layers of the tensors of a batch norm, of the Linear before it and of the one after it."""
+    """Check the tensors of three layers and build the network's layers.
+
+    Parameters
+    ----------
+    norm, first, last : mapping of str to ndarray
+        Tensors of the batch norm, of the Linear before it and of the Linear after it.
+    eps : float
+    """
     if not {"weight", "bias", "running_mean"} <= norm.keys():
         raise FormatError(
             "its batch norm has no scale and shift, or no statistics: train it with affine and track_running_stats"
@@ -79,20 +79,17 @@ def assembled(norm: Arrays, first: Arrays, last: Arrays, eps: float) -> Layers:
     weight, output = _numbers("weight", first["weight"]).T, _numbers("weight", last["weight"]).T
     m = weight.shape[-1]
     layers = Layers(
-        weight=weight,
+        weight=weight, output=output, eps=float(eps),
         bias=_numbers("bias", first["bias"]) if "bias" in first else np.zeros(m),
         running_mean=_numbers("running_mean", norm["running_mean"]),
         running_var=_numbers("running_var", norm["running_var"]),
-        eps=float(eps),
-        scale=_numbers("weight", norm["weight"]),
-        offset=_numbers("bias", norm["bias"]),
-        output=output,
+        scale=_numbers("weight", norm["weight"]), offset=_numbers("bias", norm["bias"]),
         output_bias=_numbers("bias", last["bias"]) if "bias" in last else np.zeros(output.shape[-1]),
-    )
+    )  # fmt: skip
     vectors = (layers.bias, layers.running_mean, layers.running_var, layers.scale, layers.offset)
-    if weight.ndim != 2 or output.ndim != 2 or any(v.shape != (m,) for v in vectors) or len(output) != m:
-        raise FormatError("the shapes of its layers do not fit one another: save the model again")
-    if layers.output_bias.shape != output.shape[1:] or not weight.size or not output.size:
+    matrices = weight.ndim == output.ndim == 2 and weight.size and output.size
+    fit = all(v.shape == (m,) for v in vectors) and layers.output_bias.shape == output.shape[1:]
+    if not matrices or not fit or len(output) != m:
         raise FormatError("the shapes of its layers do not fit one another: save the model again")
     if not (layers.running_var >= 0).all():
         raise FormatError("its running_var is negative somewhere, and so no variance: train the model again")
@@ -100,16 +97,16 @@ def assembled(norm: Arrays, first: Arrays, last: Arrays, eps: float) -> Layers:
 
 
 def read_torch(archive: Archive) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays of a state dict that ``torch.save`` wrote, alone or in a checkpoint of several things.
+    """Read the arrays of a state dict that ``torch.save`` wrote, alone or as one item of a checkpoint.
 
-    Torch's unpickler that knows tensors and plain containers alone reads it, on archives that were audited.
+    Torch's unpickler for tensors and plain containers (``weights_only``) reads the audited archive.
 
     Raises
     ------
     ImportError
-        Without torch, or with one whose unpickler is known to be unsafe.
+        When torch is not installed, or its unpickler is known to be unsafe.
     FormatError
-        When it holds anything else.
+        When the archive holds anything else.
     """
     try:
         import torch
@@ -141,7 +138,7 @@ def read_torch(archive: Archive) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays of a safetensors file of any origin."""
+    """Read the arrays of a safetensors file of any origin."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -152,7 +149,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, 
 
 
 def _state(torch: Any, value: Any) -> dict[str, Any]:
-    """The state dict in what was saved."""
+    """Find the one state dict in a saved value."""
     values = [value, *value.values()] if isinstance(value, dict) else []
     found = [
         state for state in values
@@ -166,7 +163,7 @@ def _state(torch: Any, value: Any) -> dict[str, Any]:
 
 
 def _array(torch: Any, name: str, tensor: Any) -> np.ndarray[Any, Any]:
-    """A tensor as an array, of no more bytes than the file gave it."""
+    """Convert a tensor to a float64 array, if the file holds all of its bytes."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
         raise FormatError(f"{name} is no plain tensor of real numbers: save the state dict of the module on the CPU")
@@ -175,12 +172,8 @@ def _array(torch: Any, name: str, tensor: Any) -> np.ndarray[Any, Any]:
     return tensor.detach().to(torch.float64).numpy()
 
 
-def _is_linear(layer: Arrays) -> bool:
-    return "weight" in layer and layer["weight"].ndim == 2 and layer.keys() <= _LINEAR
-
-
 def _in_order(layers: Mapping[str, Arrays], norm: str, linears: list[str]) -> tuple[Arrays, Arrays]:
-    """The Linear that gives the batch norm its features, and the one that takes them."""
+    """Return the Linear before the batch norm and the one after it."""
     m = len(layers[norm]["running_var"]) if layers[norm]["running_var"].ndim else -1
     orders = [
         (layers[one], layers[other])
