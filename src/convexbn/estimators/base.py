@@ -1,11 +1,10 @@
-"""ConvexBNClassifier and ConvexBNRegressor: the programs behind scikit-learn's interface."""
+"""Base of ConvexBNClassifier and ConvexBNRegressor: the programs behind scikit-learn's interface."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -27,7 +26,7 @@ from convexbn.estimators.validation import check_finite, checked_data, checked_r
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training.fit import Fit, ReluSettings, fit_gated, fit_relu, judged
+from convexbn.training.fit import ReluSettings, fit_gated, fit_relu, judged
 from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
 
 if TYPE_CHECKING:
@@ -54,30 +53,31 @@ class BaseConvexBN(NetworkParameters):
     }
 
     def transform(self, X: Any) -> Float:
-        """Hidden activations, one a neuron, of a convolution one a region and neuron: (n, d) -> (n, n_neurons)."""
+        """Hidden activations, one a neuron (of a convolution one a neuron and region): (n, d) -> (n, n_neurons)."""
         rows = self._checked_rows(X)
         with np.errstate(all="ignore"):
-            hidden: Float = self.network_.hidden(rows)
-        return hidden
+            return self.network_.hidden(rows)
 
     def _outputs(self, X: Any, fitted: dict[str, Any]) -> Float:
-        """Outputs of one fit, whose attributes a fit in another thread replaces all at once."""
+        """Outputs of one fit; a fit in another thread replaces its attributes all at once."""
         rows = self._checked_rows(X)
         with np.errstate(all="ignore"):
-            outputs: Float = fitted["network_"].predict(rows)
-        return outputs
+            return fitted["network_"].predict(rows)
 
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
-        """Judge the stored network on rows: those it was trained on, or others.
+        """Judge the stored network on its training rows or others.
 
-        Only the question is taken from the model (gates, loss, weight decay, rank, spectral filter); statistics,
-        objective and bound are recomputed from the rows given. ReLU networks are judged over all patterns,
-        by bounds that are tried for ``time_limit`` seconds, or for their stated work without one.
+        Only the question comes from the model (gates, loss, weight decay, rank, spectral filter). Statistics, objective
+        and bound are recomputed from the given rows. ReLU networks are judged over all patterns, by bounds that are
+        tried for ``time_limit`` seconds, or without a limit for a stated amount of work.
+
+        Parameters
+        ----------
+        X, y, sample_weight : array-like
+            Rows, in the form that ``fit`` takes.
         """
-        check_is_fitted(self)
-        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        with blas_threads(len(X)):
-            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
+        data = self._known(X, y, sample_weight)
+        with blas_threads(len(data.X)):
             if self.gates_ is None:
                 program: Any = data.relu_program(self.weight_decay_)
             else:
@@ -88,19 +88,19 @@ class BaseConvexBN(NetworkParameters):
             )  # fmt: skip
 
     def to_relu(self, X: Any, y: Any, sample_weight: Any = None, *, unrealisable: str = "refuse") -> Conversion:
-        """The gated network as a plain ReLU network with the same outputs on its training rows.
+        """Convert the gated network to a plain ReLU network with the same outputs on its training rows.
 
         Each linear neuron of a gate becomes the difference of two ReLU neurons of its cone, of smallest norms. The
-        outputs are kept and the gates dropped: the objective, which is returned before and after, rises, often many
-        times over. To train a good ReLU network use ``activation="relu"``.
+        outputs stay and the gates go: the objective, which is returned before and after, rises, often many times over.
+        To train a good ReLU network use ``activation="relu"``.
 
         Parameters
         ----------
-        X, y, sample_weight
+        X, y, sample_weight : array-like
             The rows that the model was trained on.
         unrealisable : {"refuse", "nearest"}, default="refuse"
-            With ``rank`` gates may cut the rows in ways that no direction of the whitened data does: an error with
-            their number, or the program solved again with the nearest gates that are realised.
+            With ``rank`` gates may cut the rows in ways that no direction of the whitened data does. Raise an error
+            with their number, or solve the program again with the nearest gates that are realised.
 
         Returns
         -------
@@ -114,51 +114,71 @@ class BaseConvexBN(NetworkParameters):
         """
         from convexbn.training.relu_conversion import to_relu
 
-        check_is_fitted(self)
         if self.convolution is not None:
             raise ValueError("to_relu is for dense data: train a convolutional ReLU network with activation='relu'.")
-        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        with blas_threads(len(X)):
-            data = self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
-            if data.fingerprint != self.fingerprint_:
-                raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
+        data = self._known(X, y, sample_weight)
+        if data.fingerprint != self.fingerprint_:
+            raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
+        with blas_threads(len(data.X)):
             return to_relu(
                 data, self.network_, self.gates_, self.gate_offsets_, self.weight_decay_,
                 tol=self.tol, unrealisable=unrealisable,
             )  # fmt: skip
 
     def fingerprint(self, X: Any, y: Any, sample_weight: Any = None) -> str:
-        """Hash of rows as ``fit`` stores it in ``fingerprint_``; independent of their order and repetition."""
+        """Hash of rows, as ``fit`` stores it in ``fingerprint_``: independent of their order and repetition.
+
+        Parameters
+        ----------
+        X, y, sample_weight : array-like
+            Rows, in the form that ``fit`` takes.
+        """
         check_is_fitted(self)
         X, y, weights, _ = self._checked_data(X, y, sample_weight, reset=False)
         return fingerprint(*canonical_rows(X, self._encode_known(y), weights))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to a safetensors file, atomically; ``convexbn.load`` reads it."""
+        """Write the model to a safetensors file; ``convexbn.load`` reads it.
+
+        Parameters
+        ----------
+        path : path-like
+            File to write; an existing one is replaced in one step. A ``callback`` is not saved, nor a ``random_state``
+            that is not an integer.
+
+        Raises
+        ------
+        ValueError
+            When the model is not fitted, or was changed after the fit to one that ``load`` would refuse; nothing has
+            been written.
+        """
         persistence.save(self, path)
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Check the parameters; restore every attribute when the fit inside fails, whatever the reason."""
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
+        """Train, and assign all fitted attributes at once; a failure of any kind leaves the estimator unchanged."""
         self._validate_params()
         before = self.__dict__.copy()
         try:
-            yield
-        except BaseException:
-            self.__dict__ = before
-            raise
-
-    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
-        """Train; every fitted attribute is assigned at once when everything has succeeded."""
-        with self._all_or_nothing():
             budget = Budget(self.time_limit, self.callback)
             data, labels = self._prepared(X, y, sample_weight)
             self.__dict__ = self.__dict__ | self._solved(data, budget) | labels
-            _warn_unless_proved(self.certificate_)
+            proof = self.certificate_
+            if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
+                warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=3)
+        except BaseException:
+            self.__dict__ = before
+            raise
         return self
 
+    def _known(self, X: Any, y: Any, sample_weight: Any) -> TrainingSet:
+        """Training set of rows for a fitted estimator."""
+        check_is_fitted(self)
+        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
+        with blas_threads(len(X)):
+            return self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
+
     def _prepared(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
-        """Training set of the rows, checked; and the fitted attributes that tell of ``y``."""
+        """Training set of rows to fit, and the fitted attributes that describe ``y``."""
         refuse_containers("X", X)
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
@@ -173,61 +193,51 @@ class BaseConvexBN(NetworkParameters):
         start: Any = None,
         drawn: tuple[Float, Float, GatedProgram] | None = None,
     ) -> dict[str, Any]:
-        """Fitted attributes on a training set; from blocks of the gated program or neurons if given.
-
-        ``drawn`` are the gates, where they are known already.
-        """
+        """Fitted attributes, optionally from a warm start (blocks or neurons) and with gates that were drawn before."""
         random_state = _own_random_state(self.random_state)
+        gates, offsets = None, None
         with blas_threads(len(data.X)):
             if self.activation == "relu":
                 weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
                 settings = ReluSettings(self.width, self.n_starts, self.max_iter)
                 rng = np.random.default_rng(random_state.randint(2**31))
                 fit = fit_relu(data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start)
-                return {"gates_": None, "gate_offsets_": None} | self._fitted(data, weight_decay, fit)
-            gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
-            weight_decay = self._resolved(program.max_weight_decay)
-            fit = fit_gated(
-                data, program.with_weight_decay(weight_decay), (gates, offsets),
-                solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
-            )  # fmt: skip
-            return {"gates_": gates, "gate_offsets_": offsets} | self._fitted(data, weight_decay, fit)
+            else:
+                gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
+                weight_decay = self._resolved(program.max_weight_decay)
+                fit = fit_gated(
+                    data, program.with_weight_decay(weight_decay), (gates, offsets),
+                    solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
+                )  # fmt: skip
+        return {
+            "gates_": gates, "gate_offsets_": offsets, "weight_decay_": weight_decay, "network_": fit.network,
+            "certificate_": fit.certificate, "history_": fit.history, "n_iter_": fit.n_iter,
+            "rank_": data.whitening.rank, "fingerprint_": data.fingerprint,
+        }  # fmt: skip
 
     def _max_weight_decay(self, data: TrainingSet, *, proved: bool) -> float | tuple[float, float]:
-        """Of a gated network a number; of a ReLU network the value of a search and an upper bound, if to be proved."""
+        """Largest useful weight decay of a gated network; of a ReLU network its estimate and upper bound, if proved."""
         with blas_threads(len(data.X)):
             if self.activation == "relu":
                 return data.max_weight_decay_relu(proved=proved)
             return self._drawn(data)[2].max_weight_decay()
 
     def _drawn(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
-        """Gates, their offsets and program, the same each time where ``random_state`` is an integer."""
+        """Gates, their offsets and program; equal each time if ``random_state`` is an integer."""
         with blas_threads(len(data.X)):
             return data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
 
     def _resolved(self, largest: Callable[[], float]) -> float:
-        """The weight decay; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
+        """Weight decay of the parameter; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
         if not isinstance(self.weight_decay, str):
             return float(self.weight_decay)
         return AUTO_FRACTION * peak if (peak := largest()) > 0 else 1.0
 
-    def _fitted(self, data: TrainingSet, weight_decay: float, fit: Fit) -> dict[str, Any]:
-        return {
-            "network_": fit.network,
-            "certificate_": fit.certificate,
-            "history_": fit.history,
-            "n_iter_": fit.n_iter,
-            "weight_decay_": weight_decay,
-            "rank_": data.whitening.rank,
-            "fingerprint_": data.fingerprint,
-        }
-
     @property
     def _layer(self) -> Convolution | None:
-        """The convolution with the shape of the inputs of the fit; before it, as it was given."""
-        if self.convolution is None or not hasattr(self, "network_"):
-            return self.convolution
-        return self.network_.convolution
+        """The convolution, after a fit with the shape of its inputs."""
+        fitted = self.convolution is not None and hasattr(self, "network_")
+        return self.network_.convolution if fitted else self.convolution
 
     def _training_set(
         self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None = None
@@ -244,11 +254,11 @@ class BaseConvexBN(NetworkParameters):
         )  # fmt: skip
 
     def _loss_kind(self, Y: Float) -> LossKind:
-        """The loss for encoded targets."""
+        """Loss for encoded targets."""
         return LOSSES[self.loss]
 
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
-        """Targets to be learned, and the fitted attributes that tell of ``y``."""
+        """Targets (n, K) of the loss, and the fitted attributes that describe ``y``."""
         raise NotImplementedError
 
     def _encode_known(self, y: Any) -> Float:
@@ -257,8 +267,7 @@ class BaseConvexBN(NetworkParameters):
     def _checked_data(
         self, X: Any, y: Any, sample_weight: Any, *, reset: bool
     ) -> tuple[FloatMatrix, Any, Float, float]:
-        numeric = self._task == "regression"
-        X = self._as_rows(X, self.convolution if reset else self._layer)
+        X, numeric = self._as_rows(X, self.convolution if reset else self._layer), self._task == "regression"
         X, y, weights, input_eps = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
         if not weights.all():  # as if the rows of weight zero were not there
             X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
@@ -270,7 +279,7 @@ class BaseConvexBN(NetworkParameters):
 
     @staticmethod
     def _as_rows(X: Any, layer: Convolution | None) -> Any:
-        """Images of several axes as finite rows."""
+        """Finite rows of images of several axes; other data as they are."""
         if layer is None:
             return X
         refuse_containers("X", X)
@@ -284,10 +293,5 @@ class BaseConvexBN(NetworkParameters):
 
 
 def _own_random_state(random_state: Any) -> np.random.RandomState:
-    """scikit-learn's convention, except that None is a fresh source: numpy's global one is left alone."""
+    """Random state by scikit-learn's convention, but None is a fresh source: numpy's global one is left alone."""
     return np.random.RandomState() if random_state is None else check_random_state(random_state)
-
-
-def _warn_unless_proved(proof: Certificate) -> None:
-    if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-        warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=4)

@@ -1,13 +1,11 @@
-"""ConvexBNClassifier: classes learned by the programs."""
+"""ConvexBNClassifier: classification by the programs."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from sklearn.base import (
-    ClassifierMixin,
-)
+from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 
 from convexbn._types import Float
@@ -26,39 +24,38 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     Parameters
     ----------
     activation : {"gated", "relu"}, default="gated"
-        ``"gated"``: fixed gates are part of the model, and the optimum for those gates is certified.
-        ``"relu"``: all patterns and widths. By formula where the distinct rows are affinely independent
-        (rank n - 1); elsewhere neurons are searched for, and the certificate bounds what the search did not see.
+        ``"gated"``: fixed gates are part of the model, and the optimum for those gates is certified. ``"relu"``: all
+        patterns and widths, by formula if the distinct rows are affinely independent (rank n - 1). Else training
+        searches for neurons, and the certificate bounds what the search did not see.
     loss : {"squared", "squared_hinge", "logistic", "cross_entropy"}, default="squared"
         ``"squared"`` is half the sum of squared errors. ``"squared_hinge"`` is ``1/2 sum (1 - y f)_+^2``, for more
         than two classes summed over the outputs, each of which tells one class from all others. ``"cross_entropy"``
         is the softmax cross-entropy (for two classes the logistic loss); ``"logistic"`` is for two classes.
     weight_decay : float or "auto", default="auto"
-        Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the
-        *sum* of the losses. A torch optimiser's ``weight_decay`` lam with a mean loss is
-        ``beta = lam * sqrt(n)``. ``"auto"`` is 0.02 of :func:`max_weight_decay`.
+        Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the *sum* of
+        the losses: ``beta = lam * sqrt(n)`` for a torch optimiser's ``weight_decay`` lam with a mean loss. ``"auto"``
+        is 0.02 of :func:`max_weight_decay`.
     n_gates : int, default=100
-        Number of gates that are drawn; equal training patterns are kept once.
+        Number of gates to draw; of gates with equal training patterns one is kept.
     gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="data"
-        Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the
-        whitened data, the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last
-        row).
+        Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the whitened data,
+        the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last row).
     width : int or None, default=None
-        Neurons that ReLU training starts with: None for 200, and 1000 where the whitened rows have more than a million
-        entries. There mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).
+        Neurons that ReLU training starts with: None for 200, or for 1000 if the whitened rows have more than a million
+        entries. Then mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).
     n_starts : int, default=1
         Mini-batch descents, each of ``width`` neurons from a random start, whose mean is the network: the program is
         convex, so its objective is at most the mean of theirs. Two take twice the time.
     rank : int, float in (0, 1] or None, default=None
-        Keep all directions, the top ``rank``, or the fewest with this share of the variance, of the centred,
-        unscaled data.
+        Directions of the centred, unscaled data to keep: the top ``rank``, the fewest with this share of the variance,
+        or all.
     spectral_filter : float or None, default=None
-        ``tau / s_1 > 0``: singular directions of the same data are shrunk by ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, a
+        ``tau / s_1 > 0``: shrinks the singular directions of the same data by ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, a
         smooth form of ``rank``; .1 is a good first value. The first layer's weight decay is then that of
         ``sqrt(gamma^2 (1 + tau^2 ||w||^2 / n) + shift^2)`` for a neuron ``w`` of unit variance, and the certificate is
         for this program.
     convolution : Convolution or None, default=None
-        The first layer as a convolution with batch norm over all locations and pooling, see
+        Makes the first layer a convolution with batch norm over all locations and pooling, see
         :class:`convexbn.Convolution`. ``X`` holds images ``(n, height, width, channels)``, or their flattened rows;
         ``rank``, ``spectral_filter`` and gates are then those of the patches.
     solver : {"auto", "group_newton", "subspace", "proximal", "conic"}, default="auto"
@@ -68,7 +65,7 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     tol : float, default=1e-6
         Relative duality gap that counts as optimal.
     max_iter : int or None, default=None
-        Limit of the solver's iterations; None takes the solver's own.
+        Limit of the solver's iterations; None for the solver's own.
     time_limit : float or None, default=None
         Seconds for the solver and, with ``activation="relu"``, the proof: at most half of them for the solver.
         None: a stated amount of work.
@@ -91,7 +88,7 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     rank_ : int
         Number of whitened directions.
     history_ : list of Progress
-        Objective and lower bound after each iteration, the solver's own.
+        Objective and lower bound after each iteration, as the solver computed them.
     n_iter_ : int
         Iterations done.
     fingerprint_ : str
@@ -115,10 +112,8 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
 
         Parameters
         ----------
-        X : array-like (n, d)
-            Features.
-        y : array-like (n,)
-            Class labels.
+        X, y : array-like (n, d), (n,)
+            Features and class labels.
         sample_weight : array-like (n,), optional
             Equal to repeating rows.
         """

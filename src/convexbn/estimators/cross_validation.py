@@ -1,4 +1,4 @@
-"""Cross-validated weight decay, rank, filter and number of gates: one whitening a fold, paths on it, a refit."""
+"""Cross-validated weight decay, rank, filter and number of gates: a whitening and paths on each fold, and a refit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,7 @@ from convexbn.estimators.classifier import ConvexBNClassifier
 from convexbn.estimators.parameters import NetworkParameters, RegressionParameters, parameters
 from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
-from convexbn.estimators.path_grid import (
-    checked_values,
-    checked_weight_decays,
-    default_weight_decays,
-    unfitted,
-    with_seed,
-)
+from convexbn.estimators.path_grid import checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.estimators.regressor import ConvexBNRegressor
 
 #: Fitted attributes of the best estimator that the selection shows as its own.
@@ -39,7 +33,7 @@ _SHOWN += ["classes_", "n_features_in_", "feature_names_in_"]
 
 @parameters
 class _SelectionCV(NetworkParameters):
-    """Base of both: candidates, folds, scores, and the best candidate fitted on all rows."""
+    """Base of the cross-validated estimators: candidates, folds, scores, and a fit of the best on all rows."""
 
     weight_decays: Sequence[float] | None = None
     ranks: Sequence[int | float | None] | None = None
@@ -66,15 +60,14 @@ class _SelectionCV(NetworkParameters):
 
         Parameters
         ----------
-        X : array-like (n, d)
-            Features.
-        y : array-like
-            Labels or targets, as the estimator takes them.
+        X, y : array-like (n, d), (n,) or (n, K)
+            Features, and labels or targets.
         sample_weight : array-like (n,), optional
             Weights of the rows, in training and in the scores.
         """
         self._validate_params()
-        model = with_seed(self._plain())
+        settings, own = self._estimator().get_params(), self.get_params(deep=False)
+        model = with_seed(self._estimator(**{name: own[name] for name in settings if name in own}))
         n_gates = np.atleast_1d(self.n_gates).tolist()
         if not n_gates:
             raise ValueError("n_gates is empty: give a number, or several to choose from.")
@@ -86,41 +79,28 @@ class _SelectionCV(NetworkParameters):
             "spectral_filter": checked_values(model, "spectral_filter", self.spectral_filters),
             "rank": checked_values(model, "rank", self.ranks),
         }
-        grid["weight_decay"] = self._checked(model, grid, X, y, sample_weight)
+        if self.weight_decays is None:
+            data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
+            grid["weight_decay"] = default_decays(data.model, data.largest)
+        else:
+            model._checked_data(X, y, sample_weight, reset=True)
+            grid["weight_decay"] = checked_decays(self.weight_decays)
         candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         scores, gaps = self._scores(model, grid, X, y, sample_weight)
         results = _results(candidates, scores, gaps)
         best = int(np.argmin(results["rank_test_score"]))
         fitted = model.set_params(**candidates[best]).fit(X, y, sample_weight)
-        shown = {name: value for name, value in vars(fitted).items() if name in _SHOWN}
-        self.__dict__ |= shown | {
-            "cv_results_": results,
-            "best_index_": best,
-            "best_params_": candidates[best],
-            "best_score_": float(results["mean_test_score"][best]),
-            "best_estimator_": fitted,
-            "n_gates_": candidates[best]["n_gates"],
+        self.__dict__ |= {name: value for name, value in vars(fitted).items() if name in _SHOWN} | {
+            "cv_results_": results, "best_index_": best, "best_params_": candidates[best], "best_estimator_": fitted,
+            "best_score_": float(results["mean_test_score"][best]), "n_gates_": candidates[best]["n_gates"],
             "n_splits_": scores.shape[1],
-        }
+        }  # fmt: skip
         return self
-
-    def _plain(self) -> Any:
-        """The estimator with the settings that are not selected."""
-        own = self.get_params(deep=False)
-        return self._estimator(**{name: own[name] for name in self._estimator().get_params() if name in own})
-
-    def _checked(self, model: Any, grid: dict[str, Any], X: Any, y: Any, sample_weight: Any) -> list[float]:
-        """Weight decays to compare, after a check of the data; by default those of a path on all rows."""
-        if self.weight_decays is not None:
-            model._checked_data(X, y, sample_weight, reset=True)
-            return checked_weight_decays(self.weight_decays)
-        data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
-        return default_weight_decays(data.model, data.largest)
 
     def _scores(
         self, model: Any, grid: dict[str, list[Any]], X: Any, y: Any, sample_weight: Any
     ) -> tuple[Float, Float]:
-        """Scores and certified relative gaps of every candidate on every fold: (n_candidates, n_splits) each."""
+        """Scores and certified relative gaps of all candidates on all folds: (n_candidates, n_splits) each."""
         from joblib import Parallel, delayed
 
         X, y, sample_weight = indexable(X, y, sample_weight)
@@ -133,7 +113,7 @@ class _SelectionCV(NetworkParameters):
         return scores, gaps
 
     def transform(self, X: Any) -> Float:
-        """Hidden activations of the best estimator, one a neuron."""
+        """Hidden activations of the best estimator."""
         return self._best.transform(X)
 
     def predict(self, X: Any) -> Any:
@@ -141,11 +121,17 @@ class _SelectionCV(NetworkParameters):
         return self._best.predict(X)
 
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
-        """Judge the best estimator's network on rows: those it was trained on, or others."""
+        """Judge the best estimator's network on its training rows or others.
+
+        Parameters
+        ----------
+        X, y, sample_weight : array-like
+            Rows, in the form that ``fit`` takes.
+        """
         return self._best.certify(X, y, sample_weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the best estimator to a safetensors file; ``convexbn.load`` gives that estimator back."""
+        """Write the best estimator to a safetensors file; ``convexbn.load`` returns that estimator."""
         self._best.save(path)
 
     @property
@@ -162,8 +148,8 @@ class _SelectionCV(NetworkParameters):
 class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
     """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
-    Each training fold is whitened once, by itself, and warm-started paths go over all candidates; the scores
-    equal those of separate fits within what the certified gaps leave open. The best candidate is fitted on all rows.
+    Each training fold is whitened once, and warm-started paths go over all candidates. The scores equal those of
+    separate fits up to the certified gaps. The best candidate is fitted on all rows.
 
     Parameters
     ----------
@@ -182,15 +168,15 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
     scoring : str, callable or None, default=None
         As in scikit-learn; None is the estimator's ``score``.
     n_jobs : int or None, default=None
-        Folds that are worked on at once, by joblib.
+        Number of folds to run at once, by joblib.
 
     Attributes
     ----------
     cv_results_ : dict of arrays
-        As ``GridSearchCV`` names them: ``params``, ``param_*``, ``split*_test_score``, ``mean_test_score``,
+        As in ``GridSearchCV``: ``params``, ``param_*``, ``split*_test_score``, ``mean_test_score``,
         ``std_test_score``, ``rank_test_score``; and ``max_relative_gap``, the largest certified gap over the folds.
     best_estimator_ : ConvexBNClassifier
-        Fitted on all rows; methods of this class are its own.
+        Fitted on all rows; the methods of this class call its methods.
     best_params_, best_score_, best_index_
         The first candidate of the best mean score.
     weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, classes_
@@ -229,9 +215,7 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
         As in :class:`ConvexBNClassifierCV`.
     loss, huber_delta
         As in :class:`ConvexBNRegressor`.
-    tol, max_iter, time_limit, random_state
-        As in :class:`ConvexBNClassifierCV`.
-    cv, scoring, n_jobs
+    tol, max_iter, time_limit, random_state, cv, scoring, n_jobs
         As in :class:`ConvexBNClassifierCV`.
 
     Attributes
@@ -267,7 +251,7 @@ def _fold(
     test: Any,
     scorer: Callable[..., float],
 ) -> list[tuple[float | None, float]]:
-    """Score on the test rows and certified gap on the training rows of every candidate."""
+    """Score on the test rows and certified gap on the training rows, for every candidate."""
     parts = [[None if a is None else _safe_indexing(a, rows) for a in (X, y, sample_weight)] for rows in (train, test)]
     (X_train, y_train, weights), (X_test, y_test, test_weights) = parts
     weighted = {} if test_weights is None else {"sample_weight": test_weights}
@@ -286,7 +270,7 @@ def _fold(
 
 
 def _results(candidates: list[dict[str, Any]], scores: Float, gaps: Float) -> dict[str, Any]:
-    """Scores in the manner of ``GridSearchCV``; a score that is no number ranks last."""
+    """Results as in ``GridSearchCV``; NaN ranks last."""
     mean = scores.mean(axis=1)
     return {
         **{f"param_{name}": _column([candidate[name] for candidate in candidates]) for name in candidates[0]},
@@ -300,6 +284,6 @@ def _results(candidates: list[dict[str, Any]], scores: Float, gaps: Float) -> di
 
 
 def _column(values: list[Any]) -> np.ma.MaskedArray:
-    """Values of one parameter as a masked array; of objects where None or several types are among them."""
+    """Values of one parameter as a masked array, of objects if there are several types."""
     kinds = {type(value) for value in values}
     return np.ma.MaskedArray(np.array(values, dtype=kinds.pop() if len(kinds) == 1 else object))

@@ -1,10 +1,9 @@
-"""Pictures of results; matplotlib is imported inside."""
+"""Pictures of results; matplotlib is imported by ``plot``."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,9 +15,30 @@ from convexbn.data.whitening import whiten
 from convexbn.solvers.base import Progress
 from convexbn.training.neural_collapse import CollapseMetrics
 
+#: Two colours that all eyes tell apart (Okabe and Ito).
+_COLOURS = ("#0072b2", "#d55e00")
 
-class CertificateDisplay:
-    """Objective and lower bound over iterations: how a fit was proved.
+#: Measures below this are 0 but for rounding, and have no place on a logarithmic scale.
+_ZERO = 1e-12
+
+
+class _Display:
+    """Base of the displays: the axes that ``plot`` draws on."""
+
+    def _on(self, axes: Any, n_rows: int, n_columns: int, size: tuple[float, float]) -> Any:
+        """Keep the given axes, or those of a new figure."""
+        if axes is None:
+            import matplotlib.pyplot as plt
+
+            axes = plt.subplots(n_rows, n_columns, figsize=size, sharex=n_rows > 1, layout="constrained")[1].ravel()
+        self.axes_, self.figure_ = axes, axes[0].figure
+        for axis in axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        return axes
+
+
+class CertificateDisplay(_Display):
+    """Objective and lower bound over the iterations of a fit.
 
     Parameters
     ----------
@@ -42,12 +62,9 @@ class CertificateDisplay:
         """Display of a fitted ``ConvexBNClassifier`` or ``ConvexBNRegressor``."""
         return cls(model.history_, model.certificate_)
 
-    def plot(self, axes: Any = None) -> CertificateDisplay:
+    def plot(self, axes: Any = None) -> Self:
         """Draw objective and bound (first of two axes) and the relative gap (second); returns self."""
-        import matplotlib.pyplot as plt
-
-        if axes is None:
-            _, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        axes = self._on(axes, 1, 2, (9, 3.6))
         iterations = [p.iteration for p in self.history]
         lower = [p.lower_bound for p in self.history]
         upper = [p.objective for p in self.history]
@@ -65,13 +82,11 @@ class CertificateDisplay:
         axes[1].set(xlabel="iteration", ylabel="relative gap")
         axes[1].legend(frameon=False)
         for axis in axes:
-            axis.spines[["top", "right"]].set_visible(False)
             axis.xaxis.get_major_locator().set_params(integer=True)
-        self.axes_, self.figure_ = axes, axes[0].figure
         return self
 
 
-#: Panels of a ``CollapseDisplay``: title, scale and unit, and the measures in it with their names.
+#: Panels of a ``CollapseDisplay``: title, scale, unit, and measures with their labels.
 _PANELS = [
     ("NC1: variation within classes", "log", "trace(S_W pinv(S_B)) / K", {"within_class": "features"}),
     ("NC2: distance to a simplex", "log", "deviation", {"norm_variation": "norms", "angle_deviation": "angles"}),
@@ -82,14 +97,8 @@ _PANELS = [
     ("NC4: another class mean is nearer", "linear", "share of samples", {"disagreement": "features"}),
 ]  # fmt: skip
 
-#: Two colours that all eyes tell apart (Okabe and Ito).
-_COLOURS = ("#0072b2", "#d55e00")
 
-#: Measures below this are 0 but for rounding, and have no place on a logarithmic scale.
-_ZERO = 1e-12
-
-
-class CollapseDisplay:
+class CollapseDisplay(_Display):
     """Neural collapse over the epochs of a training, with the values of the global optimum as dashed lines.
 
     Parameters
@@ -97,7 +106,7 @@ class CollapseDisplay:
     history : sequence of CollapseMetrics
         One an epoch.
     epochs : sequence of float, optional
-        When they were taken; 1, 2, ... by default.
+        The epochs of the history, 1, 2, ... by default.
     optimum : CollapseMetrics, optional
         Values to compare with, such as ``collapse.optimal_collapse``.
 
@@ -124,13 +133,9 @@ class CollapseDisplay:
         self.epochs = list(range(1, len(self.history) + 1)) if epochs is None else list(epochs)
         self.optimum = optimum
 
-    def plot(self, axes: Any = None) -> CollapseDisplay:
-        """Draw one panel a measure on four axes; returns self."""
-        import matplotlib.pyplot as plt
-
-        if axes is None:
-            axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")[1].ravel()
-        for axis, (title, scale, unit, measures) in zip(axes, _PANELS, strict=True):
+    def plot(self, axes: Any = None) -> Self:
+        """Draw one panel for each measure on four axes; returns self."""
+        for axis, (title, scale, unit, measures) in zip(self._on(axes, 2, 2, (9, 6)), _PANELS, strict=True):
             for (measure, label), colour in zip(measures.items(), _COLOURS, strict=False):
                 self._draw(axis, measure, label, colour)
             axis.set(title=title, xlabel="epoch", ylabel=unit, yscale=scale)
@@ -138,23 +143,19 @@ class CollapseDisplay:
             if scale == "linear":
                 axis.set_ylim(-0.03, 1.05)
             axis.legend(frameon=False, loc="upper right")
-            axis.spines[["top", "right"]].set_visible(False)
-        self.axes_, self.figure_ = axes, axes[0].figure
         return self
 
     def _draw(self, axis: Any, measure: str, label: str, colour: str) -> None:
         """One measure over the epochs, and its value at the optimum."""
         if self.optimum is not None:
-            value = getattr(self.optimum, measure)
-            shown = value > _ZERO
-            label += f" (dashed: optimum {value:.3g})" if shown else " (optimum 0)"
-            if shown:
+            if (value := getattr(self.optimum, measure)) > _ZERO:
                 axis.axhline(value, color=colour, ls="--", lw=1.2)
+            label += f" (dashed: optimum {value:.3g})" if value > _ZERO else " (optimum 0)"
         axis.plot(self.epochs, [getattr(metrics, measure) for metrics in self.history], color=colour, label=label)
 
 
-class PathDisplay:
-    """Certified gap, neurons and validation score over the weight decays of a path, one line a rank.
+class PathDisplay(_Display):
+    """Certified gap, neurons and validation score over the weight decays of a path, one line for each rank.
 
     Parameters
     ----------
@@ -175,62 +176,45 @@ class PathDisplay:
     def __init__(self, points: Sequence[Any]) -> None:
         self.points = list(points)
 
-    def plot(self, axes: Any = None) -> PathDisplay:
-        """Draw the score, where there is one, the neurons and the gap, one above the other; returns self."""
-        import matplotlib.pyplot as plt
+    def plot(self, axes: Any = None) -> Self:
+        """Draw the score, if there is one, the neurons and the gap, one above the other; returns self."""
+        import matplotlib
 
         if not self.points:
             raise ValueError("there are no points to draw: ask the path for one at least.")
-        scored = any(point.score is not None for point in self.points)
-        if axes is None:
-            axes = plt.subplots(2 + scored, 1, figsize=(6, 2.2 * (2 + scored)), sharex=True, layout="constrained")[1]
-        for (label, points), style in zip(self._lines(), _line_styles(), strict=False):
+        scored = [point for point in self.points if point.score is not None]
+        n_axes = 3 if scored else 2
+        axes, colours = self._on(axes, n_axes, 1, (6, 2.2 * n_axes)), matplotlib.colormaps["viridis"]
+        for i, (label, points) in enumerate(self._lines().items()):
+            # from dark to light, which all eyes tell apart, and by marker
+            style = {"color": colours((i * 0.22) % 0.9), "marker": "osv^D"[i % 5], "ms": 4, "lw": 1.2, "label": label}
             decays = [point.weight_decay for point in points]
             if scored:
-                axes[0].plot(decays, [point.score for point in points], label=label, **style)
-            axes[-2].plot(decays, [point.network.n_neurons for point in points], label=label, **style)
+                axes[0].plot(decays, [point.score for point in points], **style)
+            axes[-2].plot(decays, [point.network.n_neurons for point in points], **style)
             gaps = [gap if (gap := point.certificate.relative_gap) > 0 else np.nan for point in points]
-            axes[-1].plot(decays, gaps, label=label, **style)
+            axes[-1].plot(decays, gaps, **style)
         if scored:
-            self._mark_best(axes[0])
-        self._name(axes, scored)
-        self.axes_, self.figure_ = axes, axes[0].figure
-        return self
-
-    def _lines(self) -> list[tuple[str, list[Any]]]:
-        """Points by rank, each over rising weight decay."""
-        lines: dict[str, list[Any]] = {}
-        for point in sorted(self.points, key=lambda point: point.weight_decay):
-            lines.setdefault("all directions" if point.rank is None else f"rank {point.rank}", []).append(point)
-        order = {label: min(map(self.points.index, points)) for label, points in lines.items()}
-        return sorted(lines.items(), key=lambda line: order[line[0]])
-
-    def _mark_best(self, axis: Any) -> None:
-        best = max((point for point in self.points if point.score is not None), key=lambda point: point.score)
-        axis.plot(
-            best.weight_decay,
-            best.score,
-            "o",
-            ms=12,
-            mfc="none",
-            mec="0.2",
-            clip_on=False,
-            label=f"best: {best.score:.4g}",
-        )
-
-    def _name(self, axes: Any, scored: bool) -> None:
+            best = max(scored, key=lambda point: point.score)
+            ring = {"ms": 12, "mfc": "none", "mec": "0.2", "clip_on": False, "label": f"best: {best.score:.4g}"}
+            axes[0].plot(best.weight_decay, best.score, "o", **ring)
+            axes[0].set(ylabel="validation score")
         axes[-1].axhline(self.points[0].certificate.tolerance, color="0.6", ls="--", label="tolerance")
         axes[-1].set(xscale="log", yscale="log", xlabel="weight decay", ylabel="relative gap")
         axes[-2].set(ylabel="neurons")
-        if scored:
-            axes[0].set(ylabel="validation score")
-        for axis in axes:
-            axis.spines[["top", "right"]].set_visible(False)
         axes[0].legend(frameon=False, fontsize=8, ncols=2)
+        return self
+
+    def _lines(self) -> dict[str, list[Any]]:
+        """Points by rank, in order of appearance, each over rising weight decay."""
+        lines: dict[str, list[Any]] = {}
+        for point in self.points:
+            lines.setdefault("all directions" if point.rank is None else f"rank {point.rank}", []).append(point)
+        return {label: sorted(points, key=lambda point: point.weight_decay) for label, points in lines.items()}
 
 
-class SpectrumDisplay:
-    """What a fitted first layer uses of the data's spectrum: singular values above, energy a direction below.
+class SpectrumDisplay(_Display):
+    """Use of the data's spectrum by a fitted first layer: singular values above, energy of each direction below.
 
     The energy of direction ``i`` is ``sum_j ||c_j||^2 s_ij^2`` over the neurons, ``s_j`` being the first layer on
     the whitened data, as a share of its sum (mathematics, section 5).
@@ -244,7 +228,7 @@ class SpectrumDisplay:
     rank : int
         Number of directions that the model keeps.
     tau : float or None, default=None
-        Singular value where the spectral filter is ``sqrt(1/2)``, in the units of the data; None without a filter.
+        Singular value at which the spectral filter is ``sqrt(1/2)``, in the units of the data; None without a filter.
 
     Attributes
     ----------
@@ -266,7 +250,13 @@ class SpectrumDisplay:
 
     @classmethod
     def from_estimator(cls, model: Any, X: Any, sample_weight: Any = None) -> SpectrumDisplay:
-        """Display of a fitted estimator on its training rows."""
+        """Display of a fitted estimator on its training rows.
+
+        Parameters
+        ----------
+        model : ConvexBNClassifier or ConvexBNRegressor
+        X, sample_weight : array-like
+        """
         X = model._checked_rows(X)
         weights = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         X, weights = X[weights > 0], weights[weights > 0]
@@ -282,14 +272,10 @@ class SpectrumDisplay:
         tau = None if model.spectral_filter is None else model.spectral_filter * found[0]
         return cls(found, energies / total if total > 0 else energies, model.rank_, tau)
 
-    def plot(self, axes: Any = None) -> SpectrumDisplay:
+    def plot(self, axes: Any = None) -> Self:
         """Draw the spectrum with the cut, and the energies, on two axes; returns self."""
-        import matplotlib.pyplot as plt
-
-        if axes is None:
-            axes = plt.subplots(2, 1, figsize=(6, 4.8), sharex=True, layout="constrained")[1]
+        axes, (spectrum, energy) = self._on(axes, 2, 1, (6, 4.8)), _COLOURS
         index = np.arange(1, len(self.singular_values) + 1)
-        spectrum, energy = _COLOURS
         axes[0].plot(index, self.singular_values, color=spectrum)
         axes[0].set(yscale="log", ylabel="singular value\n(units of the data)")
         if self.tau is not None:
@@ -297,27 +283,13 @@ class SpectrumDisplay:
         shown = self.energies > _ZERO
         axes[1].vlines(index[shown], _ZERO, self.energies[shown], color=energy, lw=1)
         axes[1].plot(index[shown], self.energies[shown], ".", color=energy, ms=4)
-        axes[1].set(
-            yscale="log", xscale="log", xlabel="singular direction", ylabel="share of the first\nlayer's energy"
-        )
+        axes[1].set(xscale="log", xlabel="singular direction", ylabel="share of the first\nlayer's energy")
         if shown.any():
-            axes[1].set_ylim(0.5 * self.energies[shown].min(), 2 * self.energies[shown].max())
-        for axis in axes:
-            if self.rank < len(index):
-                axis.axvline(
-                    self.rank + 0.5, color="0.5", ls="--", label=f"cut: {self.rank} of {len(index)} directions"
-                )
-            axis.spines[["top", "right"]].set_visible(False)
-        if self.rank < len(index) or self.tau is not None:
+            axes[1].set(yscale="log", ylim=(0.5 * self.energies[shown].min(), 2 * self.energies[shown].max()))
+        if cut := self.rank < len(index):
+            label = f"cut: {self.rank} of {len(index)} directions"
+            for axis in axes:
+                axis.axvline(self.rank + 0.5, color="0.5", ls="--", label=label)
+        if cut or self.tau is not None:
             axes[0].legend(frameon=False)
-        self.axes_, self.figure_ = axes, axes[0].figure
         return self
-
-
-def _line_styles() -> Iterator[dict[str, Any]]:
-    """Styles of lines in order: from dark to light, which all eyes tell apart, and by marker."""
-    import matplotlib
-
-    colours = matplotlib.colormaps["viridis"]
-    for i in itertools.count():
-        yield {"color": colours((i * 0.22) % 0.9), "marker": "osv^D"[i % 5], "ms": 4, "lw": 1.2}

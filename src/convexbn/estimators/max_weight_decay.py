@@ -18,8 +18,8 @@ def max_weight_decay(X: Any, y: Any, *, sample_weight: Any = None, **parameters:
     X : array-like (n, d), or images of several axes with a convolution
         Features.
     y : array-like (n,) or (n, K)
-        Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats
-        and matrices are targets.
+        Integers, booleans and strings are class labels, encoded as ``ConvexBNClassifier`` does; floats and matrices
+        are targets.
     sample_weight : array-like (n,), optional
         Equal to repeating rows.
     **parameters
@@ -31,8 +31,8 @@ def max_weight_decay(X: Any, y: Any, *, sample_weight: Any = None, **parameters:
     float
         Gated: ``max_i ||A' D_i V0||_F`` with ``V0 = -grad L(0)``, exact.
     (float, float)
-        ReLU: value of a local search for ``max over ||u|| <= 1 of ||V0'(A u)_+||``, and a valid upper bound. Equal
-        where it has a formula (rank n - 1: the largest norm of a ray of ``V0``).
+        ReLU: value of a local search for ``max over ||u|| <= 1 of ||V0'(A u)_+||``, and a valid upper bound. They are
+        equal if there is a formula (rank n - 1: the largest norm of a ray of ``V0``).
 
     Examples
     --------
@@ -44,5 +44,4 @@ def max_weight_decay(X: Any, y: Any, *, sample_weight: Any = None, **parameters:
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
     model: Any = ConvexBNClassifier(**parameters) if is_class else ConvexBNRegressor(**parameters)
     model._validate_params()
-    data, _ = model._prepared(X, y, sample_weight)
-    return model._max_weight_decay(data, proved=True)
+    return model._max_weight_decay(model._prepared(X, y, sample_weight)[0], proved=True)

@@ -1,4 +1,4 @@
-"""Parameters of the estimators, declared once: as fields, with what scikit-learn checks them against."""
+"""Parameters of the estimators, declared once as fields, with scikit-learn's constraints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convexbn.data.convolution import Convolution
 from convexbn.program.losses import losses_for
 from convexbn.training.fit import SOLVERS
 
-#: A dataclass whose fields are the keywords of an estimator; scikit-learn prints and compares it.
+#: Dataclass decorator: fields are the keywords of an estimator; scikit-learn prints and compares it.
 parameters = dataclass(kw_only=True, eq=False, repr=False)
 
 
@@ -34,9 +34,7 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     time_limit: float | None = None
     random_state: Any = None
 
-    #: ``"classification"`` or ``"regression"``: which losses there are.
-    _task: ClassVar[str]
-
+    _task: ClassVar[str]  # "classification" or "regression": selects the losses
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "activation": [StrOptions({"gated", "relu"})],
         "loss": [str],
@@ -52,17 +50,13 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     }
 
     def _validate_params(self) -> None:
-        losses = [StrOptions(set(losses_for(self._task)))]
-        validate_parameter_constraints(
-            {**self._parameter_constraints, "loss": losses},
-            self.get_params(deep=False),
-            caller_name=type(self).__name__,
-        )
+        constraints = self._parameter_constraints | {"loss": [StrOptions(set(losses_for(self._task)))]}
+        validate_parameter_constraints(constraints, self.get_params(deep=False), caller_name=type(self).__name__)
 
 
 @parameters
 class RegressionParameters(NetworkParameters):
-    """Parameters of regression alone, and several targets at once."""
+    """Parameters of regression, and its tag for several targets."""
 
     huber_delta: float = 1.0
 

@@ -1,4 +1,4 @@
-"""``fit_path``: a regularisation path of an estimator, as an iterator over certified points."""
+"""Regularisation paths of an estimator, as iterators over certified points."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from convexbn.certificate.certificate import Certificate
 from convexbn.estimators import KINDS, path_checkpoint
 from convexbn.estimators.path_checkpoint import PathCheckpoint, question_of
 from convexbn.estimators.path_data import PathData
-from convexbn.estimators.path_grid import (
-    checked_values,
-    checked_weight_decays,
-    default_weight_decays,
-    unfitted,
-    with_seed,
-)
+from convexbn.estimators.path_grid import checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
 from convexbn.training.training_set import TrainingSet
@@ -35,7 +29,7 @@ class PathPoint:
     model : ConvexBNClassifier or ConvexBNRegressor
         Fitted at ``weight_decay`` and ``rank``, which are among its parameters.
     score : float or None
-        ``model.score`` on the validation rows, where there are some.
+        ``model.score`` on the validation rows, if there are any.
     """
 
     model: Any
@@ -48,17 +42,17 @@ class PathPoint:
 
     @property
     def rank(self) -> int | float | None:
-        """Rank of the point as it was asked for; ``model.rank_`` is the number of directions."""
+        """Rank of the point as given; ``model.rank_`` is the number of directions."""
         return self.model.rank
 
     @property
     def network(self) -> BatchNormNetwork:
-        """The network as ordinary weights."""
+        """Network of the point, as ordinary weights."""
         return self.model.network_
 
     @property
     def certificate(self) -> Certificate:
-        """Its objective, lower bound, gap and status."""
+        """Objective, lower bound, gap and status of the point."""
         return self.model.certificate_
 
 
@@ -75,10 +69,10 @@ def fit_path(
 ) -> RegularisationPath:
     """Regularisation path of an estimator over weight decay and rank.
 
-    The data are whitened once; of a smaller rank the directions are the first ones. Points are solved as they are
-    asked for, each from the one before it: for the first rank over the weight decays as they are given, for the second
-    backwards, and so on, so that neighbours follow one another. Each equals a ``fit`` with its weight decay and rank
-    within the gap that its certificate states (ReLU networks off the formula: each is a solution of its own).
+    The data are whitened once; a smaller rank takes the first directions. Points are solved lazily, each from the one
+    before it: over the weight decays as given for the first rank, backwards for the second, and so on, so that
+    neighbours follow one another. Each point equals a ``fit`` with its weight decay and rank within the gap of its
+    certificate (except for ReLU networks without a formula: each is a solution of its own).
 
     Parameters
     ----------
@@ -96,13 +90,13 @@ def fit_path(
     validation : (array-like, array-like), optional
         Rows to score each point on.
     checkpoint : path-like, optional
-        File that is replaced in one step after each point. Where it exists already the path goes on from there and
-        ends with the same points, bit for bit with equal BLAS threads. ``random_state`` must be an integer.
+        File to replace in one step after each point. If it exists, the path resumes from it and ends with the same
+        points, bit for bit with equal BLAS threads. ``random_state`` must be an integer.
 
     Returns
     -------
     RegularisationPath
-        Iterator over ``PathPoint``; its ``points`` are those that are finished, whatever happens. A point that is not
+        Iterator over ``PathPoint``; its ``points`` are the finished ones, whatever happens. A point that is not
         certified says so in its ``certificate``; there is no warning.
 
     Raises
@@ -133,24 +127,23 @@ def fit_path(
         if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
             raise ValueError("validation must be a pair (X, y) of rows and targets.")
         data.model._encode_known(data.model._checked_data(*validation, None, reset=False)[1])
-    given = None if weight_decays is None else checked_weight_decays(weight_decays)
+    given = None if weight_decays is None else checked_decays(weight_decays)
     file = None
     if checkpoint is not None:
         rows = {"X": X, "y": y, "sample_weight": sample_weight, "validation rows": validation}
         rows["feature names"] = data.labels.get("feature_names_in_")
         file = PathCheckpoint(checkpoint, question_of(model, given, grid_of_ranks, rows), KINDS)
-    decays = given or (file and file.weight_decays) or default_weight_decays(model, data.largest)
+    decays = given or (file and file.weight_decays) or default_decays(model, data.largest)
     score = None if validation is None else (lambda fitted: float(fitted.score(*validation)))
     return RegularisationPath(model, data, decays, grid_of_ranks, score=score, checkpoint=file)
 
 
 def load_path(file: str | os.PathLike[str]) -> list[PathPoint]:
-    """Finished points of a checkpoint that ``fit_path`` wrote, in their order.
+    """Finished points of a checkpoint that ``fit_path`` wrote, in order.
 
     Parameters
     ----------
     file : path-like
-        The checkpoint.
 
     Returns
     -------
@@ -159,20 +152,20 @@ def load_path(file: str | os.PathLike[str]) -> list[PathPoint]:
     Raises
     ------
     FormatError
-        When the file is damaged or no checkpoint of a path.
+        When the file is damaged or not the checkpoint of a path.
     """
     return [PathPoint(model, score) for model, score in path_checkpoint.read(file, KINDS).points]
 
 
 class RegularisationPath(Iterator[PathPoint]):
-    """Points of a path, solved as they are asked for; made by ``fit_path``.
+    """Iterator over the points of a path, solved lazily; made by ``fit_path``.
 
     Attributes
     ----------
     points : list of PathPoint
-        What is finished, also after an exception, Ctrl-C among them; ``next`` goes on from there.
+        The finished points. They survive exceptions, also Ctrl-C; ``next`` goes on from there.
     grid : list of (float, rank)
-        Weight decay and rank of every point, in their order.
+        Weight decay and rank of every point, in order.
     """
 
     def __init__(
@@ -210,14 +203,14 @@ class RegularisationPath(Iterator[PathPoint]):
         return self.points[self._given - 1]
 
     def _keep(self) -> None:
-        """Write the finished points, unless they are written."""
+        """Write the finished points, if some are not written yet."""
         if self._checkpoint is not None and self._written < len(self.points):
             self._checkpoint.write([(point.model, point.score) for point in self.points], self._weight_decays)
             self._written = len(self.points)
 
     @property
     def best(self) -> PathPoint:
-        """The first of the finished points with the highest score.
+        """First finished point with the highest score.
 
         Raises
         ------
@@ -230,13 +223,13 @@ class RegularisationPath(Iterator[PathPoint]):
         return self.points[int(np.nanargmax(scores))]
 
     def in_grid_order(self) -> list[PathPoint]:
-        """The finished points rank by rank, each over the weight decays in the order that they were given."""
+        """Finished points rank by rank, each over the weight decays in the given order."""
         n = len(self._weight_decays)
         lines = [self.points[start : start + n] for start in range(0, len(self.points), n)]
         return [point for turn, line in enumerate(lines) for point in (line if turn % 2 == 0 else line[::-1])]
 
     def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
-        """One point from the one before it."""
+        """Solve a point from the points before it."""
         model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
         data, drawn = self._prepared(model)
         start = start_of(data, model, [point.model for point in self.points[-2:]])
@@ -245,7 +238,7 @@ class RegularisationPath(Iterator[PathPoint]):
         return PathPoint(model, None if self._score is None else self._score(model))
 
     def _prepared(self, model: Any) -> tuple[TrainingSet, Any]:
-        """Training rows of a point and its gates, those of the point before where the rank is the same."""
+        """Training rows and gates of a point, kept from the point before if the rank is the same."""
         if self._last is None or self._last[0] != model.rank:
             data = self._data.at(model)
             self._last = model.rank, data, None if model.activation == "relu" else model._drawn(data)

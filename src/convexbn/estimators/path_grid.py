@@ -1,4 +1,4 @@
-"""The grid of a path: its values checked before any work, its defaults, and estimators that are not fitted."""
+"""Grid of a path: checked values, defaults, and unfitted estimators."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _N_WEIGHT_DECAYS, _SMALLEST = 20, 0.01
 
 
 def unfitted(estimator: Any, **changes: Any) -> Any:
-    """The estimator with other parameters and the same callback, which ``clone`` would copy."""
+    """An unfitted estimator with some parameters changed and the same callback, which ``clone`` would copy."""
     return type(estimator)(**{**estimator.get_params(deep=False), **changes})
 
 
 def with_seed(estimator: Any) -> Any:
-    """An unfitted one whose draws repeat: an integer ``random_state`` stays, else one is drawn from it."""
+    """An unfitted estimator with repeatable draws: an integer ``random_state`` stays, else one is drawn from it."""
     model = unfitted(estimator)
     if model.random_state is None:
         model.random_state = int(np.random.default_rng().integers(2**31))
@@ -30,7 +30,15 @@ def with_seed(estimator: Any) -> Any:
 
 
 def checked_values(model: Any, parameter: str, values: Sequence[Any] | None) -> list[Any]:
-    """Values that the estimator takes for a parameter; its own where none are given."""
+    """Valid values of a parameter.
+
+    Parameters
+    ----------
+    model : estimator
+    parameter : str
+    values : sequence or None
+        None for the estimator's own value alone.
+    """
     kept = [getattr(model, parameter)] if values is None else list(values)
     if not kept:
         raise ValueError(f"{parameter}s is empty: give at least one, or None for the estimator's own.")
@@ -39,7 +47,7 @@ def checked_values(model: Any, parameter: str, values: Sequence[Any] | None) -> 
     return [value.item() if isinstance(value, np.generic) else value for value in kept]
 
 
-def checked_weight_decays(weight_decays: Sequence[float]) -> list[float]:
+def checked_decays(weight_decays: Sequence[float]) -> list[float]:
     """Positive finite weight decays, at least one."""
     kept = np.asarray(weight_decays, dtype=np.float64)
     if kept.ndim != 1 or not len(kept) or not np.all((kept > 0) & np.isfinite(kept)):
@@ -47,7 +55,7 @@ def checked_weight_decays(weight_decays: Sequence[float]) -> list[float]:
     return kept.tolist()
 
 
-def default_weight_decays(model: Any, data: TrainingSet) -> list[float]:
+def default_decays(model: Any, data: TrainingSet) -> list[float]:
     """Geometric grid from the largest useful weight decay downwards."""
     largest = model._max_weight_decay(data, proved=False)
     value = largest[0] if isinstance(largest, tuple) else largest

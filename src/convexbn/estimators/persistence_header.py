@@ -1,11 +1,12 @@
-"""The header of a saved model: its fields and their rules, written from an estimator and read back in parts."""
+"""Header of a saved model: one table of its fields, with their rules and how each is written and read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from convexbn.files.schema import NOT_FINITE, none_or, require
 #: Scope of the certificate, by activation.
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
-#: Rules of the certificate's fields, by their declared type; some have a narrower one.
+#: Rules of the certificate's fields by their declared type, and narrower ones of some fields.
 _OF_TYPE: dict[Any, schema.Rule] = {
     "float": schema.real,
     "float | None": none_or(schema.real),
@@ -35,7 +36,7 @@ _NARROWER: dict[str, schema.Rule] = {
 }
 _CERTIFICATE = schema.record(**{field.name: _OF_TYPE[field.type] for field in fields(Certificate)} | _NARROWER)
 
-#: What the command line writes down to find the training rows again.
+#: The command line's note of where the training rows are.
 _SOURCE = schema.record(
     data=schema.text,
     target=none_or(schema.text),
@@ -46,9 +47,9 @@ _SOURCE = schema.record(
 )
 
 _CLASSES = schema.record(
-    dtype=schema.matching(r"[<>|=]?[biufUO]\d*"),
-    labels=schema.list_of(str, int, float, bool, least=2),
+    dtype=schema.matching(r"[<>|=]?[biufUO]\d*"), labels=schema.list_of(str, int, float, bool, least=2)
 )
+_MAX_CLASS_BYTES = 1 << 28
 
 _SIZES = schema.either(schema.count, schema.list_of(int, least=1))
 _CONVOLUTION = schema.record(
@@ -57,81 +58,108 @@ _CONVOLUTION = schema.record(
     padding=_SIZES,
     pooling=schema.one_of("average", "max"),
     regions=schema.either(_SIZES, schema.one_of("all")),
-    input_shape=schema.none_or(schema.list_of(int, least=2)),
+    input_shape=none_or(schema.list_of(int, least=2)),
     channels=schema.one_of("last", "first"),
 )
 
-_FIELDS: dict[str, schema.Rule] = {
-    "version": schema.text,
-    "estimator": schema.one_of("ConvexBNClassifier", "ConvexBNRegressor"),
-    "parameters": schema.mapping,
-    "n_effective": schema.positive,
-    "weight_decay": schema.positive,
-    "rank": schema.count,
-    "n_iter": schema.count,
-    "fingerprint": schema.matching(r"[0-9a-f]{64}"),
-    "feature_names": none_or(schema.names),
-    "classes": none_or(_CLASSES),
-    "single_output": none_or(schema.flag),
-    "certificate": _CERTIFICATE,
-    "source": none_or(_SOURCE),
-}
 
-_MAX_CLASS_BYTES = 1 << 28
+def _plain(value: Any) -> Any:
+    """Convert NumPy scalars, enumerations and tuples to types of JSON."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.value if isinstance(value, Status) else value
 
 
-def of_model(model: Any) -> dict[str, JSON]:
-    """The header of a fitted estimator, in plain Python values."""
-    header = {
-        "version": __version__,
-        "estimator": type(model).__name__,
-        "parameters": parameters(model),
-        "n_effective": float(model.network_.n_effective),
-        "weight_decay": float(model.weight_decay_),
-        "rank": int(model.rank_),
-        "n_iter": int(model.n_iter_),
-        "fingerprint": model.fingerprint_,
-        "feature_names": list(model.feature_names_in_) if hasattr(model, "feature_names_in_") else None,
-        "classes": _classes_to_json(model.classes_) if hasattr(model, "classes_") else None,
-        "single_output": getattr(model, "_single_output", None),
-        "certificate": _certificate_to_json(model.certificate_),
-        "source": getattr(model, "source_", None),
-    }
-    return _plain(header)
+def _certificate_to_json(proof: Certificate) -> dict[str, Any]:
+    """Fields of a certificate; numbers that JSON cannot hold become their names."""
+    values = _plain(asdict(proof))
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def check(header: Mapping[str, JSON]) -> None:
-    """Refuse a header with a field too few or too many, or one that breaks its own rule."""
-    require(schema.same_names(header, _FIELDS), "header")
-    for name, rule in _FIELDS.items():
-        require(rule(header[name]), name)
+def _certificate_from_json(block: Mapping[str, Any]) -> Certificate:
+    numbers = {field.name for field in fields(Certificate) if "float" in str(field.type)}
+    values: dict[str, Any] = {k: float(v) if k in numbers and v in NOT_FINITE else v for k, v in block.items()}
+    return Certificate(**values | {"status": Status(block["status"])})
 
 
-def classes(block: Mapping[str, Any] | None) -> np.ndarray | None:
-    """Class labels, sorted and each exactly what its type can hold."""
-    if block is None:
-        return None
-    labels = _typed(**block)
+def _classes_from_json(block: Mapping[str, Any]) -> Any:
+    """Class labels in order, each exactly as its type holds it."""
+    labels = None
+    with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
+        if np.dtype(block["dtype"]).itemsize * len(block["labels"]) <= _MAX_CLASS_BYTES:
+            array = np.array(block["labels"], dtype=block["dtype"])
+            labels = array if np.array_equal(np.unique(array), array) else None
     # compared as text: 1, 1.0 and True are three labels
     require(labels is not None and repr(labels.tolist()) == repr(block["labels"]), "classes")
     return labels
 
 
-def certificate(block: Mapping[str, Any]) -> Certificate:
-    """The certificate as it was claimed."""
-    values: dict[str, Any] = {**block, "status": Status(block["status"])}
-    for field in fields(Certificate):
-        if "float" in str(field.type) and values[field.name] in NOT_FINITE:
-            values[field.name] = float(values[field.name])
-    return Certificate(**values)
+class _Field(NamedTuple):
+    """A field that holds an attribute of the fitted estimator, or null if there is none."""
+
+    attribute: str
+    rule: schema.Rule
+    write: Callable[[Any], Any] = _plain
+    read: Callable[[Any], Any] = lambda value: value
+
+
+_FITTED = {
+    "weight_decay": _Field("weight_decay_", schema.positive, float),
+    "rank": _Field("rank_", schema.count, int),
+    "n_iter": _Field("n_iter_", schema.count, int),
+    "fingerprint": _Field("fingerprint_", schema.matching(r"[0-9a-f]{64}")),
+    "feature_names": _Field("feature_names_in_", none_or(schema.names), list, lambda names: np.array(names, object)),
+    "classes": _Field(
+        "classes_", none_or(_CLASSES), lambda y: {"dtype": y.dtype.str, "labels": y.tolist()}, _classes_from_json
+    ),
+    "single_output": _Field("_single_output", none_or(schema.flag)),
+    "certificate": _Field("certificate_", _CERTIFICATE, _certificate_to_json, _certificate_from_json),
+    "source": _Field("source_", none_or(_SOURCE)),
+}
+
+#: Rules of all fields.
+RULES: dict[str, schema.Rule] = {
+    "version": schema.text,
+    "estimator": schema.one_of("ConvexBNClassifier", "ConvexBNRegressor"),
+    "parameters": schema.mapping,
+    "n_effective": schema.positive,
+    **{name: field.rule for name, field in _FITTED.items()},
+}
+
+
+def of_model(model: Any) -> dict[str, JSON]:
+    """Header of a fitted estimator, in plain Python values."""
+    values = {name: getattr(model, field.attribute, None) for name, field in _FITTED.items()}
+    return {
+        "version": __version__,
+        "estimator": type(model).__name__,
+        "parameters": parameters(model),
+        "n_effective": float(model.network_.n_effective),
+        **{name: None if value is None else _FITTED[name].write(value) for name, value in values.items()},
+    }
+
+
+def attributes(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of the fitted estimator that a header holds."""
+    return {field.attribute: field.read(header[k]) for k, field in _FITTED.items() if header[k] is not None}
+
+
+def check(header: Mapping[str, JSON], rules: Mapping[str, schema.Rule]) -> None:
+    """Refuse a header with missing or unknown fields, or with a field that breaks its rule."""
+    require(schema.same_names(header, rules), "header")
+    for name, rule in rules.items():
+        require(rule(header[name]), name)
 
 
 def parameters(model: Any) -> dict[str, Any]:
-    """Parameters that JSON can hold; given gates are a tensor."""
+    """Parameters of an estimator that JSON can hold; given gates are a tensor."""
     kept = {name: value for name, value in model.get_params().items() if name != "callback"}
-    if kept["convolution"] is not None:  # with the shape of its inputs, where it was fitted
-        layer = getattr(model, "network_", model).convolution
-        kept["convolution"] = {name: _listed(value) for name, value in asdict(layer).items()}
+    if kept["convolution"] is not None:  # with the shape of its inputs after a fit
+        kept["convolution"] = asdict(getattr(model, "network_", model).convolution)
     if not isinstance(model.gates, str):
         del kept["gates"]
     if not isinstance(model.random_state, (int, np.integer)):
@@ -140,47 +168,12 @@ def parameters(model: Any) -> dict[str, Any]:
 
 
 def convolution(block: Any) -> Convolution | None:
-    """The convolutional layer of a saved estimator."""
+    """Convolutional layer of a saved estimator, if it has one."""
     if block is None:
         return None
     require(_CONVOLUTION(block), "convolution")
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in block.items()}
     try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
         return Convolution(**values)
     except ValueError:
         raise FormatError("the field 'convolution' does not fit the rest") from None
-
-
-def _listed(value: Any) -> Any:
-    return [int(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _certificate_to_json(proof: Certificate) -> dict[str, Any]:
-    """Fields of a certificate; numbers that JSON cannot hold by name."""
-    values = _plain(asdict(proof))
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def _classes_to_json(labels: np.ndarray) -> dict[str, Any]:
-    return {"dtype": labels.dtype.str, "labels": labels.tolist()}
-
-
-def _typed(dtype: str, labels: list[Any]) -> np.ndarray | None:
-    """Labels as an array of a type, or None where there is none, or it is not in order without repetition."""
-    try:
-        if np.dtype(dtype).itemsize * len(labels) > _MAX_CLASS_BYTES:
-            return None
-        with np.errstate(over="ignore"):
-            array = np.array(labels, dtype=dtype)
-        return array if np.array_equal(np.unique(array), array) else None
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """The same value without NumPy scalars and enumerations."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, np.generic):
-        return value.item()
-    return value.value if isinstance(value, Status) else value

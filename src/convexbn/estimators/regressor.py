@@ -1,13 +1,11 @@
-"""ConvexBNRegressor: numbers learned by the programs."""
+"""ConvexBNRegressor: regression by the programs."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from sklearn.base import (
-    RegressorMixin,
-)
+from sklearn.base import RegressorMixin
 
 from convexbn._types import Float
 from convexbn.estimators.base import BaseConvexBN
@@ -19,8 +17,8 @@ from convexbn.program.losses import LossKind, loss_kind
 class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for regression.
 
-    There is no output intercept: the constant is fitted through batch norm's shift, and penalised like
-    everything else. Centre y when its mean is large.
+    There is no output intercept: batch norm's shift fits the constant, penalised like everything else. Centre y when
+    its mean is large.
 
     Parameters
     ----------
@@ -57,17 +55,15 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
 
         Parameters
         ----------
-        X : array-like (n, d)
-            Features.
-        y : array-like (n,) or (n, K)
-            Targets.
+        X, y : array-like (n, d), (n,) or (n, K)
+            Features and targets.
         sample_weight : array-like (n,), optional
             Equal to repeating rows.
         """
         return self._fit(X, y, sample_weight)
 
     def predict(self, X: Any) -> Float:
-        """Outputs of the network: (n,) or (n, K) as the targets were."""
+        """Outputs of the network: (n,) or (n, K), as the targets of the fit."""
         fitted = self.__dict__
         outputs = self._outputs(X, fitted)
         return outputs[:, 0] if fitted["_single_output"] else outputs

@@ -1,4 +1,4 @@
-"""What may enter an estimator: dense finite numbers, refused in one sentence that names the place."""
+"""Input validation: dense finite numbers; all else is refused in one sentence that names the place."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ from convexbn._types import EPS, Float, FloatMatrix
 def checked_data(
     estimator: Any, X: Any, y: Any, sample_weight: Any, *, numeric_targets: bool, reset: bool
 ) -> tuple[FloatMatrix, Any, Float, float]:
-    """Rows (float64, or a smaller type as they came), targets, weights, and the machine epsilon of the given rows.
+    """Rows (float64 or a smaller type), targets, weights, and the machine epsilon of the given rows.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+    X, y, sample_weight : array-like
+    numeric_targets : bool
+        Whether ``y`` holds numbers, in one column or several.
+    reset : bool
+        Whether to set the number and names of the features, or check them.
 
     Raises
     ------
     ValueError
-        Values that are not finite (with the first row and column), masked, of the wrong shape, too few rows, or
+        For values that are not finite (with the first row and column) or masked, a wrong shape, too few rows, or
         weights that leave nothing.
     TypeError
-        Sparse matrices, ``np.matrix``, complex or other things that are not numbers.
+        For sparse matrices, ``np.matrix``, complex data and other things that are not numbers.
     """
     for name, array in (("X", X), ("y", y), ("sample_weight", sample_weight)):
         refuse_containers(name, array)
     for name, array in (("y", y), ("sample_weight", sample_weight)):
         check_finite(name, array)
-    X, y = _validated(
-        estimator, X, y, reset=reset, ensure_min_samples=2,
-        multi_output=numeric_targets, y_numeric=numeric_targets,
-    )  # fmt: skip
+    targets = {"multi_output": numeric_targets, "y_numeric": numeric_targets}
+    X, y = _validated(estimator, X, y, reset=reset, ensure_min_samples=2, **targets)
     input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else EPS
     X = _at_most_float64(X)
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -44,13 +51,13 @@ def checked_data(
 
 
 def checked_rows(estimator: Any, X: Any) -> FloatMatrix:
-    """Rows to predict, of float64 or a smaller type as they came."""
+    """Rows to predict, of float64 or a smaller type."""
     refuse_containers("X", X)
     return _at_most_float64(_validated(estimator, X, reset=False))
 
 
 def _at_most_float64(X: FloatMatrix) -> FloatMatrix:
-    """Small types stay as they are, and are converted where a block of rows is used: images take an eighth."""
+    """Convert to float64, except for smaller types, which are converted block by block: images take an eighth."""
     return X if X.dtype.itemsize < 8 else np.asarray(X, dtype=np.float64)
 
 
@@ -61,7 +68,7 @@ def check_finite(name: str, array: Any) -> None:
     try:
         values = np.asarray(array)
     except (ValueError, TypeError, RuntimeError):
-        return  # scikit-learn says what is wrong with it
+        return  # scikit-learn reports it
     if values.dtype.kind not in "fc" or values.ndim == 0:
         return
     with np.errstate(all="ignore"):
@@ -77,7 +84,7 @@ def check_finite(name: str, array: Any) -> None:
 
 
 def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
-    """scikit-learn's validation, for numbers only, with columns that are no numbers named."""
+    """Validate by scikit-learn, for numbers alone; a refusal names the column."""
     _refuse_columns(X)
     try:
         result = validate_data(estimator, X, *y, ensure_all_finite=False, **options)
@@ -102,19 +109,15 @@ def refuse_containers(name: str, array: Any) -> None:
 
 
 def _refuse_columns(X: Any) -> None:
-    """Name the first column of a data frame that is no number."""
+    """Refuse a data frame with a column that is not numeric, by its name."""
     if not (hasattr(X, "columns") and hasattr(X, "dtypes") and hasattr(X, "iloc")):
         return
     for column, dtype in X.dtypes.items():
         kind = getattr(dtype, "kind", "O")
         if kind not in "fiubcO" or str(dtype) in ("category", "string", "str"):
-            raise ValueError(f"column {column!r} of X has type {dtype}, which is no number: encode or drop it.")
+            raise ValueError(f"column {column!r} of X has type {dtype}, which is not numeric: encode or drop it.")
         if kind == "O":
-            _require_numbers(column, X[column])
-
-
-def _require_numbers(column: Any, values: Any) -> None:
-    try:
-        np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"column {column!r} of X holds values that are no numbers: {error}.") from error
+            try:
+                np.asarray(X[column], dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"column {column!r} of X holds values that are not numbers: {error}.") from error
