@@ -13,14 +13,6 @@ from convexbn.nn.reoptimise import Reoptimisation, reoptimise
 from convexbn.nn.to_module import GatedModule, to_module
 
 __all__ = [
-    "ConvexLayer",
-    "GatedModule",
-    "LastLayers",
-    "Reoptimisation",
-    "certify",
-    "from_module",
-    "gated_outputs",
-    "read_last_layers",
-    "reoptimise",
-    "to_module",
-]
+    "ConvexLayer", "GatedModule", "LastLayers", "Reoptimisation", "certify", "from_module", "gated_outputs",
+    "read_last_layers", "reoptimise", "to_module",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How far a torch network is from the best there is, for its own loss and optimiser."""
+"""Certificates of torch networks: how far one is from the optimum of its own loss and optimiser."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ import torch
 from torch import nn
 
 from convexbn.nn.convolution import ConvolutionalLayers, is_convolutional, read_convolutional
-from convexbn.nn.last_layers import LastLayers, as_tensor, kind_of, read_last_layers
+from convexbn.nn.last_layers import LastLayers, as_tensor, read_last_layers
 from convexbn.training.audit import Effort, audit, effort_of
 from convexbn.training.audit_report import Audit
 from convexbn.training.trained_objective import Objective, TrainedLoss, loss_names, torch_losses
 
 
 def certify(
-    module: nn.Module,
-    X: Any,
-    y: Any,
-    *,
-    loss: nn.Module | str,
-    optimizer: Any = None,
-    weight_decay: float | None = None,
-    **effort: Unpack[Effort],
-) -> Audit:
-    """Certificate of a network that torch trained: objective, lower bound over all widths, gap and its cause.
+    module: nn.Module, X: Any, y: Any, *, loss: nn.Module | str, optimizer: Any = None,
+    weight_decay: float | None = None, **effort: Unpack[Effort],
+) -> Audit:  # fmt: skip
+    """Certify a network that torch trained: objective, lower bound over all widths, gap and its cause.
 
-    The network ends in Linear, BatchNorm1d, ReLU, Linear, or is one of Conv, BatchNorm, ReLU, pooling, Linear (without
-    a bias of the last), whose batch norm counts a row for every location: ``n`` of the weight decay is then ``N``. Of
-    a deeper one the last Linear, BatchNorm1d, ReLU, Linear are judged, on the features that the layers before compute
-    in eval mode. The batch norm that is judged has the statistics of all rows of ``X``, as in train mode on one batch;
-    the loss in eval mode, with the stored statistics (averages over batches, of unbiased variances), is reported
-    beside. The module is neither run (a copy is) nor changed.
+    The network is either of two kinds.
+
+    - It ends in Linear, BatchNorm1d, ReLU, Linear. In a deeper network these are judged on the features that the layers
+      before compute in eval mode.
+    - It consists of Conv, BatchNorm, ReLU, pooling, Linear, the last without a bias. Its batch norm counts a row for
+      every location: ``n`` of the weight decay is then ``N``.
+
+    The batch norm that is judged has the statistics of all rows of ``X``, as in train mode on one batch. The audit also
+    reports the loss in eval mode, with the stored statistics (averages over batches, of unbiased variances). The module
+    is neither run (a copy is) nor changed.
 
     The objective is ``factor * sum of losses + weight decay / 2 * squares`` of batch norm's scale and offset and of the
-    last layer, with the reduction of ``loss`` and the decay of ``optimizer``. Decay on layers before batch norm is not
-    counted: they can be scaled down for nothing, so that it has no effect on the optimum (but for ``eps``, which makes
-    the network's own objective larger and never the bound invalid). Dropout is taken to be off.
+    last layer, with the reduction of ``loss`` and the decay of ``optimizer``. Decay on layers before batch norm does
+    not count: they can be scaled down for free, so that it does not change the optimum. (With ``eps`` this makes the
+    network's own objective larger, but never the bound invalid.) Dropout is taken to be off.
 
     Parameters
     ----------
@@ -60,18 +58,15 @@ def certify(
         Instead of an optimiser, beta of ``sum of losses + beta / 2 * (gamma^2 + shift^2 + output^2)``, with
         ``gamma = sqrt(n) * scale`` and ``shift = sqrt(n) * offset``, and a last bias without decay. A common decay
         ``lam`` of an optimiser is ``lam / (factor * sqrt(n))``: with a mean loss ``lam * sqrt(n)``.
-    tol : float, default=1e-6
-        Relative gap that counts as optimal.
-    time_limit : float or None, default=60
-        Seconds for our own training and the proof, which tell the causes of a gap apart; 0: the cheapest bound alone;
-        None: their stated work.
-    random_state : int, default=0
-        For our own training.
+    **effort
+        ``tol`` (float, default 1e-6): relative gap that counts as optimal. ``time_limit`` (float or None, default 60):
+        seconds for our own training and the proof, which tell the causes of a gap apart; 0 computes the cheapest bound
+        alone, None does a stated amount of work. ``random_state`` (int, default 0): seed of our own training.
 
     Returns
     -------
     Audit
-        ``print(audit.explanation)``.
+        Read ``audit.explanation`` first.
 
     Raises
     ------
@@ -91,53 +86,22 @@ def certify(
     """
     chosen = effort_of("certify", {"tol": 1e-6, "time_limit": 60.0, "random_state": 0}, effort)
     rows = as_tensor(X)
-    if is_convolutional(module):
-        layers = read_convolutional(module, rows)
-        return _certify_convolutional(layers, rows, y, loss, optimizer, weight_decay, **chosen)
-    last = read_last_layers(module)
-    objective = objective_of(trained_loss(loss, y, last.layers.output.shape[1]), last, optimizer, weight_decay)
-    return audit(last.layers, last.features(rows), objective, deep=bool(last.before), **chosen)
-
-
-def _certify_convolutional(
-    last: ConvolutionalLayers, X: torch.Tensor, y: Any, loss: Any, optimizer: Any, weight_decay: float | None,
-    **effort: Any,
-) -> Audit:  # fmt: skip
-    """The same of a convolutional network, on the patches of its images."""
-    if np.abs(last.layers.output_bias).max(initial=0.0) > 0:
-        raise ValueError(f"Linear '{last.output}' has a bias, which is not judged after a convolution: train without.")
-    n_outputs = len(last.layers.output_bias)
-    objective = objective_of(trained_loss(loss, y, n_outputs), last, optimizer, weight_decay)
-    rows = last.convolution.rows(X.numpy())
-    objective = replace(objective, rows_together=last.convolution.geometry.n_locations)
-    if weight_decay is not None:
-        objective = replace(objective, hidden_decay=objective.hidden_decay * objective.rows_together)
-    return audit(last.layers, rows, objective, convolution=last.convolution, **effort)
+    last = read_convolutional(module, rows) if is_convolutional(module) else read_last_layers(module)
+    objective = _objective(_trained_loss(loss, y, len(last.layers.output_bias)), last, optimizer, weight_decay)
+    if isinstance(last, LastLayers):
+        return audit(last.layers, last.features(rows), objective, deep=bool(last.before), **chosen)
+    locations = last.convolution.geometry.n_locations
+    hidden = objective.hidden_decay * (1 if weight_decay is None else locations)
+    objective = replace(objective, rows_together=locations, hidden_decay=hidden)
+    return audit(last.layers, last.convolution.rows(rows.numpy()), objective, convolution=last.convolution, **chosen)
 
 
 #: Optimisers that add weight_decay times the parameter to the gradient, unless they are told to decouple it.
-_IN_THE_GRADIENT = (
-    "SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD"
-)  # fmt: skip
+_IN_THE_GRADIENT = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
 
 
-def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
-    """Loss of a torch module, or by name, bound to its targets.
-
-    Parameters
-    ----------
-    loss : torch.nn.Module or str
-        ``MSELoss``, ``HuberLoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` of reduction ``"mean"`` or ``"sum"``,
-        without class weights; or a name of ``TrainedLoss.from_name``.
-    y : array-like or Tensor
-        Targets as that loss takes them.
-    n_outputs : int
-
-    Raises
-    ------
-    TypeError, ValueError
-        For other losses, and for settings that this package has not.
-    """
+def _trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
+    """Loss of a torch module or a name, bound to its targets."""
     targets = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
     if isinstance(loss, str):
         return TrainedLoss.from_name(loss, targets, n_outputs)
@@ -150,8 +114,8 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     for setting in ("weight", "pos_weight"):
         if getattr(loss, setting, None) is not None:
             raise ValueError(
-                f"{name} has {setting}, which weights the loss of rows and not their batch norm statistics; this "
-                "package has no such loss: train without."
+                f"{name} has {setting}, which weights the loss of rows but not their batch norm statistics; this is "
+                "not supported: train without."
             )
     if loss.reduction not in ("mean", "sum"):
         raise ValueError(f"{name} has reduction={loss.reduction!r}: give the one that was trained, 'mean' or 'sum'.")
@@ -164,22 +128,13 @@ def trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     )  # fmt: skip
 
 
-def objective_of(
+def _objective(
     loss: TrainedLoss, last: LastLayers | ConvolutionalLayers, optimizer: Any, weight_decay: float | None
 ) -> Objective:
-    """The objective of a weight decay of this package, or of an optimiser that holds the layers' parameters.
-
-    Raises
-    ------
-    TypeError
-        For what is no optimiser.
-    ValueError
-        For none or both, for an optimiser whose decay is decoupled from the gradient, and for decays that do not make
-        one objective.
-    """
+    """Objective of a weight decay of this package, or of an optimiser that holds the layers' parameters."""
     if (optimizer is None) == (weight_decay is None):
         raise ValueError(
-            "give optimizer=, whose weight decay was trained with, or weight_decay=, this package's own "
+            "give optimizer=, whose weight decay the network was trained with, or weight_decay=, this package's own "
             "(an optimiser's lam with a mean loss is lam * sqrt(n)), and not both."
         )
     if weight_decay is not None:
@@ -188,9 +143,8 @@ def objective_of(
     scale, offset = decays[f"{last.batch_norm}.weight"], decays[f"{last.batch_norm}.bias"]
     if scale != offset:
         raise ValueError(
-            f"the optimiser's weight decay is {scale} for weight and {offset} for bias of BatchNorm1d "
-            f"'{last.batch_norm}': only with one for both is the objective that of a program; give the weight_decay "
-            "that you mean."
+            f"the optimiser's weight decay is {scale} for weight and {offset} for bias of BatchNorm "
+            f"'{last.batch_norm}', and certificates need one for both: give the weight_decay that you mean."
         )
     output = decays[f"{last.output}.weight"]
     return Objective.with_optimizer_decay(loss, scale, output, decays.get(f"{last.output}.bias", 0.0))
@@ -207,8 +161,8 @@ def _decays(last: LastLayers | ConvolutionalLayers, optimizer: Any) -> dict[str,
         for key, tensor in module.named_parameters():
             if id(tensor) not in groups:
                 raise ValueError(
-                    f"the optimiser does not hold {key} of {kind_of(module)} '{layer}': give the one that trained it, "
-                    "or weight_decay."
+                    f"the optimiser does not hold {key} of {type(module).__name__} '{layer}': give the one that "
+                    "trained it, or weight_decay."
                 )
             _check_in_the_gradient(optimizer, groups[id(tensor)])
             decays[f"{layer}.{key}"] = float(groups[id(tensor)]["weight_decay"])
@@ -220,9 +174,8 @@ def _check_in_the_gradient(optimizer: torch.optim.Optimizer, group: dict[str, An
     known = name in _IN_THE_GRADIENT and type(optimizer) is getattr(torch.optim, name)
     if not known or group.get("decoupled_weight_decay", False):
         raise ValueError(
-            f"{name} does not add its weight decay to the gradient, as SGD and Adam do, but shrinks the parameters "
-            "beside it (or is not known to do so), and so minimises no objective of loss plus squares: give the "
-            "weight_decay to certify for."
+            f"{name} does not add its weight decay to the gradient, as SGD and Adam do, or is not known to do so, and "
+            "so minimises no objective of loss plus squares: give the weight_decay to certify for."
         )
     if group.get("maximize", False):
         raise ValueError(f"{name} maximises: give the optimiser that minimised the loss, or weight_decay.")

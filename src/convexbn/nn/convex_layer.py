@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from convexbn._types import Float
 from convexbn.program.gated import GatedProgram, MaskedRows
 from convexbn.program.gates import first_of_each_pattern
-from convexbn.program.losses import LOSSES, Loss
+from convexbn.program.losses import LOSSES
 from convexbn.program.targets import are_soft_targets
 from convexbn.solvers.gated.implicit_differentiation import Optimum, optimum_of
 
-#: Margin below which a derivative is told to be that of one side.
+#: Margin below which a warning says that the derivative is that of one side.
 _ON_THE_EDGE = 1e-9
 
 
@@ -26,19 +25,19 @@ class ConvexLayer(nn.Module):
 
         min over S_1, ..., S_P   L(sum_i D_i A S_i) + weight_decay * sum_i ||S_i||_F
 
-    ``layer(rows, targets, weight_decay)`` solves the program to the limits of float64 and gives ``outputs`` (the shape
-    of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the active
-    groups (`convexbn.solvers.gated.implicit_differentiation`): one Cholesky factor, made in the forward pass, serves
-    all derivatives.
+    ``layer(rows, targets, weight_decay)`` solves the program to the limits of float64 and returns ``outputs`` (the
+    shape of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the
+    active groups (`convexbn.solvers.gated.implicit_differentiation`): one Cholesky factor, made in the forward pass,
+    serves all derivatives.
 
-    The caller whitens the rows ``A``, with their constant column: ``convexbn.data.whitening.whiten(X).rows``, or in
-    torch where the derivative in the raw data is wanted. A spectral filter multiplies their columns, and is
-    differentiated by the chain rule.
+    The caller whitens the rows ``A``, with their constant column: by ``convexbn.data.whitening.whiten(X).rows``, or in
+    torch for derivatives in the raw data. A spectral filter multiplies their columns, and is differentiated by the
+    chain rule.
 
     Parameters
     ----------
     patterns : array or Tensor (n, P) of bool
-        Diagonals of the gates ``D_i``; a buffer. They are held when the rows are differentiated.
+        Diagonals of the gates ``D_i``; a buffer. They stay fixed when the rows are differentiated.
     loss : {"squared", "logistic", "cross_entropy"}, default="squared"
         The factor has the size ``n`` for the squared loss, ``n K`` for the others.
 
@@ -54,21 +53,21 @@ class ConvexLayer(nn.Module):
         For patterns of another shape or that repeat, an unknown loss, rows and targets that do not fit, and a weight
         decay that is not positive.
     FloatingPointError
-        From a call, when the program cannot be solved accurately enough to be differentiated.
+        From a call, if the program cannot be solved accurately enough to be differentiated.
 
     Warns
     -----
     RuntimeWarning
-        From a backward pass, where a group is exactly on the edge of becoming active or zero, so that the derivative is
-        that of one side (on which the active groups stay); and where the optimal weights are not unique, so that theirs
-        is one of many (of least norm; that of the outputs is right as long as the same groups stay active).
+        From a backward pass: if a group is just becoming active or zero, the derivative is that of one side (on which
+        the active groups stay); if the optimal weights are not unique, theirs is one of many (of least norm; that of
+        the outputs is right as long as the same groups stay active).
 
     Notes
     -----
-    Derivatives are zero where the weight decay makes the zero network optimal. They are not differentiable again. The
-    work is done in float64 on the CPU, whatever the type and device of the rows, to which the results are converted.
-    The ReLU program at given patterns is not offered: its tight cone constraints would be further unknowns, and its
-    optimum is that of the ReLU network for no more than these patterns.
+    Derivatives are zero if the weight decay makes the zero network optimal. They are not differentiable again. The work
+    is done in float64 on the CPU; results have the type and device of the rows. The ReLU program at given patterns is
+    not offered: its tight cone constraints would be further unknowns, and its optimum is that of the ReLU network for
+    these patterns alone.
 
     References
     ----------
@@ -89,9 +88,11 @@ class ConvexLayer(nn.Module):
     """
 
     patterns: torch.Tensor
+    optimum: Optimum | None
 
     def __init__(self, patterns: np.ndarray | torch.Tensor, loss: str = "squared") -> None:
         super().__init__()
+        self.loss, self.optimum = loss, None
         smooth = [name for name, kind in LOSSES.items() if kind.target_slope is not None]
         if loss not in smooth:
             raise ValueError(f"loss must be one of {', '.join(smooth)}, got {loss!r}.")
@@ -103,14 +104,12 @@ class ConvexLayer(nn.Module):
                 "patterns repeat, so that the optimal weights are not unique: keep "
                 "patterns[:, convexbn.program.gates.first_of_each_pattern(patterns)]."
             )
-        self.loss = loss
-        self.optimum: Optimum | None = None
         self.register_buffer("patterns", torch.tensor(gates))
 
     def forward(
         self, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor | float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Optimal outputs, of the shape of the targets, and weights (P, q, K).
+        """Solve for the optimal outputs, of the shape of the targets, and weights (P, q, K).
 
         Parameters
         ----------
@@ -128,7 +127,7 @@ class ConvexLayer(nn.Module):
         return outputs, weights
 
     def _program(self, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor) -> GatedProgram:
-        """The program of a call, checked, in float64."""
+        """Program of a call, checked, in float64."""
         A, Y = _numpy(rows).astype(np.float64), _numpy(targets).astype(np.float64)
         n, beta = len(self.patterns), _numpy(weight_decay).astype(np.float64)
         if A.ndim != 2 or Y.ndim not in (1, 2) or len(A) != n or len(Y) != n:
@@ -137,19 +136,20 @@ class ConvexLayer(nn.Module):
             raise ValueError("rows and targets must be finite: drop or impute the others.")
         if beta.size != 1 or not 0 < beta.item() < np.inf:
             raise ValueError(f"weight_decay must be one positive number, got {beta}.")
-        loss = self._bound_loss(Y.reshape(n, -1))
-        return GatedProgram(MaskedRows(A, _numpy(self.patterns)), loss, beta.item())
-
-    def _bound_loss(self, Y: Float) -> Loss:
+        kind, Y = LOSSES[self.loss], Y.reshape(n, -1)
         if not are_soft_targets(Y, self.loss):
-            signs = LOSSES[self.loss].target_kind == "signs"
+            signs = kind.target_kind == "signs"
             asked = "targets between -1 and 1" if signs else "rows of probabilities as targets, such as one-hot rows"
             raise ValueError(f"the {self.loss.replace('_', '-')} loss takes {asked}.")
-        return LOSSES[self.loss](Y, np.ones(len(Y)))
+        return GatedProgram(MaskedRows(A, _numpy(self.patterns)), kind(Y, np.ones(n)), beta.item())
 
 
 def gated_outputs(rows: torch.Tensor, patterns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sum_i D_i A S_i`` for any rows (n, q), their patterns (n, P) and weights (P, q, K): (n, K), differentiable.
+    """Outputs ``sum_i D_i A S_i`` (n, K) for any rows, differentiable.
+
+    Parameters
+    ----------
+    rows, patterns, weights : Tensor (n, q), (n, P), (P, q, K)
 
     Examples
     --------
@@ -162,23 +162,28 @@ def gated_outputs(rows: torch.Tensor, patterns: torch.Tensor, weights: torch.Ten
 
 
 class _Differentiated(torch.autograd.Function):
-    """An optimum that has been found as a node of the graph."""
+    """An optimum that is already computed, as a node of the graph."""
 
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor, optimum: Optimum
     ) -> Any:
         ctx.optimum, ctx.inputs = optimum, [(x.shape, x.dtype, x.device) for x in (rows, targets, weight_decay)]
-        return tuple(
-            torch.tensor(array, dtype=rows.dtype, device=rows.device)
-            for array in (optimum.outputs.reshape(targets.shape), optimum.blocks)
-        )
+        arrays = optimum.outputs.reshape(targets.shape), optimum.blocks
+        return tuple(torch.tensor(array, dtype=rows.dtype, device=rows.device) for array in arrays)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, in_outputs: torch.Tensor, in_weights: torch.Tensor) -> Any:
         optimum: Optimum = ctx.optimum
-        _warn_of(optimum)
+        if optimum.margin < _ON_THE_EDGE:
+            message = (
+                "a group is just becoming active or zero, so the derivative is that of one side: change weight_decay."
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=1)
+        if not optimum.unique:
+            message = "the optimal weights are not unique, so theirs is one derivative of many: use the outputs alone."
+            warnings.warn(message, RuntimeWarning, stacklevel=1)
         found = optimum.pullback(
             outputs=_numpy(in_outputs).astype(np.float64).reshape(optimum.outputs.shape),
             blocks=_numpy(in_weights).astype(np.float64),
@@ -189,24 +194,6 @@ class _Differentiated(torch.autograd.Function):
             for array, (shape, dtype, device) in zip(arrays, ctx.inputs, strict=True)
         ]
         return *gradients, None
-
-
-def _warn_of(optimum: Optimum) -> None:
-    """Warn where the derivative is not all there is to say."""
-    if optimum.margin < _ON_THE_EDGE:
-        warnings.warn(
-            "a group is on the edge of becoming active or zero, so the derivative is that of one side: change "
-            "weight_decay slightly where that matters.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    if not optimum.unique:
-        warnings.warn(
-            "the optimal weights are not unique, so theirs is one derivative of many: use the outputs alone, or "
-            "fewer patterns.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Objective and accuracy of a module, the same measure before and after its layers are replaced."""
+"""Objective and accuracy of a module, measured in one way before and after its layers are replaced."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Evaluation:
         Width of the last hidden layer.
     train_accuracy, validation_accuracy : float or None
         Share of rows whose largest output is that of their class, in eval mode and the module's own type; None
-        without classes, or without validation rows.
+        without classes or without validation rows.
     """
 
     objective: float
@@ -46,14 +46,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Task:
-    """Training and validation rows, the loss on the training rows, classes where there are any, and weight decay.
+    """Training rows with their loss and classes, weight decay, and validation rows.
 
     Attributes
     ----------
     rows : Tensor (n, ...)
     loss : Loss
     labels : ndarray (n,) or None
-        Classes; None where the targets are numbers.
+        Classes; None if the targets are numbers.
     weight_decay : float
     validation : (Tensor, ndarray) or None
         Rows and their classes.
@@ -67,7 +67,16 @@ class Task:
 
     @classmethod
     def from_targets(cls, X: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
-        """Targets (n, K) of classes or numbers.
+        """Check the targets of the rows, classes or numbers, and bind the loss to them.
+
+        Parameters
+        ----------
+        X : Tensor (n, ...)
+        y : array-like or Tensor (n,) or (n, K)
+        K : int
+            Outputs of the module.
+        loss : str
+        weight_decay : float
 
         Raises
         ------
@@ -80,8 +89,7 @@ class Task:
         fitting = [name for name in losses_for("classification") if LOSSES[name].takes_outputs(K)]
         if loss not in fitting:
             raise ValueError(f"loss={loss!r} is not for a module of {K} outputs: give {', '.join(map(repr, fitting))}.")
-        values, n = _array(y), len(X)
-        labels = None
+        values, n, labels = _array(y), len(X), None
         if values.dtype.kind in "iub":
             labels = checked_labels(values, K, n)
             targets = class_targets(labels, K, loss)
@@ -92,7 +100,7 @@ class Task:
         return cls(X, LOSSES[loss](targets, np.ones(n)), labels, weight_decay)
 
     def validated_on(self, rows: torch.Tensor, y: Any) -> Task:
-        """The same task with validation rows and their classes."""
+        """Task with validation rows and their classes."""
         labels = checked_labels(_array(y), self.loss.targets.shape[1], len(rows), "y_val")
         return replace(self, validation=(rows, labels))
 
@@ -102,7 +110,16 @@ class Task:
         return _accuracy(module, *self.validation)
 
     def evaluation(self, module: nn.Module, layers: Layers, features: Float) -> Evaluation:
-        """Objective and accuracy of a module whose last layers are ``layers`` on features (n, p)."""
+        """Evaluate a module.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+        layers : Layers
+            Its last layers.
+        features : ndarray (n, p)
+            Their inputs.
+        """
         network, value = layers.network(features), self.loss.value(layers.predict(features))
         penalty = float(np.hypot(network.gamma, network.shift) @ np.linalg.norm(network.output, axis=1))
         squares = len(features) * (layers.scale @ layers.scale + layers.offset @ layers.offset)

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from convexbn._types import Float
-from convexbn.nn.convolution import from_convolutional, is_convolutional
-from convexbn.nn.last_layers import LastLayers, as_tensor, kind_of, read_last_layers
+from convexbn.nn.convolution import is_convolutional, read_convolutional
+from convexbn.nn.last_layers import LastLayers, as_tensor, read_last_layers
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import probe_rows
 
-#: How much further than other probes some lie: activations that saturate show there.
+#: Factor by which the far probes lie further from the mean: activations that saturate show there.
 _FAR = 30.0
 
 
@@ -23,12 +22,12 @@ def from_module(
 ) -> BatchNormNetwork:
     """Network of a torch module made of Linear, BatchNorm1d, ReLU, Linear, in any nesting.
 
-    Or of Conv, BatchNorm, ReLU, pooling, Linear: its ``X`` are images (n, channels, height, width), and the network is
-    a ``BatchNormNetwork`` with a convolution, channels first.
+    A module of Conv, BatchNorm, ReLU, pooling, Linear takes images (n, channels, height, width) for ``X``, and becomes
+    a network with a convolution, channels first.
 
     ReLU may be a call in ``forward``; Identity, Flatten and Dropout, which change nothing in eval mode, are skipped.
-    Parameters of any floating type are taken as they are, in float64. Neurons keep their order and their norms. The
-    module is not changed.
+    Parameters of any floating type are read in float64. Neurons keep their order and their norms. The module is not
+    changed.
 
     Parameters
     ----------
@@ -37,22 +36,18 @@ def from_module(
     X : ndarray or Tensor (n, ...), optional
         The rows that it was trained on: gamma and shift refer to their statistics.
     n_effective : float, optional
-        Without ``X``, the number of those rows; their statistics are then taken to be the stored ones.
+        Without ``X``, the number of those rows, whose statistics are then taken to be the stored ones.
     statistics : {"stored", "batch"}
-        The function of the network: that of eval mode, with the stored statistics, or that of train mode on all rows
+        Whether the network has the function of eval mode, with the stored statistics, or that of train mode on all rows
         of ``X`` at once.
-
-    Returns
-    -------
-    BatchNormNetwork
 
     Raises
     ------
     TypeError
         For a layer of another type, by its name.
     ValueError
-        For a layer in a state that no network has, by its name: batch norm untrained or without statistics, scale and
-        shift, a last Linear with a bias, numbers that are not finite. For a forward that does something else.
+        For a layer that cannot be read, by its name: batch norm untrained or without statistics, scale and shift, a
+        last Linear with a bias, numbers that are not finite. For a forward that does something else.
 
     Examples
     --------
@@ -69,7 +64,8 @@ def from_module(
     if is_convolutional(module):
         if X is None:
             raise ValueError("a convolutional module does not hold the shape of its images: give X.")
-        return from_convolutional(module, as_tensor(X), statistics)
+        images = as_tensor(X)
+        return read_convolutional(module, images).network(images, statistics)
     last = read_last_layers(module)
     _check_two_layer(last)
     layers, d = last.layers, len(last.layers.weight)
@@ -83,15 +79,17 @@ def from_module(
     if n_effective is not None:
         raise ValueError("give X or n_effective, not both: n_effective is the number of rows of X.")
     tensor = as_tensor(X)
-    rows = _checked_rows(tensor, d)
+    if tensor.ndim < 2 or len(tensor) < 2 or tensor[0].numel() != d:
+        raise ValueError(f"X must have two rows or more, of {d} features; got shape {tuple(tensor.shape)}.")
     _check_inputs(last, tensor)
+    rows = tensor.flatten(1).numpy()
     return (layers.with_statistics_of(rows) if statistics == "batch" else layers).network(rows)
 
 
 def _check_two_layer(last: LastLayers) -> None:
-    """Refuse layers that a two-layer network has not."""
+    """Raise ``ValueError`` for layers before these two, and for an output bias."""
     if last.before:
-        first = kind_of(last.module.get_submodule(last.before[0]))
+        first = type(last.module.get_submodule(last.before[0])).__name__
         raise ValueError(
             f"{first} '{last.before[0]}' comes before Linear '{last.linear}', and a network of this package has two "
             "layers: give the module from there on, and its inputs as data."
@@ -99,7 +97,7 @@ def _check_two_layer(last: LastLayers) -> None:
     bias = np.abs(last.layers.output_bias).max(initial=0.0)
     if bias > 0:
         raise ValueError(
-            f"Linear '{last.output}' has a bias (up to {bias:.1e}), which a network of this package has not: train it "
+            f"Linear '{last.output}' has a bias (up to {bias:.1e}), but networks of this package have none: train it "
             "with bias=False."
         )
 
@@ -113,13 +111,6 @@ def _check_inputs(last: LastLayers, X: torch.Tensor) -> None:
     expected, features = rows.flatten(1).numpy(), last.features(rows)
     if not np.array_equal(features, expected):
         raise ValueError(
-            f"the forward of the {kind_of(last.module)} changes its inputs before Linear '{last.linear}': give the "
-            "layers in a Sequential, and changed inputs as data."
+            f"the forward of the {type(last.module).__name__} changes its inputs before Linear '{last.linear}': give "
+            "the layers in a Sequential, and changed inputs as data."
         )
-
-
-def _checked_rows(X: torch.Tensor, d: int) -> Float:
-    """Rows (n, d) of a tensor (n, ...)."""
-    if X.ndim < 2 or len(X) < 2 or X[0].numel() != d:
-        raise ValueError(f"X must have two rows or more, of {d} features; got shape {tuple(X.shape)}.")
-    return X.flatten(1).numpy()

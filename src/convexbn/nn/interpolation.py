@@ -2,8 +2,8 @@
 
 The program is convex in the outputs: the mixture ``(1 - t) s F_0 + t F_1`` of the trained network, at the scale ``s``
 of least objective, and the optimum has an objective of at most ``(1 - t) P(s F_0) + t P(F_1)``. It is one network, both
-side by side. Near ``t = 0`` it predicts the classes that the trained network predicts, so that there is always one
-which costs less and is no less accurate.
+side by side. Near ``t = 0`` it predicts the classes of the trained network, so that there is always a mixture that
+costs less and is no less accurate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POINTS = 21
 
 
 class Point(NamedTuple):
-    """A network of the segment: how far it is on the way to the optimum, its neurons, and its output bias (K,)."""
+    """A network of the segment: its place from the trained one (0) to the optimum (1), neurons, output bias (K,)."""
 
     step: float
     neurons: Neurons
@@ -53,7 +53,15 @@ class Segment:
 
     @classmethod
     def between(cls, program: ReluProgram, trained: Neurons, output_bias: Float, optimum: Neurons) -> Segment:
-        """The segment from the trained network, whose scale is chosen here."""
+        """Segment from a trained network, whose best scale is found here, to the optimum.
+
+        Parameters
+        ----------
+        program : ReluProgram
+        trained, optimum : Neurons
+        output_bias : ndarray (K,)
+            Of the trained network.
+        """
         outputs = program.outputs(trained) + output_bias
         price = program.objective_at(0.0, trained)
 
@@ -69,19 +77,15 @@ class Segment:
         return cls(program, shrunk, scale * output_bias, optimum.balanced())
 
     def points(self) -> Iterator[Point]:
-        """Networks of the segment, of the least objective first."""
-        steps = np.linspace(0, 1, _POINTS)
-        yield from (self.at(float(step)) for step in steps[np.argsort(self._objectives(steps), kind="stable")])
-
-    def _objectives(self, steps: Float) -> Float:
-        program = self.program
+        """Yield networks of the segment, that of least objective first."""
+        program, steps = self.program, np.linspace(0, 1, _POINTS)
         start, end = program.outputs(self.trained) + self.output_bias, program.outputs(self.optimum)
         prices = np.array([program.objective_at(0.0, self.trained), program.objective_at(0.0, self.optimum)])
         values = [program.loss.value((1 - t) * start + t * end) + prices @ [1 - t, t] for t in steps]
-        return np.array(values, dtype=np.float64)
+        yield from (self.at(float(step)) for step in steps[np.argsort(values, kind="stable")])
 
     def at(self, step: float) -> Point:
-        """The network so far on the way: 0 the trained one, 1 the optimum."""
+        """Network at a place of the segment: 0 the trained one, 1 the optimum."""
         sides = self.trained, self.optimum
         kept = [one.with_norms(share * one.norms) for one, share in zip(sides, (1 - step, step), strict=True)]
         return Point(step, kept[0].joined(kept[1]), (1 - step) * self.output_bias)

@@ -1,13 +1,13 @@
-"""The last layers of a torch module: its final Linear, BatchNorm1d, ReLU, Linear, found and judged by outputs.
+"""The last layers of a torch module: its final Linear, BatchNorm1d, ReLU, Linear, found by order, checked by outputs.
 
-Which layers these are is read off the order in which the module defines them; that its forward uses them so, whatever
-code it holds, is checked by comparing outputs. The module itself is never run or changed: a copy is.
+The order in which a module defines its layers says which these are. That its forward uses them so, whatever code it
+holds, is checked by comparing outputs. The module itself is never run or changed: a copy is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,16 @@ from convexbn._types import Float
 from convexbn.program.layers import Layers
 from convexbn.program.output_check import output_error
 
-#: Layers that change nothing in eval mode, on rows of numbers.
-NO_OPS = (nn.Identity, nn.Flatten, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
+#: Types of parameters that networks are converted to.
+NUMBERS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
+
+#: Layers that change nothing in eval mode, and ReLU, which may also be a call in the forward.
+_SKIPPED = (nn.ReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 _ENDING = "only networks that end in Linear, BatchNorm1d, ReLU, Linear can be read"
 
-#: Largest difference of outputs, relative to the largest: far above rounding, far below what another activation makes.
-_SAME_FUNCTION = 1e-6
+#: Largest difference of outputs, relative to the largest: far above rounding, far below that of another activation.
+SAME_FUNCTION = 1e-6
 
 #: Rows a pass.
 _BATCH = 1024
@@ -55,45 +58,62 @@ class LastLayers:
     before: tuple[str, ...]
 
     def features(self, X: Any) -> Float:
-        """Inputs of the first Linear in eval mode and float64: rows as the module takes them -> (n, d).
+        """Inputs (n, d) of the first Linear in eval mode and float64, for rows as the module takes them.
 
         Raises
         ------
         ValueError
-            When the module does not run on the rows, or its outputs are not those of the layers on the features.
+            If the module does not run on the rows, or its outputs are not those of the layers on the features.
         """
-        features, outputs = self._run(as_tensor(X))
+        rows, d = as_tensor(X), len(self.layers.weight)
+        inputs = [torch.empty(0, d, dtype=torch.float64, device="cpu")]
+        gather = {self.linear: lambda _, given: inputs.append(given[0].reshape(-1, d).clone())}
+        outputs = run_copy(self.module, rows, gather)
+        features = torch.cat(inputs).numpy()
         expected = self.layers.predict(features)
         error = output_error(expected, outputs) if outputs.shape == expected.shape else np.inf
-        if not error <= _SAME_FUNCTION:
+        if not error <= SAME_FUNCTION:
             raise ValueError(
-                f"the forward of the {kind_of(self.module)} does not use {self.linear!r}, {self.batch_norm!r} and "
-                f"{self.output!r} as Linear, BatchNorm1d, ReLU, Linear, one after the other: its outputs differ by "
+                f"the forward of the {type(self.module).__name__} does not use {self.linear!r}, {self.batch_norm!r} "
+                f"and {self.output!r} as Linear, BatchNorm1d, ReLU, Linear, one after the other: its outputs differ by "
                 f"{error:.1e} of their scale; {_ENDING}."
             )
         return features
 
-    def _run(self, X: torch.Tensor) -> tuple[Float, Float]:
-        """Inputs of the first Linear and outputs, of a copy."""
-        d = len(self.layers.weight)
-        features = [torch.empty(0, d, dtype=torch.float64, device="cpu")]
-        try:
-            module = copy.deepcopy(self.module).to(device="cpu", dtype=torch.float64).eval()
-            linear = module.get_submodule(self.linear)
-            linear.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].reshape(-1, d).clone()))
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                outputs = [module(part).reshape(len(part), -1) for part in torch.split(X, _BATCH)]
-        except Exception as error:  # whatever a forward can raise
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"a copy of the {kind_of(self.module)} does not run in float64 on rows of shape {tuple(X.shape[1:])} "
-                f"({reason}): give X in the shape that it takes, or the layers in a Sequential."
-            ) from error
-        return torch.cat(features).numpy(), torch.cat(outputs).numpy()
+
+def run_copy(module: nn.Module, X: torch.Tensor, hooks: Mapping[str, Callable[..., Any]]) -> Float:
+    """Outputs (n, K) of a copy in eval mode and float64.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        It is neither run nor changed.
+    X : Tensor (n, ...)
+        In float64 on the CPU.
+    hooks : mapping of str to callable
+        Forward pre-hooks of layers of the copy, by name.
+
+    Raises
+    ------
+    ValueError
+        If it does not run on ``X``.
+    """
+    try:
+        double = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+        for name, hook in hooks.items():
+            double.get_submodule(name).register_forward_pre_hook(hook)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return torch.cat([double(part).reshape(len(part), -1) for part in torch.split(X, _BATCH)]).numpy()
+    except Exception as error:  # a forward can raise anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"a copy of the {type(module).__name__} does not run in float64 on rows of shape {tuple(X.shape[1:])} "
+            f"({reason}): give X in the shape that it takes, or the layers in a Sequential."
+        ) from error
 
 
 def read_last_layers(module: nn.Module) -> LastLayers:
-    """Last Linear, BatchNorm1d, ReLU, Linear of a module, as it defines them.
+    """Last Linear, BatchNorm1d, ReLU, Linear of a module, in the order of definition.
 
     Parameters
     ----------
@@ -103,98 +123,85 @@ def read_last_layers(module: nn.Module) -> LastLayers:
     Raises
     ------
     TypeError, ValueError
-        As ``from_module``, but for an output bias and for layers that come before.
+        As ``from_module``, but an output bias and layers that come before are accepted.
     """
     module = unwrapped(module)
-    leaves = [(name, layer) for name, layer in leaves_of(module, "") if type(layer) not in (*NO_OPS, nn.ReLU)]
+    leaves = leaves_of(module)
     for place, kind in ((-1, nn.Linear), (-2, nn.BatchNorm1d), (-3, nn.Linear)):
+        expected = kind.__name__
         if len(leaves) < -place:
-            raise TypeError(f"the {kind_of(module)} has no {kind.__name__} before its last {-1 - place}: {_ENDING}.")
-        _check_kind(*leaves[place], kind)
+            raise TypeError(f"the {type(module).__name__} has no {expected} before its last {-1 - place}: {_ENDING}.")
+        name, layer = leaves[place]
+        if type(layer) is not kind:
+            lazy = " (run a batch through it first)" if isinstance(layer, nn.modules.lazy.LazyModuleMixin) else ""
+            found = type(layer).__name__ + lazy
+            raise TypeError(f"layer '{name}' is a {found} where a {expected} is expected: {_ENDING}.")
     names = [name for name, _ in leaves]
-    linear, batch_norm, output = (layer for _, layer in leaves[-3:])
-    layers = _layers(names[-3:], linear, batch_norm, output)
-    return LastLayers(module, names[-3], names[-2], names[-1], layers, tuple(names[:-3]))
+    return LastLayers(module, names[-3], names[-2], names[-1], read_layers(leaves[-3:]), tuple(names[:-3]))
 
 
-def _layers(names: list[str], linear: Any, batch_norm: Any, output: Any) -> Layers:
-    """Numbers of the three layers, checked."""
-    first, last = f"Linear '{names[0]}'", f"Linear '{names[2]}'"
-    weight = numbers_of(first, "weight", linear.weight).T
-    return read_layers(names, weight, linear, batch_norm, numbers_of(last, "weight", output.weight).T, output)
-
-
-def read_layers(names: list[str], weight: Float, linear: Any, batch_norm: Any, by_neuron: Float, output: Any) -> Layers:
-    """Numbers of the layers with given weights (d, m) and (m, K), checked."""
-    first, where, last = (
-        f"{kind_of(layer)} '{name}'" for name, layer in zip(names, (linear, batch_norm, output), strict=True)
-    )
+def read_layers(named: Sequence[tuple[str, Any]], regions: int = 1) -> Layers:
+    """Numbers of a named Linear or convolution, batch norm and Linear: filters in columns, and output (m, R K)."""
+    first, norm, last = named
+    linear, where, output = (f"{type(layer).__name__} '{name}'" for name, layer in named)
+    weight, by_output, batch_norm = _numbers(first, "weight"), _numbers(last, "weight"), norm[1]
     if batch_norm.weight is None:
         raise ValueError(f"{where} has no scale and shift: train it with affine=True.")
     if batch_norm.running_mean is None:
         raise ValueError(f"{where} has no stored statistics: train it with track_running_stats=True.")
-    layers = Layers(
-        weight=weight,
-        bias=np.zeros(weight.shape[1]) if linear.bias is None else numbers_of(first, "bias", linear.bias),
-        running_mean=numbers_of(where, "running_mean", batch_norm.running_mean),
-        running_var=numbers_of(where, "running_var", batch_norm.running_var),
-        eps=float(batch_norm.eps),
-        scale=numbers_of(where, "weight", batch_norm.weight),
-        offset=numbers_of(where, "bias", batch_norm.bias),
-        output=by_neuron,
-        output_bias=np.zeros(output.out_features) if output.bias is None else numbers_of(last, "bias", output.bias),
-    )
     if not batch_norm.num_batches_tracked:
         raise ValueError(f"{where} is untrained (num_batches_tracked is 0): run batches through it in train mode.")
-    if not weight.shape[1] == len(layers.scale) == len(by_neuron):
-        sizes = f"{weight.shape[1]}, {len(layers.scale)} and {len(by_neuron)} features"
-        raise ValueError(f"{first}, {where} and {last} do not follow one another: they have {sizes}; {_ENDING}.")
+    m = len(weight)
+    sizes = m * regions, len(batch_norm.weight) * regions, by_output.shape[1]
+    if len(set(sizes)) > 1:
+        found = "{}, {} and {} features".format(*sizes)
+        raise ValueError(f"{linear}, {where} and {output} do not follow one another: they have {found}.")
+    layers = Layers(
+        weight=weight.reshape(m, -1).T,
+        bias=_numbers(first, "bias"),
+        running_mean=_numbers(norm, "running_mean"),
+        running_var=_numbers(norm, "running_var"),
+        eps=float(batch_norm.eps),
+        scale=_numbers(norm, "weight"),
+        offset=_numbers(norm, "bias"),
+        output=by_output.T.reshape(m, -1),
+        output_bias=_numbers(last, "bias"),
+    )
     if not ((layers.running_var >= 0) & (layers.running_var + layers.eps > 0)).all():
         raise ValueError(f"{where} has a running_var that is no variance: run batches through it in train mode.")
     return layers
 
 
-def numbers_of(where: str, name: str, tensor: torch.Tensor) -> Float:
-    """Numbers of a parameter in float64, finite."""
+def _numbers(named: tuple[str, Any], key: str) -> Float:
+    """Numbers of a parameter or buffer, finite, in float64; zeros for a bias that is not there."""
+    name, layer = named
+    tensor, where = getattr(layer, key), f"{key} of {type(layer).__name__} '{name}'"
+    if tensor is None:
+        return np.zeros(len(layer.weight))
     if tensor.is_meta or not tensor.is_floating_point():
-        raise TypeError(f"{name} of {where} holds no real numbers: it is {tensor.dtype} on device {tensor.device}.")
+        raise TypeError(f"{where} holds no real numbers: it is {tensor.dtype} on device {tensor.device}.")
     array: Float = tensor.detach().to(device="cpu", dtype=torch.float64, copy=True).numpy()
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} of {where} is not finite: the training diverged, so train it again.")
+        raise ValueError(f"{where} is not finite: the training diverged, so train it again.")
     return array
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what DataParallel, its distributed kin and ``torch.compile`` wrap."""
+    """Module inside of DataParallel, DistributedDataParallel and ``torch.compile``."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
-    while True:
-        wrapped = getattr(module, "_orig_mod", None)
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            wrapped = module.module
-        if not isinstance(wrapped, nn.Module):
-            return module
+    wrapped: Any = module
+    while isinstance(wrapped, nn.Module):
         module = wrapped
+        parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        wrapped = module.module if parallel else getattr(module, "_orig_mod", None)
+    return module
 
 
-def leaves_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Layers in the order of their definition, one that is used twice in a Sequential twice."""
-    children = [(key, child) for key, child in module._modules.items() if child is not None]
-    if not children:
-        yield name, module
-    for key, child in children:
-        yield from leaves_of(child, f"{name}.{key}" if name else key)
-
-
-def _check_kind(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
-    if type(layer) is not kind:
-        lazy = " (run a batch through it first)" if isinstance(layer, nn.modules.lazy.LazyModuleMixin) else ""
-        raise TypeError(f"layer '{name}' is a {kind_of(layer)}{lazy} where a {kind.__name__} is expected: {_ENDING}.")
-
-
-def kind_of(module: nn.Module) -> str:
-    """Name of its class."""
-    return type(module).__name__
+def leaves_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """Named layers in the order of definition, without those of ``_SKIPPED``; one in two places comes twice."""
+    leaves = [item for item in module.named_modules(remove_duplicate=False) if not [*item[1].children()]]
+    return [(name, layer) for name, layer in leaves if type(layer) not in _SKIPPED]
 
 
 def as_tensor(X: Any) -> torch.Tensor:
@@ -202,10 +209,8 @@ def as_tensor(X: Any) -> torch.Tensor:
 
     Raises
     ------
-    TypeError
-        For what is not numbers.
-    ValueError
-        For no rows, and for numbers that are not finite.
+    TypeError, ValueError
+        If they are not numbers; if there are no rows or they are not finite.
     """
     if isinstance(X, torch.Tensor):
         rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)

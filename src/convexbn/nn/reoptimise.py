@@ -132,6 +132,8 @@ def reoptimise(
         another: it is not part of the gradient.)
     X_val, y_val : ndarray or Tensor, optional
         Validation rows; with classes they choose among the networks between the trained one and the optimum.
+    **effort
+        The keywords below.
     certify : bool, default=True
         Whether to prove how good the new layers are. Beyond 10,000 rows the proof can take longer than the layers, and
         its bound is loose.

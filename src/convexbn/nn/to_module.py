@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convexbn._types import Float, FloatMatrix
-from convexbn.nn.convolution import images_of, layers_of, output_weight, probe_images
+from convexbn.nn.convolution import images_of, layers_of, probe_images
 from convexbn.program.layers import Layers, convertible, folded
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import check_conversion
@@ -118,11 +118,9 @@ def _folded_layers(network: BatchNormNetwork, dtype: torch.dtype) -> list[nn.Mod
     return [_linear(*folded(network, _NUMBERS[dtype]), dtype)]
 
 
-def _convolutional(network: Any, hidden: list[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """The layers of a network on patches, the first affine map as a convolution."""
-    first: Any = hidden[0]
-    parts = layers_of(network, [first.weight.detach().T, first.bias.detach()], hidden[1] if len(hidden) > 1 else None)
-    return nn.Sequential(*parts, _linear(output_weight(network), None, dtype))
+def _convolutional(network: BatchNormNetwork, hidden: list[nn.Module], dtype: torch.dtype) -> nn.Module:
+    output = network.output.reshape(-1, network.n_outputs)
+    return nn.Sequential(*layers_of(network, hidden), _linear(output, None, dtype))
 
 
 def _assembled(network: BatchNormNetwork, hidden: list[nn.Module], dtype: torch.dtype) -> nn.Module:
