@@ -1,4 +1,4 @@
-"""The companion systems: cross-iteration BN, weight rescaling, diagnostics of any module, exact excess risk.
+"""The companion systems: cross-iteration batch norm, weight rescaling, diagnostics of any module, exact excess risk.
 
 They stand beside the theory of this package and import nothing of it. All but ``excess_risk`` need PyTorch.
 """
@@ -16,18 +16,11 @@ _HOMES = {
     "convert_cross_iteration_batch_norm": "cross_iteration",
     "normalised_layers": "normalised_layer",
 }
-_MODULES = ("diagnostics", "excess_risk")
 
 __all__ = [
-    "CrossIterationBatchNorm1d",
-    "CrossIterationBatchNorm2d",
-    "NormalisedLayer",
-    "WeightRescaling",
-    "convert_cross_iteration_batch_norm",
-    "diagnostics",
-    "excess_risk",
-    "normalised_layers",
-]
+    "CrossIterationBatchNorm1d", "CrossIterationBatchNorm2d", "NormalisedLayer", "WeightRescaling",
+    "convert_cross_iteration_batch_norm", "diagnostics", "excess_risk", "normalised_layers",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from convexbn.companions import diagnostics, excess_risk
@@ -50,4 +43,4 @@ def __getattr__(name: str) -> Any:
         if error.name != "torch":
             raise
         raise ImportError(f"convexbn.companions.{name} needs PyTorch: pip install 'convexbn[torch]'.") from error
-    return module if name in _MODULES else getattr(module, name)
+    return getattr(module, name) if name in _HOMES else module

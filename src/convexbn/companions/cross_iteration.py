@@ -1,4 +1,4 @@
-"""Cross-iteration batch norm: statistics over the last mini-batches, corrected for the steps of the weights in between.
+"""Cross-iteration batch norm: statistics over the last mini-batches, corrected for the weights' steps since then.
 
 Yao, Cao, Zheng, Huang, Lin, "Cross-Iteration Batch Normalization", CVPR 2021 (arXiv 2002.05712).
 """
@@ -15,11 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convexbn.companions.normalised_layer import normalised_layers
 
-_ORDERS = ("linear", "exact")
-
 
 class _CrossIterationBatchNorm(_BatchNorm):
-    """What one and two dimensions share. Statistics are per channel (C,), those of the past (steps, C)."""
+    """Base class of both layers. Statistics are per channel (C,), those of the stored batches (steps, C)."""
 
     past_mean: torch.Tensor
     past_variance: torch.Tensor
@@ -27,34 +25,24 @@ class _CrossIterationBatchNorm(_BatchNorm):
     past_patch_mean: torch.Tensor
     past_gradient: torch.Tensor
     past_patch_covariance: torch.Tensor
-
+    mean: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+    _input: torch.Tensor | None = None
+    _output: torch.Tensor | None = None
     _layers: tuple[type[nn.Module], ...]
 
     def __init__(
-        self,
-        layer: nn.Module,
-        *,
-        window: int = 8,
-        burn_in: int = 0,
-        second_moment: str = "linear",
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-    ) -> None:
+        self, layer: nn.Module, *, window: int = 8, burn_in: int = 0, second_moment: str = "linear", eps: float = 1e-5,
+        momentum: float | None = 0.1, affine: bool = True, track_running_stats: bool = True,
+    ) -> None:  # fmt: skip
         self._check(layer, window, burn_in, second_moment)
         weight: Any = layer.weight
-        super().__init__(
-            len(weight), eps, momentum, affine, track_running_stats, device=weight.device, dtype=weight.dtype
-        )
+        kind = {"device": weight.device, "dtype": weight.dtype}
+        super().__init__(len(weight), eps, momentum, affine, track_running_stats, **kind)
         self.window, self.burn_in, self.second_moment = window, burn_in, second_moment
         self.batches = self.stored = 0
         self._layer = (layer,)  # in a tuple: its parameters belong to the module that holds it
         self._register_history(weight.detach())
-        self.mean: torch.Tensor | None = None
-        self.variance: torch.Tensor | None = None
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
         if second_moment == "exact":
             layer.register_forward_hook(self._keep)
 
@@ -65,22 +53,20 @@ class _CrossIterationBatchNorm(_BatchNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise the outputs of ``layer``; same shape."""
-        windowed = False
-        if self.training and torch.is_grad_enabled():
-            self.batches += 1
-            windowed = self.window > 1 and self.batches > self.burn_in
-        if not windowed:
-            self._input = self._output = self.mean = self.variance = None
-            return super().forward(input)
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        return self._normalised_over_window(input)
+        recording = self.training and torch.is_grad_enabled()
+        self.batches += recording
+        if recording and self.window > 1 and self.batches > self.burn_in:
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            return self._normalised_over_window(input)
+        self._input = self._output = self.mean = self.variance = None
+        return super().forward(input)
 
     def get_extra_state(self) -> torch.Tensor:
-        """Batches seen and steps stored, in the state dict; a tensor, which every format of checkpoint can hold."""
+        """Batches seen and steps stored, for the state dict; a tensor, which every checkpoint format can hold."""
         return torch.tensor([self.batches, self.stored])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Go on from a state dict."""
+        """Resume from a state dict."""
         self.batches, self.stored = (int(number) for number in state)
 
     def extra_repr(self) -> str:
@@ -90,13 +76,12 @@ class _CrossIterationBatchNorm(_BatchNorm):
 
     def _normalised_over_window(self, input: torch.Tensor) -> torch.Tensor:
         numbers = input if input.dtype == torch.float64 else input.float()
-        axes = [0, *range(2, input.ndim)]
-        variance, mean = torch.var_mean(numbers, axes, correction=0)
+        variance, mean = torch.var_mean(numbers, [0, *range(2, input.ndim)], correction=0)
         count = numbers.numel() // len(mean)
         if count < 2:
             raise ValueError(f"expected more than 1 value per channel in train mode, got {tuple(input.shape)}.")
         bias = 0 if self.layer.bias is None else self.layer.bias.to(mean.dtype)
-        own = mean - bias  # the bias shifts what the batch norm takes away: no part of the history
+        own = mean - bias  # batch norm takes the bias away again, so the history goes without
         with torch.no_grad():
             means, variances = self._compensated()
             self._store(input, own, variance, count)
@@ -114,11 +99,12 @@ class _CrossIterationBatchNorm(_BatchNorm):
         """Means and variances (steps, C) of the stored batches, as the present weights would give them.
 
         In the paper's symbols ``mu + <dmu, step>`` and ``max(nu + <dnu, step>, mu^2) - mu^2``, both written about the
-        mean: second moments lose digits where the mean is large.
+        mean: second moments lose digits if the mean is large.
         """
         steps = min(self.stored, self.window - 1)
-        groups = self._by_group(self.layer.weight.detach())
-        step = groups - self.past_weight[:steps]  # (steps, groups, C / groups, patch)
+        step = (
+            self._by_group(self.layer.weight.detach()) - self.past_weight[:steps]
+        )  # (steps, groups, C / groups, patch)
         moved = torch.einsum("tgcp,tgp->tgc", step, self.past_patch_mean[:steps]).flatten(1)
         change = (self.past_gradient[:steps] * step).sum(dim=3).flatten(1)
         if self.second_moment == "exact":
@@ -129,14 +115,13 @@ class _CrossIterationBatchNorm(_BatchNorm):
         return self.past_mean[:steps] + moved, (self.past_variance[:steps] + change).clamp(min=0)
 
     def _store(self, outputs: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-        """Write the present batch over the oldest one."""
+        """Overwrite the oldest batch by the present one."""
         slot = self.stored % (self.window - 1)
-        weight = self.layer.weight.detach()
         self.past_mean[slot], self.past_variance[slot] = mean, variance
-        self.past_weight[slot] = self._by_group(weight)
+        self.past_weight[slot] = self._by_group(self.layer.weight.detach())
         if self.second_moment == "exact":
-            patch_mean, covariance = self._patch_moments(outputs)
-            self.past_patch_mean[slot], self.past_patch_covariance[slot] = patch_mean, covariance
+            self.past_patch_mean[slot], covariance = self._patch_moments(outputs)
+            self.past_patch_covariance[slot] = covariance
             self.past_gradient[slot] = 2 * torch.einsum("gcp,gpq->gcq", self.past_weight[slot], covariance)
         else:
             centred = outputs.detach() - outputs.detach().mean([0, *range(2, outputs.ndim)], keepdim=True)
@@ -146,17 +131,14 @@ class _CrossIterationBatchNorm(_BatchNorm):
         self.stored += 1
 
     def _derivative(self, outputs: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-        """Derivative by the weight, channel by channel, of ``sum(cotangent * outputs)``; 0 when it is frozen."""
+        """Derivative by the weight, channel by channel, of ``sum(cotangent * outputs)``; 0 for a frozen weight."""
         weight = self.layer.weight
         if not weight.requires_grad:
             return torch.zeros_like(self._by_group(weight))
         try:
             (derivative,) = torch.autograd.grad(outputs, weight, cotangent, retain_graph=True)
         except RuntimeError as error:
-            raise ValueError(
-                f"the input of this {type(self).__name__} was not computed by its layer {self.layer}: put it directly "
-                "behind that layer."
-            ) from error
+            raise self._misplaced() from error
         return self._by_group(derivative)
 
     def _keep(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -164,32 +146,35 @@ class _CrossIterationBatchNorm(_BatchNorm):
             self._input, self._output = inputs[0].detach(), output
 
     def _patch_moments(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (groups, patch) and covariance (groups, patch, patch) of what a filter is multiplied with."""
+        """Mean (groups, patch) and covariance (groups, patch, patch) of the input patches."""
         if self._input is None or self._output is not outputs:
-            raise ValueError(
-                f"the input of this {type(self).__name__} is not the output of its layer {self.layer}: put it directly "
-                "behind that layer."
-            )
+            raise self._misplaced()
         patches = self._patches(self._input.to(self.past_mean.dtype))
         self._input = self._output = None
         mean = patches.mean(dim=2)
         centred = patches - mean[:, :, None]
         return mean, centred @ centred.mT / patches.shape[2]
 
+    def _misplaced(self) -> ValueError:
+        return ValueError(
+            f"the input of this {type(self).__name__} is not the output of its layer {self.layer}: put it directly "
+            "behind that layer."
+        )
+
     def _patches(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(groups, patch, N * positions)."""
+        """Input patches (groups, patch, N * positions), with which the filters are multiplied."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return inputs.T[None]
         sizes = {name: getattr(layer, name) for name in ("kernel_size", "dilation", "padding", "stride")}
         if isinstance(layer, nn.Conv1d):
-            start = {"kernel_size": 1, "dilation": 1, "padding": 0, "stride": 1}
-            inputs, sizes = inputs[:, :, None], {name: (start[name], *size) for name, size in sizes.items()}
+            inputs = inputs[:, :, None]
+            sizes = {name: (0 if name == "padding" else 1, *size) for name, size in sizes.items()}
         unfolded = functional.unfold(inputs, **sizes)  # (N, groups * patch, positions)
         return unfolded.transpose(0, 1).reshape(layer.groups, -1, len(unfolded) * unfolded.shape[2])
 
     def _update_running(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """As batch norm does: the present batch alone, its unbiased variance."""
+        """Update the running statistics as batch norm does: with the present batch alone and its unbiased variance."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -198,22 +183,20 @@ class _CrossIterationBatchNorm(_BatchNorm):
             running.mul_(1 - share).add_(now.to(running.dtype), alpha=share)
 
     def _by_group(self, weight: torch.Tensor) -> torch.Tensor:
-        """(C, patch...) to (groups, C / groups, patch)."""
+        """Weight (C, patch...) as (groups, C / groups, patch)."""
         groups = getattr(self.layer, "groups", 1)
         return weight.reshape(groups, len(weight) // groups, -1)
 
     def _register_history(self, weight: torch.Tensor) -> None:
-        groups, channels, patch = self._by_group(weight).shape
-        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        shapes: dict[str, tuple[int, ...]] = {
-            "past_mean": (len(weight),),
-            "past_variance": (len(weight),),
-            "past_weight": (groups, channels, patch),
-            "past_patch_mean": (groups, patch),
-            "past_gradient": (groups, channels, patch),
-        }
+        channels, filters = weight.shape[:1], self._by_group(weight).shape
+        patch = filters[::2]  # (groups, patch)
+        shapes = {
+            "past_mean": channels, "past_variance": channels, "past_weight": filters, "past_patch_mean": patch,
+            "past_gradient": filters,
+        }  # fmt: skip
         if self.second_moment == "exact":
-            shapes["past_patch_covariance"] = (groups, patch, patch)
+            shapes["past_patch_covariance"] = torch.Size([*patch, patch[1]])
+        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(self.window - 1, *shape, dtype=dtype, device=weight.device))
 
@@ -223,7 +206,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
             raise TypeError(f"layer must be a {kinds}, whose outputs are normalised, got a {type(layer).__name__}.")
         if window < 1 or burn_in < 0:
             raise ValueError(f"window must be 1 or more and burn_in 0 or more, got {window} and {burn_in}.")
-        if second_moment not in _ORDERS:
+        if second_moment not in ("linear", "exact"):
             raise ValueError(f"second_moment must be 'linear' or 'exact', got {second_moment!r}.")
         padded = isinstance(layer, nn.Conv1d | nn.Conv2d) and (
             layer.padding_mode != "zeros" or isinstance(layer.padding, str)
@@ -241,28 +224,27 @@ class CrossIterationBatchNorm1d(_CrossIterationBatchNorm, nn.BatchNorm1d):
 class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     """Batch norm whose statistics are those of the last ``window`` mini-batches, corrected to first order.
 
-    A statistic of an earlier batch belongs to the weights of its time. Its derivative by the weight of the layer that
-    is normalised is stored with it, and times the step since then corrects it; the steps of layers further back are
-    neglected. The mean over the window of first moments, and of second moments that are at least the square of the
-    first, replace those of the batch (Yao et al. 2021). Gradients flow through the present batch alone, whose share of
-    the statistics is one over the window.
+    The statistics of an earlier batch belong to the weights of that time. Their derivative by the weight of the layer
+    that is normalised is stored with them; times the step since then, it corrects them. Steps of layers further back
+    are neglected. The statistics that normalise are means over the window: of the first moments, and of the second
+    moments, each at least the square of the first (Yao et al. 2021). Gradients flow through the present batch alone,
+    whose share of the statistics is one over the window.
 
-    Put it directly behind the layer that it is given. ``convert_cross_iteration_batch_norm`` does so throughout a
-    module.
+    Put it directly behind the layer that it is given, or let ``convert_cross_iteration_batch_norm`` do so.
 
     Parameters
     ----------
     layer : torch.nn.Conv2d
-        The layer whose outputs are normalised; it stays a part of the module that holds it, and no part of this one.
+        The layer whose outputs are normalised. It stays a part of the module that holds it, not of this one.
     window : int, default=8
         Batches in the window, the present one included; 1 is ``BatchNorm2d``.
     burn_in : int, default=0
-        Batches in train mode before the window opens, which then grows from 1: until then it is ``BatchNorm2d``, as
-        weights move far while they are young.
+        Batches in train mode before the window opens, which then grows from 1. Until then this is ``BatchNorm2d``, as
+        young weights move far.
     second_moment : {"linear", "exact"}
         ``"linear"`` is the paper's. The second moment is quadratic in the weight, so that the first order
-        underestimates it; ``"exact"`` stores the covariance of the input patches besides, ``patch^2`` numbers a group
-        and batch, and leaves nothing out.
+        underestimates it. ``"exact"`` leaves nothing out: it also stores the covariance of the input patches,
+        ``patch^2`` numbers a group and batch.
     eps, momentum, affine, track_running_stats
         As in ``torch.nn.BatchNorm2d``. The running statistics are those of single batches, and eval mode is that of
         ``BatchNorm2d``.
@@ -272,7 +254,7 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     batches, stored : int
         Batches seen in train mode, and batches stored since the window opened; in the state dict with the history.
     mean, variance : Tensor (C,) or None
-        What the last forward normalised with, over the window; None where it was plain batch norm.
+        Statistics over the window that the last forward normalised with; None if it was plain batch norm.
 
     Raises
     ------
@@ -290,9 +272,8 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
-    >>> convolution = nn.Conv2d(3, 16, 3, bias=False)
-    >>> module = nn.Sequential(convolution, CrossIterationBatchNorm2d(convolution, window=4), nn.ReLU())
+    >>> layer = torch.nn.Conv2d(3, 16, 3, bias=False)
+    >>> module = torch.nn.Sequential(layer, CrossIterationBatchNorm2d(layer, window=4), torch.nn.ReLU())
     >>> module(torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 16, 6, 6])
     """
@@ -309,10 +290,10 @@ _CONVERTED: dict[type[nn.Module], type[_CrossIterationBatchNorm]] = {
 def convert_cross_iteration_batch_norm(
     module: nn.Module, *, window: int = 8, burn_in: int = 0, second_moment: str = "linear", example: Any = None
 ) -> nn.Module:
-    """A copy with cross-iteration batch norm behind each Linear and convolution that a batch norm follows directly.
+    """Copy a module with cross-iteration batch norm behind each Linear and convolution that a batch norm follows.
 
-    Parameters, running statistics and settings are kept, so that eval mode gives the same outputs, and names too. Other
-    batch norms, such as those in front of the convolution, stay. Make the optimiser of the copy's parameters.
+    Names, parameters, running statistics and settings are kept, so that eval mode gives the same outputs. Batch norms
+    that do not directly follow a Linear or convolution stay. Make the optimiser of the copy's parameters.
 
     Parameters
     ----------
@@ -323,14 +304,10 @@ def convert_cross_iteration_batch_norm(
     example : Tensor or tuple of Tensor, optional
         As for ``normalised_layers``.
 
-    Returns
-    -------
-    torch.nn.Module
-
     Raises
     ------
     TypeError, ValueError
-        As ``normalised_layers``; when there is no batch norm to replace.
+        As ``normalised_layers``; if there is no batch norm to replace.
 
     Examples
     --------
@@ -345,9 +322,12 @@ def convert_cross_iteration_batch_norm(
         layer, old = copied.get_submodule(pair.layer), copied.get_submodule(pair.batch_norm)
         kind = _CONVERTED.get(type(old))
         if kind is not None and isinstance(layer, kind._layers):
+            kept = {name: getattr(old, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
+            new = kind(layer, window=window, burn_in=burn_in, second_moment=second_moment, **kept)
+            for name, tensor in (*old._parameters.items(), *old._buffers.items()):
+                setattr(new, name, tensor)
             parent, _, name = pair.batch_norm.rpartition(".")
-            new = _converted(kind, layer, old, window=window, burn_in=burn_in, second_moment=second_moment)
-            setattr(copied.get_submodule(parent), name, new)
+            setattr(copied.get_submodule(parent), name, new.train(old.training))
             converted += 1
     if not converted:
         raise ValueError(
@@ -355,15 +335,3 @@ def convert_cross_iteration_batch_norm(
             "there is nothing to replace."
         )
     return copied
-
-
-def _converted(
-    kind: type[_CrossIterationBatchNorm], layer: nn.Module, old: Any, **settings: Any
-) -> _CrossIterationBatchNorm:
-    new = kind(
-        layer, eps=old.eps, momentum=old.momentum, affine=old.affine, track_running_stats=old.track_running_stats,
-        **settings,
-    )  # fmt: skip
-    for name, tensor in (*old._parameters.items(), *old._buffers.items()):
-        setattr(new, name, tensor)
-    return new.train(old.training)

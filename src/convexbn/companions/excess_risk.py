@@ -11,8 +11,8 @@ The error ``e_t`` of SGD has second moments ``m_t`` that obey a linear recursion
     one-hot  (x = unit vector i with probability l_i):  m' = (1 - 2 step l + step^2 l) m + step^2 l sigma^2
     Gaussian (x ~ N(0, H)):   m' = (1 - 2 step l + 2 step^2 l^2) m + step^2 l (sigma^2 + sum_j l_j m_j)
 
-Ridge is exact for the one-hot design, where it is an expectation over a binomial count a coordinate, and drawn for the
-Gaussian one.
+Ridge is exact for the one-hot design, as an expectation over a binomial count for every coordinate, and simulated for
+the Gaussian one.
 
 References
 ----------
@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 
 from convexbn._types import Float
 
-#: Logarithm of a probability that float64 still holds.
+#: Logarithm of the smallest probability that counts: float64 still holds it.
 _LEAST = -700.0
 
 
@@ -41,7 +41,7 @@ class LeastSquares:
     Parameters
     ----------
     eigenvalues : ndarray (d,)
-        Of ``H``, nonnegative.
+        Nonnegative eigenvalues of ``H``.
     optimum : ndarray (d,)
         ``w*``.
     noise : float, default=1.0
@@ -59,7 +59,14 @@ class LeastSquares:
 
     @classmethod
     def power_law(cls, decay: float, truth: float, d: int = 200) -> LeastSquares:
-        """``l_i = i^-decay`` and ``w*_i = i^-truth``, the six Gaussian cases of the paper with unit noise."""
+        """``l_i = i^-decay`` and ``w*_i = i^-truth``, the six Gaussian cases of the paper with unit noise.
+
+        Parameters
+        ----------
+        decay, truth : float
+        d : int, default=200
+            Dimensions.
+        """
         index = np.arange(1, d + 1, dtype=np.float64)
         return cls(index**-decay, index**-truth)
 
@@ -67,8 +74,8 @@ class LeastSquares:
     def separation(cls, n_samples: int) -> LeastSquares:
         """A one-hot problem on which ridge needs about ``N^2 / log^2 N`` rows to do as well as SGD with ``N``.
 
-        One coordinate of probability ``l = log N / sqrt N`` with ``w* = l^-1/2``, and ``N`` others without signal that
-        share the rest, ``N >= 10``: a penalty that keeps their noise out shrinks the first.
+        One coordinate has probability ``l = log N / sqrt N`` and ``w* = l^-1/2``; ``N >= 10`` others without signal
+        share the rest. A penalty that keeps their noise out shrinks the first.
         """
         if n_samples < 10:
             raise ValueError(f"the separation needs at least 10 samples, got {n_samples}.")
@@ -78,7 +85,7 @@ class LeastSquares:
 
     @property
     def trace(self) -> float:
-        """``tr H``: SGD on Gaussian rows needs steps below ``1 / trace``, half of it where one leads."""
+        """``tr H``: SGD on Gaussian rows needs steps below ``1 / trace``, and half of it if one eigenvalue leads."""
         return float(self.eigenvalues.sum())
 
     def distinct(self) -> tuple[Float, Float, Float]:
@@ -87,7 +94,7 @@ class LeastSquares:
         return pairs[:, 0], pairs[:, 1], counts.astype(np.float64)
 
     def require_one_hot(self) -> None:
-        """Refuse eigenvalues that are no probabilities."""
+        """Raise ``ValueError`` unless the eigenvalues are probabilities."""
         if abs(self.trace - 1) > 1e-9 or self.eigenvalues.min() < 0:
             raise ValueError(
                 f"one-hot rows need eigenvalues that are probabilities, and these sum to {self.trace:.6g}."
@@ -97,7 +104,7 @@ class LeastSquares:
 def sgd_risk(
     problem: LeastSquares, n_samples: int, step: ArrayLike, *, design: str = "gaussian", average: str = "tail"
 ) -> Float:
-    """Exact excess risk of one pass of averaged SGD with a constant step.
+    """Exact excess risk of one pass of averaged SGD with a constant step, of the shape of ``step``.
 
     Parameters
     ----------
@@ -105,21 +112,16 @@ def sgd_risk(
     n_samples : int
         Rows ``N``.
     step : float or ndarray
-        Steps. One-hot rows diverge above 2, Gaussian ones above about ``1 / trace``.
+        One-hot rows diverge above 2, Gaussian ones above about ``1 / trace``.
     design : {"gaussian", "one_hot"}, default="gaussian"
-        What the rows are.
+        Distribution of the rows.
     average : {"tail", "all"}, default="tail"
-        The last half of the iterates, ``w_{N//2}, ..., w_{N-1}``, or all.
-
-    Returns
-    -------
-    ndarray
-        Of the shape of ``step``.
+        Average of the last half of the iterates, ``w_{N//2}, ..., w_{N-1}``, or of all.
 
     Raises
     ------
     ValueError
-        For one-hot rows whose eigenvalues are no probabilities, and unknown designs and averages.
+        For unknown designs and averages, and for one-hot rows if the eigenvalues are not probabilities.
 
     Examples
     --------
@@ -129,11 +131,10 @@ def sgd_risk(
     """
     if design not in ("gaussian", "one_hot") or average not in ("tail", "all"):
         raise ValueError(f"design is 'gaussian' or 'one_hot', average 'tail' or 'all', got {design!r}, {average!r}.")
-    if design == "one_hot":
+    if not (gaussian := design == "gaussian"):
         problem.require_one_hot()
     l, truth, counts = problem.distinct()
     g = np.asarray(step, dtype=np.float64)[..., None]
-    gaussian = design == "gaussian"
     kept = 1 - 2 * g * l + (2 * g**2 * l**2 if gaussian else g**2 * l)
     moments = np.broadcast_to(truth**2, kept.shape)
     start = n_samples // 2 if average == "tail" else 0
@@ -148,10 +149,17 @@ def sgd_risk(
 
 
 def one_hot_ridge_risk(problem: LeastSquares, n_samples: int, penalty: ArrayLike) -> Float:
-    """Exact excess risk of ridge on ``n_samples`` one-hot rows, of the shape of ``penalty`` (nonnegative).
+    """Exact excess risk of ridge on one-hot rows, of the shape of ``penalty``.
 
     ``sum_i l_i E[w*_i^2 (penalty / (n_i + penalty))^2 + sigma^2 n_i / (n_i + penalty)^2]``, ``n_i`` binomial. Without
     penalty a coordinate that was never seen is 0.
+
+    Parameters
+    ----------
+    problem : LeastSquares
+    n_samples : int
+    penalty : float or ndarray
+        Nonnegative.
 
     Examples
     --------
@@ -187,7 +195,15 @@ def _binomial(n: int, p: float) -> tuple[Float, Float]:
 def gaussian_ridge_risk(
     problem: LeastSquares, n_samples: int, penalty: ArrayLike, rng: np.random.Generator, n_runs: int = 20
 ) -> Float:
-    """Excess risk of ridge on Gaussian rows, drawn: one line a run, one column a penalty (positive).
+    """Excess risk of ridge on drawn Gaussian rows: one line a run, one column a penalty.
+
+    Parameters
+    ----------
+    problem : LeastSquares
+    n_samples, n_runs : int
+    penalty : float or ndarray (p,)
+        Positive.
+    rng : numpy.random.Generator
 
     Examples
     --------
@@ -195,25 +211,28 @@ def gaussian_ridge_risk(
     >>> gaussian_ridge_risk(problem, 100, [0.1, 10.0], np.random.default_rng(0)).mean(axis=0).round(2)
     array([0.67, 0.09])
     """
-    penalties = np.atleast_1d(np.asarray(penalty, dtype=np.float64))
-    return np.array([_gaussian_ridge_run(problem, n_samples, penalties, rng) for _ in range(n_runs)])
-
-
-def _gaussian_ridge_run(problem: LeastSquares, n: int, penalties: Float, rng: np.random.Generator) -> Float:
-    rows = rng.standard_normal((n, len(problem.optimum))) * np.sqrt(problem.eigenvalues)
-    noise = np.sqrt(problem.noise) * rng.standard_normal(n)
-    values, vectors = np.linalg.eigh(rows.T @ rows)
-    # (X'X + penalty) (w - w*) = X' noise - penalty w*
-    right = vectors.T @ np.c_[rows.T @ noise, problem.optimum]
-    inside = (right[:, :1] - penalties * right[:, 1:]) / (np.maximum(values, 0)[:, None] + penalties)
-    return problem.eigenvalues @ (vectors @ inside) ** 2
+    penalties, risks = np.atleast_1d(np.asarray(penalty, dtype=np.float64)), list[Float]()
+    for _ in range(n_runs):
+        rows = rng.standard_normal((n_samples, len(problem.optimum))) * np.sqrt(problem.eigenvalues)
+        noise = np.sqrt(problem.noise) * rng.standard_normal(n_samples)
+        values, vectors = np.linalg.eigh(rows.T @ rows)
+        # (X'X + penalty) (w - w*) = X' noise - penalty w*
+        right = vectors.T @ np.c_[rows.T @ noise, problem.optimum]
+        inside = (right[:, :1] - penalties * right[:, 1:]) / (np.maximum(values, 0)[:, None] + penalties)
+        risks.append(problem.eigenvalues @ (vectors @ inside) ** 2)
+    return np.array(risks)
 
 
 def sgd_rate(problem: LeastSquares, n_samples: int, step: float) -> float:
-    """Upper bound of the risk of tail-averaged SGD with its constants dropped: how it scales, no bound.
+    """Rate of the risk of tail-averaged SGD: its upper bound without the constants, so not itself a bound.
 
     ``min_k sum_{i<=k} exp(-N step l_i) w*_i^2 / (l_i step^2 N^2) + sum_{i>k} l_i w*_i^2`` and, for another ``k``,
     ``(sigma^2 + ||w*||^2) (k / N + N step^2 sum_{i>k} l_i^2)``.
+
+    Parameters
+    ----------
+    problem, n_samples, step
+        As for ``sgd_risk``, with one step.
 
     Examples
     --------
@@ -223,16 +242,20 @@ def sgd_rate(problem: LeastSquares, n_samples: int, step: float) -> float:
     l, truth = _in_order(problem)
     scaled = step * n_samples * l
     bias = _best_split(np.exp(-scaled) * truth**2 * l / scaled**2, l * truth**2)
-    ones = np.full(len(l), 1 / n_samples)
-    variance = _best_split(ones, n_samples * step**2 * l**2)
+    variance = _best_split(np.full(len(l), 1 / n_samples), n_samples * step**2 * l**2)
     return bias + (problem.noise + float(truth @ truth)) * variance
 
 
 def ridge_rate(problem: LeastSquares, n_samples: int, penalty: float) -> float:
-    """Lower bound of the risk of ridge on Gaussian rows with its constants dropped: how it scales, no bound.
+    """Rate of the risk of ridge on Gaussian rows: its lower bound without the constants, so not itself a bound.
 
     With ``p = penalty + sum_{i>k} l_i``, ``k`` the first for which ``N l_{k+1} <= p``: ``(p / N)^2 sum_{i<=k} w*_i^2 /
     l_i + sum_{i>k} l_i w*_i^2 + sigma^2 (k / N + N sum_{i>k} l_i^2 / p^2)``.
+
+    Parameters
+    ----------
+    problem, n_samples, penalty
+        As for ``one_hot_ridge_risk``, with one penalty.
 
     Examples
     --------
@@ -240,17 +263,15 @@ def ridge_rate(problem: LeastSquares, n_samples: int, penalty: float) -> float:
     0.67
     """
     l, truth = _in_order(problem)
-    p = penalty + np.cumsum(l[::-1])[::-1]
-    settled = np.flatnonzero(n_samples * l <= p)
-    k = int(settled[0]) if len(settled) else len(l)
-    shrink = p[k] if k < len(l) else penalty
-    bias = (shrink / n_samples) ** 2 * np.sum(truth[:k] ** 2 / l[:k]) + l[k:] @ truth[k:] ** 2
-    variance = k / n_samples + (n_samples * np.sum(l[k:] ** 2) / shrink**2 if k < len(l) else 0.0)
+    p = np.r_[penalty + np.cumsum(l[::-1])[::-1], penalty]
+    k = int(np.r_[n_samples * l <= p[:-1], True].argmax())
+    bias = (p[k] / n_samples) ** 2 * np.sum(truth[:k] ** 2 / l[:k]) + l[k:] @ truth[k:] ** 2
+    variance = k / n_samples + (n_samples * np.sum(l[k:] ** 2) / p[k] ** 2 if k < len(l) else 0.0)
     return float(bias + problem.noise * variance)
 
 
 def _in_order(problem: LeastSquares) -> tuple[Float, Float]:
-    """Positive eigenvalues from the largest, and the optimum."""
+    """Positive eigenvalues from the largest, and the optimum in their order."""
     order = np.argsort(-problem.eigenvalues, kind="stable")
     order = order[problem.eigenvalues[order] > 0]
     return problem.eigenvalues[order], problem.optimum[order]
@@ -263,7 +284,14 @@ def _best_split(first: Float, rest: Float) -> float:
 
 
 def tuned(risk: Callable[[Float], Float], low: float, high: float) -> tuple[float, float]:
-    """Best argument between two positive ends, on a logarithmic scale, and its risk: a grid, and finer ones around.
+    """Best argument of a risk and its value, by a logarithmic grid and finer ones around its best point.
+
+    Parameters
+    ----------
+    risk : callable
+        Risks of an array of arguments.
+    low, high : float
+        Positive ends.
 
     Examples
     --------
@@ -280,7 +308,15 @@ def tuned(risk: Callable[[Float], Float], low: float, high: float) -> tuple[floa
 
 
 def samples_needed(risk: Callable[[int], float], target: float, start: int) -> int:
-    """Fewest samples with a risk of at most ``target``, for a risk that falls with them; by bisection.
+    """Fewest samples with a risk of at most ``target``, by bisection.
+
+    Parameters
+    ----------
+    risk : callable
+        Falls with the number of samples.
+    target : float
+    start : int
+        First guess.
 
     Examples
     --------

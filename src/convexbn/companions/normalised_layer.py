@@ -1,15 +1,16 @@
 """Layers whose outputs go into a batch norm and nowhere else: their weights are scale-invariant.
 
-The forward is followed, not the order of definition: by ``torch.fx`` without data, or on an example through the
-autograd graph, for modules whose forward ``torch.fx`` cannot follow.
+They are found by following the forward, not the order of definition: by ``torch.fx`` without data or, for a forward
+that ``torch.fx`` cannot trace, through the autograd graph of a run on an example.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 #: Layers with one filter for each output channel, first in the shape of their weight.
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class NormalisedLayer:
-    """A Linear or convolution and the batch norm behind it, by their names in the module."""
+    """Names of a Linear or convolution and of the batch norm behind it."""
 
     layer: str
     batch_norm: str
@@ -31,7 +32,7 @@ class NormalisedLayer:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What a forward does: pairs, one for each time, and how often each layer, batch norm and weight is used."""
+    """Candidate pairs, one for each call, and how often each layer, batch norm and weight is used."""
 
     pairs: list[NormalisedLayer]
     calls: Counter[str]
@@ -39,30 +40,26 @@ class _Trace:
 
 
 def normalised_layers(module: nn.Module, example: Any = None) -> list[NormalisedLayer]:
-    """Linear and convolution layers that are followed directly by a batch norm, in the order of the forward.
+    """Find the Linear and convolution layers that a batch norm follows directly, in the order of the forward.
 
-    Left out are layers with something between (an activation, an addition), those whose outputs are used a second time,
-    layers and batch norms that are called several times, and weights that are shared: all that is not certainly
-    invariant to its scale, such as the last layer. The module is neither run (a copy is) nor changed.
+    Only weights that are certainly scale-invariant count. Left out are layers with something between (an activation, an
+    addition) or whose outputs are used a second time, layers and batch norms that are called several times, and weights
+    that are shared. The module is neither run (a copy is) nor changed.
 
     Parameters
     ----------
     module : torch.nn.Module
         In any mode, on any device.
     example : Tensor or tuple of Tensor, optional
-        Inputs of the module, two rows or more: then its forward is run on them. Needed where the forward branches on
-        its data, or does other things that ``torch.fx`` cannot trace.
-
-    Returns
-    -------
-    list of NormalisedLayer
+        Inputs of the module, two rows or more, on which its forward is run. Needed if ``torch.fx`` cannot trace the
+        forward, for instance because it branches on its data.
 
     Raises
     ------
     TypeError
-        When the forward cannot be traced without an example.
+        If the forward cannot be traced without an example.
     ValueError
-        When it does not run on the example.
+        If it does not run on the example.
 
     Examples
     --------
@@ -77,22 +74,21 @@ def normalised_layers(module: nn.Module, example: Any = None) -> list[Normalised
     return [
         pair
         for pair in trace.pairs
-        if trace.calls[pair.layer] == trace.calls[pair.batch_norm] == 1
-        and trace.uses[id(names[pair.layer].weight)] == 1
+        if trace.calls[pair.layer] == trace.calls[pair.batch_norm] == trace.uses[id(names[pair.layer].weight)] == 1
     ]
 
 
 class _Tracer(fx.Tracer):
-    """Layers and batch norms of any class stay whole, those of this package too."""
+    """Tracer that keeps layers and batch norms of every class whole, those of this package too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*LAYERS, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*_LAYERS, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _symbolic_trace(module: nn.Module) -> _Trace:
     try:
         graph = _Tracer().trace(module)
-    except Exception as error:  # whatever a forward can raise
+    except Exception as error:  # a forward can raise anything
         reason = str(error).partition("\n")[0]
         raise TypeError(
             f"the forward of the {type(module).__name__} cannot be traced without data ({reason}): give an example, a "
@@ -103,16 +99,15 @@ def _symbolic_trace(module: nn.Module) -> _Trace:
     pairs = [
         NormalisedLayer(str(node.target), str(following.target))
         for node, layer in called
-        if isinstance(layer, LAYERS) and len(node.users) == 1
+        if isinstance(layer, _LAYERS) and len(node.users) == 1
         for following in node.users
         if following.op == "call_module" and isinstance(names[str(following.target)], _BatchNorm)
     ]
-    calls = Counter(str(node.target) for node, _ in called)
     uses = Counter(id(parameter) for _, layer in called for parameter in layer.parameters())
     parameters = dict(module.named_parameters(remove_duplicate=False))
     read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     uses.update(id(parameters[name]) for name in read if name in parameters)
-    return _Trace(pairs, calls, uses)
+    return _Trace(pairs, Counter(str(node.target) for node, _ in called), uses)
 
 
 def _run_trace(module: nn.Module, example: Any) -> _Trace:
@@ -129,9 +124,17 @@ def _run_trace(module: nn.Module, example: Any) -> _Trace:
             made[outputs.grad_fn] = name
 
     for name, layer in module.named_modules():
-        if isinstance(layer, (*LAYERS, _BatchNorm)):
-            layer.register_forward_hook(lambda m, inputs, outputs, name=name: watch(name, m, inputs, outputs))
-    users = _users(_grad_functions(_outputs(module, example)))
+        if isinstance(layer, (*_LAYERS, _BatchNorm)):
+            layer.register_forward_hook(partial(watch, name))
+    try:
+        with torch.enable_grad(), torch.random.fork_rng():
+            outputs = module(*(example if isinstance(example, tuple) else (example,)))
+    except Exception as error:  # a forward can raise anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the {type(module).__name__} does not run on the example ({reason}): give a batch as it takes it."
+        ) from error
+    users = _users(outputs)
     pairs = [
         NormalisedLayer(made[source], name)
         for name, source, result in normalised
@@ -141,33 +144,9 @@ def _run_trace(module: nn.Module, example: Any) -> _Trace:
     return _Trace(pairs, calls, uses)
 
 
-def _outputs(module: nn.Module, example: Any) -> Any:
-    """Outputs of a forward in train mode, with their graph; the global random state is left as it was."""
-    inputs = example if isinstance(example, tuple) else (example,)
-    try:
-        with torch.enable_grad(), torch.random.fork_rng():
-            return module(*inputs)
-    except Exception as error:  # whatever a forward can raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the {type(module).__name__} does not run on the example ({reason}): give a batch as it takes it."
-        ) from error
-
-
-def _grad_functions(outputs: Any) -> Iterator[Node]:
-    """Roots of the graph, of a tensor or of a structure of tensors."""
-    if isinstance(outputs, torch.Tensor) and outputs.grad_fn is not None:
-        yield outputs.grad_fn
-    elif isinstance(outputs, dict):
-        yield from _grad_functions(list(outputs.values()))
-    elif isinstance(outputs, list | tuple):
-        for part in outputs:
-            yield from _grad_functions(part)
-
-
-def _users(roots: Iterable[Node]) -> dict[Node, list[Node]]:
-    """Nodes of the graph, and those that use what each computes."""
-    users: dict[Node, list[Node]] = {root: [] for root in roots}
+def _users(outputs: Any) -> dict[Node, list[Node]]:
+    """Nodes of the autograd graph of some outputs, each with the nodes that use its result."""
+    users: dict[Node, list[Node]] = {root: [] for root in _roots(outputs)}
     todo = list(users)
     while todo:
         node = todo.pop()
@@ -178,3 +157,12 @@ def _users(roots: Iterable[Node]) -> dict[Node, list[Node]]:
                     todo.append(source)
                 users[source].append(node)
     return users
+
+
+def _roots(outputs: Any) -> Iterator[Node]:
+    """Gradient functions of a tensor or of a structure of tensors."""
+    if isinstance(outputs, torch.Tensor) and outputs.grad_fn is not None:
+        yield outputs.grad_fn
+    elif isinstance(outputs, dict | list | tuple):
+        for part in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _roots(part)

@@ -1,8 +1,8 @@
-"""Weight rescaling: the norms of scale-invariant weights are set back after each step of an optimiser.
+"""Weight rescaling: the norms of scale-invariant weights are reset after each step of an optimiser.
 
-A weight in front of a batch norm does not change the function when it is scaled, so its gradient is orthogonal to it
-and its norm can only grow under gradient steps; the effective learning rate is that of the optimiser over the squared
-norm. Weight decay acts on such weights by that rate alone. Rescaling fixes it instead (Liu, Cui, Wan, Mao, Chan,
+A weight in front of a batch norm can be scaled without changing the function. So its gradient is orthogonal to it, its
+norm can only grow under gradient steps, and the effective learning rate is that of the optimiser over the squared norm.
+Weight decay acts on such weights by that rate alone. Rescaling fixes the rate instead (Liu, Cui, Wan, Mao, Chan,
 arXiv 2102.03497).
 """
 
@@ -15,29 +15,26 @@ from torch import nn
 
 from convexbn.companions.normalised_layer import NormalisedLayer, normalised_layers
 
-_UNITS = ("filter", "layer")
-
 
 class WeightRescaling:
     """Rescales the weights in front of batch norms of a module, at once and after every ``every`` steps.
 
-    It is a hook of the optimiser, of any kind: nothing else of a training loop changes. Running statistics of the batch
-    norms are rescaled with the weights, so that the function of eval mode is kept as well (both up to ``eps``).
+    It is a hook of the optimiser, of any kind: the training loop does not change. The running statistics of the batch
+    norms are rescaled with the weights, so that eval mode keeps its function too (up to ``eps``, as in train mode).
 
     Parameters
     ----------
     module : torch.nn.Module
-        Its scale-invariant weights are found by ``normalised_layers``; those that the optimiser does not hold are left
-        alone.
+        ``normalised_layers`` finds its scale-invariant weights; those that the optimiser holds are rescaled.
     optimizer : torch.optim.Optimizer
-        Weight decay on these weights loses its meaning and may be 0 there. Momentum buffers, and Adam's averages, are
-        left as they are: the next step adds them to weights whose length has changed by a factor close to 1.
+        Weight decay on these weights loses its meaning and may be 0. Momentum buffers and Adam's averages stay as they
+        are: the next step adds them to weights whose length has changed by a factor close to 1.
     granularity : {"filter", "layer"}
         Whether each filter (row of a Linear, output channel of a convolution) gets the norm, or the whole weight. Unit
         norm of a layer raises the effective learning rate of SGD by the number of its filters: lower the rate, or keep
         the initial norms.
     norm : float or "initial"
-        Norm to set, by default 1; or the one that each filter or layer has now.
+        Norm to set, by default 1, or the present norm of each filter or layer.
     every : int, default=1
         Steps from one rescaling to the next; the batches of an epoch, for once an epoch.
     example : Tensor or tuple of Tensor, optional
@@ -46,12 +43,12 @@ class WeightRescaling:
     Attributes
     ----------
     layers : list of NormalisedLayer
-        Whose weights are rescaled.
+        Layers whose weights are rescaled.
 
     Raises
     ------
     TypeError, ValueError
-        As ``normalised_layers``; for other settings; when the optimiser holds no scale-invariant weight.
+        As ``normalised_layers``; for other settings; if the optimiser holds no scale-invariant weight.
 
     Notes
     -----
@@ -71,16 +68,15 @@ class WeightRescaling:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        granularity: str = "filter",
-        norm: float | str = 1.0,
-        every: int = 1,
-        example: Any = None,
-    ) -> None:
-        _check(granularity, norm, every)
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, granularity: str = "filter",
+        norm: float | str = 1.0, every: int = 1, example: Any = None,
+    ) -> None:  # fmt: skip
+        if granularity not in ("filter", "layer"):
+            raise ValueError(f"granularity must be 'filter' or 'layer', got {granularity!r}.")
+        if norm != "initial" and (isinstance(norm, str) or not 0 < norm < float("inf")):
+            raise ValueError(f"norm must be positive or 'initial', got {norm!r}.")
+        if every < 1:
+            raise ValueError(f"every must be 1 step or more, got {every}.")
         self.granularity, self.every, self.steps = granularity, every, 0
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._modules = dict(module.named_modules())
@@ -91,12 +87,13 @@ class WeightRescaling:
             raise ValueError(
                 "the optimiser holds no weight that is followed directly by a batch norm: there is nothing to rescale."
             )
-        self._targets = {pair.layer: self._target(pair, norm) for pair in self.layers}
+        norms = {pair.layer: self._norms(pair) for pair in self.layers}
+        self._targets = {k: old if isinstance(norm, str) else torch.full_like(old, norm) for k, old in norms.items()}
         self._handle = optimizer.register_step_post_hook(self._after_step)
         self.rescale()
 
     def rescale(self) -> None:
-        """Set the norms now, whatever the steps."""
+        """Set the norms now, whatever the number of steps."""
         with torch.no_grad():
             for pair in self.layers:
                 self._rescale(pair)
@@ -110,13 +107,7 @@ class WeightRescaling:
         return {"steps": self.steps, "targets": {name: target.clone() for name, target in self._targets.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises
-        ------
-        ValueError
-            When it belongs to other layers.
-        """
+        """Resume from a checkpoint; raise ``ValueError`` if it belongs to other layers."""
         if set(state["targets"]) != set(self._targets):
             raise ValueError(f"the state is of layers {sorted(state['targets'])}, not of {sorted(self._targets)}.")
         self.steps = int(state["steps"])
@@ -142,16 +133,3 @@ class WeightRescaling:
         """Norms of the filters (C,), or that of the layer (1,)."""
         weight = self._modules[pair.layer].weight.detach()
         return weight.flatten(1 if self.granularity == "filter" else 0).norm(dim=-1).reshape(-1)
-
-    def _target(self, pair: NormalisedLayer, norm: float | str) -> torch.Tensor:
-        norms = self._norms(pair)
-        return norms if isinstance(norm, str) else torch.full_like(norms, norm)
-
-
-def _check(granularity: str, norm: float | str, every: int) -> None:
-    if granularity not in _UNITS:
-        raise ValueError(f"granularity must be 'filter' or 'layer', got {granularity!r}.")
-    if norm != "initial" and (isinstance(norm, str) or not 0 < norm < float("inf")):
-        raise ValueError(f"norm must be positive or 'initial', got {norm!r}.")
-    if every < 1:
-        raise ValueError(f"every must be 1 step or more, got {every}.")

@@ -1,4 +1,4 @@
-"""What batch norm does to a network: moments, gradients, noise and landscape of any torch module.
+"""Diagnostics of what batch norm does to a network: moments, gradients, noise and landscape of any torch module.
 
 Measures of Bjorck, Gomes, Selman, Weinberger, "Understanding Batch Normalization", NeurIPS 2018. None of them changes
 the module, its buffers or gradients, its mode, or the global random state.
@@ -11,16 +11,6 @@ from convexbn.companions.diagnostics.noise import GradientNoise, gradient_noise,
 from convexbn.companions.diagnostics.product_spectrum import FussCatalan, product_spectrum
 
 __all__ = [
-    "ChannelMoments",
-    "FussCatalan",
-    "GradientNoise",
-    "SignAgreement",
-    "channel_moments",
-    "gradient_kurtosis",
-    "gradient_noise",
-    "gradient_step",
-    "product_spectrum",
-    "relative_losses",
-    "sampled_noise",
-    "sign_agreement",
-]
+    "ChannelMoments", "FussCatalan", "GradientNoise", "SignAgreement", "channel_moments", "gradient_kurtosis",
+    "gradient_noise", "gradient_step", "product_spectrum", "relative_losses", "sampled_noise", "sign_agreement",
+]  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from convexbn.companions.diagnostics.running import WEIGHTED, Loss, copied, weight_gradients
+from convexbn.companions.diagnostics.running import Loss, copied
+
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def gradient_kurtosis(module: nn.Module, X: Any, y: Any, loss: Loss, *, training: bool = True) -> dict[str, float]:
@@ -30,19 +33,19 @@ def gradient_kurtosis(module: nn.Module, X: Any, y: Any, loss: Loss, *, training
     Returns
     -------
     dict of str to float
-        By name, for each Linear and convolution that the loss reaches; ``nan`` where all entries are equal.
+        By name, for each Linear and convolution that the loss reaches; ``nan`` if all entries are equal.
 
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
-    >>> X = torch.randn(50, 100)
-    >>> list(gradient_kurtosis(nn.Sequential(nn.Linear(100, 3)), X, X[:, :3], nn.MSELoss()))
+    >>> X, module = torch.randn(50, 100), torch.nn.Sequential(torch.nn.Linear(100, 3))
+    >>> list(gradient_kurtosis(module, X, X[:, :3], torch.nn.MSELoss()))
     ['0']
     """
     with copied(module, training) as run:
-        gradients = weight_gradients(run, X, y, loss)
-    return {name: _kurtosis(gradient.double()) for name, gradient in gradients.items()}
+        loss(run(X), y).backward()  # type: ignore[no-untyped-call]
+    gradients = {name: layer.weight.grad for name, layer in run.named_modules() if isinstance(layer, _WEIGHTED)}
+    return {name: _kurtosis(gradient.double()) for name, gradient in gradients.items() if gradient is not None}
 
 
 def _kurtosis(entries: torch.Tensor) -> float:
@@ -58,12 +61,10 @@ class SignAgreement:
 
     Attributes
     ----------
-    absolute : float
-        Mean over the entries of ``sum |d|``.
-    summed : float
-        Mean over the entries of ``|sum d|``.
+    absolute, summed : float
+        Means over the entries of ``sum |d|`` and of ``|sum d|``.
     ratio : float
-        The first over the second: 1 where all signs agree, larger the more the summands cancel.
+        The first over the second: 1 if all signs agree, larger the more the summands cancel.
     """
 
     absolute: float
@@ -71,14 +72,14 @@ class SignAgreement:
 
     @property
     def ratio(self) -> float:
-        """``absolute / summed``; ``inf`` where all cancels."""
+        """``absolute / summed``; ``inf`` if all summands cancel."""
         return self.absolute / self.summed if self.summed > 0 else float("inf")
 
 
 def sign_agreement(module: nn.Module, X: Any, y: Any, loss: Loss, *, training: bool = True) -> dict[str, SignAgreement]:
-    """Whether the summands of each weight gradient agree in sign: then the gradient depends little on the data.
+    """Agreement in sign of the summands of each weight gradient; if they agree, it depends little on the data.
 
-    Without batch norm all samples pull a weight in one direction, with it their gradients cancel for the larger part
+    Without batch norm all samples pull a weight in one direction; with it their gradients cancel for the larger part
     (Bjorck et al. 2018).
 
     Parameters
@@ -94,43 +95,35 @@ def sign_agreement(module: nn.Module, X: Any, y: Any, loss: Loss, *, training: b
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
-    >>> module, X = nn.Sequential(nn.Linear(2, 1, bias=False)), torch.tensor([[1.0, 1], [1, -1]])
+    >>> module, X = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[1.0, 1], [1, -1]])
     >>> sign_agreement(module, X, None, lambda outputs, _: outputs.sum())["0"]
     SignAgreement(absolute=2.0, summed=1.0)
     """
-    seen: dict[str, list[torch.Tensor]] = {}
+    sums: dict[str, tuple[Any, Any]] = {}
 
     def watch(name: str, layer: Any, inputs: Any, output: torch.Tensor) -> None:
         source = inputs[0].detach().clone()  # a later layer may work in place
-        if output.requires_grad and layer.weight.requires_grad:
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: gather(name, layer, source, gradient)
-            )
 
-    def gather(name: str, layer: Any, source: torch.Tensor, gradient: torch.Tensor) -> None:
-        parts = [_weight_gradient(layer, source, gradient), _weight_gradient(layer, source.abs(), gradient.abs())]
-        known = seen.get(name)
-        seen[name] = parts if known is None else [a + b for a, b in zip(known, parts, strict=True)]
+        def gather(gradient: torch.Tensor) -> None:
+            absolute, summed = sums.get(name, (0, 0))
+            # bilinear in both, so that their absolute values give the sum of the absolute summands
+            absolute = absolute + _weight_gradient(layer, source.abs(), gradient.abs())
+            sums[name] = absolute, summed + _weight_gradient(layer, source, gradient)
+
+        if output.requires_grad and layer.weight.requires_grad:
+            output.register_hook(gather)  # type: ignore[no-untyped-call]
 
     with copied(module, training) as run:
-        names = [(name, layer) for name, layer in run.named_modules() if isinstance(layer, WEIGHTED)]
-        for name, layer in names:
-            layer.register_forward_hook(lambda m, inputs, output, name=name: watch(name, m, inputs, output))
+        names = [name for name, layer in run.named_modules() if isinstance(layer, _WEIGHTED)]
+        for name in names:
+            run.get_submodule(name).register_forward_hook(partial(watch, name))
         loss(run(X), y).backward()  # type: ignore[no-untyped-call]
-    return {
-        name: SignAgreement(float(seen[name][1].mean()), float(seen[name][0].abs().mean()))
-        for name, _ in names
-        if name in seen
-    }
+    found = {name: sums[name] for name in names if name in sums}
+    return {name: SignAgreement(float(a.mean()), float(s.abs().mean())) for name, (a, s) in found.items()}
 
 
 def _weight_gradient(layer: Any, source: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gradient of the weight from an input of the layer and the gradient of its output.
-
-    It is bilinear in both, so that absolute values of both give the sum of the absolute summands.
-    """
+    """Gradient of the weight, from an input of the layer and the gradient of its output."""
     with torch.enable_grad():
         output = type(layer).forward(layer, source)  # without the hooks
-    found: torch.Tensor = torch.autograd.grad(output, layer.weight, gradient)[0]
-    return found.double()
+    return torch.autograd.grad(output, layer.weight, gradient)[0].double()

@@ -1,8 +1,9 @@
-"""Channel moments: mean and standard deviation of what each layer computes, by channel."""
+"""Channel moments: mean and standard deviation of the outputs of each layer, by channel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,8 @@ class ChannelMoments:
 
     Attributes
     ----------
-    layer : str
-        Its name in the module.
-    kind : str
-        Name of its class.
+    layer, kind : str
+        Its name in the module and the name of its class.
     mean, std : ndarray (C,)
         By channel, the second axis of the outputs; the biased standard deviation.
     """
@@ -50,19 +49,18 @@ def channel_moments(module: nn.Module, X: Any, *, training: bool = True) -> list
     Returns
     -------
     list of ChannelMoments
-        One for each call of a layer without layers inside; those without a tensor (n, C, ...) are left out.
+        One for each call of a layer without layers inside whose output is a tensor (n, C, ...).
 
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
-    >>> module, X = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(50, 3)
+    >>> module, X = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8)), torch.randn(50, 3)
     >>> [bool(abs(found.std.mean() - 1) < 1e-3) for found in channel_moments(module, X)]
     [False, True]
     """
     found: list[ChannelMoments] = []
 
-    def gather(name: str, layer: nn.Module, outputs: Any) -> None:
+    def gather(name: str, layer: nn.Module, _: Any, outputs: Any) -> None:
         if isinstance(outputs, torch.Tensor) and outputs.ndim > 1:
             channels = outputs.detach().double().transpose(0, 1).flatten(1)
             variance, mean = torch.var_mean(channels, dim=1, correction=0)
@@ -71,6 +69,6 @@ def channel_moments(module: nn.Module, X: Any, *, training: bool = True) -> list
     with copied(module, training) as run, torch.no_grad():
         for name, layer in run.named_modules():
             if not layer._modules:
-                layer.register_forward_hook(lambda m, _, outputs, name=name: gather(name, m, outputs))
+                layer.register_forward_hook(partial(gather, name))
         run(X)
     return found

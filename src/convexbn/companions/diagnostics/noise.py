@@ -24,7 +24,7 @@ class GradientNoise:
     variance : float
         ``C``, the mean over the samples of the squared distance of their gradients from the full gradient.
     n_samples : int
-        How many samples there are.
+        Number of samples.
     """
 
     variance: float
@@ -60,13 +60,13 @@ class GradientNoise:
 def gradient_noise(module: nn.Module, X: Any, y: Any, loss: Loss, *, chunk_size: int = 64) -> GradientNoise:
     """Spread of the gradients of single samples, in eval mode.
 
-    In train mode batch norm couples the samples, and no sample has a gradient of its own: eval mode is judged, with the
-    stored statistics, and ``sampled_noise`` draws batches in either mode.
+    In train mode batch norm couples the samples, so that no sample has a gradient of its own. Eval mode uses the stored
+    statistics; ``sampled_noise`` draws batches in either mode.
 
     Parameters
     ----------
     module : torch.nn.Module
-        It is not changed. What ``torch.func.vmap`` cannot run is refused by torch.
+        It is not changed. ``torch.func.vmap`` must be able to run it.
     X, y : Tensor (n, ...), Tensor (n, ...)
         All samples.
     loss : callable
@@ -77,13 +77,12 @@ def gradient_noise(module: nn.Module, X: Any, y: Any, loss: Loss, *, chunk_size:
     Raises
     ------
     ValueError
-        When the loss is not the mean over the samples: no bound would follow.
+        If the loss is not the mean over the samples: no bound would follow.
 
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
-    >>> module, X = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
+    >>> module, X = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
     >>> gradient_noise(module, X, X[:, :1], lambda outputs, y: outputs.mean()).variance
     1.0
     """
@@ -105,16 +104,9 @@ def gradient_noise(module: nn.Module, X: Any, y: Any, loss: Loss, *, chunk_size:
 
 
 def sampled_noise(
-    module: nn.Module,
-    X: Any,
-    y: Any,
-    loss: Loss,
-    *,
-    batch_size: int,
-    draws: int = 100,
-    training: bool = True,
+    module: nn.Module, X: Any, y: Any, loss: Loss, *, batch_size: int, draws: int = 100, training: bool = True,
     random_state: int = 0,
-) -> float:
+) -> float:  # fmt: skip
     """Variance of mini-batch gradients, ``E || g_batch - E g_batch ||^2``, from batches drawn without replacement.
 
     Times the squared learning rate it is the noise of a step. In eval mode its expectation is
@@ -137,8 +129,7 @@ def sampled_noise(
     Examples
     --------
     >>> import torch
-    >>> from torch import nn
-    >>> module, X = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
+    >>> module, X = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
     >>> sampled_noise(module, X, X[:, :1], lambda outputs, y: outputs.mean(), batch_size=2)
     0.0
     """
@@ -164,7 +155,7 @@ def _check_mean(module: nn.Module, X: Any, y: Any, loss: Loss) -> None:
     with torch.no_grad():
         outputs = module(rows)
         whole = loss(outputs, targets)
-        each = torch.stack([loss(outputs[k : k + 1], targets[k : k + 1]) for k in range(len(rows))]).mean()
+        each = torch.stack([loss(*pair) for pair in zip(outputs.split(1), targets.split(1), strict=True)]).mean()
     if not torch.allclose(whole, each, rtol=1e-4, atol=1e-6):
         raise ValueError(
             f"the loss must be the mean over the samples: on {len(rows)} of them it is {float(whole):.6g}, and the "

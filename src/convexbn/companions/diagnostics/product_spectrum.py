@@ -1,6 +1,6 @@
 """Spectrum of a product of Gaussian matrices: the Fuss-Catalan law, to which deep linear networks tend.
 
-The more factors, the heavier its tails on both sides, and the worse the condition that sets the rate of gradient
+The more factors, the heavier its tails on both sides, and the worse the condition number that sets the rate of gradient
 descent (Bjorck et al. 2018).
 """
 
@@ -20,12 +20,12 @@ _HALVINGS = 60
 
 @dataclass(frozen=True)
 class FussCatalan:
-    """Limit of the squared singular values of a product of square Gaussian matrices, entries of variance one over size.
+    """Limit law of the squared singular values of a product of square Gaussian matrices of entry variance 1 / size.
 
     Attributes
     ----------
     factors : int
-        How many matrices are multiplied; 1 is the law of Marchenko and Pastur.
+        Number ``M`` of matrices; 1 is the law of Marchenko and Pastur.
 
     Notes
     -----
@@ -81,10 +81,8 @@ def product_spectrum(factors: int, size: int, random_state: int | np.random.Gene
 
     Parameters
     ----------
-    factors : int
-        How many.
-    size : int
-        Rows and columns of each; the entries have variance ``1 / size``.
+    factors, size : int
+        Number of matrices, and their rows and columns; the entries have variance ``1 / size``.
     random_state : int or numpy.random.Generator, default=0
         For the entries.
 

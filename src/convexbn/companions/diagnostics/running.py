@@ -13,15 +13,12 @@ from torch import nn
 #: A loss, ``loss(outputs, y)``: a module such as ``nn.CrossEntropyLoss()`` or a function.
 Loss = Callable[[Any, Any], torch.Tensor]
 
-#: Layers whose weight gradients are looked at.
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
-
 
 @contextmanager
 def copied(module: nn.Module, training: bool) -> Iterator[Any]:
-    """A copy in train or eval mode without gradients, that may be run, stepped and hooked.
+    """Context of a copy in train or eval mode, without gradients, that may be run, stepped and hooked.
 
-    Random numbers, of dropout say, start from the present state, which is restored.
+    Random numbers, of dropout for example, start from the present state, which is restored.
     """
     found = copy.deepcopy(module).train(training)
     for parameter in found.parameters():
@@ -29,10 +26,3 @@ def copied(module: nn.Module, training: bool) -> Iterator[Any]:
     devices = {parameter.device for parameter in found.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(sorted(devices, key=str)), torch.enable_grad():
         yield found
-
-
-def weight_gradients(module: nn.Module, X: Any, y: Any, loss: Loss) -> dict[str, torch.Tensor]:
-    """Gradients of the weights of Linear and convolution layers that the loss reaches, by name; the module is run."""
-    loss(module(X), y).backward()  # type: ignore[no-untyped-call]
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, WEIGHTED)}
-    return {name: layer.weight.grad for name, layer in layers.items() if layer.weight.grad is not None}
