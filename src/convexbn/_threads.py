@@ -1,8 +1,8 @@
-"""Floating-point flags and BLAS threads during a solve, and the caller's own afterwards.
+"""Floating-point flags and BLAS threads during a solve; afterwards the caller's own are restored.
 
-Underflow in float32 and the like is expected inside, whatever ``numpy.errstate`` the caller has set. Two
-threads on a busy machine cost more than ten times the time of one on products of this size (they spin while
-they wait), and win little on an idle one.
+Underflow in float32 and the like is expected inside, whatever ``numpy.errstate`` the caller has set. Two threads on a
+busy machine take more than ten times as long as one on products of this size (they spin while they wait), and gain
+little on an idle one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,52 +28,47 @@ SINGLE_THREAD_ROWS = 3000
 
 @contextmanager
 def blas_threads(n_rows: int) -> Iterator[None]:
-    """Surround the solve of a problem of this size."""
+    """Context manager of a solve: no floating-point warnings, and one BLAS thread if the rows are few."""
     threads = _threads.single("all") if n_rows <= SINGLE_THREAD_ROWS else nullcontext()
     with np.errstate(all="ignore"), threads:
         yield
 
 
 def single_scipy_blas() -> AbstractContextManager[None]:
-    """Surround work in which products of numpy and small factorisations of scipy take turns.
+    """Limit SciPy's BLAS to one thread while NumPy products and small SciPy factorisations alternate.
 
-    The wheels of either have a BLAS of their own, whose threads spin for a while after each call: those of one against
-    those of the other took two to four times as long as one thread, on an idle machine.
+    The wheels of NumPy and SciPy each bring a BLAS, whose threads spin for a while after a call. On an idle machine the
+    two pools together took two to four times as long as one thread.
     """
     return _threads.single("scipy")
 
 
 class Workers:
-    """Threads for parts of a batch's work."""
+    """Thread pool for the parts of a batch."""
 
     def __init__(self, pool: ThreadPoolExecutor, count: int) -> None:
         self._pool, self.count = pool, count
 
     def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of ``work`` on the items, in their order; the caller's thread takes the first.
+        """Results of ``work`` on the items, in order; the caller's thread takes the first.
 
-        Floating-point flags are those of the caller in all threads.
+        All threads have the floating-point flags of the caller.
         """
-        flags = np.geterr()
-
-        def with_flags(item: Item) -> Result:
-            with np.errstate(**flags):
-                return work(item)
-
+        with_flags = np.errstate(**np.geterr())(work)
         rest = [self._pool.submit(with_flags, item) for item in items[1:]]
         return [work(items[0]), *(future.result() for future in rest)]
 
 
 @contextmanager
 def workers() -> Iterator[Workers]:
-    """As many threads of our own as BLAS had, which has one meanwhile: ours sleep while they wait."""
+    """Pool of as many threads as BLAS had; meanwhile BLAS has one. Unlike its threads, ours sleep while they wait."""
     count = max((library["num_threads"] for library in _controller().select(user_api="blas").info()), default=1)
     with _threads.single("all"), ThreadPoolExecutor(count) as pool:
         yield Workers(pool, count)
 
 
 def parallel_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Results of ``work`` on the items in their order, as many at a time as there are threads."""
+    """Results of ``work`` on the items, in order, as many at a time as there are threads."""
     waiting = list(items)
     if len(waiting) == 1:
         yield work(waiting[0])
@@ -83,14 +79,14 @@ def parallel_map(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 
 
 class _Threads:
-    """BLAS threads while anybody is inside: one in all libraries, or in scipy's alone; then those of before."""
+    """BLAS thread limits, shared by all threads of the process; restored when the last context is left."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), Counter[str](), list[int]()
 
     @contextmanager
     def single(self, of: str) -> Iterator[None]:
-        """One thread of the libraries ``"all"`` or ``"scipy"``."""
+        """Limit ``"all"`` libraries, or those of ``"scipy"``, to one thread."""
         self._change(of, 1)
         try:
             yield
@@ -113,18 +109,9 @@ class _Threads:
 
 def _release_control() -> None:
     """Let any thread set OpenBLAS's limit, which newer threadpoolctl leaves to the thread that set it first."""
-    import threadpoolctl
-
-    clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
-    if clear is not None:
+    if clear := getattr(OpenBLASController, "clear_controlling_thread", None):
         clear(force=True)
 
 
 _threads = _Threads()
-
-
-@cache
-def _controller() -> Any:
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
+_controller = cache(ThreadpoolController)

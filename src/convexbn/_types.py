@@ -1,4 +1,4 @@
-"""What every room uses: array types in signatures, the machine epsilon of float64, deadlines."""
+"""Array types in signatures, the machine epsilon of float64, and deadlines."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 def is_over(deadline: float | None) -> bool:
-    """Whether a ``time.monotonic()`` has passed; never without one."""
+    """Whether ``time.monotonic()`` has reached the deadline; never without one."""
     return deadline is not None and time.monotonic() >= deadline

@@ -30,7 +30,16 @@ class Split:
 
 
 def split(data: Dataset, test_size: float | None, seed: int, *, task: str) -> Split:
-    """Hold rows out (stratified for classes), or keep the official test part."""
+    """Hold rows out (stratified for classes), or keep the official test part.
+
+    Parameters
+    ----------
+    data : Dataset
+    test_size : float, optional
+        Share of rows to hold out; by default that of the data set, 0 for files.
+    seed : int
+    task : {"auto", "classification", "regression"}
+    """
     if data.y is None:
         raise ValueError("--target is required for a file: name the column to predict.")
     task = _infer_task(data.y) if task == "auto" else task
@@ -69,7 +78,19 @@ def read_data(
     features: Sequence[str] | None = None,
     need_target: bool = False,
 ) -> Dataset:
-    """Read ``digits``, ``fashion-mnist``, ``cifar-10`` or a file of the user's."""
+    """Read ``digits``, ``fashion-mnist``, ``cifar-10`` or a file of the user's.
+
+    Parameters
+    ----------
+    data, target : str
+        Name or path, and the column to predict (None for named data).
+    data_home : str, optional
+        Folder of the named data.
+    features : sequence of str, optional
+        Columns to read as features; all others by default.
+    need_target : bool, default=False
+        Whether a file without ``target`` is an error.
+    """
     if data in DEFAULT_TEST_SIZE:
         if target is not None and features is None and not need_target:
             raise ValueError(f"--target is for files; {data} brings its own labels.")
