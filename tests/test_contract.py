@@ -1,18 +1,29 @@
 """Every solver on every loss and instance: the same optimum, proved by the same judge, nothing mutated."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import is_dataclass, replace
 
 import numpy as np
 import pytest
 
 from convexbn.certificate.status import Status
+from convexbn.data.pooling import Regions
+from convexbn.data.whitening import whiten
+from convexbn.program.gated import GatedProgram, gated_operator
+from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.program.network import BatchNormNetwork
+from convexbn.program.rays import NoFormulaError
+from convexbn.program.readout import AveragePooling, MaxPooling
+from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget
+from convexbn.solvers.closed_form import ClosedForm
 from convexbn.solvers.gated.conic import Conic
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from convexbn.solvers.gated.subspace import Subspace
-from instances import LOSS_NAMES, proof_of_blocks
+from convexbn.solvers.relu.column_generation import ColumnGeneration
+from convexbn.solvers.relu.large_scale import LargeScale
+from instances import LOSS_NAMES, proof_of_blocks, targets_for
 from planted import planted
 
 SOLVERS = {"group_newton": GroupNewton, "proximal": Proximal, "subspace": Subspace, "conic": Conic}
@@ -119,6 +130,83 @@ def test_budgets_end_the_solve_with_their_name(solver):
     assert method.solve(program, budget=Budget(callback=lambda p: p.iteration >= 2)).stopped_by == "callback"
     with pytest.raises(ZeroDivisionError):
         method.solve(program, budget=Budget(callback=lambda p: 1 / 0))
+
+
+# -- one signature for all: gated and ReLU --
+
+EVERY = {**SOLVERS, "closed_form": ClosedForm, "column_generation": ColumnGeneration, "large_scale": LargeScale}
+
+
+def relu_program(solver, loss="squared", K=2, n=12):
+    """A program that a ReLU solver takes: of full rank for the formula."""
+    rng = np.random.default_rng(4)
+    X = rng.standard_normal((n, n if solver == "closed_form" else 3))
+    bound = LOSSES[loss](targets_for(loss, n, K, rng), rng.uniform(0.5, 2, n))
+    program = ReluProgram(whiten(X, bound.weights).rows, bound, 0.1)
+    largest = np.linalg.norm(program.unit_dual(program.dual(program.no_neurons)), axis=0).max()
+    return X, replace(program, weight_decay=0.2 * float(largest))
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_every_solver_takes_program_start_budget_and_rng(solver):
+    method = EVERY[solver]()
+    assert [*inspect.signature(method.solve).parameters] == ["program", "start", "budget", "rng"]
+    assert is_dataclass(method) and method.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("solver", ["closed_form", "column_generation", "large_scale"])
+def test_relu_solvers_leave_their_arguments_and_repeat_bit_for_bit(solver):
+    _, program = relu_program(solver, K=1)
+    arrays = (program.rows, program.loss.targets, program.loss.weights)
+    copies = [array.copy() for array in arrays]
+    first, second = (EVERY[solver]().solve(program, rng=np.random.default_rng(0)) for _ in range(2))
+    assert np.array_equal(first.weights.first, second.weights.first)
+    assert np.array_equal(first.weights.output, second.weights.output)
+    assert all(np.array_equal(a, b) for a, b in zip(copies, arrays, strict=True))
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_relu_solvers_agree_and_their_bounds_are_no_larger(loss):
+    """The formula is the reference at full rank; elsewhere the best network is."""
+    K = 3 if loss == "cross_entropy" else 1
+    _, square = relu_program("closed_form", loss, K)
+    exact = square.objective(ClosedForm().solve(square).weights)
+    searched = ColumnGeneration().solve(square)
+    assert square.objective(searched.weights) == pytest.approx(exact, rel=1e-5)
+    assert searched.history[-1].lower_bound <= exact * (1 + 1e-9)
+    _, program = relu_program("column_generation", loss, K, n=30)
+    best = ColumnGeneration().solve(program)
+    value = program.objective(best.weights)
+    assert best.history[-1].objective == pytest.approx(value, rel=1e-12)
+    again = ColumnGeneration().solve(program, best.weights)
+    assert program.objective(again.weights) <= value * (1 + 1e-12)
+    descended = LargeScale(width=40).solve(program)
+    assert program.objective(descended.weights) >= value * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("solver", ["column_generation", "large_scale"])
+def test_budgets_end_relu_solvers_with_their_name(solver):
+    _, program = relu_program(solver, n=40)
+    method = EVERY[solver]()
+    assert method.solve(program, budget=Budget(time_limit=0.0)).stopped_by == "time_limit"
+    assert method.solve(program, budget=Budget(callback=lambda p: True)).stopped_by == "callback"
+    with pytest.raises(ZeroDivisionError):
+        method.solve(program, budget=Budget(callback=lambda p: 1 / 0))
+
+
+def test_what_a_solver_does_not_take_is_said_before_work():
+    maxima = MaxPooling(Regions((1, 2), (1, 1)))
+    X, program = relu_program("column_generation", K=1)
+    pooled = ReluProgram(program.rows, SquaredLoss(np.ones((6, 1)), np.ones(6)), 0.1, maxima)
+    with pytest.raises(NoFormulaError, match="not square"):
+        ClosedForm().solve(program)
+    with pytest.raises(TypeError, match="max pooling"):
+        _ = pooled.on_rows
+    patterns = np.ones((len(X), 2), dtype=bool)
+    regions = gated_operator(program.rows, patterns, AveragePooling(Regions((1, 2), (1, 2))))
+    for solver, words in (("group_newton", "dense data"), ("subspace", "dense data"), ("conic", "Frobenius")):
+        with pytest.raises(TypeError, match=words):
+            EVERY[solver]().solve(GatedProgram(regions, SquaredLoss(np.ones((6, 1)), np.ones(6)), 0.1))
 
 
 @pytest.mark.parametrize("loss", ["huber", "squared_hinge", "logistic"])
