@@ -9,8 +9,6 @@ of a solution certified to `REFERENCE_GAP`. Takes about five minutes.
 
 import os
 
-from convexbn.program.gated import gated_operator
-
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are loaded, below
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAYON_NUM_THREADS"] = "1"  # Clarabel's
@@ -28,7 +26,7 @@ import numpy as np
 from convexbn.certificate.certificate import Penalty, judge
 from convexbn.certificate.dual_bounds import GateDualBounds
 from convexbn.certificate.status import Scope
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.gated.group_newton import GroupNewton
 from instances import FASHION_MNIST, SHAPES, gated_instance, largest_weight_decay

@@ -14,8 +14,6 @@ Takes about two minutes.
 
 import os
 
-from convexbn.program.gated import gated_operator
-
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are loaded, below
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAYON_NUM_THREADS"] = "1"  # Clarabel's
@@ -37,7 +35,7 @@ from cvxpylayers.torch import CvxpyLayer
 import convexbn
 from convexbn.data.whitening import whiten
 from convexbn.nn import ConvexLayer
-from convexbn.program.gated import GatedProgram
+from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import first_of_each_pattern
 from convexbn.program.losses import SquaredLoss
 
