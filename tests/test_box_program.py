@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.output_bias import WithOutputBias
 from convexbn.solvers import box_qp
-from convexbn.solvers.box_qp import minimise_over_box
+from convexbn.solvers.box_qp import minimise_nonnegative, minimise_over_box
 
 
 def residual(Q, b, upper, x):
@@ -42,6 +43,32 @@ def test_a_solution_as_the_start_needs_no_interior_point(monkeypatch):
     x = minimise_over_box(Q, b, upper, 0 * upper)
     monkeypatch.setattr(box_qp, "_interior_point", None)
     np.testing.assert_allclose(minimise_over_box(Q, b, upper, x), x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("p", "rank"), [(1, 1), (40, 60), (40, 40), (40, 10)])
+@pytest.mark.parametrize("start", [1e-3, 1.0, 1e3])
+def test_nonnegative_least_squares_are_those_of_scipy(p, rank, seed, start):
+    rng = np.random.default_rng(seed)
+    A, y = rng.standard_normal((rank, p)), rng.standard_normal(rank)
+    x = minimise_nonnegative(A.T @ A, A.T @ y, start * rng.random(p))
+    assert x.min() >= 0
+    assert np.linalg.norm(A @ x - y) <= scipy.optimize.nnls(A, y)[1] + 1e-7 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("same", [1.0, 1.0 + 1e-15, 1.0 - 1e-12])
+def test_equal_columns_are_no_obstacle(same):
+    rng = np.random.default_rng(0)
+    A, y = rng.standard_normal((30, 8)), rng.standard_normal(30)
+    A = np.hstack([A, same * A, -A])
+    x = minimise_nonnegative(A.T @ A, A.T @ y, np.ones(24))
+    assert x.min() >= 0 and x.max() < 1e6
+    assert np.linalg.norm(A @ x - y) <= scipy.optimize.nnls(A, y)[1] + 1e-7 * np.linalg.norm(y)
+
+
+def test_the_interior_point_alone_reaches_nonnegative_least_squares(monkeypatch):
+    monkeypatch.setattr(box_qp, "_active_set", lambda *_: None)
+    test_nonnegative_least_squares_are_those_of_scipy(40, 10, 0, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["squared", "logistic", "soft logistic", "cross_entropy", "soft cross_entropy"])

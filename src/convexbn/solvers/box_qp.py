@@ -9,16 +9,14 @@ over, with one factorisation of ``Q`` plus a positive diagonal an iteration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
 from scipy.linalg.lapack import dpotrf, dpotrs
 
-from convexbn._types import Bool, Float, is_over
-
-_SIGNS = np.array([[1.0], [-1.0]])
+from convexbn._types import EPS, Bool, Float, is_over
 
 
 def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: float | None = None) -> Float:
@@ -26,11 +24,8 @@ def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: 
 
     Parameters
     ----------
-    Q : ndarray (p, p)
-        Positive semidefinite.
-    b, upper : ndarray (p,)
-    start : ndarray (p,)
-        A guess.
+    Q, b, upper, start : ndarray (p, p), (p,), (p,), (p,)
+        A positive semidefinite matrix, the linear term, the bounds, and a guess.
     deadline : float, optional
         ``time.monotonic()`` after which the current point is returned.
     """
@@ -39,8 +34,8 @@ def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: 
     x = np.clip(start, 0.05 * upper, 0.95 * upper)
     gradient = Q @ x - b
     margin = 0.1 * np.abs(gradient).mean() + 1e-300
-    inside = _InteriorPoint(x, np.array([x, upper - x]), np.maximum([gradient, -gradient], 0) + margin)
-    inner = _interior_point(Q, b, inside, deadline).x
+    inside = np.array([[x, upper - x], np.maximum([gradient, -gradient], 0) + margin])
+    inner = _interior_point(Q, b, inside, deadline=deadline)[0][0, 0]
     exact = None if is_over(deadline) else _active_set(Q, b, upper, inner)
     return inner if exact is None else exact
 
@@ -52,104 +47,91 @@ def minimise_nonnegative(Q: Float, b: Float, start: Float) -> Float:
     ----------
     Q : ndarray (p, p)
         Positive semidefinite: singular as soon as more gates are active than there are rows.
-    b : ndarray (p,)
-    start : ndarray (p,)
-        Nonnegative, and not zero.
+    b, start : ndarray (p,)
+        The guess is nonnegative, and not zero.
     """
+    if (exact := _active_set(Q, b, np.inf, start)) is not None:
+        return exact
     x, slope = np.maximum(start, 0.1 * start.mean()), np.abs(Q @ start - b)
-    inside = _InteriorPoint(x, x[None], np.maximum(slope, 0.1 * slope.mean())[None] + np.finfo(float).tiny)
-    state = _interior_point(Q, b, inside, None, tol=1e-14)
-    if state.broken:
+    inside = np.array([x, np.maximum(slope, 0.1 * slope.mean()) + np.finfo(float).tiny])
+    (x, multipliers), broken = _interior_point(Q, b, inside, tol=1e-14)
+    if broken:
         raise scipy.linalg.LinAlgError("the matrix of the quadratic program is not positive semidefinite.")
     curvature = np.trace(Q) / len(b)
-    return np.where(state.x * curvature > state.multipliers[0], state.x, 0.0)
+    return np.where(x * curvature > multipliers, x, 0.0)
 
 
-def _active_set(Q: Float, b: Float, upper: Float, x: Float) -> Float | None:
+def _active_set(Q: Float, b: Float, upper: Float | float, x: Float) -> Float | None:
     """Alternate solves for the free variables with updates of the active bounds; None if that does not settle."""
-    scale = np.maximum(Q.diagonal(), 1e-300)
-    held: tuple[Bool, Bool] | None = None
+    diagonal = Q.diagonal()
+    scale, rounding = np.maximum(diagonal, 1e-300), len(b) * EPS * diagonal.max()
+    held: Bool | None = None
     for _ in range(12):
         wished = x - (Q @ x - b) / scale
-        below, above = wished <= 0, wished >= upper
-        if held is not None and np.array_equal(below, held[0]) and np.array_equal(above, held[1]):
+        bounds = np.array([wished <= 0, wished >= upper])
+        if held is not None and (bounds == held).all():
             return x
-        held = below, above
-        free = np.flatnonzero(~below & ~above)
-        x = np.where(above, upper, 0.0)
-        try:
-            factor = scipy.linalg.cho_factor(Q[np.ix_(free, free)], lower=True, overwrite_a=True, check_finite=False)
-        except scipy.linalg.LinAlgError:
+        held, x = bounds, np.where(bounds[1], upper, 0.0)
+        free = np.flatnonzero(~bounds.any(axis=0))
+        if not free.size:
+            continue
+        factor, info = dpotrf(Q[free][:, free].T, lower=1, clean=0, overwrite_a=1)
+        if info or (factor.diagonal() ** 2 <= rounding).any():  # dependent columns
             return None
-        x[free] = scipy.linalg.cho_solve(factor, b[free] - Q[free] @ x, check_finite=False)
+        x[free] = dpotrs(factor, b[free] - Q[free] @ x, lower=1)[0]
     return None
-
-
-@dataclass(frozen=True)
-class _InteriorPoint:
-    """A point, its distances to the bounds, and their multipliers: (k, p), with ``k = 1`` without upper bounds."""
-
-    x: Float
-    slacks: Float
-    multipliers: Float
-    broken: bool = False
-
-    @property
-    def signs(self) -> Float:
-        """Derivative of the distances in the point: (k, 1)."""
-        return _SIGNS[: len(self.slacks)]
-
-    @property
-    def complementarity(self) -> float:
-        return float(np.vdot(self.slacks, self.multipliers))
-
-    def longest(self, dx: Float, change: Float) -> float:
-        """Largest step length, at most 1, that keeps everything positive."""
-        distances = (-self.signs * dx / self.slacks).max()
-        return float(1 / max(1.0, distances, (-change / self.multipliers).max()))
-
-    def moved(self, length: float, dx: Float, change: Float) -> _InteriorPoint:
-        slacks = self.slacks + length * self.signs * dx
-        return _InteriorPoint(self.x + length * dx, slacks, self.multipliers + length * change)
 
 
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def _interior_point(
-    Q: Float, b: Float, state: _InteriorPoint, deadline: float | None, tol: float = 1e-13
-) -> _InteriorPoint:
-    """Minimiser to a complementarity of ``tol`` relative to the terms of the value; ``broken`` if rounding ends it."""
+    Q: Float, b: Float, inside: Float, tol: float = 1e-13, deadline: float | None = None
+) -> tuple[Float, bool]:
+    """Distances to the bounds and their multipliers at the minimiser, and whether rounding has ended the search.
+
+    Both are one array, which has the shape (2, p) for ``x >= 0`` and (2, 2, p) with upper bounds. It is positive, and
+    ``x`` is its first row. The complementarity ends at ``tol``, relative to the terms of the value.
+    """
+    boxed, size, terms = inside.ndim == 3, inside.size // 2, np.abs(b)
+    complementarity = float(np.vdot(*inside))
     for _ in range(60):
-        curved = Q @ state.x
-        if is_over(deadline) or state.complementarity <= tol * (state.x @ (np.abs(curved) + np.abs(b))):
+        (slacks, multipliers), x = inside, inside[0, 0] if boxed else inside[0]
+        curved = Q @ x
+        if is_over(deadline) or complementarity <= tol * (x @ (np.abs(curved) + terms)):
             break
-        if (following := _advance(state, Q, curved - b)) is None:
-            return replace(state, broken=True)
-        state = following
-    return state
+        barrier, mean = multipliers / slacks, complementarity / size
+        if (solve := _factorised(Q, barrier.sum(axis=0) if boxed else barrier)) is None:
+            return inside, True
+        descent = b - curved
+        dx = solve(descent)  # predictor, without a barrier
+        change = np.stack([dx, -dx]) if boxed else dx
+        step = np.array([change, -multipliers - barrier * change])
+        ahead = np.vdot(*(inside + _longest(inside, step) * step)) / size
+        centring = (mean * min(max(ahead / mean, 0.0), 1.0) ** 3 - change * step[1]) / slacks
+        dx = solve(descent + (centring[0] - centring[1] if boxed else centring))
+        change = np.stack([dx, -dx]) if boxed else dx
+        step = np.array([change, centring - multipliers - barrier * change])
+        following = inside + 0.995 * _longest(inside, step) * step
+        complementarity = float(np.vdot(*following))
+        if not (following[0].min() > 0 and math.isfinite(complementarity)):
+            return inside, True
+        inside = following
+    return inside, False
 
 
-def _advance(state: _InteriorPoint, Q: Float, gradient: Float) -> _InteriorPoint | None:
-    """One predictor-corrector step; None if rounding prevents it."""
-    slacks, multipliers, signs = state.slacks, state.multipliers, state.signs
-    barrier = multipliers / slacks
-    if (solve := _factorised(Q, barrier.sum(axis=0))) is None:
-        return None
-    dx = solve(-gradient)  # predictor, without a barrier
-    change = -multipliers - barrier * (signs * dx)
-    mean = state.complementarity / slacks.size
-    ahead = state.moved(state.longest(dx, change), dx, change).complementarity / slacks.size
-    centring = (mean * min(max(ahead / mean, 0.0), 1.0) ** 3 - signs * dx * change) / slacks
-    dx = solve((signs * centring).sum(axis=0) - gradient)
-    change = centring - multipliers - barrier * (signs * dx)
-    if not np.isfinite(change).all():
-        return None
-    following = state.moved(0.995 * state.longest(dx, change), dx, change)
-    return following if following.slacks.min() > 0 else None
+def _longest(inside: Float, step: Float) -> float:
+    """Largest step length, at most 1, that keeps every number nonnegative."""
+    return 1 / max(1.0, -float((step / inside).min()))
 
 
 def _factorised(Q: Float, diagonal: Float) -> Callable[[Float], Float] | None:
-    """Solver for ``Q + diag(diagonal)`` by plain LAPACK: scipy's checks take longer than some dozens of variables."""
-    system = np.array(Q, order="F")
-    system.ravel("K")[:: len(system) + 1] += diagonal
-    factor, info = dpotrf(system, lower=1, clean=0, overwrite_a=1)
-    return None if info else lambda right: dpotrs(factor, right, lower=1)[0]
+    """Solver for ``Q + diag(diagonal)`` by plain LAPACK: scipy's checks take longer than some dozens of variables.
+
+    A ridge of the size of rounding helps a singular ``Q``; None for one that is indefinite beyond it.
+    """
+    for ridge in (0.0, 4 * len(Q) * EPS * Q.diagonal().max()):
+        system = np.array(Q, order="F")
+        system.ravel("K")[:: len(system) + 1] += diagonal + ridge
+        factor, info = dpotrf(system, lower=1, clean=0, overwrite_a=1)
+        if not info:
+            return lambda right: dpotrs(factor, right, lower=1)[0]
+    return None
