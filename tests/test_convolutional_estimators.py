@@ -83,6 +83,11 @@ RELU = {
 }
 
 
+def test_no_images_have_no_outputs(gated):
+    geometry = gated.network_.convolution.geometry
+    assert gated.network_.predict(np.zeros((0, geometry.n_features))).shape == (0, gated.network_.n_outputs)
+
+
 @pytest.mark.parametrize("name", RELU)
 def test_a_relu_network_predicts_what_it_says_and_is_bounded(name, images):
     model = fitted((images[0][:40], images[1][:40]), RELU[name], activation="relu", width=10, max_iter=1, time_limit=2)

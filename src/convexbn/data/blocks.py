@@ -12,10 +12,8 @@ class BlockSize:
 
     Parameters
     ----------
-    width : int
-        Entries that a row takes.
-    entries : int
-        Entries that a block may take.
+    width, entries : int
+        Entries that a row takes, and that a block may take.
     least : int, default=1
         Fewest rows of a block, whatever their width.
     together : int, default=1
@@ -35,8 +33,8 @@ class BlockSize:
     def slices(self, n: int) -> Iterator[slice]:
         """Slices of ``n`` rows, in order; the last may end beyond them."""
         size = -(-max(self.least, self.entries // max(self.width, 1)) // self.together) * self.together
-        return (slice(start, start + size) for start in range(0, n, size))
+        return map(slice, range(0, n, size), range(size, n + size, size))
 
     def cases(self, part: slice) -> slice:
         """Slice of the cases that a slice of rows holds."""
-        return slice(part.start // self.together, part.stop // self.together)
+        return part if self.together == 1 else slice(part.start // self.together, part.stop // self.together)

@@ -12,18 +12,10 @@ from convexbn._types import Bool, Float, Index
 
 @dataclass(frozen=True)
 class Columns:
-    """Statistics of the columns.
+    """Statistics of the columns: weighted ``mean`` (d,) in units of ``2^exponents``, and ``total`` weight of rows.
 
-    Attributes
-    ----------
-    mean, exponents : ndarray (d,)
-        Weighted means, in units of ``2^exponents``.
-    total : float
-        Sum of the sample weights.
-    constant : ndarray (d,) of bool
-        Columns that do not vary beyond rounding.
-    rank_cut : float
-        Singular value of the standardised columns, relative to the largest, below which a direction is rounding.
+    Columns that are ``constant`` (d,) do not vary beyond rounding. A direction is rounding if its singular value among
+    the standardised columns, relative to the largest, is below ``rank_cut``.
     """
 
     mean: Float
@@ -40,12 +32,10 @@ class Columns:
 
         Parameters
         ----------
-        mean, norms : ndarray (d,)
+        mean, norms, exponents : ndarray (d,)
             Weighted means, and norms of the centred columns, in units of ``2^exponents``.
-        varies : ndarray (d,) of bool
+        varies, total : ndarray (d,) of bool, float
             Columns that hold two different values; it is a ``ValueError`` if none varies beyond rounding.
-        exponents, total
-            As in the class.
         input_eps : float
             Machine epsilon of the type in which the data came.
         """

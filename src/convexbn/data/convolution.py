@@ -68,9 +68,7 @@ class Convolution:
         if self.input_shape is not None:
             shape = _items(self.input_shape)
             if len(shape) not in (2, 3) or not _are_integers(shape, 1):
-                raise ValueError(
-                    f"input_shape must have 2 integers (signals) or 3 (images) from 1, got {self.input_shape!r}."
-                )
+                raise ValueError(f"input_shape must have 2 (signals) or 3 (images) integers from 1, got {shape}.")
             object.__setattr__(self, "input_shape", tuple(int(size) for size in shape))
             _ = self.pool
 
@@ -97,13 +95,7 @@ class Convolution:
         return Regions(locations, grid)
 
     def rows(self, X: Any) -> FloatMatrix:
-        """Inputs as rows (n, features), with the channels of a pixel side by side.
-
-        Raises
-        ------
-        ValueError
-            If their shape is not ``input_shape``.
-        """
+        """Inputs of the ``input_shape`` as rows (n, features), with the channels of a pixel side by side."""
         X = np.asarray(X)
         flat = (self.geometry.n_features,)
         if X.shape[1:] not in (self._shape, flat):

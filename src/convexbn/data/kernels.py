@@ -11,18 +11,28 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
+_NAMESPACES: dict[type, Any] = {}
+
+
+def namespace(array: Any) -> Any:
+    """Array namespace of an array, cached by type: the look-up takes as long as a product of some dozens of rows."""
+    kind = type(array)
+    if kind not in _NAMESPACES:
+        _NAMESPACES[kind] = array_namespace(array)
+    return _NAMESPACES[kind]
+
 
 def positive_part(array: Any) -> Any:
     """``(a)_+`` of an array, which may be overwritten."""
     if isinstance(array, np.ndarray):
         return np.maximum(array, 0, out=array)
-    xp = array_namespace(array)
+    xp = namespace(array)
     return xp.maximum(array, xp.zeros((), dtype=array.dtype, device=device(array)))
 
 
 def like(array: Any, host: np.ndarray) -> Any:
     """Copy of a NumPy array in the namespace, on the device and in the precision of another array."""
-    return array_namespace(array).asarray(host, dtype=array.dtype, device=device(array))
+    return namespace(array).asarray(host, dtype=array.dtype, device=device(array))
 
 
 def scaled(block: Any, dtype: Any, *factors: Any) -> Any:
@@ -30,14 +40,11 @@ def scaled(block: Any, dtype: Any, *factors: Any) -> Any:
 
     Parameters
     ----------
-    block : array (b, d)
-        Of any real type.
-    dtype : data type
-        Of the block's namespace.
+    block, dtype : array (b, d) of any real type, data type of its namespace
     *factors : array (d,)
         Powers of two, see ``scaling.powers``.
     """
-    block = array_namespace(block).astype(block, dtype, copy=False)
+    block = namespace(block).astype(block, dtype, copy=False)
     for factor in factors:
         block = block * factor
     return block
@@ -48,11 +55,10 @@ def weighted_gram(block: Any, weights: Any, mean: Any, *factors: Any) -> tuple[A
 
     Parameters
     ----------
-    block, weights, mean : array (b, d), (b,), (d,)
-    *factors : array (d,)
-        As in ``scaled``.
+    block, weights, mean, *factors : array (b, d), (b,), (d,), (d,)
+        The factors are those of ``scaled``.
     """
-    root = array_namespace(weights).sqrt(weights)
+    root = namespace(weights).sqrt(weights)
     rows = root[:, None] * (scaled(block, weights.dtype, *factors) - mean)
     return rows.T @ rows, root @ rows
 
@@ -62,8 +68,7 @@ def projected(block: Any, mean: Any, projection: Any, *factors: Any) -> Any:
 
     Parameters
     ----------
-    block, mean, projection : array (b, d), (d,), (d, r)
-    *factors : array (d,)
-        As in ``scaled``.
+    block, mean, projection, *factors : array (b, d), (d,), (d, r), (d,)
+        The factors are those of ``scaled``.
     """
     return (scaled(block, projection.dtype, *factors) - mean) @ projection

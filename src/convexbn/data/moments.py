@@ -38,18 +38,11 @@ _NARROW = 256
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted moments of columns, each in units of its own power of two.
+    """Weighted ``mean`` (d,) of columns, and ``gram`` (d, d), ``sum_i w_i (x_i - mean)(x_i - mean)'``.
 
-    Attributes
-    ----------
-    mean, gram : ndarray (d,), (d, d)
-        Column means, and ``sum_i w_i (x_i - mean)(x_i - mean)'``, to rounding relative to its diagonal.
-    varies : ndarray (d,) of bool
-        Columns that hold two different values.
-    exponents : ndarray (d,) of int
-        The units are ``2^exponents``: floats lie in [-1, 1] in these units; 0 for one-byte integers.
-    exact : ndarray (d, d) of longdouble, or None
-        The Gram matrix, rounded once, of few columns of one-byte integers of weight 1.
+    ``gram`` holds to rounding relative to its diagonal. Units are ``2^exponents`` (d,), in which floats lie in [-1, 1],
+    and 1 for one-byte integers. A column ``varies`` if it holds two different values. ``exact`` is the Gram matrix in
+    longdouble, rounded once, of few columns of one-byte integers of weight 1.
     """
 
     mean: Float

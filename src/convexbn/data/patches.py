@@ -6,6 +6,7 @@ pixels would have 35 million rows, 7 GB in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +19,9 @@ from convexbn.data.row_matrix import HostRows
 
 @dataclass(frozen=True)
 class Geometry:
-    """Patches of images ``(height, width, channels)``; a signal is an image of height 1.
+    """Patches of images ``(height, width, channels)``; a signal is an image of height 1, with ``dimensions`` of 1.
 
-    Attributes
-    ----------
-    image : tuple of int
-        ``(height, width, channels)``.
-    kernel, stride, padding : tuple of int
-        Down and across; zeros pad both sides.
-    dimensions : int
-        1 for signals, 2 for images.
+    ``kernel``, ``stride`` and ``padding`` are sizes down and across; zeros pad both sides.
     """
 
     image: tuple[int, int, int]
@@ -71,13 +65,7 @@ class PatchMatrix(HostRows):
     """Patches (n Kp, h) of images (n, height, width, channels) of any real type, computed lazily.
 
     Row ``i Kp + k`` is patch ``k`` of image ``i``, locations row by row. Its entries are in torch's order: channel,
-    then down, then across.
-
-    Parameters
-    ----------
-    images : ndarray (n, height * width * channels)
-        Flattened row by row, the channels of a pixel side by side.
-    geometry : Geometry
+    then down, then across. Images are given flattened row by row, the channels of a pixel side by side.
 
     Examples
     --------
@@ -92,13 +80,13 @@ class PatchMatrix(HostRows):
     def __init__(self, images: FloatMatrix, geometry: Geometry) -> None:
         self.flat, self.geometry = images, geometry
         down, across = geometry.padding
-        padded = images.reshape(-1, *geometry.image)
+        padded = images.reshape(len(images), *geometry.image)
         if down or across:
             padded = np.pad(padded, ((0, 0), (down, down), (across, across), (0, 0)))
-        places = np.arange(padded[:1].size).reshape(padded.shape[1:])
+        places = np.arange(math.prod(padded.shape[1:])).reshape(padded.shape[1:])
         windows = sliding_window_view(places, geometry.kernel, axis=(0, 1))
         strided = windows[:: geometry.stride[0], :: geometry.stride[1]]
-        self._padded = padded.reshape(len(padded), -1)
+        self._padded = padded.reshape(len(padded), places.size)
         self._places = strided.reshape(geometry.n_locations, geometry.patch_size)
 
     @property

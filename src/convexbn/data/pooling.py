@@ -14,15 +14,9 @@ from convexbn._types import Bool, Float, FloatMatrix, Index
 class Regions:
     """Grid of regions of the locations, as in torch's adaptive pooling.
 
-    In each dimension region ``i`` of ``g`` has the locations from ``floor(i L / g)`` up to ``ceil((i + 1) L / g)`` of
-    ``L``; regions overlap if ``g`` does not divide ``L``.
-
-    Attributes
-    ----------
-    locations : tuple of int
-        Number of locations down and across.
-    grid : tuple of int
-        Number of regions down and across.
+    Numbers of ``locations`` and the ``grid`` of regions are given down and across. In each dimension region ``i`` of
+    ``g`` has the locations from ``floor(i L / g)`` up to ``ceil((i + 1) L / g)`` of ``L``; regions overlap unless ``g``
+    divides ``L``.
 
     Examples
     --------

@@ -34,16 +34,10 @@ _MISSED = 16.0
 class PreActivations:
     """``C X w_j / ||C X w_j|| = basis coefficients[:, j]`` on some rows; made by ``compute``.
 
-    Attributes
-    ----------
-    rows : ndarray (n, r + 1), or ProjectedRows
-        The basis, and the constant column ``1 / sqrt(total weight)``.
-    coefficients : ndarray (r, m)
-        Zero for a direction on which the rows do not vary.
-    norms, offsets : ndarray (m,)
-        ``||C X w_j||``, and ``(mu - mean)'w_j`` if a ``mean`` other than that of the rows, ``mu``, was given.
-    covariances : ndarray (d, m), or None
-        ``X' C X w_j / ||C X w_j||`` if the Gram matrix is exact.
+    ``rows`` (n, r + 1) are the basis and the constant column ``1 / sqrt(total weight)``. ``coefficients`` (r, m) are
+    zero for a neuron that does not vary on the rows. ``norms`` (m,) are ``||C X w_j||``, and ``offsets`` (m,) are
+    ``(mu - mean)'w_j`` if a ``mean`` other than that of the rows, ``mu``, was given. ``covariances`` (d, m) are
+    ``X' C X w_j / ||C X w_j||`` if the Gram matrix is exact.
     """
 
     rows: Rows
@@ -61,10 +55,8 @@ class PreActivations:
 
         Parameters
         ----------
-        X : ndarray (n, d), or PatchMatrix
-        weight : ndarray (d, m)
-        sample_weight : ndarray (n,)
-            Positive weights; norms and means are weighted.
+        X, weight, sample_weight : ndarray (n, d) or PatchMatrix, ndarray (d, m), (n,)
+            The sample weights are positive; norms and means are weighted.
         rank : int, optional
             Expected number of independent columns; a larger number is detected.
         mean : ndarray (d,), optional

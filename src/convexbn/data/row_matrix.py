@@ -7,6 +7,8 @@ memory (``DenseRows``), computed lazily (``PatchMatrix``, ``ProjectedRows``), or
 machines, to which ``shared`` is sent once and from which the results come back.
 """
 
+# ruff: noqa: D102  (``RowMatrix`` documents the methods)
+
 from __future__ import annotations
 
 import operator
@@ -106,7 +108,7 @@ Rows: TypeAlias = FloatMatrix | RowMatrix
 
 
 class HostRows(RowMatrix):
-    """Base of matrices whose blocks ``self[slice]`` are NumPy arrays."""
+    """Base of matrices whose blocks ``self[slice]`` are NumPy arrays: sums are in the order of the blocks."""
 
     def map(
         self,
@@ -118,17 +120,14 @@ class HostRows(RowMatrix):
         out: FloatMatrix | None = None,
         parallel: bool = False,
     ) -> FloatMatrix:
-        """Results of a kernel, one below the other; threads share the blocks if ``parallel``."""
         for cases, found in self._results(parallel_map if parallel else map, kernel, size, along, shared):
-            if out is None:
-                out = np.empty((len(self) // size.together, *found.shape[1:]), found.dtype)
+            out = np.empty((len(self) // size.together, *found.shape[1:]), found.dtype) if out is None else out
             out[cases] = found
         return np.zeros(0) if out is None else out
 
     def reduce(
         self, kernel: Kernel, size: BlockSize, *, along: Sequence[Any] = (), shared: Sequence[Any] = ()
     ) -> tuple[Any, ...]:
-        """Sums of the arrays that a kernel returns, in place and in the order of the blocks."""
         total: tuple[Any, ...] = ()
         for _, terms in self._results(map, kernel, size, along, shared):
             total = tuple(map(operator.iadd, total, terms)) if total else terms
@@ -146,18 +145,12 @@ class HostRows(RowMatrix):
         return each(work, size.slices(len(self)))
 
     def in_single_precision(self, factor: float = 1.0) -> RowMatrix:
-        """The rows times a factor, in float32, in memory."""
         return DenseRows((factor * self[:]).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class DenseRows(HostRows):
-    """Rows in memory.
-
-    Attributes
-    ----------
-    array : ndarray (n, q)
-        Of any real type.
+    """Rows of an array (n, q) of any real type, in memory.
 
     Examples
     --------
@@ -170,35 +163,22 @@ class DenseRows(HostRows):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(n, q)``."""
         return self.array.shape
 
     @property
     def dtype(self) -> Any:
-        """Type of the entries."""
         return self.array.dtype
 
     def __getitem__(self, part: Any) -> FloatMatrix:
         return self.array[part]
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        """Rows of some cases, of ``rows_per_case`` consecutive rows each."""
         return self.array.reshape(-1, rows_per_case, self.shape[1])[cases].reshape(-1, self.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectedRows(HostRows):
-    """Rows ``[(X - mean) projection, constant]`` of a matrix ``X``, computed lazily.
-
-    Attributes
-    ----------
-    X : matrix (n, d)
-        Such as ``PatchMatrix``.
-    mean : ndarray (d,)
-    projection : ndarray (d, r)
-        In float64 or float32, the precision of the rows.
-    constant : float
-    """
+    """Rows ``[(X - mean) projection, constant]`` of a matrix ``X``: computed lazily, as precise as ``projection``."""
 
     X: Any
     mean: FloatMatrix
@@ -207,23 +187,19 @@ class ProjectedRows(HostRows):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(n, r + 1)``."""
         return len(self.X), self.projection.shape[1] + 1
 
     @property
     def dtype(self) -> Any:
-        """Precision in which rows are computed."""
         return self.projection.dtype
 
     def __getitem__(self, part: Any) -> FloatMatrix:
         return self._projected(self.X[part])
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        """Rows of some cases, of ``rows_per_case`` consecutive rows each."""
         return self._projected(self.X.of_cases(cases, rows_per_case))
 
     def in_single_precision(self, factor: float = 1.0) -> ProjectedRows:
-        """The rows times a factor, computed lazily in float32."""
         mean, projection = self.mean.astype(np.float32), (factor * self.projection).astype(np.float32)
         return ProjectedRows(self.X, mean, projection, factor * self.constant)
 

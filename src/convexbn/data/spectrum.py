@@ -17,22 +17,10 @@ FAINTEST = 2.0**-26
 class Directions(NamedTuple):
     """Singular directions that are kept, before the filter: orthonormal columns ``(X - mean) back`` of the rows.
 
-    Attributes
-    ----------
-    rows : ndarray (n, k + 1) or None
-        These columns, and room for the constant one; None if they are computed on access.
-    back : ndarray (d', k)
-        For the ``d'`` columns of ``X`` that vary.
-    vectors : ndarray (d', k)
-        Right singular vectors.
-    values : ndarray
-        All singular values that were found.
-    filter : ndarray (k,)
-        ``phi``.
-    numerical_rank : int
-        Number of independent directions of the data.
-    departure : float or None
-        Measured departure from orthonormality; None for a QR.
+    ``rows`` (n, k + 1) holds these columns and room for the constant one, or is None if they are computed on access.
+    ``back`` and the right singular ``vectors`` (d', k) are for the ``d'`` columns of ``X`` that vary. ``values`` are
+    all singular values that were found, ``filter`` (k,) is ``phi``, and ``numerical_rank`` counts the independent
+    directions of the data. ``departure`` from orthonormality was measured; it is None for a QR.
     """
 
     rows: Float | None
@@ -61,10 +49,8 @@ def kept_filter(values: Float, r: int, rank: int | float | None, spectral_filter
 
     Parameters
     ----------
-    values : ndarray
-        Singular values, largest first.
-    r : int
-        Number of directions that there are.
+    values, r : ndarray, int
+        Singular values, largest first, and the number of directions that there are.
     rank, spectral_filter
         As in ``whiten``.
     """

@@ -48,12 +48,10 @@ class Whitening:
         its own units.
     total_weight : float
         Sum of the sample weights: the number of rows if they are 1.
-    numerical_rank : int
-        Number of independent directions in the data; more than ``rank`` if truncated.
+    numerical_rank, rank_cut : int, float
+        Number of independent directions in the data, more than ``rank`` if truncated, and the cut that decided it.
     constant : ndarray (d,) of bool
         Columns that do not vary. They carry no information and are left out.
-    rank_cut : float
-        Relative cut that decided the numerical rank.
     filter : ndarray (r,)
         ``phi``, in (0, 1]; ones without a spectral filter.
     departure : float or None
@@ -141,7 +139,7 @@ def whiten(
     Parameters
     ----------
     X : ndarray (n, d)
-        Finite data.
+        Finite data. It is a ``ValueError`` if all features are constant.
     sample_weight : ndarray (n,), optional
         Positive weights; equal to repeating rows (mathematics, section 0b).
     rank : int, float in (0, 1] or None, default=None
@@ -152,11 +150,6 @@ def whiten(
         refers to. Directions with ``phi_i < 2^-26`` are left out.
     input_eps : float
         Machine epsilon of the type in which the data came, which decides the rank.
-
-    Raises
-    ------
-    ValueError
-        If all features are constant.
 
     Examples
     --------

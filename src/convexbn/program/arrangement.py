@@ -21,10 +21,9 @@ from convexbn.data.blocks import BlockSize
 
 #: Distance up to which a unit direction lies on the hyperplane of a unit normal: ten times its rounding.
 _ON = 1e-14
-
 #: Size, relative to the largest row, up to which a row is zero.
 _ZERO = 1e-14
-
+#: Products of directions and normals that are held at once.
 _BLOCK_ENTRIES = 1 << 20
 
 
@@ -150,11 +149,6 @@ def facets(patterns: Bool) -> Bool:
 
     Crossing a facet leads to another cell. The cone ``{s : (2 D - I) A s >= 0}`` of a cell needs the inequalities of
     these rows only.
-
-    Examples
-    --------
-    >>> facets(enumerate_patterns(np.array([[1.0, 0.0], [0.0, 1.0], [-2.0, 0.0]])).patterns).sum()
-    np.int64(8)
     """
     relative = patterns ^ patterns[0]
     _, first = np.unique(relative, axis=1, return_index=True)

@@ -29,7 +29,6 @@ from convexbn.program.readout import Readout
 
 #: Entries of the row-wise products held at once: 4 MB in float64, 2 MB in float32; and the fewest rows of a block.
 _BLOCK_ENTRIES, _LEAST_ROWS = 1 << 19, 64
-
 #: Entries of pooled rows that are formed at a time.
 _POOLED_ENTRIES = 1 << 22
 
@@ -39,6 +38,11 @@ class GateBlocks(NamedTuple):
 
     gate_index: Index
     values: Float
+
+
+def block_norms(blocks: Float) -> Float:
+    """Frobenius norm of every block: (m, q, K) -> (m,)."""
+    return np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,7 @@ class Frobenius:
     """
 
     name = "Frobenius"
-
-    def of(self, blocks: Float) -> Float:
-        """Norm of every block: (m, q, K) -> (m,)."""
-        return block_norms(blocks)
-
-    dual = of
+    of = dual = staticmethod(block_norms)
 
     def prox(self, blocks: Float, threshold: float) -> Float:
         """Proximal map of ``threshold * sum_i ||S_i||``: ``(1 - threshold / ||S_i||)_+ S_i``."""
@@ -95,26 +94,19 @@ class Nuclear:
 Norm: TypeAlias = Frobenius | Nuclear
 
 
-def block_norms(blocks: Float) -> Float:
-    """Frobenius norm of every block: (m, q, K) -> (m,)."""
-    return np.sqrt(np.einsum("mqk,mqk->m", blocks, blocks))
-
-
 @dataclass(frozen=True)
 class MaskedRows:
     """Operator ``F = sum_j D_i(j) A S_j`` from blocks to outputs: a gate masks the rows on which it is closed.
 
+    Both kernels are matrix products of ``2 n q P K`` flops in the precision of ``rows``. The row-wise products that
+    they read are formed in cache-sized blocks of rows: no ``n x qK`` or ``n x PK`` array is ever in memory.
+
     Parameters
     ----------
-    rows : ndarray (n, q)
+    rows : ndarray (n, q) or RowMatrix
         Whitened rows ``A`` with the constant column, ``q = r + 1``.
     patterns : ndarray (n, P) of bool
         Diagonals of the gates ``D_i``.
-
-    Notes
-    -----
-    Both kernels are matrix products of ``2 n q P K`` flops in the precision of ``rows``. The row-wise products that
-    they read are formed in cache-sized blocks of rows: no ``n x qK`` or ``n x PK`` array is ever in memory.
     """
 
     rows: Any
@@ -130,8 +122,8 @@ class MaskedRows:
         """``D_i A`` of one gate: (n, q)."""
         return self.patterns[:, [gate]] * self.rows
 
-    def apply(self, gate_index: Index, blocks: Float) -> Float:
-        """Outputs ``F`` (n, K) of blocks (m, q, K) on the gates ``gate_index`` (m,)."""
+    def apply(self, gate_index: Index | None, blocks: Float) -> Float:
+        """Outputs ``F`` (n, K) of blocks (m, q, K) on the gates ``gate_index`` (m,), or on all."""
         (q, K), dtype = blocks.shape[1:], self.rows.dtype
         shared = [blocks.transpose(0, 2, 1).astype(dtype, copy=False), gate_index]
         return row_matrix(self.rows).map(masked_outputs, self._size(q * K), along=[self.patterns], shared=shared)
@@ -159,11 +151,8 @@ class PooledFeatures:
 
     Parameters
     ----------
-    rows : ndarray (N, q), or RowMatrix
-        Whitened patches.
-    patterns : ndarray (N, P) of bool
-    readout : Readout
-        Linear.
+    rows, patterns, readout : ndarray (N, q) or RowMatrix, ndarray (N, P) of bool, Readout
+        Whitened patches, the gates on them, and average pooling.
     features : ndarray (n, P, q R)
         ``B_i``, with the regions of a whitened direction side by side.
     """
@@ -187,11 +176,11 @@ class PooledFeatures:
         """``B_i`` of one gate: (n, q R)."""
         return self.features[:, gate]
 
-    def apply(self, gate_index: Index, blocks: Float) -> Float:
-        """Outputs ``F`` (n, K) of blocks (m, q, R K) on the gates ``gate_index`` (m,)."""
+    def apply(self, gate_index: Index | None, blocks: Float) -> Float:
+        """Outputs ``F`` (n, K) of blocks (m, q, R K) on the gates ``gate_index`` (m,), or on all."""
         n, P, width = self.features.shape
-        every = len(gate_index) == P and np.array_equal(gate_index, np.arange(P))
-        features = (self.features if every else self.features[:, gate_index]).reshape(n, len(gate_index) * width)
+        every = gate_index is None or np.array_equal(gate_index, np.arange(P))
+        features = (self.features if every else self.features[:, gate_index]).reshape(n, len(blocks) * width)
         return features @ blocks.reshape(features.shape[1], blocks.shape[2] // self.readout.n_regions)
 
     def adjoint(self, dual: Float, gate_index: Index | None = None) -> Float:
@@ -216,8 +205,7 @@ def gated_operator(rows: Rows, patterns: Bool, readout: Readout | None = None) -
 
     Parameters
     ----------
-    rows : ndarray (N, q), or RowMatrix
-    patterns : ndarray (N, P) of bool
+    rows, patterns : ndarray (N, q) or RowMatrix, ndarray (N, P) of bool
     readout : Readout, optional
     """
     if readout is None or readout.rows_per_case == 1:
@@ -240,7 +228,7 @@ def _pooled(rows: Rows, patterns: Bool, readout: Any) -> Float:
         spread = np.einsum("rk,nkq->nkqr", averages, rows[part].reshape(-1, count, q), optimize=True)
         opened = patterns[part].reshape(-1, count, P).transpose(0, 2, 1).astype(np.float64)
         flat = opened @ spread.reshape(len(spread), count, -1)
-        features[images.start : images.start + len(flat)] = flat.reshape(len(flat), P, q, -1)
+        features[images] = flat.reshape(len(flat), P, q, -1)
     return features.reshape(len(features), P, -1)
 
 
@@ -249,21 +237,16 @@ def gated_outputs(rows: Rows, patterns: Bool, blocks: Float, readout: Readout) -
 
     Parameters
     ----------
-    rows : ndarray (N, q), or RowMatrix
-    patterns : ndarray (N, m) of bool
-    blocks : ndarray (m, q, R K)
-    readout : Readout
-        Linear.
+    rows, patterns : ndarray (N, q) or RowMatrix, ndarray (N, m) of bool
+    blocks, readout : ndarray (m, q, R K), linear Readout
     """
     index, count = np.arange(len(blocks)), readout.rows_per_case
     if count == 1:
         return MaskedRows(rows, patterns).apply(index, blocks)
-    outputs = []
-    size = BlockSize(count * max(len(index), blocks.shape[2]), _POOLED_ENTRIES)
-    for images in size.slices(len(rows) // count):
-        part = slice(images.start * count, images.stop * count)
-        outputs.append(readout.gather(MaskedRows(rows[part], patterns[part]).apply(index, blocks)))
-    return np.concatenate(outputs)
+    images = BlockSize(count * max(len(index), blocks.shape[2]), _POOLED_ENTRIES).slices(len(rows) // count)
+    parts = (slice(part.start * count, part.stop * count) for part in images)
+    masked = (MaskedRows(rows[part], patterns[part]) for part in parts)
+    return np.concatenate([readout.gather(some.apply(index, blocks)) for some in masked])
 
 
 @dataclass(frozen=True)
@@ -273,11 +256,8 @@ class GatedProgram:
     Parameters
     ----------
     operator : MaskedRows or PooledFeatures
-        From blocks to outputs.
-    loss : Loss
-        Loss bound to targets (n, K) and sample weights.
-    weight_decay : float
-        Strength of the weight decay, beta of the mathematics.
+    loss, weight_decay : Loss, float
+        Loss bound to targets (n, K) and sample weights, and beta of the mathematics.
 
     Examples
     --------

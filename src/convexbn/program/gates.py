@@ -30,10 +30,7 @@ def sample_gates(
     kind : {"data", "whitened"}
         ``"data"``: ``g ~ N(0, I_d)``, offset 0. ``"whitened"``: ``h ~ N(0, I_{r+1})`` on the whitened rows,
         ``g = V S^{-1} h[:r]``, ``b = h[r] / sqrt(n)``: isotropic where the network lives.
-    n_gates : int
-    whitening : Whitening
-        Statistics of the training data.
-    random_state : numpy.random.RandomState
+    n_gates, whitening, random_state : int, Whitening, numpy.random.RandomState
     """
     if kind == "data":
         return random_state.standard_normal((len(whitening.mean), n_gates)), np.zeros(n_gates)
@@ -47,9 +44,7 @@ def sample_directions(n: int, whitening: Whitening, random_state: np.random.Rand
 
     Parameters
     ----------
-    n : int
-    whitening : Whitening
-    random_state : numpy.random.RandomState
+    n, whitening, random_state : int, Whitening, numpy.random.RandomState
     """
     draws = random_state.standard_normal((len(whitening.mean) + 1, n))
     return np.vstack([whitening.directions.T @ draws[:-1], draws[-1:]])
@@ -69,8 +64,7 @@ def gate_patterns(X: Rows, mean: Float, gates: Float, offsets: Float) -> Bool:
 
     Parameters
     ----------
-    X : ndarray (n, d), or RowMatrix
-    mean : ndarray (d,)
+    X, mean : ndarray (n, d) or RowMatrix, ndarray (d,)
     gates, offsets : ndarray (d, P), (P,)
     """
     peaks = np.abs(gates).max(axis=0)

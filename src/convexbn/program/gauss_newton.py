@@ -24,9 +24,8 @@ def sum_of_squares(root: Float, derivative: Derivative, size: int, rows_per_case
     ----------
     root : ndarray (n, K', K)
         ``R_i`` with ``R_i R_i'`` the second derivative of the loss, see ``Loss.hessian_root``.
-    derivative : Derivative
-    size : int
-        Number of variables.
+    derivative, size : Derivative, int
+        ``R_i' J_i``, and the number of variables.
     rows_per_case : int, default=1
         Consecutive rows whose ``R_i' J_i`` are one term.
     """

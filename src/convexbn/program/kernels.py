@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from array_api_compat import array_namespace
-
 from convexbn._types import EPS
-from convexbn.data.kernels import positive_part, scaled
+from convexbn.data.kernels import namespace, positive_part, scaled
 
 #: Entries of gates and rows that are multiplied at once when responses are summed again.
 _TIED_ENTRIES = 1 << 20
@@ -32,7 +30,7 @@ def open_gates(block: Any, mean: Any, gates: Any, thresholds: Any, lengths: Any,
     *factors : array (d,)
         Scales of the columns, see ``data.kernels.scaled``.
     """
-    xp = array_namespace(gates)
+    xp = namespace(gates)
     centred = scaled(block, gates.dtype, *factors) - mean
     response = centred @ gates - thresholds
     if 0 in response.shape:
@@ -52,14 +50,13 @@ def masked_outputs(block: Any, patterns: Any, stacked: Any, gate_index: Any = No
 
     Parameters
     ----------
-    block, patterns : array (b, q), (b, P)
-    stacked : array (m, K, q)
-        Blocks ``S_j'``.
+    block, patterns, stacked : array (b, q), (b, P), (m, K, q)
+        ``stacked`` holds the blocks ``S_j'``.
     gate_index : array (m,), optional
         Gates of the blocks; all by default.
     """
     m, K, q = stacked.shape
-    xp = array_namespace(block)
+    xp = namespace(block)
     summed = _opened(patterns, gate_index, block) @ xp.reshape(stacked, (m, K * q))  # sum_j D_j S_j, row by row
     return xp.vecdot(xp.reshape(summed, (-1, K, q)), block[:, None, :])
 
@@ -73,7 +70,7 @@ def masked_correlations(block: Any, patterns: Any, dual: Any, gate_index: Any = 
     gate_index : array (m,), optional
         Gates ``i``; all by default.
     """
-    xp = array_namespace(block)
+    xp = namespace(block)
     products = dual[:, :, None] * block[:, None, :]
     flat = xp.reshape(products, (products.shape[0], products.shape[1] * products.shape[2]))
     return (_opened(patterns, gate_index, block).T @ flat,)
@@ -81,7 +78,7 @@ def masked_correlations(block: Any, patterns: Any, dual: Any, gate_index: Any = 
 
 def _opened(patterns: Any, gate_index: Any, block: Any) -> Any:
     """Patterns of the chosen gates in the precision of a block."""
-    xp = array_namespace(block)
+    xp = namespace(block)
     chosen = patterns if gate_index is None else xp.take(patterns, gate_index, axis=1)
     return xp.astype(chosen, block.dtype, copy=False)
 
@@ -91,8 +88,7 @@ def relu_outputs(block: Any, first: Any, output: Any, readout: Any) -> Any:
 
     Parameters
     ----------
-    block, first, output : array (b, q), (q, m), (m, R K)
-    readout : Readout
+    block, first, output, readout : array (b, q), (q, m), (m, R K), Readout
     """
     return readout.outputs(positive_part(block @ first), output)
 
@@ -118,10 +114,9 @@ def loss_and_ascent(block: Any, loss: Any, first: Any, output: Any, readout: Any
 
     Parameters
     ----------
-    block, loss : array (b, q), Loss
-    first, output, readout : array (q, m), array (m, R K), Readout
+    block, loss, first, output, readout : array (b, q), Loss, array (q, m), (m, R K), Readout
     """
-    xp = array_namespace(block)
+    xp = namespace(block)
     hidden, regional = positive_part(block @ first), readout.by_region(output)
     pooled = readout.pool(hidden)
     outputs = xp.astype(pooled @ regional, xp.float64, copy=False)
@@ -134,15 +129,14 @@ def ascent(block: Any, dual: Any, first: Any, output: Any, readout: Any) -> tupl
 
     Parameters
     ----------
-    block, dual : array (b, q), (cases, K)
-    first, output, readout : array (q, m), array (m, R K), Readout
+    block, dual, first, output, readout : array (b, q), (cases, K), (q, m), (m, R K), Readout
     """
     hidden = positive_part(block @ first)
     return _ascent(block, hidden, readout.pool(hidden), dual, readout.by_region(output), readout)
 
 
 def _ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, readout: Any) -> tuple[Any, Any]:
-    xp = array_namespace(block)
+    xp = namespace(block)
     dual = xp.astype(dual, block.dtype, copy=False)
     by_first, by_regional = relu_ascent(block, hidden, pooled, dual, regional, readout)
     return xp.astype(by_first, xp.float64), xp.astype(readout.by_neuron(by_regional), xp.float64)

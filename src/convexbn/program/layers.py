@@ -20,19 +20,9 @@ from convexbn.program.readout import Readout
 class Layers:
     """``x -> relu(scale (weight'x + bias - running_mean) / sqrt(running_var + eps) + offset)'output + output_bias``.
 
-    All arrays are float64, whatever the type in which they are stored.
-
-    Attributes
-    ----------
-    weight, bias : ndarray (d, m), (m,)
-    running_mean, running_var : ndarray (m,)
-        Stored statistics; the variance is the one that normalises.
-    eps : float
-    scale, offset : ndarray (m,)
-        Weight and bias of batch norm.
-    output, output_bias : ndarray (m, K), (K,)
-    readout : Readout
-        Pooling of a convolutional network, whose rows are patches and whose ``output`` is (m, R K).
+    ``weight`` is (d, m), ``output`` (m, K), ``output_bias`` (K,), and the other arrays are (m,); all are float64. The
+    variance ``running_var`` is the one that normalises; ``scale`` and ``offset`` are weight and bias of batch norm. The
+    ``readout`` pools the patches of a convolutional network, whose ``output`` is (m, R K).
     """
 
     weight: Float
@@ -55,25 +45,16 @@ class Layers:
 
         Parameters
         ----------
-        network : BatchNormNetwork
-        dtype : dtype
-        eps : float
+        network, dtype, eps : BatchNormNetwork, dtype, float
         """
         root = np.sqrt(network.n_effective)
-        weight = rounded(network.weight, dtype)
+        weight, output = rounded(network.weight, dtype), rounded(network.output, dtype)
         mean = network.mean @ weight
         bias = rounded(-mean, dtype)
-        return cls(
-            weight=weight,
-            bias=bias,
-            running_mean=rounded(mean + bias, dtype),
-            running_var=np.ones_like(bias),
-            eps=eps,
-            scale=rounded(network.gamma / root * np.sqrt(1 + eps), dtype),
-            offset=rounded(network.shift / root, dtype),
-            output=rounded(network.output, dtype),
-            output_bias=np.zeros(network.output.shape[1]),
-        )
+        running_mean, offset = rounded(mean + bias, dtype), rounded(network.shift / root, dtype)
+        scale = rounded(network.gamma / root * np.sqrt(1 + eps), dtype)
+        running_var, output_bias = np.ones_like(bias), np.zeros(output.shape[1])
+        return cls(weight, bias, running_mean, running_var, eps, scale, offset, output, output_bias)
 
     @property
     def gain(self) -> Float:
@@ -92,10 +73,7 @@ class Layers:
         return replace(self, running_mean=mean @ self.weight + self.bias, running_var=deviation**2)
 
     def network(self, X: Float) -> BatchNormNetwork:
-        """Network of equal outputs, with the full-batch statistics of rows ``X`` (n, d) in place of the stored ones.
-
-        A neuron that is used and does not vary over the rows is a ValueError.
-        """
+        """Network of equal outputs with the statistics of rows (n, d); a ValueError if a neuron in use is constant."""
         return self._network(*self._statistics(X), float(len(X)))
 
     def network_without_rows(self, n_effective: float) -> BatchNormNetwork:
@@ -157,8 +135,6 @@ def convertible(network: BatchNormNetwork) -> BatchNormNetwork:
         raise TypeError(f"network must be a BatchNormNetwork, such as model.network_; got {type(network).__name__}.")
     if network.n_neurons:
         return network
-    d, zero = len(network.mean), np.zeros(1)
-    dead = replace(
-        network, weight=np.zeros((d, 1)), gamma=zero, shift=zero, output=np.zeros((1, network.output.shape[1]))
-    )
+    d, zero, output = len(network.mean), np.zeros(1), np.zeros((1, network.output.shape[1]))
+    dead = replace(network, weight=np.zeros((d, 1)), gamma=zero, shift=zero, output=output)
     return dead if network.gates is None else replace(dead, gates=np.zeros((d, 1)), gate_offsets=zero)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
 from convexbn._types import EPS, Bool, Float, Index
-from convexbn.data.kernels import positive_part
+from convexbn.data.kernels import namespace, positive_part
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.rays import Formula, NoFormulaError, shrunk_rays, two_sides, with_norm
 
@@ -31,9 +31,8 @@ class Loss:
 
     Parameters
     ----------
-    targets : ndarray (n, K)
-    weights : ndarray (n,)
-        Positive sample weights.
+    targets, weights : ndarray (n, K), (n,)
+        The sample weights are positive.
     constant : float
         Added to the value and to the dual value; merging rows with equal features leaves it behind.
     """
@@ -72,8 +71,12 @@ class Loss:
 
     @property
     def output_scale(self) -> float:
-        """Typical size of outputs: 1 for labels, the size of the targets for numbers."""
-        return 1.0
+        """Typical size of outputs: 1, or for losses of regression the root mean square of the targets' norms."""
+        if "regression" not in self.tasks:
+            return 1.0
+        peak = float(np.abs(self.targets).max(initial=0.0)) or 1.0
+        squares = np.square(self.targets / peak).sum(axis=1)
+        return peak * float(np.sqrt(self.weights @ squares / self.weights.sum())) or 1.0
 
     def value(self, outputs: Float) -> float:
         """``L(F)``."""
@@ -101,9 +104,7 @@ class Loss:
 
         Parameters
         ----------
-        outputs : ndarray (n, K)
-        derivative : Derivative
-        size : int
+        outputs, derivative, size : ndarray (n, K), Derivative, int
         """
         return sum_of_squares(self.hessian_root(outputs), derivative, size)
 
@@ -146,12 +147,8 @@ class SquaredLoss(Loss):
     target_slope: ClassVar[float | None] = 1.0
     nearly_quadratic: ClassVar[bool] = True
 
-    @property
-    def output_scale(self) -> float:
-        return _root_mean_square(self.targets, self.weights)
-
     def value(self, outputs: Float) -> float:
-        xp = array_namespace(outputs)
+        xp = namespace(outputs)
         return float(0.5 * self.weights @ xp.sum((outputs - self.targets) ** 2, axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
@@ -196,24 +193,19 @@ class HuberLoss(Loss):
 
     delta: float = field(default=1.0, kw_only=True)
 
-    @property
-    def output_scale(self) -> float:
-        return _root_mean_square(self.targets, self.weights)
-
     def value(self, outputs: Float) -> float:
-        xp = array_namespace(outputs)
+        xp = namespace(outputs)
         size = xp.abs(outputs - self.targets)
         near = xp.where(size > self.delta, self.delta, size)
         return float(self.weights @ xp.sum(near * (size - 0.5 * near), axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
-        xp, residual = array_namespace(outputs), self.targets - outputs
-        near = xp.where(xp.abs(residual) > self.delta, self.delta * xp.sign(residual), residual)
+        near = namespace(outputs).clip(self.targets - outputs, -self.delta, self.delta)
         return self.weights[:, None] * near
 
     def dual_value(self, dual: Float) -> float:
         q = dual / self.weights[:, None]
-        xp = array_namespace(dual)
+        xp = namespace(dual)
         if xp.any(xp.abs(q) > self.delta * (1 + _ROUNDING)):
             return -np.inf
         sizes = xp.abs(dual) * (xp.abs(self.targets) + 0.5 * xp.abs(q))
@@ -254,7 +246,7 @@ class SquaredHingeLoss(Loss):
 
     def value(self, outputs: Float) -> float:
         # roots before squares: what a hard label leaves out is 0 even where its square overflows
-        p, xp = 0.5 * (1 + self.targets), array_namespace(outputs)
+        p, xp = 0.5 * (1 + self.targets), namespace(outputs)
         above, below = xp.sqrt(p) * positive_part(1 - outputs), xp.sqrt(1 - p) * positive_part(1 + outputs)
         return float(0.5 * self.weights @ xp.sum(above**2 + below**2, axis=1)) + self.constant
 
@@ -265,7 +257,7 @@ class SquaredHingeLoss(Loss):
 
     def dual_value(self, dual: Float) -> float:
         """``y q - q^2 / 2 + (1 - y^2) / 2`` between the margins, ``|q| - q^2 / (1 +- y)`` beyond one of them."""
-        y, q, xp = self.targets, dual / self.weights[:, None], array_namespace(dual)
+        y, q, xp = self.targets, dual / self.weights[:, None], namespace(dual)
         hard = xp.abs(y) == 1
         if xp.any(hard & (y * q < -_ROUNDING * xp.max(xp.abs(q)))):
             return -np.inf
@@ -303,7 +295,7 @@ class LogisticLoss(Loss):
 
     def value(self, outputs: Float) -> float:
         # log(1 + e^f) - p f with p = (1 + y) / 2, in the form that never overflows
-        xp = array_namespace(outputs)
+        xp = namespace(outputs)
         size = xp.abs(outputs)
         losses = xp.log1p(xp.exp(-size)) + 0.5 * (size - self.targets * outputs)
         return float(self.weights @ xp.sum(losses, axis=1)) + self.constant
@@ -314,7 +306,7 @@ class LogisticLoss(Loss):
 
     def dual_value(self, dual: Float) -> float:
         p, q = 0.5 * (1 + self.targets), dual / self.weights[:, None]
-        if array_namespace(dual).any((p - q < -_ROUNDING) | (p - q > 1 + _ROUNDING)):
+        if namespace(dual).any((p - q < -_ROUNDING) | (p - q > 1 + _ROUNDING)):
             return -np.inf
         terms = _entropy_downwards(p, q) + _entropy_downwards(1 - p, -q)
         return _sum_downwards(self.weights[:, None] * terms) + self.constant
@@ -357,7 +349,7 @@ class CrossEntropyLoss(Loss):
 
     def value(self, outputs: Float) -> float:
         below, _, rest, _ = _shifted(outputs)
-        xp = array_namespace(outputs)
+        xp = namespace(outputs)
         losses = xp.sum(self.targets * below, axis=1) + xp.log1p(rest[:, 0])
         return float(self.weights @ losses) + self.constant
 
@@ -365,13 +357,13 @@ class CrossEntropyLoss(Loss):
         # y (1 - p) - (1 - y) p, where 1 - p of the largest is the sum of the others: no digits are lost
         _, exponentials, rest, peak = _shifted(outputs)
         total = rest + 1
-        others = array_namespace(outputs).where(peak, rest, total - exponentials)
+        others = namespace(outputs).where(peak, rest, total - exponentials)
         dual = self.targets * others - (1 - self.targets) * exponentials
         return dual * (self.weights[:, None] / total)
 
     def dual_value(self, dual: Float) -> float:
         q = dual / self.weights[:, None]
-        p, xp = self.targets - q, array_namespace(dual)
+        p, xp = self.targets - q, namespace(dual)
         if xp.any(p < -_ROUNDING) or xp.any(xp.abs(xp.sum(p, axis=1) - 1) > _ROUNDING * p.shape[1]):
             return -np.inf
         return _sum_downwards(self.weights[:, None] * _entropy_downwards(self.targets, q)) + self.constant
@@ -458,18 +450,12 @@ def softmax(outputs: Float) -> Float:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def _root_mean_square(targets: Float, weights: Float) -> float:
-    """Weighted root mean square of the norms of rows, 1 if all are zero."""
-    peak = float(np.abs(targets).max(initial=0.0)) or 1.0
-    return peak * float(np.sqrt(weights @ np.square(targets / peak).sum(axis=1) / weights.sum())) or 1.0
-
-
 def _sum_downwards(terms: Float, sizes: Float | None = None) -> float:
     """Sum of terms minus what rounding may have added (numpy sums pairwise in blocks of 128).
 
     ``sizes`` bound what was added and subtracted in each term, if that may exceed the term.
     """
-    xp = array_namespace(terms)
+    xp = namespace(terms)
     slack = EPS * (32 + math.log2(max(math.prod(terms.shape), 1)))
     return float(xp.sum(terms) - slack * xp.sum(xp.abs(terms) if sizes is None else sizes))
 
@@ -480,7 +466,7 @@ def _entropy_downwards(y: Float, q: Float) -> Float:
     Hard labels keep full relative accuracy up to the rounding of ``q``: ``p`` is ``-q``, or its logarithm is
     ``log1p(-q)``. Soft labels lose an absolute epsilon in the difference.
     """
-    p, xp = y - q, array_namespace(q)
+    p, xp = y - q, namespace(q)
     live = p > 0
     logarithm = xp.where(y == 1, xp.log1p(-xp.where(live, q, 0.0)), xp.log(xp.where(live, p, 1.0)))
     doubt = xp.where(y == 0, 0.0, xp.where(y == 1, xp.abs(q), 1.0)) * EPS
@@ -490,14 +476,14 @@ def _entropy_downwards(y: Float, q: Float) -> Float:
 
 def _sigmoid(outputs: Float) -> Float:
     """``1 / (1 + exp(-f))`` to full relative accuracy, without overflow."""
-    xp = array_namespace(outputs)
+    xp = namespace(outputs)
     small = xp.exp(-xp.abs(outputs))
     return xp.where(outputs >= 0, 1.0, small) / (1 + small)
 
 
 def _shifted(outputs: Float) -> tuple[Float, Float, Float, Bool]:
     """``max f - f``, ``exp(f - max f)``, the sum of the latter without the first largest, and a mask of that one."""
-    xp = array_namespace(outputs)
+    xp = namespace(outputs)
     below = xp.max(outputs, axis=1, keepdims=True) - outputs
     exponentials = xp.exp(-below)
     places = xp.arange(outputs.shape[1], device=device(outputs))

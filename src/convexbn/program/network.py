@@ -160,9 +160,8 @@ class BatchNormNetwork:
 
         Parameters
         ----------
-        whitening : Whitening
+        whitening, neurons : Whitening, Neurons
             Whitening of the rows, or of the patches.
-        neurons : Neurons
         convolution : Convolution, optional
         """
         first, output = neurons.first, neurons.output
@@ -193,8 +192,7 @@ class BatchNormNetwork:
 
         Parameters
         ----------
-        whitening : Whitening
-        blocks : GateBlocks
+        whitening, blocks : Whitening, GateBlocks
         gates, gate_offsets : ndarray (d, P), (P,)
             All gates of the program.
         convolution : Convolution, optional

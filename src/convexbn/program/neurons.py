@@ -12,7 +12,6 @@ from convexbn._types import Bool, Float, Index
 
 #: Cosine above which directions with equal outputs are one neuron.
 _SAME = 1 - 1e-4
-
 #: Norm, relative to the largest, below which a neuron is dropped.
 _NEGLIGIBLE = 1e-5
 

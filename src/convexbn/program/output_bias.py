@@ -19,7 +19,6 @@ from convexbn.program.losses import Loss
 
 #: Newton's method stops long before, unless no bias is best: a class without rows drives its bias to infinity.
 _MOST_STEPS = 60
-
 #: Relative size below which eigenvalues of the second derivative in the bias are 0: the softmax ignores a common bias.
 _FLAT = 1e-12
 

@@ -14,10 +14,8 @@ from convexbn.program.network import BatchNormNetwork
 #: Largest allowed difference of outputs, relative to the largest output, by type.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
 
-_N_PROBES = 64
-
-#: Smallest relative singular value of weights that probes invert; float32 cannot convert smaller ones anyway.
-_RCOND = 1e-6
+#: Number of probes, and the smallest relative singular value that they invert; float32 cannot convert smaller ones.
+_N_PROBES, _RCOND = 64, 1e-6
 
 
 def probe_rows(weight: Float, mean: Float) -> Float:
@@ -54,16 +52,14 @@ def check_conversion(
 
     Parameters
     ----------
-    network : BatchNormNetwork
-    converted : callable
-        Outputs of the converted network for rows of ``dtype``.
+    network, converted : BatchNormNetwork, callable
+        ``converted`` takes rows of ``dtype`` and returns the outputs of the converted network.
     dtype : dtype
         float32 or float64; the rows are rounded to it first, so that only the network is measured.
-    rows : ndarray (n, d) or None
+    rows, probes : ndarray (n, d), optional
+        ``probes`` replace ``probe_rows``.
     tol : float or None
         Allowed difference relative to the largest output; ``TOLERANCES`` by default.
-    probes : ndarray, optional
-        Replaces ``probe_rows``.
     """
     d = network.n_features
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != d):

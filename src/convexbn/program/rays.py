@@ -86,10 +86,7 @@ def with_norm(weights: Float, stationary: Callable[[float], Float], weight_decay
 
     Parameters
     ----------
-    weights : ndarray (n,)
-    stationary : callable
-        ``f``.
-    weight_decay : float
+    weights, stationary, weight_decay : ndarray (n,), callable ``f``, float
     """
     low, high = -700.0, 700.0
     for _ in range(200):

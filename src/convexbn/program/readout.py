@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.convolution import Convolution
-from convexbn.data.kernels import like
+from convexbn.data.kernels import like, namespace
 from convexbn.data.pooling import Regions
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.losses import Loss
@@ -31,15 +31,7 @@ _NOT_LINEAR = "max pooling is not linear in the rows of an image: this solver ta
 
 @dataclass(frozen=True)
 class Readout:
-    """Readout of dense networks, where each row is a case: the output layer sees the hidden units as they are.
-
-    Subclasses override its methods.
-
-    Examples
-    --------
-    >>> Readout().outputs(np.array([[1.0, 2.0]]), np.array([[3.0], [4.0]]))
-    array([[11.]])
-    """
+    """Readout of dense networks, where each row is a case: the output layer sees the hidden units as they are."""
 
     #: Whether pooling is a matrix on the rows of a case.
     linear: ClassVar[bool] = True
@@ -69,11 +61,13 @@ class Readout:
 
     def by_region(self, output: FloatMatrix) -> FloatMatrix:
         """Output layer (m, R K), one row per neuron, as a matrix (R m, K) on the pooled units."""
-        return output
+        m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
+        return output.reshape(m, R, K).swapaxes(0, 1).reshape(R * m, K)
 
     def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
         """Inverse of ``by_region``: (R m, K) as (m, R K)."""
-        return regional
+        m, R, K = len(regional) // self.n_regions, self.n_regions, regional.shape[1]
+        return regional.reshape(R, m, K).swapaxes(0, 1).reshape(m, R * K)
 
     def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:
         """Outputs (n, K) of hidden units (N, m) and an output layer (m, R K)."""
@@ -93,7 +87,7 @@ class Readout:
 
     def row_weights(self, weights: Float) -> Float:
         """Weights (N,) of the rows from the weights (n,) of the cases."""
-        return weights
+        return np.repeat(weights, self.rows_per_case)
 
     def composed(self, loss: Loss) -> Loss:
         """Loss as a function of the outputs of the rows, for a linear readout."""
@@ -113,17 +107,6 @@ class Pooling(Readout):
     @property
     def n_regions(self) -> int:
         return self.regions.n_regions
-
-    def by_region(self, output: FloatMatrix) -> FloatMatrix:
-        m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
-        return output.reshape(m, R, K).swapaxes(0, 1).reshape(R * m, K)
-
-    def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
-        m, R, K = len(regional) // self.n_regions, self.n_regions, regional.shape[1]
-        return regional.reshape(R, m, K).swapaxes(0, 1).reshape(m, R * K)
-
-    def row_weights(self, weights: Float) -> Float:
-        return np.repeat(weights, self.rows_per_case)
 
     def _flat(self, pooled: FloatMatrix) -> FloatMatrix:
         return pooled.reshape(len(pooled), self.n_regions * pooled.shape[-1])
@@ -153,7 +136,7 @@ class AveragePooling(Pooling):
             return self._flat(images)
         if self.regions.equal:
             cells = self.regions.in_cells(images)
-            return self._flat(array_namespace(hidden).sum(cells, axis=(2, 4)) / (cells.shape[2] * cells.shape[4]))
+            return self._flat(namespace(hidden).sum(cells, axis=(2, 4)) / (cells.shape[2] * cells.shape[4]))
         return self._flat(like(hidden, self.regions.averages) @ images)
 
     def unpool(self, gradient: FloatMatrix, hidden: FloatMatrix) -> FloatMatrix:
@@ -162,7 +145,7 @@ class AveragePooling(Pooling):
         if self.regions.equal:
             cells = self.regions.in_cells(self.regions.by_image(hidden))
             by_cell = gradient.reshape(len(cells), cells.shape[1], 1, cells.shape[3], 1, cells.shape[5])
-            xp = array_namespace(gradient)
+            xp = namespace(gradient)
             return xp.broadcast_to(by_cell / (cells.shape[2] * cells.shape[4]), cells.shape).reshape(hidden.shape)
         by_image: FloatMatrix = like(gradient, self.regions.averages).T @ self._in_regions(gradient)
         return by_image.reshape(hidden.shape)
@@ -202,7 +185,7 @@ class MaxPooling(Pooling):
         return float(np.sqrt(self.regions.members.sum(axis=0).max())) * (1 + 1e-12)
 
     def pool(self, hidden: FloatMatrix) -> FloatMatrix:
-        images, xp = self.regions.by_image(hidden), array_namespace(hidden)
+        images, xp = self.regions.by_image(hidden), namespace(hidden)
         if self.regions.equal:
             return self._flat(xp.max(self.regions.in_cells(images), axis=(2, 4)))
         return self._flat(xp.max(images[:, self.regions.groups], axis=2))
@@ -214,7 +197,7 @@ class MaxPooling(Pooling):
             cells = self.regions.in_cells(images)
             by_cell = gradient.reshape(len(cells), cells.shape[1], 1, cells.shape[3], 1, cells.shape[5])
             return _to_the_first(by_cell, cells).reshape(hidden.shape)
-        xp, pooled = array_namespace(hidden), self._in_regions(gradient)
+        xp, pooled = namespace(hidden), self._in_regions(gradient)
         by_image, places = xp.zeros_like(images), xp.arange(images.shape[1], device=device(images))
         for r, inside in enumerate(self.regions.members):
             first = places[inside][xp.argmax(images[:, inside], axis=1)]
@@ -294,7 +277,7 @@ def readout_of(layer: Convolution | None) -> Readout:
 
 def _to_the_first(pooled: FloatMatrix, cells: FloatMatrix) -> FloatMatrix:
     """Gradients of maxima at the first place in each cell that attains them, zero elsewhere."""
-    xp = array_namespace(cells)
+    xp = namespace(cells)
     gradient, top = xp.empty_like(cells), xp.max(cells, axis=(2, 4))
     still = top == top
     for i, j in np.ndindex(cells.shape[2], cells.shape[4]):

@@ -23,10 +23,7 @@ def nearest_directions(X: FloatMatrix, whitening: Whitening, weights: Float, gat
 
     Parameters
     ----------
-    X : ndarray (n, d)
-    whitening : Whitening
-    weights : ndarray (n,)
-        Sample weights.
+    X, whitening, weights : ndarray (n, d), Whitening, ndarray (n,)
     gates, offsets : ndarray (d, P), (P,)
     """
     centred, exponent = centre(X, whitening.mean)
@@ -44,8 +41,7 @@ def realised(rows: Float, opened: Bool, directions: Float) -> Bool:
 
     Parameters
     ----------
-    rows, opened : ndarray (n, q), (n, P)
-    directions : ndarray (q, P)
+    rows, opened, directions : ndarray (n, q), (n, P), (q, P)
 
     Examples
     --------

@@ -33,10 +33,8 @@ class ReluProgram:
     ----------
     rows : ndarray (N, q), or RowMatrix
         Whitened rows ``A``; their columns times ``sqrt(row_weights)`` are orthonormal, or orthogonal and shorter.
-    loss : Loss
-        Loss bound to targets (n, K) and weights of the cases.
-    weight_decay : float
-        Strength of the weight decay, beta of the mathematics.
+    loss, weight_decay : Loss, float
+        Loss bound to targets (n, K) and weights of the cases, and beta of the mathematics.
     readout : Readout, default=Readout()
         How the loss sees the hidden units of the rows of a case.
     fixed : ndarray (n, K), optional
@@ -95,7 +93,8 @@ class ReluProgram:
 
     def dual_bound(self, dual: Float, norm: float) -> float:
         """Dual value of ``V`` scaled to feasibility, given its ``norm``, ``max over ||u|| <= 1 of ||V'(A u)_+||``."""
-        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * dual)
+        root = np.sqrt(self.loss.weights)[:, None]  # the norm is that of the rounded ``V / sqrt(w)``
+        return self.loss.dual_value(min(1.0, self.weight_decay / max(norm, 1e-300)) * root * (dual / root))
 
     @functools.cached_property
     def unit_rows(self) -> Float:
@@ -125,8 +124,7 @@ def relu_outputs(rows: Rows, readout: Readout, first: Float, output: Float) -> F
 
     Parameters
     ----------
-    rows : ndarray (N, q), or RowMatrix
-    readout : Readout
+    rows, readout : ndarray (N, q) or RowMatrix, Readout
     first, output : ndarray (q, m), (m, R K)
     """
     matrix = row_matrix(rows)

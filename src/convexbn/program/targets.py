@@ -15,9 +15,7 @@ def class_targets(labels: Index, n_outputs: int, loss: str) -> Float:
 
     Parameters
     ----------
-    labels : ndarray (n,) of int
-    n_outputs : int
-        ``K``.
+    labels, n_outputs : ndarray (n,) of int, int
     loss : str
         A key of ``LOSSES``.
 
@@ -36,9 +34,7 @@ def checked_labels(y: np.ndarray[Any, Any], n_outputs: int, n: int, name: str = 
 
     Parameters
     ----------
-    y : ndarray (n,)
-    n_outputs, n : int
-        Numbers of outputs and of rows.
+    y, n_outputs, n : ndarray (n,), int, int
     name : str, default="y"
         Name of ``y`` in messages.
     """
@@ -67,9 +63,7 @@ def checked_targets(y: Any, n_outputs: int, loss: str) -> Float:
 
     Parameters
     ----------
-    y : array-like (n,) or (n, K)
-    n_outputs : int
-        ``K``.
+    y, n_outputs : array-like (n,) or (n, K), int
     loss : str
         A key of ``LOSSES``.
     """
@@ -112,10 +106,8 @@ def _probabilities(y: Any, n_classes: int) -> Float:
     labels = np.asarray(y)
     if labels.ndim != 1:
         rows = numbers(y, n_classes)
-        require(
-            bool(rows.min(initial=0.0) >= 0 and np.abs(rows.sum(axis=1) - 1).max(initial=0.0) < 1e-6),
-            "cross-entropy takes class indices or rows of probabilities, and y has other rows",
-        )
+        valid = rows.min(initial=0.0) >= 0 and np.abs(rows.sum(axis=1) - 1).max(initial=0.0) < 1e-6
+        require(bool(valid), "cross-entropy takes class indices or rows of probabilities, and y has other rows")
         return rows / rows.sum(axis=1, keepdims=True)
     inside = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0 and labels.max(initial=0) < n_classes
     require(bool(inside), f"cross-entropy takes class indices from 0 to {n_classes - 1}, integers, and y holds others")
