@@ -62,12 +62,8 @@ class Budget:
 
         Parameters
         ----------
-        progress : Progress
-            State after the last iteration.
-        tol : float
-            Relative gap to reach.
-        max_iter : int
-            Largest number of iterations.
+        progress, tol, max_iter : Progress, float, int
+            State after the last iteration, relative gap to reach, and largest number of iterations.
         """
         asked = self.callback is not None and bool(self.callback(progress))
         if not np.isfinite(progress.objective):
@@ -89,10 +85,8 @@ class Solution(Generic[Weights]):
     ----------
     weights : GateBlocks or Neurons
         Nonzero blocks of a gated program, neurons of a ReLU program.
-    stopped_by : str
-        A key of ``status.STOPPED_BY``.
-    history : list of Progress
-        One entry an iteration.
+    stopped_by, history : str, list of Progress
+        A key of ``status.STOPPED_BY``, and one entry an iteration.
     n_factorizations : int
         Cholesky factorisations of size n.
     """
@@ -112,12 +106,9 @@ class Solver(ABC, Generic[Program, Weights]):
     """Frozen settings with one method; a solve keeps no state and does not change its arguments."""
 
     def solve(
-        self,
-        program: Program,
-        start: Weights | None = None,
-        budget: Budget | None = None,
+        self, program: Program, start: Weights | None = None, budget: Budget | None = None,
         rng: np.random.Generator | None = None,
-    ) -> Solution[Weights]:
+    ) -> Solution[Weights]:  # fmt: skip
         """Solve a program.
 
         Parameters
@@ -125,10 +116,8 @@ class Solver(ABC, Generic[Program, Weights]):
         program : GatedProgram or ReluProgram
         start : GateBlocks or Neurons, optional
             Weights to begin with, where the method can use them.
-        budget : Budget, optional
-            By default the solver's own limits alone.
-        rng : numpy.random.Generator, optional
-            For methods with random starts; by default one of seed 0.
+        budget, rng : Budget, numpy.random.Generator, optional
+            By default the solver's own limits alone, and a generator of seed 0 for random starts.
 
         Raises
         ------
@@ -181,5 +170,4 @@ def zero_solution(program: GatedProgram, budget: Budget) -> Solution[GateBlocks]
     report = Progress(1, value, value, 0)
     if budget.callback is not None:
         budget.callback(report)
-    nothing = GateBlocks(np.zeros(0, dtype=np.intp), np.zeros((0, *program.block_shape)))
-    return Solution(nothing, "tolerance", [report])
+    return Solution(GateBlocks(np.zeros(0, dtype=np.intp), np.zeros((0, *program.block_shape))), "tolerance", [report])

@@ -30,12 +30,10 @@ def difference_in_cones(rows: Float, opened: Bool, vectors: Float) -> tuple[Floa
 
     Parameters
     ----------
-    rows : ndarray (n, q)
-        Nonzero rows of ``A``.
+    rows, vectors : ndarray (n, q), (m, q)
+        Nonzero rows of ``A``, and nonzero vectors ``s``.
     opened : ndarray (m, n) of bool
         Pattern ``D`` of every cone ``{s : (2 D - I) A s >= 0}``, which must have an interior.
-    vectors : ndarray (m, q)
-        Nonzero vectors ``s``.
 
     Examples
     --------

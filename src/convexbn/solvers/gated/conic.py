@@ -22,10 +22,8 @@ class Conic(Solver[GatedProgram, GateBlocks]):
 
     Parameters
     ----------
-    tol : float, default=1e-6
-        Relative gap; the solver runs at a hundredth of it.
-    max_iter : int, default=200
-        Largest number of interior-point iterations.
+    tol, max_iter : float, int
+        Relative gap, at a hundredth of which Clarabel runs, and largest number of interior-point iterations.
     """
 
     tol: float = 1e-6
@@ -42,8 +40,7 @@ class Conic(Solver[GatedProgram, GateBlocks]):
         except ImportError as error:
             raise ImportError("solver='conic' needs Clarabel: pip install 'convexbn[reference]'.") from error
         settings = clarabel.DefaultSettings()
-        settings.verbose = False
-        settings.max_iter = self.max_iter
+        settings.verbose, settings.max_iter = False, self.max_iter
         settings.tol_gap_rel = settings.tol_gap_abs = settings.tol_feas = min(0.01 * self.tol, 1e-8)
         if budget.time_limit is not None:
             settings.time_limit = max(budget.time_limit, 1e-3)

@@ -38,10 +38,8 @@ class GroupNewton(Solver[GatedProgram, GateBlocks]):
 
     Parameters
     ----------
-    tol : float, default=1e-6
-        Relative duality gap to reach.
-    max_iter : int, default=200
-        Largest number of Newton iterations.
+    tol, max_iter : float, int
+        Relative duality gap to reach, and largest number of Newton iterations.
     """
 
     tol: float = 1e-6
@@ -151,14 +149,12 @@ class _Scaled:
 
     def evaluate(self, scales: Float, accuracy: float) -> _Point:
         """Factorise ``C``, solve for ``alpha`` by refined conjugate gradients, and evaluate ``J``."""
-        active = np.flatnonzero(scales)
-        operator = self.program.operator
-        restricted = replace(operator, patterns=operator.patterns[:, active])
+        active, operator = np.flatnonzero(scales), self.program.operator
+        restricted = MaskedRows(operator.rows, operator.patterns[:, active].astype(np.float64))
         self._factorize(scales[active], active)
-        everything = np.arange(len(active))
 
         def image(alpha: Float) -> Float:  # the masked kernel, without forming it
-            return restricted.apply(everything, scales[active, None, None] * restricted.adjoint(alpha))
+            return restricted.apply(None, scales[active, None, None] * restricted.adjoint(alpha))
 
         alpha, outputs = self._conjugate_gradients(image, goal=0.03 * self.beta * accuracy)
         fitted = self.beta * alpha + outputs

@@ -41,10 +41,8 @@ class Optimum:
 
     Attributes
     ----------
-    groups : ActiveGroups
-        Active blocks, and the factor for all derivatives.
-    residual : float
-        Largest violation of the optimality conditions, relative to the weight decay, groups at zero included.
+    groups, residual : ActiveGroups, float
+        Active blocks, and the largest violation of optimality relative to the weight decay, groups at zero included.
     margin : float
         Distance to a change of the active groups: the smallest ``1 - ||A' D_i V|| / weight_decay`` of a group at zero,
         or length of an active one relative to the longest. At 0 the derivatives are one-sided.
@@ -98,14 +96,9 @@ class Optimum:
 def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     """Solve a program to the limits of float64.
 
-    Newton's method first tries the active groups of ``start``, if given, then those that a solver finds.
-
-    Raises
-    ------
-    TypeError
-        For losses that are not twice differentiable.
-    FloatingPointError
-        When the optimality conditions are violated by more than 1e-6 of the weight decay.
+    Newton's method first tries the active groups of ``start``, if given, then those that a solver finds. Raises a
+    TypeError for losses that are not twice differentiable, and a FloatingPointError if the optimality conditions are
+    violated by more than 1e-6 of the weight decay.
 
     Examples
     --------
@@ -131,7 +124,7 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
         if (optimum := _polished(program, blocks)).residual <= _ACCURATE:
             return optimum
     if optimum.residual > _TOO_ROUGH:
-        raise FloatingPointError(f"residual {optimum.residual:.0e} is too large to differentiate: raise weight_decay.")
+        raise FloatingPointError(f"optimality is violated by {optimum.residual:.0e} (relative): raise weight_decay.")
     return optimum
 
 
@@ -169,5 +162,4 @@ def _stationary(groups: ActiveGroups) -> ActiveGroups:
 def _in_rows(groups: ActiveGroups, blocks: Float, dual: Float) -> Float:
     """``sum_i D_i dual S_i'``: the derivative of ``<dual, J S>`` in the rows, (n, q)."""
     m, q, K = blocks.shape
-    opened = groups.program.operator.patterns[:, groups.gate_index].astype(np.float64)
-    return np.einsum("nqk,nk->nq", (opened @ blocks.reshape(m, q * K)).reshape(-1, q, K), dual)
+    return np.einsum("nqk,nk->nq", (groups.operator.patterns @ blocks.reshape(m, q * K)).reshape(-1, q, K), dual)

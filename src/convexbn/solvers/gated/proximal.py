@@ -22,10 +22,8 @@ class Proximal(Solver[GatedProgram, GateBlocks]):
 
     Parameters
     ----------
-    tol : float, default=1e-6
-        Relative duality gap to reach.
-    max_iter : int, default=5000
-        Largest number of iterations.
+    tol, max_iter : float, int
+        Relative duality gap to reach, and largest number of iterations.
     """
 
     tol: float = 1e-6

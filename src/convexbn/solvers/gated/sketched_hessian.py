@@ -45,12 +45,10 @@ class SketchedHessian:
 
         Parameters
         ----------
-        program : GatedProgram
-        penalty : ndarray (P,)
-            Weights ``p`` of the penalty.
-        outputs : ndarray (n, K)
-        rng : numpy.random.Generator
-            Draws the rows.
+        program, rng : GatedProgram, numpy.random.Generator
+            The generator draws the rows.
+        penalty, outputs : ndarray (P,), (n, K)
+            Weights ``p`` of the penalty, and the outputs at the point.
         """
         part, there = _sampled(program, outputs, sample_size(program), rng)
         A, dtype = part.operator.rows, part.operator.rows.dtype
@@ -73,7 +71,7 @@ class SketchedHessian:
     def solve(self, blocks: FloatMatrix) -> FloatMatrix:
         """The inverse applied to blocks (P, q, K)."""
         first = self._apply_base(blocks)
-        seen = self.scaled.apply(np.arange(len(blocks)), first)
+        seen = self.scaled.apply(None, first)
         seen = scipy.linalg.cho_solve(self.factor, seen, check_finite=False)
         return first - self._apply_base(self.scaled.adjoint(seen))
 
@@ -91,12 +89,9 @@ def factor_hessian(
 
     Parameters
     ----------
-    program : GatedProgram
-    gate_index : ndarray (m,)
-    blocks : ndarray (m, q, K)
-    outputs : ndarray (n, K)
-    rng : numpy.random.Generator
-        Draws the rows.
+    program, rng : GatedProgram, numpy.random.Generator
+        The generator draws the rows.
+    gate_index, blocks, outputs : ndarray (m,), (m, q, K), (n, K)
     """
     (q, K), n, m = program.block_shape, len(program.operator.rows), len(blocks)
     part, there = _sampled(program, outputs, min(n, max(_SMALLEST, n * q // m, _PER_COLUMN * m // K)), rng)
@@ -119,7 +114,7 @@ def sample_size(program: GatedProgram) -> int:
 
 
 def _sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
-    """The program on rows drawn in part by leverage, each weighted by the rows it stands for, and their outputs."""
+    """The program on rows drawn in part by leverage, each weighted by the rows it stands for, and its outputs."""
     operator, n = program.operator, len(outputs)
     if count >= n:
         return program, outputs

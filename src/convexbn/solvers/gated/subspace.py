@@ -45,17 +45,14 @@ _MOVED, _STALE = 1.1, 8  # mean factor of the penalty weights, or iterations, af
 class Subspace(Solver[GatedProgram, GateBlocks]):
     """Descent in subspaces with a sampled Hessian: any loss, any number of rows.
 
-    Parameters
-    ----------
-    tol : float, default=1e-6
-        Relative duality gap to reach.
-    max_iter : int, default=500
-        Largest number of iterations.
-
-    Notes
-    -----
     Lower bounds in the history are valid and certified in float64; they change when a point is certified. Rows are
     sampled by a generator of the solver's own.
+
+    Parameters
+    ----------
+    tol, max_iter : float, int
+        Relative duality gap to reach, and largest number of iterations.
+
     """
 
     tol: float = 1e-6
@@ -68,26 +65,22 @@ class Subspace(Solver[GatedProgram, GateBlocks]):
     ) -> Solution[GateBlocks]:
         self.solves.check("subspace", program)
         with single_scipy_blas():
-            return self._descended(_Descent(program, start), budget)
-
-    def _descended(self, descent: _Descent, budget: Budget) -> Solution[GateBlocks]:
-        zero = None if descent.below_zero else zero_solution(descent.program, budget)
-        if zero is not None:
-            return zero
-        history: list[Progress] = []
-        stalled = False
-        while True:
-            if stalled or descent.due(self.tol):
-                before = descent.certified
-                stalled = descent.certify() > 0.9 * before and stalled
-            live = np.flatnonzero(descent.norms)
-            history.append(Progress(len(history) + 1, descent.objective, descent.bound, len(live)))
-            reason = budget.stop_reason(history[-1], tol=0.9 * self.tol, max_iter=self.max_iter)
-            if reason is not None or (stalled and descent.double):
-                return Solution(GateBlocks(live, descent.blocks[live]), reason or "stalled", history)
-            if stalled or descent.certified <= _DOUBLE or descent.exhausted:
-                descent.use_double()
-            stalled = not descent.step()
+            descent, stalled = _Descent(program, start), False
+            history: list[Progress] = []
+            if not descent.below_zero and (zero := zero_solution(program, budget)) is not None:
+                return zero
+            while True:
+                if stalled or descent.due(self.tol):
+                    before = descent.certified
+                    stalled = descent.certify() > 0.9 * before and stalled
+                live = np.flatnonzero(descent.norms)
+                history.append(Progress(len(history) + 1, descent.objective, descent.bound, len(live)))
+                reason = budget.stop_reason(history[-1], tol=0.9 * self.tol, max_iter=self.max_iter)
+                if reason is not None or (stalled and descent.double):
+                    return Solution(GateBlocks(live, descent.blocks[live]), reason or "stalled", history)
+                if stalled or descent.certified <= _DOUBLE or descent.exhausted:
+                    descent.use_double()
+                stalled = not descent.step()
 
 
 class _Descent:

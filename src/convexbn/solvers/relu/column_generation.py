@@ -56,15 +56,14 @@ class ColumnGeneration(Solver[ReluProgram, Neurons]):
 
     Parameters
     ----------
-    tol : float, default=1e-6
+    tol : float
         Relative gap against the estimated bound at which to stop.
-    max_iter : int or None, default=None
+    max_iter : int or None
         Largest number of rounds; None for 100, and 10 with max pooling. With more than 737 variables a round of
         Newton's method counts as many, in proportion to their cube.
-    width : int, default=200
-        Neurons of the first network.
-    n_starts : int, default=100
-        Random starts of a batch of pricing, fewer where the data are large; ten batches have to find nothing.
+    width, n_starts : int
+        Neurons of the first network, and random starts of a batch of pricing, fewer if the data are large; ten batches
+        have to find nothing.
     """
 
     tol: float = 1e-6
@@ -93,10 +92,8 @@ class ColumnGeneration(Solver[ReluProgram, Neurons]):
             history.append(progress)
             work += rounds.work(neurons)
             settled = len(history) > _PATIENCE and record >= history[-1 - _PATIENCE].objective * (1 - 1e-13)
-            if reason is None and work >= most:
-                reason = "max_iter"
-            if reason is None and (settled or not len(priced.violators)):
-                reason = "stalled"
+            if reason is None and (work >= most or settled or not len(priced.violators)):
+                reason = "max_iter" if work >= most else "stalled"
             if reason is not None:
                 return Solution(rounds.reduced(best), reason, history)
             neurons = neurons.joined(rounds.newcomers(neurons, priced.violators))

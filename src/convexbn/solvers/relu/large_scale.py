@@ -36,13 +36,10 @@ class LargeScale(Solver[ReluProgram, Neurons]):
 
     Parameters
     ----------
-    width : int, default=1000
-        Neurons of a descent.
-    n_starts : int, default=1
-        Number of descents, each from a random start.
-    polish : int, default=5
-        Iterations of L-BFGS on all rows, in float32; may be 0.
-    descent : SGD
+    width, n_starts : int
+        Neurons of a descent, and number of descents, each from a random start.
+    polish, descent : int, SGD
+        Iterations of L-BFGS on all rows, in float32 (may be 0), and settings of a descent.
     """
 
     width: int = 1000

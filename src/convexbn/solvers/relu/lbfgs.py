@@ -24,12 +24,8 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
 
     Parameters
     ----------
-    program : ReluProgram
+    program, neurons, max_iter, deadline : ReluProgram, Neurons, int, float or None
         Rows may be in float32; sums are in float64.
-    neurons : Neurons
-    max_iter : int, default=400
-    deadline : float, optional
-        ``time.monotonic()`` at which to stop.
     """
     decay, size, shapes = program.weight_decay, neurons.first.size, (neurons.first.shape, neurons.output.shape)
 
@@ -45,9 +41,9 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
             raise StopIteration
 
     start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
-    settings = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
-    minimize = scipy.optimize.minimize
-    return split(minimize(value, start, jac=True, method="L-BFGS-B", options=settings, callback=stop_when_late).x)
+    options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
+    found = scipy.optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options, callback=stop_when_late)
+    return split(found.x)
 
 
 def _loss_and_ascent(program: ReluProgram, network: Neurons) -> tuple[float, Float]:
@@ -70,9 +66,7 @@ def random_neurons(program: ReluProgram, width: int, rng: np.random.Generator) -
 
     Parameters
     ----------
-    program : ReluProgram
-    width : int
-    rng : numpy.random.Generator
+    program, width, rng : ReluProgram, int, numpy.random.Generator
     """
     loss = program.loss
     first = rng.standard_normal((program.n_inputs, width))

@@ -26,39 +26,29 @@ MOST_SYSTEMS = 100  # Newton systems that a polish may take by default
 
 
 def polish(
-    program: ReluProgram,
-    neurons: Neurons,
-    *,
-    damping: float = 0.1,
-    tol: float = 1e-14,
-    max_iter: int = MOST_SYSTEMS,
+    program: ReluProgram, neurons: Neurons, *, damping: float = 0.1, tol: float = 1e-14, max_iter: int = MOST_SYSTEMS,
     deadline: float | None = None,
-) -> Neurons:
+) -> Neurons:  # fmt: skip
     """A stationary network by Newton's method, never worse than the given one.
 
     If all variables are too many for one system, blocks of neurons take turns, the heaviest first.
 
     Parameters
     ----------
-    program : ReluProgram
-        With one case a row.
-    neurons : Neurons
+    program, neurons : ReluProgram, Neurons
+        The program has one case a row.
     damping : float
         First multiple of ``weight_decay`` on the diagonal: less when the neurons are nearly stationary.
-    tol : float
-        Predicted decrease relative to the objective at which to stop.
-    max_iter : int
-        Largest number of models of a block.
+    tol, max_iter : float, int
+        Predicted decrease relative to the objective at which to stop, and largest number of models of a block.
     deadline : float, optional
-        ``time.monotonic()`` after which no model is built.
     """
     neurons = neurons.select(np.argsort(-neurons.norms)).balanced()
     most = max(1, _MOST_VARIABLES // (program.n_inputs + program.n_outputs))
     blocks = [neurons.select(slice(start, start + most)) for start in range(0, len(neurons.output), most)]
     for k, block in enumerate(blocks):
-        fixed = np.zeros_like(program.loss.targets)
-        for other in blocks[:k] + blocks[k + 1 :]:
-            fixed += program.outputs(other)
+        others = (program.outputs(other) for other in blocks[:k] + blocks[k + 1 :])
+        fixed = sum(others, np.zeros_like(program.loss.targets))
         blocks[k] = _newton(replace(program, fixed=fixed), block, damping, tol, max_iter, deadline)
     return functools.reduce(Neurons.joined, blocks, neurons.select(slice(0)))
 
@@ -72,7 +62,11 @@ def _newton(
     for _ in range(max_iter):
         if is_over(deadline) or damping > _MOST_DAMPING or not len(neurons.output):
             break
-        if (step := _model_step(program, neurons, damping, deadline)) is None:
+        try:
+            step = NewtonModel(program, neurons, damping).minimise(deadline)
+        except scipy.linalg.LinAlgError:  # rounding made the model indefinite
+            step = None
+        if step is None:
             damping = max(10 * damping, 1e-4)
             continue
         length, moved, at_moved = _search(program, neurons, value, step)
@@ -84,14 +78,6 @@ def _newton(
         if abs(step.predicted) <= tol * value:
             break
     return neurons
-
-
-def _model_step(program: ReluProgram, neurons: Neurons, damping: float, deadline: float | None) -> NewtonStep | None:
-    try:
-        model = NewtonModel(program, neurons, damping)
-    except scipy.linalg.LinAlgError:  # rounding made the model indefinite
-        return None
-    return model.minimise(deadline)
 
 
 def _search(program: ReluProgram, neurons: Neurons, value: float, step: NewtonStep) -> tuple[float, Neurons, float]:

@@ -18,7 +18,6 @@ A leaving neuron has a hinge too: its norm, linear in the step, stays nonnegativ
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +46,8 @@ class NewtonModel:
 
     Parameters
     ----------
-    program : ReluProgram
-        With one case a row.
-    neurons : Neurons
-        Balanced.
+    program, neurons : ReluProgram, Neurons
+        The program has one case a row; the neurons are balanced.
     damping : float
         Multiple of ``weight_decay`` added to the second derivative.
     """
@@ -60,8 +57,8 @@ class NewtonModel:
         self.rows, self.beta, self.neurons = rows, weight_decay, neurons
         self.response = rows @ neurons.first
         self.opened = self.response > 0
-        hidden = np.maximum(self.response, 0)
-        outputs = hidden @ neurons.output
+        self.hidden = np.maximum(self.response, 0)
+        outputs = self.hidden @ neurons.output
         if program.fixed is not None:
             outputs = program.fixed + outputs
         dual = loss.negative_gradient(outputs)
@@ -71,9 +68,9 @@ class NewtonModel:
         #: Derivative of ``log ||s_j|| ||c_j||`` (m, q + K); balanced, so that either norm squared is their product.
         self.radial = np.hstack([neurons.first.T, neurons.output]) / neurons.norms[:, None]
         smooth_first = weight_decay * neurons.first - rows.T @ (self.opened * self.pull)
-        smooth_output = weight_decay * neurons.output - hidden.T @ dual
+        smooth_output = weight_decay * neurons.output - self.hidden.T @ dual
         gradient = np.hstack([smooth_first.T, smooth_output])  # (m, q + K)
-        hessian = loss.gauss_newton(outputs, functools.partial(self._derivative, hidden), gradient.size)
+        hessian = loss.gauss_newton(outputs, self._derivative, gradient.size)
         self._add_blocks(hessian, dual, weight_decay * (1 + damping))
         self.factor = scipy.linalg.cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
         self.gradient = self._solve(gradient.ravel())
@@ -96,14 +93,14 @@ class NewtonModel:
         predicted = -float(self.gradient @ z + 0.5 * z @ z) - hinges.increase(z)
         return NewtonStep(change[:, :q].T, change[:, q:], np.sum(self.radial * change, axis=1), predicted)
 
-    def _derivative(self, hidden: Float, half: Float, part: slice) -> Float:
+    def _derivative(self, half: Float, part: slice) -> Float:
         """``R_i'`` times the derivative of the outputs of some rows in all weights: (rows, K, m, q + K)."""
         q = len(self.neurons.first)
         weighted = np.einsum("ilk,jl->ikj", half, self.neurons.output)  # R_i' c_j
         gated = self.opened[part][:, None, :, None] * self.rows[part][:, None, None, :]
         jacobian = np.empty((*weighted.shape, q + half.shape[1]))
         np.multiply(weighted[:, :, :, None], gated, out=jacobian[..., :q])
-        jacobian[..., q:] = half.transpose(0, 2, 1)[:, :, None, :] * hidden[part][:, None, :, None]
+        jacobian[..., q:] = half.transpose(0, 2, 1)[:, :, None, :] * self.hidden[part][:, None, :, None]
         return jacobian
 
     def _add_blocks(self, hessian: Float, dual: Float, diagonal: float) -> None:
@@ -111,7 +108,10 @@ class NewtonModel:
         (q, m), K = self.neurons.first.shape, dual.shape[1]
         cross = np.stack([-self.rows.T @ (self.opened * dual[:, [k]]) for k in range(K)], axis=2).transpose(1, 0, 2)
         for j in np.flatnonzero(self.resting.any(axis=0)):
-            cross[j] -= _along(self.rows[self.resting[:, j]], cross[j])
+            face = self.rows[self.resting[:, j]]
+            _, values, right = np.linalg.svd(face / np.linalg.norm(face, axis=1, keepdims=True), full_matrices=False)
+            basis = right[values > 1e-7 * values[0]]
+            cross[j] -= basis.T @ (basis @ cross[j])
         left, values, right = np.linalg.svd(cross, full_matrices=False)
         cut = (left * np.minimum(values, self.beta)[:, None, :]) @ right
         blocks = hessian.reshape(m, q + K, m, q + K)
@@ -179,11 +179,3 @@ class _Hinges(NamedTuple):
         moved = self.columns.T @ z
         added = np.maximum(self.offset + moved, 0) - np.maximum(self.offset, 0) - self.opened * moved
         return float(self.weight @ added)
-
-
-def _along(face: Float, matrix: Float) -> Float:
-    """Component of the columns of ``matrix`` in the span of the rows of ``face``."""
-    lengths = np.linalg.norm(face, axis=1, keepdims=True)
-    _, values, right = np.linalg.svd(face / lengths, full_matrices=False)
-    basis = right[values > 1e-7 * values[0]]
-    return basis.T @ (basis @ matrix)

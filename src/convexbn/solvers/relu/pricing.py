@@ -25,14 +25,11 @@ class Pricing:
 
     Parameters
     ----------
-    V : ndarray (n, K)
-    A : ndarray (n, q)
-        Orthonormal columns.
-    starts : int
-        Starts of a search, fewer if the data are large.
-    rng : numpy.random.Generator
+    V, A : ndarray (n, K), (n, q)
+        ``A`` has orthonormal columns.
+    starts, rng : int, numpy.random.Generator
+        Number of starts of a search, fewer if the data are large, and their source.
     deadline : float, optional
-        ``time.monotonic()`` at which to stop.
     """
 
     def __init__(self, V: Float, A: Float, starts: int, rng: np.random.Generator, deadline: float | None) -> None:

@@ -23,11 +23,8 @@ def with_best_norms(program: ReluProgram, neurons: Neurons, deadline: float | No
 
     Parameters
     ----------
-    program : ReluProgram
-        With one case a row.
-    neurons : Neurons
-    deadline : float, optional
-        ``time.monotonic()`` at which to stop.
+    program, neurons, deadline : ReluProgram, Neurons, float or None
+        The program has one case a row.
     """
     loss, weight_decay = program.loss, program.weight_decay
     unit = neurons.with_norms(np.ones(len(neurons.output)))

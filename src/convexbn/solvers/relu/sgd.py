@@ -47,13 +47,11 @@ class SGD:
 
     Parameters
     ----------
-    epochs : int, default=20
-        Passes over the rows.
-    batch_size : int, default=250
-    learning_rate : float, default=0.2
-        Largest learning rate of the mean loss. For a nearly quadratic loss it is lowered to what is stable for the
+    epochs, batch_size : int
+        Passes over the rows, and rows of a batch.
+    learning_rate, momentum : float
+        The largest learning rate of the mean loss is lowered for a nearly quadratic loss, to what is stable for the
         hidden layer at the start.
-    momentum : float, default=0.9
     """
 
     epochs: int = 20
@@ -68,10 +66,8 @@ class SGD:
 
         Parameters
         ----------
-        program : ReluProgram
-        start : Neurons
-        rng : numpy.random.Generator
-            Orders the batches.
+        program, start, rng : ReluProgram, Neurons, numpy.random.Generator
+            The generator orders the batches.
         deadline : float, optional
             ``time.monotonic()`` by which the learning rate falls to zero.
         """
@@ -135,11 +131,8 @@ def random_start(program: ReluProgram, directions: Float, rng: np.random.Generat
 
     Parameters
     ----------
-    program : ReluProgram
-    directions : ndarray (q, m)
-        Standard normal.
-    rng : numpy.random.Generator
-        Draws the output layer.
+    program, directions, rng : ReluProgram, ndarray (q, m), numpy.random.Generator
+        The directions are standard normal; the generator draws the output layer.
     """
     (q, m), scale = directions.shape, program.loss.output_scale
     first = directions * np.sqrt(2 * program.row_weights.sum() / q * scale)
