@@ -2,7 +2,7 @@
 
 ``A`` (n, q) has orthonormal columns, or orthogonal ones of at most unit norm (a spectral filter). For weighted data
 rows are multiplied by ``sqrt(w)`` and ``V`` is divided by it. A bound is never below the maximum, rounding included;
-``local_maxima`` gives lower estimates.
+``local_maxima`` gives lower estimates. At a ``deadline``, a ``time.monotonic()``, the best so far is returned.
 
 ===================== ============== ==================================================================
 ``orthant``           K outputs      ignores A; exact at rank n - 1
@@ -26,18 +26,6 @@ from convexbn.bounds.orthant import orthant
 from convexbn.bounds.relaxation import Relaxed, relaxation
 
 __all__ = [
-    "MAX_RANK",
-    "Bound",
-    "DualPoint",
-    "Enclosure",
-    "EveryCell",
-    "Relaxed",
-    "branch_and_bound",
-    "dual_point",
-    "few_cells",
-    "lifted",
-    "lifted_dual_point",
-    "local_maxima",
-    "orthant",
-    "relaxation",
-]
+    "MAX_RANK", "Bound", "DualPoint", "Enclosure", "EveryCell", "Relaxed", "branch_and_bound", "dual_point",
+    "few_cells", "lifted", "lifted_dual_point", "local_maxima", "orthant", "relaxation",
+]  # fmt: skip

@@ -20,12 +20,9 @@ from convexbn.bounds.local_search import ascend, hidden_norms, normalise
 from convexbn.bounds.node_queue import Frontier, Nodes
 from convexbn.data.scaling import unit_scale
 
-#: Largest rank: the cones needed for a fixed accuracy grow geometrically with it.
-MAX_RANK = 8
-_BATCH = 256
-
-#: Bases whose orthants are tried while all open cones are too thin to split.
-_ATTEMPTS = 4
+MAX_RANK = 8  # the cones needed for a fixed accuracy grow geometrically with the rank
+_BATCH = 256  # cones that are split at a time
+_ATTEMPTS = 4  # bases whose orthants are tried while all open cones are too thin to split
 
 
 @dataclass(frozen=True)
@@ -59,18 +56,12 @@ def branch_and_bound(
     tol : float
         Stop when the bound is within a factor of ``1 + tol`` of the best value found.
     max_nodes : int
-        Largest number of cones; the last batch is finished, at most 512 more.
+        Largest number of cones; the last batch may exceed it, by 512 at most.
     deadline : float, optional
-        ``time.monotonic()`` at which to stop.
     start : ndarray (m, q), optional
         Directions of large value, such as local maxima: the better they are, the fewer cones are split.
     target : float
         Cones whose bound is at most this are not split: the weight decay, if only feasibility matters.
-
-    Raises
-    ------
-    ValueError
-        If ``q > 8``.
     """
     n, q = A.size // A.shape[-1], A.shape[-1]
     if q > MAX_RANK:

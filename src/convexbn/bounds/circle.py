@@ -16,13 +16,8 @@ def plane(V: Float, A: Float) -> tuple[float, float, Float, int]:
     On the arc between two breakpoints ``V'(A u)_+ = W u`` is linear, and ``||W u||`` is largest at an end or at a
     leading eigenvector of ``W'W`` on the arc.
 
-    Returns
-    -------
-    bound, rounding : float
-        The maximum rounded upwards, and by how much.
-    u : ndarray (q,)
-        Unit vector that attains it up to rounding.
-    arcs : int
+    Returns the maximum rounded upwards, by how much, a unit vector (q,) that attains it up to rounding, and the number
+    of arcs.
     """
     if A.shape[1] == 1:
         candidates = np.array([[1.0], [-1.0]])

@@ -32,15 +32,12 @@ import numpy as np
 from convexbn._types import EPS, Bool, Float, Index
 from convexbn.bounds.local_search import normalise
 
-#: Values ``a_i'g_j`` below this are zero: a generator placed on a hyperplane lies on it.
-_SNAP = 1e-14
+_SNAP = 1e-14  # values a_i'g_j below this are zero: a generator placed on a hyperplane lies on it
 _SWEEPS = 50
-#: Edges shorter than this part of the longest (in ``1 - cos``) are not split, and splits stay within these shares.
-_SHORT, _SHARES = 0.5, (0.4, 0.6)
-#: Part of the mean coordinate added to the maximiser's, so that the whole cone counts.
-_EVERYWHERE = 0.05
-#: Largest ``reach`` of a cone that is bounded and split.
-_LARGEST_REACH = 1e7
+_SHORT = 0.5  # edges shorter than this part of the longest (in 1 - cos) are not split
+_SHARES = 0.4, 0.6  # range of the shares at which edges are split
+_EVERYWHERE = 0.05  # part of the mean coordinate added to the maximiser's, so that the whole cone counts
+_LARGEST_REACH = 1e7  # of a cone that is bounded and split
 
 
 @dataclass(frozen=True)
@@ -100,10 +97,8 @@ def prepare(generators: Float, A: Float) -> Cones:
 def one_output(cones: Cones, weights: Float) -> tuple[Float, Float]:
     """Bound ``sum_i v_i (a_i'u)_+`` on every cone, each with its own weights ``v`` (B, n).
 
-    Returns
-    -------
-    bound, maximiser : ndarray (B,), (B, q)
-        The unit vector maximises the relaxation, up to the accuracy of the minimisation.
+    Returns the bounds (B,), and the unit vectors (B, q) that maximise the relaxation up to the accuracy of the
+    minimisation.
     """
     negative = np.maximum(-_crossing_weights(cones, weights), 0)
     # interpolate all rows, then take the negative crossing ones out again
@@ -119,10 +114,8 @@ def one_output(cones: Cones, weights: Float) -> tuple[Float, Float]:
 def several_outputs(cones: Cones, V: Float) -> tuple[Float, Float, Float]:
     """Bound ``||V'(A u)_+||`` on every cone.
 
-    Returns
-    -------
-    bound, maximiser, weights : ndarray (B,), (B, q), (B, n)
-        The weights are ``V c`` of the output direction ``c`` at the middle of the cone.
+    Returns the bounds (B,), the maximisers (B, q) and the weights (B, n), ``V c`` of the output direction ``c`` at the
+    middle of the cone.
     """
     chords, spread, padded = _chords(cones, V)
     outputs = normalise(chords.sum(axis=1))

@@ -21,11 +21,8 @@ from convexbn.bounds.bound import Bound
 from convexbn.bounds.relaxation import SMOOTHING, bound_at, minimise, relaxation, smoothed
 from convexbn.data.scaling import unit_scale
 
-#: L-BFGS steps in all.
-_STEPS = 400
-
-#: Largest multiplier that a stage starts from: beyond, the substitution is flat and it would never move again.
-_SATURATED = 2.0
+_STEPS = 400  # of L-BFGS in all
+_SATURATED = 2.0  # largest multiplier that a stage starts from; beyond, the substitution is flat and it would not move
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,12 @@ def dual_point(targets: Float, V: Float, A: Float, weight_decay: float, *, deadl
 
     Parameters
     ----------
-    targets : ndarray (n, 1)
-        ``y`` (weighted data: times ``sqrt(w)``).
-    V : ndarray (n, 1)
-        The residual, or any dual point to start from.
+    targets, V : ndarray (n, 1)
+        ``y`` (weighted data: times ``sqrt(w)``), and the residual, or any dual point to start from.
     A : ndarray (n, q)
         Orthonormal columns.
     weight_decay : float
-        beta.
     deadline : float, optional
-        ``time.monotonic()`` at which to stop.
     """
     scale = unit_scale(targets)
     y, beta, n = targets[:, 0] / scale, weight_decay / scale, len(A)
@@ -76,9 +69,7 @@ def rescaled(v: Float, bound: Bound, y: Float, beta: float) -> DualPoint:
 
     Parameters
     ----------
-    v, y : ndarray (n,)
-    bound : Bound
-    beta : float
+    v, y, bound, beta : ndarray (n,), ndarray (n,), Bound, float
     """
     free = max(float(v @ y), 0.0) / max(float(v @ v), 1e-300)
     t = min(free, beta / bound.value) if bound.value > 0 else free

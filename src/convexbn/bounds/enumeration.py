@@ -27,11 +27,9 @@ from convexbn.program.arrangement import count_bound, enumerate_patterns, row_ke
 
 #: Entries of the table of patterns in three dimensions, half as many in each further one: more take over a second.
 _ENTRIES = 1 << 23
-
-#: Relative distance of bound and value at which a minimum counts as found, and width of cells that may be missed.
-_ACCURACY, _THIN = 1e-9, 1e-12
-
 _BLOCK_ENTRIES = 1 << 20
+_ACCURACY = 1e-9  # relative distance of bound and value at which a minimum counts as found
+_THIN = 1e-12  # width of cells that may be missed
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from convexbn.bounds.bound import Bound
 from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
 from convexbn.data.scaling import unit_scale
 
-#: A bound is evaluated every so many iterations.
-CHECK_EVERY = 25
-#: Penalty for an objective of unit norm and unit trace, and over-relaxation.
-PENALTY, RELAXATION = 10.0, 1.8
+CHECK_EVERY = 25  # iterations between two bounds
+PENALTY, RELAXATION = 10.0, 1.8  # for an objective of unit norm and unit trace; over-relaxation
 
 
 def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None = None, target: float = 0.0) -> Bound:
@@ -38,7 +36,6 @@ def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None 
     iterations : int
         Alternating steps (for each sign when ``K = 1``).
     deadline : float, optional
-        ``time.monotonic()`` at which to stop.
     target : float
         Stop as soon as the bound is at most this.
     """

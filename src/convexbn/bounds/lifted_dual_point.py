@@ -31,18 +31,14 @@ def lifted_dual_point(
 
     Parameters
     ----------
-    targets : ndarray (n, 1)
-        ``y`` (weighted data: times ``sqrt(w)``).
-    V : ndarray (n, 1)
-        The residual of a good network: sets the scale of the penalty.
+    targets, V : ndarray (n, 1)
+        ``y`` (weighted data: times ``sqrt(w)``), and the residual of a good network, which scales the penalty.
     A : ndarray (n, q)
         Orthonormal columns, or orthogonal ones of at most unit norm.
     weight_decay : float
-        beta.
     iterations : int
         Alternating steps, of two eigendecompositions each.
     deadline : float, optional
-        ``time.monotonic()`` at which to stop.
     """
     scale = unit_scale(targets)
     search = _AlternatingDirections(targets[:, 0] / scale, V[:, 0] / scale, A, weight_decay / scale)

@@ -21,8 +21,7 @@ import scipy.linalg
 
 from convexbn._types import EPS, Float
 
-#: What a column's norm may lack in quadrature without completion: a shorter column is valid, only less tight.
-_COMPLETE = 1e-6
+_COMPLETE = 1e-6  # norm that a column may lack, in quadrature, without completion: valid, only less tight
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,11 @@ from convexbn.data.blocks import BlockSize
 from convexbn.data.scaling import unit_scale
 
 _FIXED_POINT_STEPS, _CONCAVE_STEPS = 4, 40
-_SAME_DIRECTION = 1 - 1e-4
-
-#: Steps without a rise after which a direction is given up.
-_RESTS = 4
-
-#: Distances of further starts around the initial directions, as tangents of the angle.
-_SPREADS = (0.1, 0.4)
-
-#: Directions that are followed to the end and returned; on small data, of ``n q`` entries, more are followed.
-_FOLLOWED, _FOLLOWED_ENTRIES = 30, 1 << 18
-
-#: Entries of the hidden layer in memory at a time.
-_HIDDEN_ENTRIES = 1 << 23
+_SAME_DIRECTION = 1 - 1e-4  # cosine
+_RESTS = 4  # steps without a rise after which a direction is given up
+_SPREADS = 0.1, 0.4  # distances of further starts around the initial directions, as tangents of the angle
+_FOLLOWED, _FOLLOWED_ENTRIES = 30, 1 << 18  # directions followed and returned; more are followed if n q is small
+_HIDDEN_ENTRIES = 1 << 23  # of the hidden layer in memory at a time
 
 
 def local_maxima(
@@ -47,9 +39,8 @@ def local_maxima(
     V : ndarray (n, K)
     A : ndarray (n, q)
         Orthonormal columns; or groups of rows (n, G, q).
-    n_starts : int
-        Number of random starts.
-    rng : numpy.random.Generator
+    n_starts, rng : int, numpy.random.Generator
+        Number and source of random starts.
     start : ndarray (m, q), optional
         Further directions to ascend from, and from around them: the present neurons.
     rounds : int
@@ -117,8 +108,7 @@ def scattered(directions: Float, count: int, spread: float, rng: np.random.Gener
 
     Parameters
     ----------
-    directions : ndarray (m, q)
-    count : int
+    directions, count : ndarray (m, q), int
     spread : float
         Tangent of their angle to the direction, about.
     rng : numpy.random.Generator
@@ -135,8 +125,7 @@ def distinct(directions: Float, values: Float, keep: int) -> Float:
 
     Parameters
     ----------
-    directions, values : ndarray (m, q), (m,)
-    keep : int
+    directions, values, keep : ndarray (m, q), ndarray (m,), int
     """
     ordered = directions[np.argsort(-values, kind="stable")]
     chosen: list[int] = []
@@ -157,7 +146,6 @@ def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
     ----------
     directions, V, A : ndarray (m, q), (n, K), (n, q) or (n, G, q)
     rounds : int
-        Largest number of steps.
     """
     if A.ndim == 3:
         return _risen(directions, V, A, rounds)
@@ -203,10 +191,8 @@ def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float) -> tu
 
     Parameters
     ----------
-    linear, upper : ndarray (m, q), (m, n) or (n,)
-        ``p`` and ``w >= 0``, one row a problem.
-    start : ndarray (m, n)
-        Dual variables to start from.
+    linear, upper, start : ndarray (m, q), (m, n) or (n,), (m, n)
+        ``p``, ``w >= 0`` and a first ``s``, one row a problem.
     A : ndarray (n, q)
         ``||A|| <= 1``.
 

@@ -8,8 +8,7 @@ from convexbn._types import EPS, Float
 from convexbn.data.scaling import unit_scale
 from convexbn.program.rays import group_directions
 
-#: Different directions up to which the Perron bound is computed: its matrix is square in them.
-_PERRON_ROWS = 2000
+_PERRON_ROWS = 2000  # different directions up to which the Perron bound is computed: its matrix is square in them
 
 
 def orthant(dual: Float) -> tuple[float, float]:

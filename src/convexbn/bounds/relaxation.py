@@ -18,68 +18,45 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.optimize
 
-from convexbn._types import EPS, Bool, Float, is_over
+from convexbn._types import EPS, Float, is_over
 from convexbn.bounds import trust_region
 from convexbn.bounds.bound import Bound
 from convexbn.data.scaling import unit_scale
 
-#: Smoothing of the trust-region problem and of the larger of two signs, relative, from coarse to fine.
-SMOOTHING = (1e-2, 1e-3, 1e-4)
+SMOOTHING = (1e-2, 1e-3, 1e-4)  # relative, from coarse to fine: of the trust-region problem, of the larger sign
 _EXPONENT = 40.0
 
 
 @dataclass(frozen=True)
 class Relaxed(Bound):
-    """The bound, with the multipliers (n, 2) of ``v'(A u)_+`` and ``-v'(A u)_+``, as ``Terms`` takes them."""
+    """The bound, with the multipliers (n, 2) of ``v'(A u)_+`` and ``-v'(A u)_+``."""
 
     multipliers: tuple[Float, Float]
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The quadratics ``c_i + l_i t + k_i t^2`` that bound ``sign(v_i) t_+``, one a row.
+class _Terms:
+    """The quadratics ``c_i + l_i t + k_i t^2`` that bound ``sign(v_i) t_+``, one a row, at any multipliers (n, 2).
 
-    Attributes
-    ----------
-    positive : ndarray (n,)
-        Rows with ``v_i > 0``.
-    norms : ndarray (n,)
-        ``||a_i||``, positive.
-    multipliers : ndarray (n, 2)
-        Any values: logarithm of ``2 alpha / ||a_i||`` (first column) in positive rows, logits of s in the others.
+    The first multiplier of a positive row is the logarithm of ``2 alpha / ||a_i||``; those of others are logits of s.
     """
 
-    positive: Bool
-    norms: Float
-    multipliers: Float
-
-    @property
-    def alpha(self) -> Float:
-        """``||a_i|| exp(x_1) / 2``, kept in range."""
-        return 0.5 * self.norms * np.exp(np.clip(self.multipliers[:, 0], -_EXPONENT, _EXPONENT))
-
-    @property
-    def shares(self) -> Float:
-        """``(s_1, s_2)`` (n, 2): softmax of ``(x_1, x_2, 0)`` without the last."""
-        powers = np.exp(np.clip(self.multipliers, -_EXPONENT, _EXPONENT))
-        return powers / (1 + powers.sum(axis=1, keepdims=True))
-
-    def coefficients(self) -> tuple[Float, Float, Float]:
-        """Constants, slopes and curvatures of the quadratics."""
-        first, second = self.shares.T
-        constant = np.where(self.positive, self.alpha / 4, 0.0)
-        slope = np.where(self.positive, 0.5, -first - second / 2)
-        curvature = np.where(self.positive, 0.25 / self.alpha, -second / (2 * self.norms))
-        return constant, slope, curvature
+    def __init__(self, v: Float, A: Float, multipliers: Float) -> None:
+        self.positive = v > 0
+        self.norms = np.linalg.norm(A, axis=1) * (1 + 64 * EPS) + 1e-150  # rounded upwards, positive
+        powers = np.exp(np.clip(multipliers, -_EXPONENT, _EXPONENT))
+        self.alpha = 0.5 * self.norms * powers[:, 0]
+        self.first, self.second = (powers / (1 + powers.sum(axis=1, keepdims=True))).T  # softmax of (x_1, x_2, 0)
+        self.constant = np.where(self.positive, self.alpha / 4, 0.0)
+        self.slope = np.where(self.positive, 0.5, -self.first - self.second / 2)
+        self.curvature = np.where(self.positive, 0.25 / self.alpha, -self.second / (2 * self.norms))
 
     def multiplier_gradient(self, mean: Float, square: Float) -> Float:
         """Derivative (n, 2) of ``c_i + l_i mean_i + k_i square_i`` by the multipliers."""
-        first, second = self.shares.T
         by_first, by_second = -mean, -mean / 2 - square / (2 * self.norms)
-        average = first * by_first + second * by_second
+        average = self.first * by_first + self.second * by_second
         of_alpha = self.alpha / 4 - square / (4 * self.alpha)
-        by_x1 = np.where(self.positive, of_alpha, first * (by_first - average))
-        return np.column_stack([by_x1, np.where(self.positive, 0.0, second * (by_second - average))])
+        by_x1 = np.where(self.positive, of_alpha, self.first * (by_first - average))
+        return np.column_stack([by_x1, np.where(self.positive, 0.0, self.second * (by_second - average))])
 
 
 def relaxation(V: Float, A: Float, *, steps: int = 150, deadline: float | None = None) -> Relaxed:
@@ -93,7 +70,6 @@ def relaxation(V: Float, A: Float, *, steps: int = 150, deadline: float | None =
     steps : int
         L-BFGS steps for each sign.
     deadline : float, optional
-        ``time.monotonic()`` at which to stop improving the multipliers.
     """
     scale = unit_scale(V)
     signed = (V[:, 0] / scale, -V[:, 0] / scale)
@@ -108,19 +84,13 @@ def bound_at(v: Float, A: Float, multipliers: Float) -> tuple[float, float]:
     ----------
     v, A, multipliers : ndarray (n,), (n, q), (n, 2)
     """
-    constant, slope, curvature = Terms(v > 0, row_norms(A), multipliers).coefficients()
-    size = np.abs(v)
-    offset = float(size @ constant)
-    linear, Q = A.T @ (size * slope), (A.T * (size * curvature)) @ A
-    magnitude = offset + float(np.linalg.norm(np.abs(A).T @ (size * np.abs(slope))))
-    magnitude += float(np.trace((A.T * (size * np.abs(curvature))) @ A))
+    terms, size = _Terms(v, A, multipliers), np.abs(v)
+    offset = float(size @ terms.constant)
+    linear, Q = A.T @ (size * terms.slope), (A.T * (size * terms.curvature)) @ A
+    magnitude = offset + float(np.linalg.norm(np.abs(A).T @ (size * np.abs(terms.slope))))
+    magnitude += float(np.trace((A.T * (size * np.abs(terms.curvature))) @ A))
     rounding = EPS * (len(A) + 32 * A.shape[1]) * magnitude
     return max(offset + trust_region.maximum(linear, Q) + rounding, 0.0), rounding
-
-
-def row_norms(A: Float) -> Float:
-    """``||a_i||``, rounded upwards, positive."""
-    return np.linalg.norm(A, axis=1) * (1 + 64 * EPS) + 1e-150
 
 
 def smoothed(v: Float, A: Float, multipliers: Float, eps: float) -> tuple[float, Float, Float]:
@@ -128,16 +98,14 @@ def smoothed(v: Float, A: Float, multipliers: Float, eps: float) -> tuple[float,
 
     Parameters
     ----------
-    v, A, multipliers : ndarray (n,), (n, q), (n, 2)
-    eps : float
+    v, A, multipliers, eps : ndarray (n,), ndarray (n, q), ndarray (n, 2), float
     """
-    terms = Terms(v > 0, row_norms(A), multipliers)
-    constant, slope, curvature = terms.coefficients()
-    size = np.abs(v)
-    largest, u, U = trust_region.smoothed_maximum(A.T @ (size * slope), (A.T * (size * curvature)) @ A, eps)
+    terms, size = _Terms(v, A, multipliers), np.abs(v)
+    linear, Q = A.T @ (size * terms.slope), (A.T * (size * terms.curvature)) @ A
+    largest, u, U = trust_region.smoothed_maximum(linear, Q, eps)
     mean, square = A @ u, np.einsum("ij,ij->i", A @ U, A)
-    by_size = constant + slope * mean + curvature * square
-    return float(size @ constant) + largest, by_size, size[:, None] * terms.multiplier_gradient(mean, square)
+    by_size = terms.constant + terms.slope * mean + terms.curvature * square
+    return float(size @ terms.constant) + largest, by_size, size[:, None] * terms.multiplier_gradient(mean, square)
 
 
 def _optimise(v: Float, A: Float, steps: int, deadline: float | None) -> tuple[float, float, int, Float]:
@@ -166,10 +134,9 @@ def minimise(
     ----------
     objective : callable
         ``(point, eps) -> value, gradient``.
-    start, eps : ndarray, float
+    start, eps, deadline : ndarray, float, float or None
     steps : int
         Steps of all smoothings together.
-    deadline : float or None
     """
 
     def watch(_: Float) -> None:

@@ -21,8 +21,7 @@ def smoothed_maximum(linear: Float, Q: Float, eps: float) -> tuple[float, Float,
 
     Parameters
     ----------
-    linear, Q : ndarray (q,), (q, q)
-    eps : float
+    linear, Q, eps : ndarray (q,), ndarray (q, q), float
     """
     values, basis = scipy.linalg.eigh(Q, check_finite=False)
     rotated = basis.T @ linear
