@@ -1,8 +1,7 @@
 """The judge: objective, valid lower bound, gap and status of a given network, whoever trained it.
 
-It takes a question and a record of arrays and recomputes everything: the network's own batch norm on the raw data, the
-loss, the penalty, a dual point and its bound. It knows no solver; what a solver says of itself only names why it
-stopped.
+It takes a question and a network, and recomputes everything: batch norm on the raw data, the loss, the penalty, a dual
+point and its bound. It knows no solver; what a solver says of itself only names why it stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from convexbn._types import EPS, Float
-from convexbn.certificate.dual_bounds import DualBound
+from convexbn.certificate.dual_bounds import DualBound, ReluDualBounds
 from convexbn.certificate.gated import GatedCase
 from convexbn.certificate.question import Question
 from convexbn.certificate.relu import ReluCase
@@ -25,11 +24,10 @@ from convexbn.program.losses import Loss
 from convexbn.program.network import BatchNormNetwork
 
 _GOLDEN = (np.sqrt(5) - 1) / 2
-
 #: Steps of a golden section: the interval shrinks by 1e-10.
 _SECTIONS = 48
 
-#: Relative difference of the loss by which stored statistics may change the network, where the tolerance is smaller.
+#: Relative change of the objective that stored statistics may make, if the tolerance is smaller.
 _SAME_LOSS = 1e-9
 
 
@@ -39,27 +37,25 @@ class Certificate:
 
     Attributes
     ----------
-    objective : float
-        Loss plus penalty, recomputed from the raw data with the network's own batch norm.
-    lower_bound : float
-        No network of the scope has a smaller objective.
+    objective, lower_bound : float
+        Loss plus penalty, recomputed with the network's own batch norm; no network of the scope is below the bound.
     tolerance : float
         Relative gap that counts as optimal.
-    scope : str
-        ``"these gates"`` (the gates are part of the model) or ``"all patterns"``.
-    status : Status
-    sentence : str
-        Status, cause and remedy in words.
+    scope : {"these gates", "all patterns"}
+        Networks with the same gates, or all batch-normalised ReLU networks.
+    status, sentence : Status, str
+        The result in one word; status, cause and remedy in words.
     stopped_by : str
         A key of ``status.STOPPED_BY``.
     weight_decay_objective : float
         Loss plus ``weight_decay / 2`` times the squared norm of the weights of the plain network of neurons.
     bound : str
-        What bounds the dual point: ``"gates"`` (exact), ``"orthant"``, ``"branch and bound"``, ``"relaxation"``,
-        ``"chosen dual point"``, ``"lifted dual point"`` or ``"lifted relaxation"``.
+        Source of the bound: ``"gates"`` (exact), ``"orthant"``, ``"every cell"`` (exact), ``"branch and bound"``,
+        ``"relaxation"``, ``"chosen dual point"``, ``"lifted dual point"`` or ``"lifted relaxation"``; ``"none"``
+        without a bound.
     estimated_gap : float or None
-        Relative gap if a local search had found the worst pattern: an estimate, not a bound. The relative gap
-        itself where that is within the tolerance; None for gates, and where no time was left to search.
+        Relative gap if a local search found the worst pattern: an estimate, not a bound. Equal to the relative gap
+        if that is within the tolerance; None for gates, or if no time was left to search.
     """
 
     objective: float
@@ -85,45 +81,33 @@ class Certificate:
 
 
 def certify(
-    question: Question,
-    network: BatchNormNetwork,
-    *,
-    stopped_by: str = "tolerance",
-    own_rows: bool = False,
+    question: Question, network: BatchNormNetwork, *, stopped_by: str = "tolerance", own_rows: bool = False,
     deadline: float | None = None,
-) -> Certificate:
-    """Judge a network: for its gates by the exact dual, a ReLU network over all widths and patterns.
+) -> Certificate:  # fmt: skip
+    """Judge a gated network by the exact dual of its gates, a ReLU network over all widths and patterns.
 
     Parameters
     ----------
-    question : Question
-        Raw rows, program and tolerance.
-    network : BatchNormNetwork
-        The answer; a gated network names the gates of the program that its neurons sit on.
-    stopped_by : str, default="tolerance"
+    question, network : Question, BatchNormNetwork
+        A gated network names the gate of the program for each neuron; a ValueError if a neuron does not follow it.
+    stopped_by : str
         Why the solver stopped, a key of ``status.STOPPED_BY``.
-    own_rows : bool, default=False
-        Whether these are the rows that the network was trained on: with the statistics that it stores it must then
-        have the loss that is judged, else NUMERICAL.
+    own_rows : bool
+        Whether the network was trained on these rows. Its stored statistics must then give the loss that is judged,
+        else the status is NUMERICAL.
     deadline : float or None
         ``time.monotonic()`` after which no further bound over all patterns is tried; None: each does its stated work.
-
-    Raises
-    ------
-    ValueError
-        When a neuron does not follow the gate that it names.
     """
-    program, weights = question.program, question.row_weights
-    mean = network.mean if own_rows else None
-    rank = question.rows.shape[1]
-    responses = PreActivations.compute(question.X, network.weight, weights, rank=rank, mean=mean)
+    program, mean, rank = question.program, network.mean if own_rows else None, question.rows.shape[1]
+    responses = PreActivations.compute(question.X, network.weight, question.row_weights, rank=rank, mean=mean)
     coordinates, outside = _whitened(question, responses)
     case: GatedCase | ReluCase
     if isinstance(program, GatedProgram):
         case = GatedCase.examine(question, program, network, responses)
     else:
-        case = ReluCase(question, program, network, responses, coordinates, deadline)
-    outputs = case.outputs(_first_layer(responses, network.gamma, network.shift))
+        directions = np.vstack([network.gamma * coordinates, network.shift]).T
+        case = ReluCase(question, network, responses, ReluDualBounds(program, directions, question.tol, deadline))
+    outputs = case.outputs(np.vstack([network.gamma * responses.coefficients, network.shift]))
     proof = judge(
         program.loss, outputs, program.weight_decay, Penalty(case.penalty(coordinates), network.weight_decay_penalty),
         case.bounds, question.scope, question.tol, "outside" if outside else stopped_by,
@@ -133,54 +117,42 @@ def certify(
 
 @dataclass(frozen=True)
 class Penalty:
-    """What weight decay multiplies: in the program, and of the plain network of neurons."""
+    """Factor of the weight decay: in the program, and for the plain network of neurons."""
 
     value: float
     plain: float
 
 
 class Prover(Protocol):
-    """Bounds of dual points."""
+    """Source of dual points with bounds of their dual norms."""
 
     def bounded(self, dual: Float) -> Iterable[DualBound]:
-        """Bounded dual points from the dual ``-grad L(F)``, cheap ones first."""
+        """Dual points found from ``-grad L(F)``, cheap bounds first."""
 
     def estimate(self, dual: Float) -> float | None:
-        """A lower estimate of the dual norm, for the estimated gap."""
+        """Lower estimate of the dual norm; None without one."""
 
 
 def judge(
-    loss: Loss,
-    outputs: Float,
-    weight_decay: float,
-    penalty: Penalty,
-    prover: Prover,
-    scope: Scope,
-    tol: float,
+    loss: Loss, outputs: Float, weight_decay: float, penalty: Penalty, prover: Prover, scope: Scope, tol: float,
     stopped_by: str,
-) -> Certificate:
-    """Certificate of outputs ``F`` with a given penalty: dual points, lower bound, gap, status and sentence.
+) -> Certificate:  # fmt: skip
+    """Certificate of outputs ``F`` with a given penalty.
 
     Parameters
     ----------
-    loss : Loss
+    loss, weight_decay, penalty : Loss, float, Penalty
     outputs : ndarray (n, K)
         ``F``.
-    weight_decay : float
-    penalty : Penalty
     prover : Prover
-        Gives bounded dual points; no more are asked for than it takes to close the gap.
+        Asked for dual points until the gap is closed.
     scope : Scope
-        Among what the outputs are compared.
-    tol : float
-        Relative gap that counts as optimal.
-    stopped_by : str
-        Why the solver stopped.
+        Networks to compare with.
+    tol, stopped_by : float, str
+        Relative gap that counts as optimal, and why the solver stopped.
     """
-    value = loss.value(outputs)
+    value, dual, best = loss.value(outputs), loss.negative_gradient(outputs), _Best()
     objective = value + weight_decay * penalty.value
-    best = _Best()
-    dual = loss.negative_gradient(outputs)
     if np.isfinite(objective) and np.isfinite(dual).all():
         best = _best_bound(loss, dual, weight_decay, prover, objective, tol, at_zero=penalty.value == 0)
     lower, gap = best.lower, objective - best.lower
@@ -190,23 +162,16 @@ def judge(
     status = status_of(relative, tol, trivial=best.trivial, stopped_by=stopped_by, estimated=best.estimated)
     sentence = message(status, objective, relative, tol, best.floor, scope, stopped_by)
     return Certificate(
-        objective=objective,
-        lower_bound=lower,
-        tolerance=tol,
-        scope=scope.name,
-        status=status,
-        sentence=sentence + bound_note(status, best.estimated, best.bound),
-        stopped_by=stopped_by,
-        weight_decay_objective=value + weight_decay * penalty.plain,
-        bound=best.bound,
-        estimated_gap=best.estimated,
-    )
+        objective=objective, lower_bound=lower, tolerance=tol, scope=scope.name, status=status,
+        sentence=sentence + bound_note(status, best.estimated, best.bound), stopped_by=stopped_by,
+        weight_decay_objective=value + weight_decay * penalty.plain, bound=best.bound, estimated_gap=best.estimated,
+    )  # fmt: skip
 
 
 class _Best(NamedTuple):
-    """The largest lower bound, by which bound of the dual norm, and what rounding may have taken, relative to it.
+    """Largest lower bound, the source of its dual norm, and its relative loss by rounding.
 
-    ``trivial``: zero is optimal. ``estimated``: the relative gap if a local search has found the worst pattern.
+    ``trivial``: zero is optimal. ``estimated``: the relative gap if a local search found the worst pattern.
     """
 
     lower: float = -np.inf
@@ -219,41 +184,24 @@ class _Best(NamedTuple):
 def _best_bound(
     loss: Loss, dual: Float, weight_decay: float, prover: Prover, objective: float, tol: float, *, at_zero: bool
 ) -> _Best:
-    """Bounds from ``-grad L(F)`` on, until one closes the gap; ``at_zero``: whether ``F`` is of the zero network."""
-    best, trivial = _Best(), False
+    """Best of the prover's bounds, up to one that closes the gap; ``at_zero``: ``F`` is of the zero network."""
+    best, trivial, closed = _Best(), False, False
     for point in prover.bounded(dual):
         found = lower_bound(loss, point.dual, point.bound, weight_decay)
         if found > best.lower:
-            floor = point.rounding / max(point.bound, weight_decay) + 64 * EPS
-            best = _Best(found, point.name, floor)
+            best = _Best(found, point.name, point.rounding / max(point.bound, weight_decay) + 64 * EPS)
         own = at_zero and np.array_equal(point.dual, dual)
         trivial |= own and point.bound - point.rounding <= weight_decay * (1 + 64 * EPS)
-        if objective - best.lower <= tol * objective:
+        if closed := objective - best.lower <= tol * objective:
             break
-    estimated = None
-    if best.bound != "gates":
-        estimated = _estimated_gap(loss, dual, weight_decay, prover, objective, best.lower, tol)
-    return best._replace(trivial=trivial, estimated=estimated)
-
-
-def _estimated_gap(
-    loss: Loss, dual: Float, weight_decay: float, prover: Prover, objective: float, lower: float, tol: float
-) -> float | None:
-    """Relative gap if a local search has found the worst pattern; the proved one where that is within ``tol``."""
-    if objective - lower <= tol * objective:
-        return max(objective - lower, 0.0) / objective if objective != 0 else 0.0
-    norm = prover.estimate(dual)
-    if norm is None:
-        return None
-    guess = max(lower_bound(loss, dual, max(norm, weight_decay), weight_decay), lower)
-    return max(objective - guess, 0.0) / objective
-
-
-def downgraded(proof: Certificate, stopped_by: str) -> Certificate:
-    """The certificate without its claim: NUMERICAL, for a reason of ``status.STOPPED_BY``."""
-    numbers = proof.objective, proof.relative_gap, proof.tolerance, 0.0
-    sentence = message(Status.NUMERICAL, *numbers, Scope(proof.scope), stopped_by)
-    return replace(proof, status=Status.NUMERICAL, sentence=sentence, stopped_by=stopped_by)
+    best, guess = best._replace(trivial=trivial), best.lower
+    if best.bound == "gates":
+        return best
+    if not closed:
+        if (norm := prover.estimate(dual)) is None:
+            return best
+        guess = max(lower_bound(loss, dual, max(norm, weight_decay), weight_decay), guess)
+    return best._replace(estimated=max(objective - guess, 0.0) / objective if objective != 0 else 0.0)
 
 
 def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) -> float:
@@ -267,10 +215,10 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     dual : ndarray (n, K)
         The dual point ``V``.
     dual_norm, weight_decay : float
-        Norm of the correlations of ``V``, and the bound on it that makes a point feasible.
+        Norm of the correlations of ``V``; a point is feasible if the norm is at most ``weight_decay``.
     """
-    largest = weight_decay / dual_norm if dual_norm > 0 else 1.0
-    high = min(largest, 2.0)  # beyond twice the residual nothing is won near an optimum
+    # beyond twice the residual nothing is won near an optimum
+    high = min(weight_decay / dual_norm if dual_norm > 0 else 1.0, 2.0)
     tried = [loss.dual_value(t * dual) for t in (0.0, min(1.0, high), high)]
 
     def value(t: float) -> float:
@@ -282,48 +230,44 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     for _ in range(_SECTIONS):
         if at_left >= at_right:
             high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = value(left)
+            at_left = value(left := high - _GOLDEN * (high - low))
         else:
             low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = value(right)
+            at_right = value(right := low + _GOLDEN * (high - low))
     return max(tried)
 
 
 def _with_stored_statistics(proof: Certificate, case: GatedCase | ReluCase, outputs: Float) -> Certificate:
-    """The certificate, NUMERICAL where the network with its stored statistics has another loss."""
+    """Certificate of a network on its own rows: NUMERICAL if its stored statistics give another loss."""
     network, question, responses = case.network, case.question, case.responses
     loss, total = question.program.loss, float(question.row_weights.sum())
     scale = network.gamma * responses.norms / np.sqrt(network.n_effective)
     constant = (network.gamma * responses.offsets + network.shift) * np.sqrt(total / network.n_effective)
     allowed = max(proof.tolerance, _SAME_LOSS) * proof.weight_decay_objective
-    same_mean = isinstance(case, ReluCase) or np.array_equal(network.mean, question.mean)
-    if same_mean:
-        change = np.hypot(scale - network.gamma, constant - network.shift) @ np.linalg.norm(network.output, axis=1)
-        if _loss_moves_at_most(loss, outputs, question.readout.norm * float(change)) <= allowed:
-            return proof
-    stored = (case if same_mean else case.at_mean(network.mean)).outputs(_first_layer(responses, scale, constant))
+    change = np.hypot(scale - network.gamma, constant - network.shift) @ np.linalg.norm(network.output, axis=1)
+    if isinstance(case, GatedCase) and not np.array_equal(network.mean, question.mean):
+        case = case.at_mean(network.mean)
+    elif _loss_moves_at_most(loss, outputs, question.readout.norm * float(change)) <= allowed:
+        return proof
+    stored = case.outputs(np.vstack([scale * responses.coefficients, constant]))
     judged = proof.weight_decay_objective - question.program.weight_decay * network.weight_decay_penalty
-    return downgraded(proof, "statistics") if abs(loss.value(stored) - judged) > allowed else proof
+    if not abs(loss.value(stored) - judged) <= allowed:
+        numbers = proof.objective, proof.relative_gap, proof.tolerance, 0.0
+        sentence = message(Status.NUMERICAL, *numbers, Scope(proof.scope), "statistics")
+        return replace(proof, status=Status.NUMERICAL, sentence=sentence, stopped_by="statistics")
+    return proof
 
 
 def _loss_moves_at_most(loss: Loss, outputs: Float, distance: float) -> float:
-    """Change of the loss when the outputs move by a weighted norm: no loss has more curvature than 1."""
+    """Bound on the change of the loss if the outputs move by a weighted norm: no loss has curvature above 1."""
     slope = float(np.linalg.norm(loss.negative_gradient(outputs) / np.sqrt(loss.weights)[:, None]))
     return (slope + distance) * distance  # a power would raise where it overflows
 
 
-def _first_layer(responses: PreActivations, scale: Float, constant: Float) -> Float:
-    """First-layer columns on the rows of normalised pre-activations: (r + 1, m)."""
-    return np.vstack([scale * responses.coefficients, constant])
-
-
 def _whitened(question: Question, responses: PreActivations) -> tuple[Float, bool]:
     """Coordinates ``Phi^{-1} q_j / ||q_j||`` of pre-activations, and whether one leaves the directions kept."""
-    rows, phi = question.rows, question.spectral_filter
-    phi = np.ones(rows.shape[1] - 1) if phi is None else phi
-    coordinates = responses.products(rows, question.row_weights) / phi[:, None]
+    phi = np.ones(question.rows.shape[1] - 1) if question.spectral_filter is None else question.spectral_filter
+    coordinates = responses.products(question.rows, question.row_weights) / phi[:, None]
     norms = np.linalg.norm(coordinates, axis=0)
     outside = bool(np.any(responses.coefficients.any(axis=0) & (norms < 1 - 1e-6)))
     return coordinates / np.where(norms > 0, norms, 1.0) / phi[:, None], outside

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,26 +15,21 @@ from convexbn.program.gated import GatedProgram, gated_outputs
 from convexbn.program.gates import distinct_gates, gate_patterns
 from convexbn.program.network import BatchNormNetwork
 
-#: Gates of rows held at once, and the fewest rows.
+#: Entries of the patterns that are compared at a time, and the fewest rows of such a block.
 _ENTRIES, _LEAST_ROWS = 1 << 22, 64
 
 
 @dataclass(frozen=True, eq=False)
 class GatedCase:
-    """A network on the gates of a question.
+    """A network on the gates of a question, and the bounds of its dual points.
 
-    Attributes
-    ----------
-    place : ndarray (m,)
-        Place of every neuron among the gates that are used.
-    opened : ndarray (N, m') of bool
-        Patterns of those gates.
+    ``opened`` (N, m') are the patterns of the gates in use, ``place`` (m,) the position of every neuron among them.
     """
 
     question: Question
-    program: GatedProgram
     network: BatchNormNetwork
     responses: PreActivations
+    bounds: GateDualBounds
     place: Index
     opened: Bool
 
@@ -43,61 +37,46 @@ class GatedCase:
     def examine(
         cls, question: Question, program: GatedProgram, network: BatchNormNetwork, responses: PreActivations
     ) -> GatedCase:
-        """Check that every neuron follows the gate that it names.
+        """Check that every neuron follows the gate that it names, else raise a ValueError.
 
         Parameters
         ----------
-        question : Question
-        program : GatedProgram
-            The program of ``question``, with the gates of the network.
-        network : BatchNormNetwork
-        responses : PreActivations
-            Inputs of its batch norms on the training rows.
-
-        Raises
-        ------
-        ValueError
-            When one does not.
+        question, program : Question, GatedProgram
+            The program is that of the question.
+        network, responses : BatchNormNetwork, PreActivations
+            The responses are the inputs of the network's batch norms on the rows.
         """
         patterns = program.operator.patterns
         _check_gates(question, patterns, *network.fixed_gates)
         used, place = np.unique(network.fixed_gates[2], return_inverse=True)
-        return cls(question, program, network, responses, place, patterns[:, used])
-
-    @property
-    def bounds(self) -> GateDualBounds:
-        """Bounds of dual points."""
-        return GateDualBounds(self.program)
+        return cls(question, network, responses, GateDualBounds(program), place, patterns[:, used])
 
     def penalty(self, coordinates: Float) -> float:
         """``sum_i ||S_i||`` of first layers along whitened coordinates (q - 1, m)."""
         first = np.vstack([self.network.gamma * coordinates, self.network.shift])
-        return float(self.program.norm.of(self._blocks(first)).sum())
+        return float(self.bounds.program.norm.of(self._blocks(first)).sum())
 
     def outputs(self, first: Float) -> Float:
-        """Outputs of first layers on the network's own pre-activations."""
-        blocks = self._blocks(first)
-        return gated_outputs(self.responses.rows, self.opened, blocks, self.question.readout)
+        """Outputs (n, K) of first layers (r + 1, m) on the network's own pre-activations."""
+        return gated_outputs(self.responses.rows, self.opened, self._blocks(first), self.question.readout)
 
     def at_mean(self, mean: Float) -> GatedCase:
-        """The same network with the patterns of its gates about another mean."""
+        """Case with the patterns of the network's gates about another mean."""
         gates, offsets, _ = self.network.fixed_gates
         first = np.unique(self.place, return_index=True)[1]
-        opened = gate_patterns(self.question.X, mean, gates[:, first], offsets[first])
-        return replace(self, opened=opened)
+        return replace(self, opened=gate_patterns(self.question.X, mean, gates[:, first], offsets[first]))
 
     def _blocks(self, first: Float) -> Float:
         """Blocks ``sum_j s_j c_j'`` over the neurons of every gate: (m', q, K)."""
         count, output = self.opened.shape[1], self.network.output
         order = np.argsort(self.place, kind="stable")
-        ends = np.searchsorted(self.place[order], np.arange(count + 1))
-        parts = [order[start:stop] for start, stop in itertools.pairwise(ends)]
-        blocks = [first[:, part] @ output[part] for part in parts]
+        starts = np.searchsorted(self.place[order], np.arange(count))
+        blocks = [first[:, part] @ output[part] for part in np.split(order, starts)[1:]]
         return np.array(blocks).reshape(count, len(first), output.shape[1])
 
 
 def _check_gates(question: Question, patterns: Bool, gates: Float, offsets: Float, gate_index: Index) -> None:
-    """Look whether every neuron's own gate is the one of the program that it names."""
+    """Raise a ValueError if a neuron's own gate is not the gate of the program that it names."""
     first, distinct = distinct_gates(gates, offsets)
     pairs, pair = np.unique(np.stack([distinct, gate_index]), axis=1, return_inverse=True)
     differ = np.zeros(pairs.shape[1], dtype=bool)

@@ -13,22 +13,19 @@ from convexbn.program.relu import ReluProgram
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What a network is judged by; made from raw rows, never by a solver.
+    """Task of the judge, made from raw rows, never by a solver.
 
     Attributes
     ----------
-    X : ndarray (n, d), or PatchMatrix
-        The raw rows that batch norm takes its statistics from.
-    mean : ndarray (d,)
-        Their weighted means, as the patterns of the program used them.
+    X, mean : ndarray (n, d) or PatchMatrix, ndarray (d,)
+        Raw rows, and their weighted means as the patterns of the program used them.
     program : GatedProgram or ReluProgram
-        Whitened rows, loss, weight decay, and patterns where the gates are fixed.
     tol : float
         Relative gap that counts as optimal.
     truncated : bool
-        Whether the whitened rows leave directions of the data out, which the sentence then says.
+        Whether the whitened rows leave out directions of the data.
     spectral_filter : ndarray (q - 1,) or None
-        ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s||``, which the sentence then says.
+        ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s||``.
     """
 
     X: Any
@@ -45,7 +42,7 @@ class Question:
 
     @property
     def readout(self) -> Any:
-        """What the loss sees of the hidden units of a case's rows."""
+        """Map from hidden units to the inputs of the output layer."""
         return self._source.readout
 
     @property
@@ -55,7 +52,7 @@ class Question:
 
     @property
     def scope(self) -> Scope:
-        """Among what a network is compared."""
+        """Networks to compare with, in words."""
         restriction = " with this convolution and pooling" if self.readout.rows_per_case > 1 else ""
         if self.truncated:
             restriction += f" on the leading {self.rows.shape[1] - 1} directions of the data (rank)"
@@ -67,5 +64,5 @@ class Question:
 
     @property
     def _source(self) -> Any:
-        """What holds rows and readout."""
+        """Owner of rows and readout."""
         return self.program.operator if isinstance(self.program, GatedProgram) else self.program

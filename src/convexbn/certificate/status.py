@@ -1,4 +1,4 @@
-"""What is proved, in one word and in a sentence with cause and remedy."""
+"""Result of a proof, in one word and in a sentence with cause and remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Status(StrEnum):
-    """What is proved."""
+    """Result of a proof."""
 
     CERTIFIED = "CERTIFIED"
     RESTRICTED = "RESTRICTED"
@@ -37,15 +37,10 @@ STOPPED_BY = {
 
 @dataclass(frozen=True)
 class Scope:
-    """Among what a network is compared.
+    """Networks to compare with.
 
-    Attributes
-    ----------
-    name : {"these gates", "all patterns"}
-    restriction : str
-        How the program differs from the plain one on all directions of dense data, in words.
-    block_norm : str
-        Penalty of a gate.
+    ``restriction`` tells how the program differs from that of dense data without truncation or filter; ``block_norm``
+    is the penalty of a gate.
     """
 
     name: str
@@ -59,20 +54,18 @@ class Scope:
 
 
 def status_of(relative: float, tol: float, *, trivial: bool, stopped_by: str, estimated: float | None) -> Status:
-    """Status that the numbers earn; what the solver said can only lower it.
+    """Status that the numbers earn; the solver's reason to stop can only lower it.
 
     Parameters
     ----------
-    relative : float
-        Relative gap to the valid bound.
+    relative, estimated : float, float or None
+        Relative gap to the valid bound, and to an estimate of it.
     tol : float
         Relative gap that counts as optimal.
     trivial : bool
         Whether the zero network is proved to be optimal.
     stopped_by : str
         A key of ``STOPPED_BY``.
-    estimated : float or None
-        Relative gap to an estimate of the bound.
     """
     if stopped_by == "outside" or not (np.isfinite(relative) and relative >= 0):
         return Status.NUMERICAL
@@ -86,15 +79,13 @@ def status_of(relative: float, tol: float, *, trivial: bool, stopped_by: str, es
 
 
 def bound_note(status: Status, estimated: float | None, bound: str) -> str:
-    """Sentence on the source of the valid bound and the estimate beside it, for networks over all patterns.
+    """Sentence on the source of the valid bound and the estimated gap; empty for gates.
 
     Parameters
     ----------
     status : Status
-    estimated : float or None
-        Relative gap to an estimate of the bound.
-    bound : str
-        Source of the valid bound, see ``Certificate.bound``.
+    estimated, bound : float or None, str
+        See ``Certificate``.
     """
     if bound in ("gates", "none"):
         return ""
@@ -111,12 +102,11 @@ def message(
 
     Parameters
     ----------
-    status : Status
+    status, scope : Status, Scope
     objective, relative : float
         Objective and relative gap.
     tol, floor : float
         Relative gap that counts as optimal, and the smallest that float64 can prove.
-    scope : Scope
     stopped_by : str
         A key of ``STOPPED_BY``.
     """
