@@ -37,16 +37,9 @@ _FURTHER_SHARE, _ITERATIONS = 0.2, 2000
 
 
 def audit(
-    layers: Layers,
-    X: Float,
-    objective: Objective,
-    *,
-    deep: bool = False,
-    tol: float = 1e-6,
-    time_limit: float | None = None,
-    random_state: int = 0,
-    convolution: Convolution | None = None,
-) -> Audit:
+    layers: Layers, X: Float, objective: Objective, *, deep: bool = False, tol: float = 1e-6,
+    time_limit: float | None = None, random_state: int = 0, convolution: Convolution | None = None,
+) -> Audit:  # fmt: skip
     """Judge trained layers on the rows and the objective of their training.
 
     Parameters
@@ -56,7 +49,7 @@ def audit(
     X : ndarray (n, d)
         Inputs of the layers.
     objective : Objective
-        With targets of the same rows.
+        With targets for the same rows.
     deep : bool
         Whether ``X`` are features of a deeper network.
     tol, time_limit, random_state

@@ -30,21 +30,14 @@ class Audit:
         Loss with the full-batch statistics plus weight decay, of the numbers as they stand.
     balanced_objective : float
         Objective after rescaling every neuron to its least penalty, with the best output bias if the layers have one.
-    lower_bound : float
-        No network of the scope has a smaller objective.
-    tol : float
-        Relative gap that counts as optimal.
-    status : Status
-    cause : Cause
-        The largest part of the gap.
-    explanation : str
-        One paragraph: what the gap means and what to do.
-    scope : str
-        The networks that this one is compared with.
-    factor : float
-        Factor of the sum of the losses over rows.
-    weight_decay : float
-        Beta of the program, against the sum of the losses.
+    lower_bound, tol : float
+        No network of the scope has a smaller objective; relative gap that counts as optimal.
+    status, cause : Status, Cause
+        The verdict, and the largest part of the gap.
+    explanation, scope : str
+        What the gap means and what to do; the networks that this one is compared with.
+    factor, weight_decay : float
+        Factor of the sum of the losses over rows, and beta of the program, against that sum.
     n_neurons : int
         Number of neurons of nonzero norm.
     loss, stored_loss : float
@@ -94,10 +87,8 @@ def explanation_of(report: Audit, bound: str, in_time: bool) -> str:
 
     Parameters
     ----------
-    report : Audit
-        All of it but the explanation.
-    bound : str
-        Name of the lower bound.
+    report, bound : Audit, str
+        All of it but the explanation, and the name of the lower bound.
     in_time : bool
         Whether the further training of the network's neurons ended before its time limit.
     """

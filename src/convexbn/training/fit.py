@@ -33,27 +33,19 @@ from convexbn.training.training_set import IMAGES_DESCENT, TrainingSet
 #: has no more flops than ``PRODUCTS`` pairs of products with the rows.
 NEWTON_ROWS, FEW_ROWS, PRODUCTS = 6000, 2500, 20
 
-#: Entries ``n q`` of the whitened rows up to which ReLU networks are trained by column generation.
-PRICING_ENTRIES = 1 << 20
-
 #: Beyond ``FEW_STEPS_ROWS`` rows the polish takes at most a fifth of the descent's time: one iteration for every
 #: ``EPOCHS_A_POLISH`` epochs. On CIFAR-10 two iterations lower the objective by .4 per cent in the time of two and a
 #: half epochs; the last three of 15 epochs lower it by 1.7.
 FEW_STEPS_ROWS, EPOCHS_A_POLISH = 20_000, 8
 
-#: Share of a time limit that the ReLU solver may take before the proof begins.
-SOLVER_SHARE = 0.5
-
-#: Fraction of the tolerance that pricing aims at: the valid bounds need the rest.
-PRICING_TOL = 0.1
+PRICING_ENTRIES = 1 << 20  # n q of the whitened rows up to which column generation trains ReLU networks
+PRICING_TOL = 0.1  # fraction of the tolerance that pricing aims at: the valid bounds need the rest
+SOLVER_SHARE = 0.5  # of a time limit that the ReLU solver may take before the proof begins
 
 #: Solvers of gated programs by their public names.
 SOLVERS: dict[str, Callable[..., Solver[GatedProgram, GateBlocks]]] = {
-    "group_newton": GroupNewton,
-    "proximal": Proximal,
-    "subspace": Subspace,
-    "conic": Conic,
-}
+    "group_newton": GroupNewton, "proximal": Proximal, "subspace": Subspace, "conic": Conic,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,23 +59,15 @@ class Fit:
 
 
 def fit_gated(
-    data: TrainingSet,
-    program: GatedProgram,
-    gates: tuple[Float, Float],
-    *,
-    solver: str = "auto",
-    tol: float = 1e-6,
-    max_iter: int | None = None,
-    budget: Budget | None = None,
-    start: GateBlocks | None = None,
-) -> Fit:
+    data: TrainingSet, program: GatedProgram, gates: tuple[Float, Float], *, solver: str = "auto", tol: float = 1e-6,
+    max_iter: int | None = None, budget: Budget | None = None, start: GateBlocks | None = None,
+) -> Fit:  # fmt: skip
     """Solve a gated program, read the network off its blocks, and have it judged on the raw rows.
 
     Parameters
     ----------
-    data : TrainingSet
-    program : GatedProgram
-        On the rows of ``data``.
+    data, program : TrainingSet, GatedProgram
+        The program is on the rows of ``data``.
     gates : (ndarray (d, P), ndarray (P,))
         Directions and offsets of the program's gates.
     solver : str
@@ -110,15 +94,9 @@ def fit_gated(
 
 
 def fit_relu(
-    data: TrainingSet,
-    weight_decay: float,
-    *,
-    solver: ReluSettings | None = None,
-    tol: float = 1e-6,
-    budget: Budget | None = None,
-    rng: np.random.Generator | None = None,
-    start: Neurons | None = None,
-) -> Fit:
+    data: TrainingSet, weight_decay: float, *, solver: ReluSettings | None = None, tol: float = 1e-6,
+    budget: Budget | None = None, rng: np.random.Generator | None = None, start: Neurons | None = None,
+) -> Fit:  # fmt: skip
     """Train over all patterns, by formula if there is one and else by search, and have the network judged.
 
     The solver takes at most ``SOLVER_SHARE`` of a time limit, the proof the rest. A callback that asks to stop leaves
@@ -126,10 +104,7 @@ def fit_relu(
 
     Parameters
     ----------
-    data : TrainingSet
-    weight_decay : float
-    solver : ReluSettings, optional
-        Width, starts and iterations.
+    data, weight_decay, solver : TrainingSet, float, ReluSettings
     tol : float
         Relative gap that counts as optimal.
     budget, rng, start : Budget, numpy.random.Generator, Neurons, optional
@@ -182,29 +157,21 @@ class ReluSettings:
 
 
 def judged(
-    data: TrainingSet,
-    network: BatchNormNetwork,
-    program: GatedProgram | ReluProgram,
-    *,
-    tol: float = 1e-6,
-    stopped_by: str = "tolerance",
-    own_rows: bool = False,
-    deadline: float | None = None,
-) -> Certificate:
+    data: TrainingSet, network: BatchNormNetwork, program: GatedProgram | ReluProgram, *, tol: float = 1e-6,
+    stopped_by: str = "tolerance", own_rows: bool = False, deadline: float | None = None,
+) -> Certificate:  # fmt: skip
     """Judge a network from the raw rows of a training set, for the gates of a program or as a ReLU network.
 
     Parameters
     ----------
-    data, network : TrainingSet, BatchNormNetwork
-    program : GatedProgram or ReluProgram
-        On the rows of ``data``.
+    data, network, program : TrainingSet, BatchNormNetwork, GatedProgram or ReluProgram
+        The program is on the rows of ``data``.
     tol, stopped_by, own_rows, deadline
         As in ``certificate.certify``, ``tol`` in its question.
     """
     with single_scipy_blas():
-        return certify(
-            data.question(program, tol), network, stopped_by=stopped_by, own_rows=own_rows, deadline=deadline
-        )
+        question = data.question(program, tol)
+        return certify(question, network, stopped_by=stopped_by, own_rows=own_rows, deadline=deadline)
 
 
 def choose_solver(solver: str, program: GatedProgram) -> str:

@@ -61,15 +61,9 @@ class Conversion:
 
 
 def to_relu(
-    data: TrainingSet,
-    network: BatchNormNetwork,
-    gates: Float,
-    gate_offsets: Float,
-    weight_decay: float,
-    *,
-    tol: float = 1e-6,
-    unrealisable: str = "refuse",
-) -> Conversion:
+    data: TrainingSet, network: BatchNormNetwork, gates: Float, gate_offsets: Float, weight_decay: float, *,
+    tol: float = 1e-6, unrealisable: str = "refuse",
+) -> Conversion:  # fmt: skip
     """Convert a gated network into a ReLU network.
 
     Parameters

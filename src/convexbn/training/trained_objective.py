@@ -49,15 +49,9 @@ class TrainedLoss:
 
     @classmethod
     def from_name(
-        cls,
-        name: str,
-        y: Any,
-        n_outputs: int,
-        *,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        cls, name: str, y: Any, n_outputs: int, *, reduction: str = "mean", label_smoothing: float = 0.0,
         huber_delta: float = 1.0,
-    ) -> TrainedLoss:
+    ) -> TrainedLoss:  # fmt: skip
         """Loss by a name of this package or of torch, with targets in torch's form.
 
         Parameters

@@ -25,14 +25,9 @@ from convexbn.program.relu import ReluProgram
 from convexbn.solvers import closed_form
 from convexbn.solvers.relu.sgd import SGD, random_start
 
-#: ``weight_decay="auto"`` is this fraction of the largest useful one.
-AUTO_FRACTION = 0.02
-
-#: The descent that trains gates; it repeats the rows until it has seen at least so many.
-GATES_DESCENT, GATES_ROWS = SGD(epochs=8, learning_rate=0.2), 250_000
-
-#: The descent on images; batches are small, because an image is many patches that agree on a class.
-IMAGES_DESCENT = SGD(batch_size=100)
+AUTO_FRACTION = 0.02  # of the largest useful weight decay: weight_decay="auto"
+GATES_DESCENT, GATES_ROWS = SGD(epochs=8, learning_rate=0.2), 250_000  # trains gates; sees at least so many rows
+IMAGES_DESCENT = SGD(batch_size=100)  # small batches, because an image is many patches that agree on a class
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +36,10 @@ class TrainingSet:
 
     Attributes
     ----------
-    X : ndarray (n, d)
-        Distinct rows in canonical order.
-    loss : Loss
-        Loss bound to targets and weights of those rows.
-    whitening : Whitening
-        Whitened rows and statistics, of the patches where the rows are images.
-    fingerprint : str
-        Hash of the canonical rows, targets and weights.
+    X, loss : ndarray (n, d), Loss
+        Distinct rows in canonical order, and their loss, bound to targets and weights.
+    whitening, fingerprint : Whitening, str
+        Whitened rows (of the patches if the rows are images), and a hash of the canonical rows, targets and weights.
     inputs : ndarray (n, d), or PatchMatrix
         Inputs of the first layer: the rows, or the patches of the images.
     convolution : Convolution or None
@@ -64,24 +55,15 @@ class TrainingSet:
 
     @classmethod
     def prepare(
-        cls,
-        X: FloatMatrix,
-        Y: Float,
-        sample_weight: Float,
-        *,
-        loss: LossKind,
-        merge_features: bool = True,
-        convolution: Convolution | None = None,
-        **whitening: Any,
-    ) -> TrainingSet:
+        cls, X: FloatMatrix, Y: Float, sample_weight: Float, *, loss: LossKind, merge_features: bool = True,
+        convolution: Convolution | None = None, **whitening: Any,
+    ) -> TrainingSet:  # fmt: skip
         """Sort, merge and whiten rows, or the patches of images.
 
         Parameters
         ----------
-        X : ndarray (n, d)
-            Finite rows of any real type.
-        Y : ndarray (n, K)
-            Targets of the loss.
+        X, Y : ndarray (n, d), (n, K)
+            Finite rows of any real type, and targets of the loss.
         sample_weight : ndarray (n,)
             Weights, not negative; rows of weight zero are left out.
         loss : callable
@@ -133,8 +115,7 @@ class TrainingSet:
 
         Parameters
         ----------
-        gates, gate_offsets : ndarray (d, P), (P,)
-        weight_decay : float
+        gates, gate_offsets, weight_decay : ndarray (d, P), ndarray (P,), float
         """
         patterns = gate_patterns(self.inputs, self.whitening.mean, gates, gate_offsets)
         return GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, weight_decay)
@@ -153,9 +134,8 @@ class TrainingSet:
         ----------
         gates : {"data", "whitened", "trained"} or ndarray (d, P) or (d + 1, P)
             How gates are drawn, or the gates, optionally with offsets in a last row.
-        n_gates : int
-            Number of draws.
-        random_state : numpy.random.RandomState
+        n_gates, random_state : int, numpy.random.RandomState
+            Number and source of draws.
         """
         n, d = self.inputs.shape
         if isinstance(gates, str):

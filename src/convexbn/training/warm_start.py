@@ -10,6 +10,7 @@ import numpy as np
 from convexbn._types import Float
 from convexbn.program.gated import GateBlocks
 from convexbn.program.neurons import Neurons
+from convexbn.solvers.base import nonzero
 from convexbn.training.relu_conversion import blocks_of
 from convexbn.training.training_set import TrainingSet
 
@@ -19,9 +20,8 @@ def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks
 
     Parameters
     ----------
-    data : TrainingSet
-    model : estimator
-        Not yet fitted.
+    data, model : TrainingSet, estimator
+        The estimator is not yet fitted.
     former : sequence of estimators
         At most two, fitted at the points before.
     """
@@ -34,8 +34,7 @@ def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks
         before, last, now = former[0].weight_decay, former[1].weight_decay, model.weight_decay
         if (last - before) * (now - last) > 0:  # solutions are nearly piecewise linear in the weight decay
             blocks += (now - last) / (last - before) * (blocks - _blocks(data, former[0]))
-    index = np.flatnonzero(blocks.any(axis=(1, 2)))
-    return GateBlocks(index, blocks[index])
+    return nonzero(blocks)
 
 
 def _blocks(data: TrainingSet, fitted: Any) -> Float:
