@@ -1,4 +1,4 @@
-"""Files replaced in one step: at every instant the former or the new file is there, complete."""
+"""Files replaced in one step: at every instant the former file or the new one is there, complete."""
 
 import contextlib
 import errno
@@ -13,15 +13,30 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file through ``.<name>.<random>.tmp`` in the same folder.
 
     Symbolic links are followed, and a former file keeps its permissions. Only a killed process leaves the temporary
-    file behind; it is never read and may be deleted.
-
-    Raises
-    ------
-    OSError
-        With `path` as its file name. The former file is intact, unless only the sync of the folder failed.
+    file behind; it is never read and may be deleted. After an OSError, which names `path`, the former file is intact,
+    unless only the sync of the folder failed.
     """
     with naming(path):
-        _replace(os.path.realpath(path), data)
+        target = os.path.realpath(path)
+        former = regular(target) if os.path.lexists(target) else None
+        folder, name = os.path.split(target)
+        temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
+        # Permissions no wider than those of the former file, so that nobody can read more while it is written.
+        mode = stat.S_IMODE(former.st_mode) if former else 0o666
+        try:
+            with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if former:
+                os.chmod(temporary, mode)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync_folder(folder)
 
 
 @contextlib.contextmanager
@@ -39,29 +54,6 @@ def regular(path: str | os.PathLike[str]) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL, "Not a regular file")
     return status
-
-
-def _replace(target: str, data: bytes) -> None:
-    """Replace the target by a complete, synced file, or leave everything as it was."""
-    former = regular(target) if os.path.lexists(target) else None
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}.tmp")
-    # Permissions no wider than those of the former file, so that nobody can read more while it is written.
-    mode = stat.S_IMODE(former.st_mode) if former else 0o666
-    try:
-        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if former:
-            os.chmod(temporary, mode)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _sync_folder(folder)
 
 
 def _sync_folder(folder: str) -> None:

@@ -16,16 +16,12 @@ class Dataset:
     ----------
     name : str
         Name of the data set or of its file.
-    X : ndarray (n, d)
-        The (training) rows, finite; one flattened image per row.
-    y : ndarray (n,) or None
+    X, X_test : ndarray (n, d), ndarray or None
+        Rows for training and for tests, finite; one flattened image per row.
+    y, y_test : ndarray (n,) or None
         Class labels (int64 or text) or numbers (int64 or float64).
-    X_test, y_test : ndarray or None
-        The test part.
-    feature_names : tuple of str or None
+    feature_names, target : tuple of str, str or None
         Names of the columns of a file.
-    target : str or None
-        Name of the column in ``y``.
     image_shape : tuple of int or None
         Shape of a row that is an image or a signal, ``(height, width, channels)`` or ``(length, channels)``.
     """

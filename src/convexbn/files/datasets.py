@@ -18,15 +18,10 @@ from numpy.typing import NDArray
 
 from convexbn.files.dataset import Dataset
 
-__all__ = ["cifar10", "digits", "fashion_mnist"]
-
 _DEBIAN_HOME = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-_UNSIGNED_BYTE = 0x08  # the idx format's code of its element type
 _CIFAR_ROWS = (50_000, 10_000)
-
-#: Environment variable with the folder of CIFAR-10.
-CIFAR10_HOME = "CIFAR10_HOME"
+CIFAR10_HOME = "CIFAR10_HOME"  # the environment variable with its folder
 
 
 def digits() -> Dataset:
@@ -47,16 +42,13 @@ def digits() -> Dataset:
 def fashion_mnist(data_home: str | os.PathLike[str] | None = None) -> Dataset:
     """Return Fashion-MNIST: uint8 grey values of 60,000 training and 10,000 test images, 28 x 28 pixels.
 
+    Both parts have all ten labels 0 to 9.
+
     Parameters
     ----------
     data_home : str or path-like, optional
         Folder of the four idx files, each plain or gzipped (``.gz``). None: the folder of Debian's package
         dataset-fashion-mnist.
-
-    Returns
-    -------
-    Dataset
-        Labels 0 to 9, all ten in both parts.
 
     Raises
     ------
@@ -75,17 +67,12 @@ def cifar10(data_home: str | os.PathLike[str] | None = None) -> Dataset:
     """Return CIFAR-10: uint8 pixels of 50,000 training and 10,000 test images, 32 x 32 in red, green and blue.
 
     The files are those of the Hugging Face hub: columns ``img`` (``bytes``: a PNG or JPEG image) and ``label``. Images
-    are flattened row by row, the three colours of a pixel side by side.
+    are flattened row by row, the three colours of a pixel side by side. Both parts have all ten labels 0 to 9.
 
     Parameters
     ----------
     data_home : str or path-like, optional
         Folder of ``train.parquet`` and ``test.parquet``. None: the environment variable ``CIFAR10_HOME``.
-
-    Returns
-    -------
-    Dataset
-        Labels 0 to 9, all ten in both parts.
 
     Raises
     ------
@@ -161,7 +148,7 @@ def _grey_images(images: Path, labels: Path, n: int) -> tuple[NDArray[np.uint8],
 
 
 def _ten_classes(path: Path, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the labels, or refuse them unless they are 0 to 9."""
+    """Return the labels; refuse them unless they are 0 to 9, each at least once."""
     if not np.array_equal(np.unique(labels), np.arange(10)):
         raise ValueError(f"{path}: the labels must be 0 to 9, each at least once")
     return labels
@@ -172,7 +159,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
     At most one byte beyond the expected length is read or decompressed.
     """
-    magic, dimensions = bytes([0, 0, _UNSIGNED_BYTE, len(shape)]), np.array(shape, dtype=">u4").tobytes()
+    magic, dimensions = bytes([0, 0, 8, len(shape)]), np.array(shape, dtype=">u4").tobytes()  # 8: unsigned bytes
     expected = prod(shape)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:

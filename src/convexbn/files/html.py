@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, NewType
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MAX_PICTURE_BYTES", "Html", "facts", "folded", "page", "paragraph", "picture", "styled", "table", "text"]
-
 #: A fragment whose text is escaped.
 Html = NewType("Html", str)
 
@@ -23,19 +21,12 @@ MAX_PICTURE_BYTES = 300_000
 _MAX_TEXT, _MAX_ROWS, _MAX_COLUMNS = 2000, 200, 40
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff￾￿]")
 
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "convexbn",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "legend.fontsize": 9.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+_STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "convexbn", "font.family": "sans-serif", "font.size": 11,
+    "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
     "axes.prop_cycle": "cycler('color', ['0072b2', 'd55e00', '009e73', 'cc79a7', 'e69f00', '56b4e9', '000000'])",
-    "figure.constrained_layout.use": True,
-}
+    "legend.fontsize": 9.5, "legend.frameon": False,
+}  # fmt: skip
 
 _CSS = """
 :root { color-scheme: light; }
@@ -68,15 +59,14 @@ footer { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: .8rem; }
 
 
 def styled() -> AbstractContextManager[None]:
-    """Matplotlib with the settings of pictures on a page: text stays text, colours that all eyes tell apart."""
+    """Context of Matplotlib settings for a page: text stays text, and everybody can tell the colours apart."""
     import matplotlib
 
-    settings: Any = _STYLE
-    return matplotlib.rc_context(settings)
+    return matplotlib.rc_context(_STYLE)
 
 
 def text(value: object, limit: int = _MAX_TEXT) -> Html:
-    """Escaped text of a value, without control characters and of bounded length.
+    """Escape the text of a value, drop its control characters and bound its length.
 
     Examples
     --------
@@ -89,7 +79,8 @@ def text(value: object, limit: int = _MAX_TEXT) -> Html:
 
 def paragraph(value: object, css: str = "") -> Html:
     """A paragraph of text."""
-    return Html(f"<p{_class(css)}>{text(value)}</p>")
+    attribute = f' class="{css}"' if css else ""
+    return Html(f"<p{attribute}>{text(value)}</p>")
 
 
 def facts(values: Mapping[str, object]) -> Html:
@@ -98,32 +89,32 @@ def facts(values: Mapping[str, object]) -> Html:
 
 
 def folded(summary: str, parts: Iterable[Html]) -> Html:
-    """What is shown after a click."""
+    """Parts that a click on the summary shows."""
     return Html(f"<details><summary>{text(summary)}</summary>{''.join(parts)}</details>")
 
 
 def table(rows: Sequence[Mapping[str, Any]], rest: str = "are left out") -> Html:
-    """A table whose columns are the keys in order of appearance; long ones are cut, and ``rest`` says what of it."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    shown, kept = columns[:_MAX_COLUMNS], rows[:_MAX_ROWS]
-    numeric = {key for key in shown if all(isinstance(row.get(key), int | float | None) for row in rows)}
-    head = "".join(f"<th{_class('number' * (key in numeric))}>{text(key, 80)}</th>" for key in shown)
-    body = "".join(f"<tr>{''.join(_cell(row.get(key), key in numeric) for key in shown)}</tr>" for row in kept)
-    left_out = [f"{len(rows) - len(kept)} rows"] * (len(rows) > len(kept))
-    left_out += [f"{len(columns) - len(shown)} columns"] * (len(columns) > len(shown))
-    note = paragraph(f"{' and '.join(left_out)} more {rest}.", "quiet") if left_out else ""
-    return Html(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>{note}')
+    """A table whose columns are the keys in order of appearance; a note that ends with ``rest`` counts what is cut."""
+    columns, kept = list(dict.fromkeys(key for row in rows for key in row)), rows[:_MAX_ROWS]
+    classes = {
+        key: ' class="number"' if all(isinstance(row.get(key), int | float | None) for row in rows) else ""
+        for key in columns[:_MAX_COLUMNS]
+    }
+    lines = ["".join(f"<th{css}>{text(key, 80)}</th>" for key, css in classes.items())]
+    lines += [
+        "".join(f"<td{css}>{text(shown(row.get(key)), 200)}</td>" for key, css in classes.items()) for row in kept
+    ]
+    cut = {"rows": len(rows) - len(kept), "columns": len(columns) - len(classes)}
+    left_out = " and ".join(f"{number} {kind}" for kind, number in cut.items() if number)
+    note = paragraph(f"{left_out} more {rest}.", "quiet") if left_out else ""
+    return Html(f'<div class="scroll"><table>{"".join(f"<tr>{x}</tr>" for x in lines)}</table></div>{note}')
 
 
 def picture(title: str, figure: Figure) -> Html:
-    """A drawn figure under its title, as inline SVG.
+    """A figure under its title, as inline SVG.
 
-    Lines and points of a figure above ``MAX_PICTURE_BYTES`` become an image within it; axes and text stay.
-
-    Raises
-    ------
-    ValueError
-        When that is not enough.
+    If it exceeds ``MAX_PICTURE_BYTES``, its lines and points become an image; axes and text stay. ValueError is raised
+    if it is still too large.
     """
     drawn = _svg(figure, title)
     if len(drawn.encode()) > MAX_PICTURE_BYTES:
@@ -137,7 +128,7 @@ def picture(title: str, figure: Figure) -> Html:
 
 
 def page(title: str, parts: Iterable[Html], footer: Iterable[Html] = ()) -> bytes:
-    """Whole page as UTF-8.
+    """The whole page, encoded in UTF-8.
 
     Parameters
     ----------
@@ -156,16 +147,8 @@ def page(title: str, parts: Iterable[Html], footer: Iterable[Html] = ()) -> byte
     return document.encode()
 
 
-def _class(css: str) -> str:
-    return f' class="{css}"' if css else ""
-
-
-def _cell(value: Any, numeric: bool) -> str:
-    return f"<td{_class('number' * numeric)}>{text(shown(value), 200)}</td>"
-
-
 def shown(value: Any) -> str:
-    """A value of a table as it is read: numbers to five digits.
+    """Format a value of a table, numbers to five digits.
 
     Examples
     --------
@@ -174,13 +157,11 @@ def shown(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         return {None: "", True: "yes", False: "no"}[value]
-    if isinstance(value, float):
-        return f"{value:.5g}" if math.isfinite(value) else str(value)
-    return str(value)
+    return f"{value:.5g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as one element, its identifiers its own on a page of several."""
+    """Draw the figure as one SVG element, whose identifiers no other picture of the page has."""
     stream = io.BytesIO()
     with styled():
         figure.savefig(stream, format="svg", dpi=110, metadata={"Date": None})
@@ -190,24 +171,19 @@ def _svg(figure: Figure, title: str) -> str:
     for metadata in root.findall("{http://www.w3.org/2000/svg}metadata"):
         root.remove(metadata)
     _make_own(root, re.sub(r"\W+", "-", title.lower())[:40])
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
-    root.set("role", "img")
-    root.set("aria-label", _CONTROL.sub("", title)[:_MAX_TEXT])
+    del root.attrib["width"], root.attrib["height"]
+    root.attrib.update({"role": "img", "aria-label": _CONTROL.sub("", title)[:_MAX_TEXT]})
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _make_own(root: ElementTree.Element, prefix: str) -> None:
-    """Prefix identifiers that are referred to, and drop the others."""
+    """Prefix the identifiers that the picture refers to, and drop the others."""
     link = "{http://www.w3.org/1999/xlink}href"
-    used = {e.get(link, "")[1:] for e in root.iter()} | {
-        name for e in root.iter() for value in e.attrib.values() for name in re.findall(r"url\(#([^)]+)\)", value)
-    }
+    used = {e.get(link, "")[1:] for e in root.iter()}
+    used |= {name for e in root.iter() for v in e.attrib.values() for name in re.findall(r"url\(#([^)]+)\)", v)}
     for element in root.iter():
         if (name := element.attrib.pop("id", None)) in used:
             element.set("id", f"{prefix}-{name}")
         for key, value in element.attrib.items():
-            if key == link and value.startswith("#"):
-                element.set(key, f"#{prefix}-{value[1:]}")
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
+            own = key == link and value.startswith("#")
+            element.set(key, f"#{prefix}-{value[1:]}" if own else value.replace("url(#", f"url(#{prefix}-"))

@@ -19,13 +19,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from reprlib import repr as short
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from convexbn.files.atomic import naming, regular, write_atomically
-
-__all__ = ["JSON", "FormatError", "read", "write"]
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -56,19 +54,13 @@ _KINDS = {
 
 
 class FormatError(ValueError):
-    """A file, or what should become one, is not a sound container; the message says why and what to do."""
-
-
-class _Seal(NamedTuple):
-    """What the metadata say of a file."""
-
-    format: str
-    header: str
-    sha256: str
+    """A file is not a sound container, or cannot become one; the message says why and what to do."""
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, Array], header: Mapping[str, JSON]) -> None:
-    """Write a file, as ``atomic.write_atomically`` does. Equal arguments give equal bytes.
+    """Write a file in one step; equal arguments give equal bytes.
+
+    `FormatError` is raised, before anything is written, if `read` would refuse the file or return something else.
 
     Parameters
     ----------
@@ -77,42 +69,19 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, Array], header: Map
         At most 1,000 arrays of float64, float32, int64, int32, uint8 or bool; floats are finite.
     header : mapping of str to JSON
         Dictionaries with string keys, lists, strings, integers, finite floats, booleans and None.
-
-    Raises
-    ------
-    FormatError
-        If `read` would refuse the file or not return the same; nothing has been written.
-    OSError
-        As ``write_atomically``.
     """
     with _naming(path):
-        data = _encode(_render(header), {name: _little(name, array) for name, array in arrays.items()})
+        data = _encode(_render(header), arrays)
         _check_size(len(data))
         _decode(data)
         write_atomically(path, data)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, JSON]]:
-    """Read what `write` wrote.
+    """Read the arrays, writable, in C order and native byte order, and the header of a file of at most 4 GiB.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The file, of at most 4 GiB; twice its size is needed in memory.
-
-    Returns
-    -------
-    arrays : dict of str to ndarray
-        Writable arrays in C order and native byte order.
-    header : dict of str to JSON
-        The header.
-
-    Raises
-    ------
-    FormatError
-        If the file is anything but a sound container; all of it is audited before an array is returned.
-    OSError
-        If the file cannot be read, or is a folder or a device.
+    The whole file is audited before an array is returned, which takes twice its size in memory. `FormatError` is raised
+    if it is not a sound container, OSError if it cannot be read, or is a folder or a device.
     """
     with _naming(path), naming(path):
         regular(path)
@@ -143,7 +112,7 @@ def _check_size(size: int) -> None:
 
 
 def _render(header: Mapping[str, JSON]) -> str:
-    """Return the header as JSON from which the same header comes back."""
+    """Return the header as JSON; refuse one that JSON would change."""
     try:
         text = json.dumps(dict(header), allow_nan=False, sort_keys=True, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
@@ -153,23 +122,20 @@ def _render(header: Mapping[str, JSON]) -> str:
     return text
 
 
-def _little(name: str, array: Array) -> Array:
-    """Return the array as the file stores it: little-endian, in C order."""
-    dtype = array.dtype.newbyteorder("<")
-    if dtype.str not in _CODES:
-        raise FormatError(f"tensor {name!r} has dtype {array.dtype}: convert it to one of {_DTYPE_NAMES}")
-    return np.asarray(array, dtype=dtype, order="C")
-
-
 def _encode(text: str, arrays: Mapping[str, Array]) -> bytes:
-    """Lay out the file; one key in the metadata, since safetensors puts several in an order of each process."""
+    """Lay out the file. Its metadata have one key, because the order of several would differ between processes."""
     from safetensors.numpy import save
 
-    for name in arrays:
+    stored: dict[str, Array] = {}  # little-endian, in C order
+    for name, array in arrays.items():
+        dtype = array.dtype.newbyteorder("<")
+        if dtype.str not in _CODES:
+            raise FormatError(f"tensor {name!r} has dtype {array.dtype}: convert it to one of {_DTYPE_NAMES}")
         if name == "__metadata__" or not name.isprintable():
             raise FormatError(f"a tensor cannot be named {name!r}: rename it")
-    seal = _Seal(_FORMAT, text, _digest(_FORMAT, text, arrays))
-    return save(dict(arrays), {"convexbn": json.dumps(seal._asdict(), separators=(",", ":"))})
+        stored[name] = np.asarray(array, dtype=dtype, order="C")
+    seal = {"format": _FORMAT, "header": text, "sha256": _digest(_FORMAT, text, stored)}
+    return save(stored, {"convexbn": json.dumps(seal, separators=(",", ":"))})
 
 
 def _digest(version: str, text: str, arrays: Mapping[str, Array]) -> str:
@@ -188,25 +154,31 @@ def _decode(data: bytes) -> tuple[str, dict[str, Array]]:
     from safetensors import SafetensorError, deserialize
 
     table = _read_table(data)
-    seal = _read_metadata(table)
+    version, text, sha256 = _read_metadata(table)
     if len(table) > _MAX_TENSORS:
         raise FormatError(f"{len(table)} tensors are more than the {_MAX_TENSORS} allowed: join some of them")
-    for name, entry in table.items():
-        _check_entry(f"tensor {short(name)}", entry)
+    for name, entry in table.items():  # safetensors accepts further fields, which no digest covers, and types
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise _damaged(f"tensor {short(name)} has not exactly a dtype, a shape and data_offsets")
+        if not isinstance(kind := entry["dtype"], str) or kind not in _DTYPES:
+            raise FormatError(f"tensor {short(name)} has dtype {short(kind)}: save it as one of {_DTYPE_NAMES}")
     try:
         found = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise _damaged(f"safetensors does not read it ({short(str(error).splitlines()[0])})") from None
-    arrays = {name: _array(f"tensor {short(name)}", **found[name]) for name in table}
-    if _digest(seal.format, seal.header, arrays) != seal.sha256:
+    arrays = {name: _array(name, **found[name]) for name in table}
+    if _digest(version, text, arrays) != sha256:
         raise _damaged("its checksum does not match")
     for name, array in arrays.items():
-        _check_values(f"tensor {short(name)}", array)
-    return seal.header, arrays
+        if array.dtype.kind == "b" and (array.view(np.uint8) > 1).any():
+            raise _damaged(f"tensor {short(name)} holds booleans that are neither 0 nor 1")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise FormatError(f"tensor {short(name)} holds NaN or infinity: fit the model again and save it")
+    return text, arrays
 
 
 def _read_table(data: bytes) -> dict[str, JSON]:
-    """Return the table of a safetensors file, of bounded size and depth, and no key twice."""
+    """Return the table of a safetensors file; refuse it if it is too large or deep, or repeats a key."""
     end = 8 + int.from_bytes(data[:8], "little")
     if data[8:9] != b"{" or end > _MAX_TABLE_BYTES:
         for pattern, kind in _KINDS.items():
@@ -219,7 +191,7 @@ def _read_table(data: bytes) -> dict[str, JSON]:
 
 
 def _parse(data: bytes, what: str) -> dict[str, JSON]:
-    """Parse a JSON object, with memory and recursion bounded before the parser runs."""
+    """Check the size and depth of a JSON object, then parse it."""
     depth = 0
     for count, token in enumerate(_TOKEN.finditer(data), start=1):
         mark = data[token.start()]
@@ -248,8 +220,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _read_metadata(table: dict[str, JSON]) -> _Seal:
-    """Take the metadata out of the table."""
+def _read_metadata(table: dict[str, JSON]) -> tuple[str, str, str]:
+    """Remove the metadata from the table; return the format, the text of the header, and the digest."""
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged("its __metadata__ is not a JSON object of strings")
@@ -262,26 +234,11 @@ def _read_metadata(table: dict[str, JSON]) -> _Seal:
         raise FormatError(f"its format is {short(seal.get('format'))} and not {_FORMAT!r}: upgrade convexbn to read it")
     if not isinstance(seal.get("header"), str):
         raise _damaged("its __metadata__ is not a JSON object of strings")
-    return _Seal(*(str(seal.get(key)) for key in _Seal._fields))
+    return str(seal["format"]), str(seal["header"]), str(seal.get("sha256"))
 
 
-def _check_entry(tensor: str, entry: JSON) -> None:
-    """Refuse what safetensors lets pass: other fields, which nothing vouches for, and other types."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(f"{tensor} has not exactly a dtype, a shape and data_offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
-        raise FormatError(f"{tensor} has dtype {short(entry['dtype'])}: save it as one of {_DTYPE_NAMES}")
-
-
-def _array(tensor: str, dtype: str, shape: list[int], data: bytearray) -> Array:
+def _array(name: str, dtype: str, shape: list[int], data: bytearray) -> Array:
     try:
         return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
     except ValueError:
-        raise _damaged(f"{tensor} has the impossible shape {short(shape)}") from None
-
-
-def _check_values(tensor: str, view: Array) -> None:
-    if view.dtype.kind == "b" and (view.view(np.uint8) > 1).any():
-        raise _damaged(f"{tensor} holds booleans that are neither 0 nor 1")
-    if view.dtype.kind == "f" and not np.isfinite(view).all():
-        raise FormatError(f"{tensor} holds NaN or infinity: fit the model again and save it")
+        raise _damaged(f"tensor {short(name)} has the impossible shape {short(shape)}") from None

@@ -16,7 +16,6 @@ from convexbn.program.output_check import check_conversion
 
 #: Batch norm adds this to the variance; a float32, as ONNX stores it.
 _EPS = float(np.float32(1e-5))
-
 #: Old enough for the runtimes in use; later versions do not change the operators.
 _OPSET, _IR_VERSION = 17, 8
 

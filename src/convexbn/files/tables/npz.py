@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexbn.files.dataset import Dataset
-from convexbn.files.tables.table import Selection, TableError, check_finite, check_memory, declared, listed, sound
+from convexbn.files.tables.table import Selection, TableError, check_memory, declared, finite, listed, sound
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What zipfile and numpy.lib.format raise on damaged bytes.
@@ -48,12 +48,12 @@ def read_npz(path: Path, wanted: Selection) -> Dataset:
         with np.errstate(over="ignore"):
             matrix = np.asarray(_array(archive, members[name]).reshape(rows, width), dtype=np.float64)
         for index, column in enumerate(matrix.T):  # a mask of the whole matrix would cost an eighth of it
-            check_finite(column, f"x{index}")
+            finite(column, f"x{index}")
         if wanted.features is not None:
             matrix = matrix[:, [int(column[1:]) for column in chosen]]
         image_shape = tuple(shape) if len(shape) > 1 else None
-        labels = None if target is None else declared(_array(archive, members[target]), target)
-        return Dataset(path.name, matrix, labels, feature_names=chosen, target=target, image_shape=image_shape)
+        y = None if target is None else finite(declared(_array(archive, members[target]), target), target)
+        return Dataset(path.name, matrix, y, feature_names=chosen, target=target, image_shape=image_shape)
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, _Member]:

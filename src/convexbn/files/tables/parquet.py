@@ -1,4 +1,4 @@
-"""Parquet files, read batch by batch with pyarrow, which only these functions import."""
+"""Parquet files, read batch by batch with pyarrow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexbn.files.dataset import Dataset
-from convexbn.files.tables.table import Selection, TableError, as_labels, check_finite, declared, sound
+from convexbn.files.tables.table import Selection, TableError, as_labels, declared, finite, sound
 
 _BATCH_CELLS = 1 << 22  # decoded at a time
 
@@ -36,12 +36,12 @@ def read_parquet(path: Path, wanted: Selection) -> Dataset:
         wanted.check_rows(rows, len(chosen))
         matrix, labels, done = np.empty((rows, len(chosen))), [], 0
         for batch in file.iter_batches(1 + _BATCH_CELLS // len(columns), columns=columns):
-            for index, name in enumerate(chosen):
-                part = matrix[done : done + len(batch), index]
-                part[:] = _arrow_column(batch, name, done)
-                check_finite(part, name, done)
-            if target is not None:
-                labels.append(declared(_arrow_column(batch, target, done), target, done))
+            for index, name in enumerate(columns):
+                values = _arrow_column(batch, name, done)
+                if name == target:
+                    labels.append(finite(declared(values, name), name, done))
+                else:
+                    matrix[done : done + len(batch), index] = finite(values, name, done)
             done += len(batch)
         if done != rows:
             raise TableError(f"announces {rows:,} rows and holds {done:,}; write it again")

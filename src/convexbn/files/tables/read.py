@@ -22,31 +22,25 @@ def read_table(
 ) -> Dataset:
     r"""Read a data matrix and its target from a file.
 
+    In a text file the target is int64 if every cell is an integer literal, float64 if every cell is a number, text
+    otherwise. Elsewhere its declared type decides: bool and integers become int64, floats float64, text stays text.
+
     Parameters
     ----------
     path : str or path-like
         ``.csv``, ``.tsv`` or ``.txt`` (UTF-8 text with a header line; cells are separated by ``,``, ``;`` or tab,
-        whichever the header uses), ``.parquet`` (needs pyarrow) or ``.npz``.
+        whichever the header uses), ``.parquet`` (needs pyarrow) or ``.npz`` (columns ``x0``, ``x1`` and so on of the
+        array ``X`` or the only two-dimensional array).
     target : str, optional
         Column of the target; in an ``.npz``, the array. None: the table has no target.
     features : sequence of str, optional
         Columns to read, in this order; others are ignored. None: every column but the target.
 
-    Returns
-    -------
-    Dataset
-        In a text file the target is int64 if every cell is an integer literal, float64 if every cell is a number, text
-        otherwise. Elsewhere its declared type decides: bool and integers become int64, floats float64, text stays text.
-
     Raises
     ------
     TableError
-        If the file cannot be read exactly as a finite table within half of the physical memory.
-
-    Notes
-    -----
-    The columns of an ``.npz`` are those of its array ``X``, or of its only two-dimensional array, called ``x0``, ``x1``
-    and so on. Messages give the line of a text file; in the other formats the row, counted from 1.
+        If the file cannot be read exactly as a finite table within half of the physical memory. The message gives the
+        line of a text file; in other formats the row, counted from 1.
 
     Examples
     --------

@@ -36,12 +36,10 @@ class Selection(NamedTuple):
     def choose(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names of the feature columns among the names of all columns."""
         known = Counter(names)
-        if len(known) < len(names):
-            repeated = [name for name, times in known.items() if times > 1]
+        if repeated := [name for name, times in known.items() if times > 1]:
             raise TableError(f"several columns are called {listed(repeated)}; give each its own name")
         chosen = tuple(name for name in names if name != self.target) if self.features is None else tuple(self.features)
-        missing = [name for name in (*chosen, self.target) if name is not None and name not in known]
-        if missing:
+        if missing := [name for name in (*chosen, self.target) if name is not None and name not in known]:
             raise TableError(f"has no column {listed(missing)}; its columns are {listed(names)}")
         if self.target in chosen:
             raise TableError(f"column {self.target!r} is asked for as target and as feature; name it once")
@@ -55,7 +53,7 @@ class Selection(NamedTuple):
 
     def check_rows(self, rows: int, columns: int) -> None:
         """Refuse, before they are read, more rows of features and target than the memory allows."""
-        check_memory(rows * (8 * columns + (0 if self.target is None else _LABEL_BYTES)))
+        check_memory(rows * (8 * columns + _LABEL_BYTES * (self.target is not None)))
 
 
 @contextmanager
@@ -89,42 +87,32 @@ def check_memory(needed: int) -> None:
         )
 
 
-def check_finite(values: NDArray[Any], name: str, before: int = 0) -> None:
-    """Refuse a column with NaN or infinity.
+def finite(values: NDArray[Any], name: str, before: int = 0) -> NDArray[Any]:
+    """Return a column; refuse floats that are NaN or infinite.
 
     Parameters
     ----------
     values : ndarray (n,)
     name : str
     before : int
-        Number of rows that come before these, for the message.
+        Number of earlier rows, for the message.
     """
-    finite = np.isfinite(values)
-    if not finite.all():
-        row = int(finite.argmin())
+    if values.dtype.kind == "f" and not (held := np.isfinite(values)).all():
+        row = int(held.argmin())
         raise TableError(
             f"row {before + row + 1}: column {name!r} holds {values[row]}, not a finite number; "
             "correct it or delete the row"
         )
+    return values
 
 
-def declared(values: NDArray[Any], name: str, before: int = 0) -> NDArray[Any]:
-    """Convert a target of declared type: integers to int64, floats to float64; text stays as it is.
-
-    Parameters
-    ----------
-    values : ndarray (n,)
-    name : str
-    before : int
-        Number of rows that come before these, for messages.
-    """
+def declared(values: NDArray[Any], name: str) -> NDArray[Any]:
+    """Convert a target of declared type: integers to int64, floats to float64; text stays as it is."""
     if values.dtype.kind == "U":
         return values
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):
-            result = values.astype(np.float64, copy=False)
-        check_finite(result, name, before)
-        return result
+            return values.astype(np.float64, copy=False)
     if values.dtype.kind not in "biu":
         raise TableError(f"the target {name!r} is {values.dtype}; choose one of numbers or text")
     if values.dtype == np.uint64 and values.max(initial=0) > np.iinfo(np.int64).max:
@@ -137,8 +125,8 @@ def as_labels(texts: list[str]) -> NDArray[np.str_]:
     longest = max(texts, key=len, default="")
     if len(longest) > _LONGEST_LABEL:
         raise TableError(
-            f"the target holds {quoted(longest)} of {len(longest):,} characters, and a class label may "
-            f"have {_LONGEST_LABEL}; choose another target"
+            f"the target holds {quoted(longest)} of {len(longest):,} characters, and a class label may have "
+            f"{_LONGEST_LABEL}; choose another target"
         )
     check_memory(4 * len(longest) * len(texts))
     return np.array(texts, dtype=np.str_)

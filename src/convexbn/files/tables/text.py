@@ -6,7 +6,8 @@ import csv
 import re
 from array import array
 from collections.abc import Iterator
-from itertools import chain, count
+from functools import partial
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import IO, Any
@@ -52,12 +53,9 @@ def read_text(path: Path, wanted: Selection) -> Dataset:
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
     """Yield numbered lines, decoded one by one, so that a wrong byte has a line number."""
-    for number in count(1):
-        raw = stream.readline(_LONGEST_LINE + 1)
+    for number, raw in enumerate(iter(partial(stream.readline, _LONGEST_LINE + 1), b""), start=1):
         if len(raw) > _LONGEST_LINE:
             raise TableError(f"line {number}: longer than {_LONGEST_LINE:,} bytes; break it into rows")
-        if not raw:
-            return
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -67,8 +65,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str]]:
 
 def _records(stream: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
     """Yield records with the number of their first line; refuse blank lines, except at the end of the file."""
-    lines, separator = _lines(stream), ""
-    blank = 0  # the number of the first blank line
+    lines, separator, blank = _lines(stream), "", 0  # blank: the number of the first blank line
     for number, line in lines:  # the separator cuts the header, without its quoted cells, into the most cells
         separator = separator or max(",;\t", key=re.sub(r'"[^"]*"', "", line).count)
         if not line:
@@ -108,10 +105,8 @@ def _parse(
             raise TableError(f"line {line}: {len(row)} cells, and the header has {len(header)}; make them equal")
         if row == header:
             raise TableError(f"line {line}: repeats the header; delete this line")
-        numbers = _numbers([row[index] for index in columns])
-        if numbers is None:
-            numbers = [_number(line, names[index], row[index].strip()) for index in columns]
-        values.extend(numbers)
+        numbers = _numbers([row[i] for i in columns])
+        values.extend(numbers or [_number(line, names[i], row[i].strip()) for i in columns])
         if label is not None:
             labels.append(_present(line, names[label], row[label].strip()))
         check_memory(8 * len(values))  # the estimate saw only the first lines

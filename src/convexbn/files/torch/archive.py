@@ -13,7 +13,6 @@ from convexbn.files.model_file import FormatError
 
 #: Bytes of a JSON text: hundreds of times those of three layers.
 _MOST_JSON = 16 * 2**20
-
 #: What the zipfile module raises on damaged files.
 _DAMAGE = (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OSError, struct.error)
 
@@ -21,12 +20,8 @@ _DAMAGE = (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OSError, stru
 class Archive:
     """Entries of a zip file, named without the folder that holds them all.
 
-    Torch stores its entries uncompressed; a compressed one could be a thousand times larger than the file.
-
-    Raises
-    ------
-    FormatError
-        When it is no zip file, or its entries are compressed, overlap, repeat a name or share no folder.
+    Entries that are compressed, overlap, repeat a name or share no folder are refused. Torch stores its entries
+    uncompressed; a compressed one could be a thousand times larger than the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

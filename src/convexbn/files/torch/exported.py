@@ -26,23 +26,11 @@ _ENDING = (
     "only Linear, BatchNorm1d, ReLU, Linear, exported without decompositions, can be read: certify other modules in "
     "Python by convexbn.nn.certify"
 )
-
 _MOST_NODES = 10_000
 
 
-def is_exported(archive: Archive) -> bool:
-    """Whether ``torch.export.save`` (torch 2.8 or later) wrote the archive."""
-    return "archive_format" in archive.names and archive.read("archive_format") == b"pt2"
-
-
 def read_exported(archive: Archive) -> Layers:
-    """Read the layers of the program, and its ``eps``.
-
-    Raises
-    ------
-    FormatError
-        When the program is not Linear, BatchNorm1d, ReLU, Linear, or the file is damaged.
-    """
+    """Read the layers of the program, and its ``eps``; refuse all but Linear, BatchNorm1d, ReLU, Linear."""
     names = [name for name in archive.names if name.startswith("models/") and name.endswith(".json")]
     if len(names) != 1:
         raise FormatError(f"it holds {len(names)} programs: export one")
@@ -67,13 +55,10 @@ class _Program:
             for node in nodes
             if len(node["outputs"]) == 1 and "as_tensor" in node["outputs"][0]
         }
-        self.stored, self.given = dict[str, str](), list[str]()
-        for spec in self.graph["signature"]["input_specs"]:
-            kind, value = {**spec}.popitem()
-            if kind == "user_input":
-                self.given.append(value["arg"]["as_tensor"]["name"])
-            elif kind in ("parameter", "buffer"):
-                self.stored[value["arg"]["name"]] = value[f"{kind}_name"]
+        specs = [{**spec}.popitem() for spec in self.graph["signature"]["input_specs"]]
+        self.given = [spec["arg"]["as_tensor"]["name"] for kind, spec in specs if kind == "user_input"]
+        weights = [(kind, spec) for kind, spec in specs if kind in ("parameter", "buffer")]
+        self.stored = {spec["arg"]["name"]: spec[f"{kind}_name"] for kind, spec in weights}
 
     def layers(self) -> Layers:
         """Follow the graph from its output back to its input."""
@@ -96,11 +81,12 @@ class _Program:
         target = "the input" if node is None else node["target"].removeprefix("torch.ops.")
         if node is None or target not in targets:
             raise FormatError(f"its program has {target[:80]} where {targets[0]} is expected: {_ENDING}")
-        return _arguments(node)
+        arguments = {item["name"]: {**item["arg"]}.popitem() for item in node["inputs"]}
+        return {key: value["name"] if kind == "as_tensor" else value for key, (kind, value) in arguments.items()}
 
     def _skip(self, name: str) -> str:
         """Return the tensor that identity steps pass on."""
-        for _ in range(len(self.made_by)):
+        for _ in self.made_by:
             node = self.made_by.get(name)
             if node is None or node["target"].removeprefix("torch.ops.") not in _NO_OPS:
                 break
@@ -127,9 +113,3 @@ class _Program:
         if len(data) != math.prod(shape) * dtype.itemsize or self.archive.read("byteorder") != b"little":
             raise FormatError(f"{self.stored[name]} has other bytes than its shape {shape} needs: export it again")
         return np.frombuffer(data, dtype).reshape(shape)
-
-
-def _arguments(node: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a step by name: a tensor's name, or a value."""
-    arguments = {item["name"]: {**item["arg"]}.popitem() for item in node["inputs"]}
-    return {name: value["name"] if kind == "as_tensor" else value for name, (kind, value) in arguments.items()}

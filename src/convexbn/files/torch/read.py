@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from convexbn.files.model_file import FormatError
 from convexbn.files.torch.archive import Archive
-from convexbn.files.torch.exported import is_exported, read_exported
+from convexbn.files.torch.exported import read_exported
 from convexbn.files.torch.state_dict import of_arrays, read_safetensors, read_torch
 from convexbn.program.layers import Layers
 
@@ -15,7 +15,7 @@ _MOST_BYTES = 4 * 2**30
 
 
 class Checkpoint(NamedTuple):
-    """Layers of a file, and a sentence on what was assumed because the file does not hold it."""
+    """Layers of a file, and a sentence on the assumptions that replace what the file does not hold."""
 
     layers: Layers
     assumed: str
@@ -51,33 +51,18 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
     Parameters
     ----------
     path : path-like
-        A program of ``torch.export.save`` (.pt2), a state dict of ``torch.save`` (.pt, read by torch 2.10 or later), or
-        a state dict of safetensors.
+        A program of ``torch.export.save`` (.pt2, written by torch 2.8 or later), a state dict of ``torch.save`` (.pt,
+        read by torch 2.10 or later), or a state dict of safetensors.
     eps : float, optional
-        Of the batch norm of a state dict, by default torch's 1e-5; an exported program holds its own. The activation of
-        a state dict, which does not hold it either, is taken to be the ReLU.
-
-    Returns
-    -------
-    Checkpoint
+        ``eps`` of the batch norm of a state dict, by default torch's 1e-5; an exported program holds its own. A state
+        dict does not hold its activation either: the ReLU is taken.
 
     Raises
     ------
     FormatError
         When the file has another format, is damaged, or has other layers.
     ImportError
-        When torch, which reads state dicts of ``torch.save``, is not installed.
-
-    Examples
-    --------
-    >>> import tempfile, numpy as np
-    >>> from safetensors.numpy import save_file
-    >>> arrays = {"0.weight": np.ones((3, 2)), "1.weight": np.ones(3), "1.bias": np.zeros(3)}
-    >>> arrays |= {"1.running_mean": np.zeros(3), "1.running_var": np.ones(3), "3.weight": np.ones((1, 3))}
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_file(arrays, f"{folder}/model.safetensors")
-    ...     read_checkpoint(f"{folder}/model.safetensors").layers.weight.shape
-    (2, 3)
+        When torch, which reads state dicts of ``torch.save``, is not installed or unsafe.
     """
     try:
         if os.path.getsize(path) > _MOST_BYTES:
@@ -89,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
                 "torch.save(model.state_dict(), ...)"
             )
         archive = Archive(path) if kind == "zip" else None
-        if archive is not None and is_exported(archive):
+        if archive is not None and "archive_format" in archive.names and archive.read("archive_format") == b"pt2":
             if eps is not None:
                 raise FormatError("an exported program holds its own eps: leave --eps out")
             return Checkpoint(read_exported(archive), "")
