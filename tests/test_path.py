@@ -259,3 +259,8 @@ def test_newton_stops_where_the_judge_agrees(weight_decay):
     digits, classes = load_digits(return_X_y=True)
     model = ConvexBNClassifier(n_gates=30, random_state=2, weight_decay=weight_decay)
     assert model.fit(digits[:500], classes[:500]).certificate_.status is Status.CERTIFIED
+
+
+def test_one_direction_is_not_the_whole_variance():
+    found = [point.model.rank_ for point in fit_path(regressor(), X, Y, weight_decays=[1.0], ranks=[1, 1.0])]
+    assert found == [1, 6]

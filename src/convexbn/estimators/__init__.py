@@ -16,11 +16,6 @@ KINDS = (ConvexBNClassifier, ConvexBNRegressor)
 def load(path: str | os.PathLike[str]) -> Any:
     """Read an estimator that ``save`` wrote; nothing in the file is executed.
 
-    Parameters
-    ----------
-    path : path-like
-        A file written by ``save``.
-
     Returns
     -------
     ConvexBNClassifier or ConvexBNRegressor

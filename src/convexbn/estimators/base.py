@@ -24,7 +24,7 @@ from convexbn.estimators import persistence
 from convexbn.estimators.parameters import NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
 from convexbn.program.gated import GatedProgram
-from convexbn.program.losses import LOSSES, LossKind
+from convexbn.program.losses import LossKind
 from convexbn.solvers.base import Budget, Progress
 from convexbn.training.fit import ReluSettings, fit_gated, fit_relu, judged
 from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
@@ -52,6 +52,30 @@ class BaseConvexBN(NetworkParameters):
         "callback": [callable, None],
     }
 
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train to a certified optimum; a failure of any kind leaves the estimator unchanged.
+
+        Parameters
+        ----------
+        X, y : array-like (n, d), (n,) or (n, K)
+            Features, and class labels or targets.
+        sample_weight : array-like (n,), optional
+            Equal to repeating rows.
+        """
+        self._validate_params()
+        before = self.__dict__.copy()
+        try:
+            budget = Budget(self.time_limit, self.callback)
+            data, labels = self._prepared(X, y, sample_weight)
+            self.__dict__ = self.__dict__ | self._solved(data, budget) | labels  # all at once, for other threads
+            proof = self.certificate_
+            if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
+                warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=2)
+        except BaseException:
+            self.__dict__ = before
+            raise
+        return self
+
     def transform(self, X: Any) -> Float:
         """Hidden activations, one a neuron (of a convolution one a neuron and region): (n, d) -> (n, n_neurons)."""
         rows = self._checked_rows(X)
@@ -74,7 +98,6 @@ class BaseConvexBN(NetworkParameters):
         Parameters
         ----------
         X, y, sample_weight : array-like
-            Rows, in the form that ``fit`` takes.
         """
         data = self._known(X, y, sample_weight)
         with blas_threads(len(data.X)):
@@ -131,7 +154,6 @@ class BaseConvexBN(NetworkParameters):
         Parameters
         ----------
         X, y, sample_weight : array-like
-            Rows, in the form that ``fit`` takes.
         """
         check_is_fitted(self)
         X, y, weights, _ = self._checked_data(X, y, sample_weight, reset=False)
@@ -154,37 +176,18 @@ class BaseConvexBN(NetworkParameters):
         """
         persistence.save(self, path)
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
-        """Train, and assign all fitted attributes at once; a failure of any kind leaves the estimator unchanged."""
-        self._validate_params()
-        before = self.__dict__.copy()
-        try:
-            budget = Budget(self.time_limit, self.callback)
-            data, labels = self._prepared(X, y, sample_weight)
-            self.__dict__ = self.__dict__ | self._solved(data, budget) | labels
-            proof = self.certificate_
-            if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-                warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=3)
-        except BaseException:
-            self.__dict__ = before
-            raise
-        return self
-
     def _known(self, X: Any, y: Any, sample_weight: Any) -> TrainingSet:
         """Training set of rows for a fitted estimator."""
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        with blas_threads(len(X)):
-            return self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
+        return self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
 
     def _prepared(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of rows to fit, and the fitted attributes that describe ``y``."""
-        refuse_containers("X", X)
+        rows, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
-        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         Y, labels = self._encode_new(y)
-        with blas_threads(len(X)):
-            return self._training_set(X, Y, weights, input_eps, layer), labels
+        return self._training_set(rows, Y, weights, input_eps, layer), labels
 
     def _solved(
         self,
@@ -194,16 +197,15 @@ class BaseConvexBN(NetworkParameters):
         drawn: tuple[Float, Float, GatedProgram] | None = None,
     ) -> dict[str, Any]:
         """Fitted attributes, optionally from a warm start (blocks or neurons) and with gates that were drawn before."""
-        random_state = _own_random_state(self.random_state)
         gates, offsets = None, None
         with blas_threads(len(data.X)):
             if self.activation == "relu":
                 weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
                 settings = ReluSettings(self.width, self.n_starts, self.max_iter)
-                rng = np.random.default_rng(random_state.randint(2**31))
+                rng = np.random.default_rng(own_random_state(self.random_state).randint(2**31))
                 fit = fit_relu(data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start)
             else:
-                gates, offsets, program = drawn or data.draw_gates(self.gates, self.n_gates, random_state)
+                gates, offsets, program = drawn or self._drawn(data)
                 weight_decay = self._resolved(program.max_weight_decay)
                 fit = fit_gated(
                     data, program.with_weight_decay(weight_decay), (gates, offsets),
@@ -225,7 +227,7 @@ class BaseConvexBN(NetworkParameters):
     def _drawn(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
         """Gates, their offsets and program; equal each time if ``random_state`` is an integer."""
         with blas_threads(len(data.X)):
-            return data.draw_gates(self.gates, self.n_gates, _own_random_state(self.random_state))
+            return data.draw_gates(self.gates, self.n_gates, own_random_state(self.random_state))
 
     def _resolved(self, largest: Callable[[], float]) -> float:
         """Weight decay of the parameter; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
@@ -242,20 +244,20 @@ class BaseConvexBN(NetworkParameters):
     def _training_set(
         self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None = None
     ) -> TrainingSet:
-        with np.errstate(all="ignore"):
+        with blas_threads(len(X)):
             square = float(np.sum(Y**2))
-        if Y.any() and not 1e-305 < square < np.inf:
-            word = "overflow" if square > 1 else "underflow"
-            raise ValueError(f"the squares of y {word}: scale y by a power of ten, and weight_decay with it.")
-        return TrainingSet.prepare(
-            X, Y, weights,
-            loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
-            merge_features=self.activation == "relu", convolution=layer,
-        )  # fmt: skip
+            if Y.any() and not 1e-305 < square < np.inf:
+                word = "overflow" if square > 1 else "underflow"
+                raise ValueError(f"the squares of y {word}: scale y by a power of ten, and weight_decay with it.")
+            return TrainingSet.prepare(
+                X, Y, weights,
+                loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
+                merge_features=self.activation == "relu", convolution=layer,
+            )  # fmt: skip
 
     def _loss_kind(self, Y: Float) -> LossKind:
         """Loss for encoded targets."""
-        return LOSSES[self.loss]
+        raise NotImplementedError
 
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         """Targets (n, K) of the loss, and the fitted attributes that describe ``y``."""
@@ -292,6 +294,6 @@ class BaseConvexBN(NetworkParameters):
         return int(self.network_.n_neurons) * regions
 
 
-def _own_random_state(random_state: Any) -> np.random.RandomState:
+def own_random_state(random_state: Any) -> np.random.RandomState:
     """Random state by scikit-learn's convention, but None is a fresh source: numpy's global one is left alone."""
     return np.random.RandomState() if random_state is None else check_random_state(random_state)

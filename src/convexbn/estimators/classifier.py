@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.base import ClassifierMixin
@@ -83,14 +83,10 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         The network as ordinary weights.
     gates_, gate_offsets_ : ndarray (d, n_gates), (n_gates,), or None
         All gates of the program.
-    weight_decay_ : float
-        The weight decay used.
-    rank_ : int
-        Number of whitened directions.
+    weight_decay_, rank_, n_iter_ : float, int, int
+        Weight decay used, number of whitened directions, number of iterations.
     history_ : list of Progress
         Objective and lower bound after each iteration, as the solver computed them.
-    n_iter_ : int
-        Iterations done.
     fingerprint_ : str
         Hash of the training rows in canonical order.
     classes_ : ndarray (n_classes,)
@@ -106,18 +102,6 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     """
 
     _task: ClassVar[str] = "classification"
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Train to a certified optimum.
-
-        Parameters
-        ----------
-        X, y : array-like (n, d), (n,)
-            Features and class labels.
-        sample_weight : array-like (n,), optional
-            Equal to repeating rows.
-        """
-        return self._fit(X, y, sample_weight)
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the network: (n,) for two classes, else (n, n_classes)."""
@@ -151,13 +135,9 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
-            raise ValueError(
-                f"The classifier needs samples of at least 2 classes; all are of class {classes.tolist()[0]!r}."
-            )
+            raise ValueError(f"The classifier needs at least 2 classes; all rows are of class {classes.tolist()[0]!r}.")
         if len(classes) > 2 and not LOSSES[self.loss].takes_outputs(len(classes)):
-            raise ValueError(
-                f"loss={self.loss!r} is for two classes, and y has {len(classes)}; use loss='cross_entropy'."
-            )
+            raise ValueError(f"loss={self.loss!r} is for two classes, not {len(classes)}: use loss='cross_entropy'.")
         return self._encode(y, classes), {"classes_": classes}
 
     def _encode_known(self, y: Any) -> Float:

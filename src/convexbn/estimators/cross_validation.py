@@ -23,7 +23,7 @@ from convexbn.estimators.classifier import ConvexBNClassifier
 from convexbn.estimators.parameters import NetworkParameters, RegressionParameters, parameters
 from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
-from convexbn.estimators.path_grid import checked_decays, checked_values, default_decays, unfitted, with_seed
+from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.estimators.regressor import ConvexBNRegressor
 
 #: Fitted attributes of the best estimator that the selection shows as its own.
@@ -36,7 +36,7 @@ class _SelectionCV(NetworkParameters):
     """Base of the cross-validated estimators: candidates, folds, scores, and a fit of the best on all rows."""
 
     weight_decays: Sequence[float] | None = None
-    ranks: Sequence[int | float | None] | None = None
+    ranks: Ranks | None = None
     spectral_filters: Sequence[float | None] | None = None
     n_gates: int | Sequence[int] = 100
     cv: Any = None
@@ -65,20 +65,17 @@ class _SelectionCV(NetworkParameters):
         sample_weight : array-like (n,), optional
             Weights of the rows, in training and in the scores.
         """
+        from joblib import Parallel, delayed
+
         self._validate_params()
         settings, own = self._estimator().get_params(), self.get_params(deep=False)
         model = with_seed(self._estimator(**{name: own[name] for name in settings if name in own}))
-        n_gates = np.atleast_1d(self.n_gates).tolist()
-        if not n_gates:
+        if not np.size(self.n_gates):
             raise ValueError("n_gates is empty: give a number, or several to choose from.")
-        for count in n_gates:
-            model.set_params(n_gates=count)._validate_params()
-        model.n_gates = max(n_gates)
-        grid = {
-            "n_gates": n_gates,
-            "spectral_filter": checked_values(model, "spectral_filter", self.spectral_filters),
-            "rank": checked_values(model, "rank", self.ranks),
-        }
+        grid = {"n_gates": checked_values(model, "n_gates", np.atleast_1d(self.n_gates).tolist())}
+        model.n_gates = max(grid["n_gates"])
+        grid["spectral_filter"] = checked_values(model, "spectral_filter", self.spectral_filters)
+        grid["rank"] = checked_values(model, "rank", self.ranks)
         if self.weight_decays is None:
             data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
             grid["weight_decay"] = default_decays(data.model, data.largest)
@@ -86,7 +83,11 @@ class _SelectionCV(NetworkParameters):
             model._checked_data(X, y, sample_weight, reset=True)
             grid["weight_decay"] = checked_decays(self.weight_decays)
         candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        scores, gaps = self._scores(model, grid, X, y, sample_weight)
+        rows = indexable(X, y, sample_weight)
+        folds = check_cv(self.cv, rows[1], classifier=isinstance(self, ClassifierMixin)).split(*rows[:2])
+        scorer = check_scoring(model, self.scoring)
+        found = Parallel(n_jobs=self.n_jobs)(delayed(_fold)(model, grid, rows, fold, scorer) for fold in folds)
+        scores, gaps = np.array(found).transpose(2, 1, 0)  # (n_candidates, n_splits) each
         results = _results(candidates, scores, gaps)
         best = int(np.argmin(results["rank_test_score"]))
         fitted = model.set_params(**candidates[best]).fit(X, y, sample_weight)
@@ -97,21 +98,6 @@ class _SelectionCV(NetworkParameters):
         }  # fmt: skip
         return self
 
-    def _scores(
-        self, model: Any, grid: dict[str, list[Any]], X: Any, y: Any, sample_weight: Any
-    ) -> tuple[Float, Float]:
-        """Scores and certified relative gaps of all candidates on all folds: (n_candidates, n_splits) each."""
-        from joblib import Parallel, delayed
-
-        X, y, sample_weight = indexable(X, y, sample_weight)
-        folds = check_cv(self.cv, y, classifier=isinstance(self, ClassifierMixin)).split(X, y)
-        scorer = check_scoring(model, self.scoring)
-        found = Parallel(n_jobs=self.n_jobs)(
-            delayed(_fold)(model, grid, X, y, sample_weight, train, test, scorer) for train, test in folds
-        )
-        scores, gaps = np.array(found).transpose(2, 1, 0)
-        return scores, gaps
-
     def transform(self, X: Any) -> Float:
         """Hidden activations of the best estimator."""
         return self._best.transform(X)
@@ -121,13 +107,7 @@ class _SelectionCV(NetworkParameters):
         return self._best.predict(X)
 
     def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
-        """Judge the best estimator's network on its training rows or others.
-
-        Parameters
-        ----------
-        X, y, sample_weight : array-like
-            Rows, in the form that ``fit`` takes.
-        """
+        """Judge the best estimator's network on its training rows or others, in the form that ``fit`` takes."""
         return self._best.certify(X, y, sample_weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -177,12 +157,10 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         ``std_test_score``, ``rank_test_score``; and ``max_relative_gap``, the largest certified gap over the folds.
     best_estimator_ : ConvexBNClassifier
         Fitted on all rows; the methods of this class call its methods.
-    best_params_, best_score_, best_index_
-        The first candidate of the best mean score.
+    best_params_, best_score_, best_index_, n_splits_
+        The first candidate of the best mean score, and the number of folds.
     weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, classes_
         Of ``best_estimator_``.
-    n_splits_ : int
-        Number of folds.
 
     Examples
     --------
@@ -235,27 +213,16 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
     """
 
     _estimator = ConvexBNRegressor
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **_SelectionCV._parameter_constraints,
-        **RegressionParameters._parameter_constraints,
-    }
 
 
 def _fold(
-    model: Any,
-    grid: dict[str, list[Any]],
-    X: Any,
-    y: Any,
-    sample_weight: Any,
-    train: Any,
-    test: Any,
-    scorer: Callable[..., float],
+    model: Any, grid: dict[str, list[Any]], rows: Sequence[Any], fold: Sequence[Any], scorer: Callable[..., float]
 ) -> list[tuple[float | None, float]]:
     """Score on the test rows and certified gap on the training rows, for every candidate."""
-    parts = [[None if a is None else _safe_indexing(a, rows) for a in (X, y, sample_weight)] for rows in (train, test)]
-    (X_train, y_train, weights), (X_test, y_test, test_weights) = parts
-    weighted = {} if test_weights is None else {"sample_weight": test_weights}
-    data = PathData.prepare(model, grid["rank"], X_train, y_train, weights, grid["spectral_filter"])
+    parts = ([None if a is None else _safe_indexing(a, part) for a in rows] for part in fold)
+    (X, y, sample_weight), (X_test, y_test, test_weight) = parts
+    weighted = {} if test_weight is None else {"sample_weight": test_weight}
+    data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
     found = []
     for n_gates, spectral_filter in itertools.product(grid["n_gates"], grid["spectral_filter"]):
         path = RegularisationPath(

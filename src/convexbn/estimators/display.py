@@ -1,4 +1,4 @@
-"""Pictures of results; matplotlib is imported by ``plot``."""
+"""Pictures of results: ``plot`` imports matplotlib, draws, and sets ``axes_`` and ``figure_``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ZERO = 1e-12
 
 
 class _Display:
-    """Base of the displays: the axes that ``plot`` draws on."""
+    """Base of the displays."""
 
     def _on(self, axes: Any, n_rows: int, n_columns: int, size: tuple[float, float]) -> Any:
         """Keep the given axes, or those of a new figure."""
@@ -46,16 +46,10 @@ class CertificateDisplay(_Display):
         ``model.history_``.
     certificate : Certificate, optional
         ``model.certificate_``; its status and gap become the title.
-
-    Attributes
-    ----------
-    figure_, axes_ : matplotlib objects
-        Set by ``plot``.
     """
 
     def __init__(self, history: Sequence[Progress], certificate: Certificate | None = None) -> None:
-        self.history = list(history)
-        self.certificate = certificate
+        self.history, self.certificate = list(history), certificate
 
     @classmethod
     def from_estimator(cls, model: Any) -> CertificateDisplay:
@@ -66,22 +60,18 @@ class CertificateDisplay(_Display):
         """Draw objective and bound (first of two axes) and the relative gap (second); returns self."""
         axes = self._on(axes, 1, 2, (9, 3.6))
         iterations = [p.iteration for p in self.history]
-        lower = [p.lower_bound for p in self.history]
-        upper = [p.objective for p in self.history]
+        lower, upper = [p.lower_bound for p in self.history], [p.objective for p in self.history]
         axes[0].plot(iterations, upper, "o-", color="#b2182b", label="objective of the network")
         axes[0].plot(iterations, lower, "o-", color="#2166ac", label="lower bound of the best network")
         axes[0].fill_between(iterations, lower, upper, color="0.9")
-        axes[0].set(xlabel="iteration", ylabel="objective")
-        axes[0].legend(frameon=False)
         gaps = [max(p.relative_gap, 1e-16) for p in self.history]
         axes[1].semilogy(iterations, gaps, "o-", color="0.2", label="relative gap")
-        if self.certificate is not None:
-            axes[1].axhline(self.certificate.tolerance, color="0.6", ls="--", label="tolerance")
-            gap = self.certificate.relative_gap
-            axes[0].set_title(f"{self.certificate.status.value}: certified gap {gap:.1e}", fontsize=10)
-        axes[1].set(xlabel="iteration", ylabel="relative gap")
-        axes[1].legend(frameon=False)
-        for axis in axes:
+        if (proof := self.certificate) is not None:
+            axes[1].axhline(proof.tolerance, color="0.6", ls="--", label="tolerance")
+            axes[0].set_title(f"{proof.status.value}: certified gap {proof.relative_gap:.1e}", fontsize=10)
+        for axis, unit in zip(axes, ("objective", "relative gap"), strict=False):
+            axis.set(xlabel="iteration", ylabel=unit)
+            axis.legend(frameon=False)
             axis.xaxis.get_major_locator().set_params(integer=True)
         return self
 
@@ -109,18 +99,6 @@ class CollapseDisplay(_Display):
         The epochs of the history, 1, 2, ... by default.
     optimum : CollapseMetrics, optional
         Values to compare with, such as ``collapse.optimal_collapse``.
-
-    Attributes
-    ----------
-    figure_, axes_ : matplotlib objects
-        Set by ``plot``.
-
-    Examples
-    --------
-    >>> from convexbn.training.neural_collapse import optimal_collapse
-    >>> optimum = optimal_collapse([8, 8, 8, 8], 0.5, loss="squared")
-    >>> CollapseDisplay([optimum, optimum], optimum=optimum).plot().axes_.shape  # doctest: +SKIP
-    (4,)
     """
 
     def __init__(
@@ -129,9 +107,8 @@ class CollapseDisplay(_Display):
         epochs: Sequence[float] | None = None,
         optimum: CollapseMetrics | None = None,
     ) -> None:
-        self.history = list(history)
-        self.epochs = list(range(1, len(self.history) + 1)) if epochs is None else list(epochs)
-        self.optimum = optimum
+        self.history, self.optimum = list(history), optimum
+        self.epochs = list(range(1, len(self.history) + 1) if epochs is None else epochs)
 
     def plot(self, axes: Any = None) -> Self:
         """Draw one panel for each measure on four axes; returns self."""
@@ -161,16 +138,6 @@ class PathDisplay(_Display):
     ----------
     points : sequence of PathPoint
         ``path.points``, or ``convexbn.estimators.path.load_path(file)``.
-
-    Attributes
-    ----------
-    figure_, axes_ : matplotlib objects
-        Set by ``plot``.
-
-    Examples
-    --------
-    >>> PathDisplay([]).points
-    []
     """
 
     def __init__(self, points: Sequence[Any]) -> None:
@@ -229,11 +196,6 @@ class SpectrumDisplay(_Display):
         Number of directions that the model keeps.
     tau : float or None, default=None
         Singular value at which the spectral filter is ``sqrt(1/2)``, in the units of the data; None without a filter.
-
-    Attributes
-    ----------
-    figure_, axes_ : matplotlib objects
-        Set by ``plot``.
 
     Examples
     --------

@@ -47,6 +47,7 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         "max_iter": [Interval(Integral, 0, None, closed="left"), None],
         "time_limit": [Interval(Real, 0, None, closed="left"), None],
         "random_state": ["random_state"],
+        "huber_delta": [Interval(Real, 0, None, closed="neither")],  # of regression alone
     }
 
     def _validate_params(self) -> None:
@@ -61,10 +62,6 @@ class RegressionParameters(NetworkParameters):
     huber_delta: float = 1.0
 
     _task: ClassVar[str] = "regression"
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **NetworkParameters._parameter_constraints,
-        "huber_delta": [Interval(Real, 0, None, closed="neither")],
-    }
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -13,7 +13,7 @@ from convexbn.certificate.certificate import Certificate
 from convexbn.estimators import KINDS, path_checkpoint
 from convexbn.estimators.path_checkpoint import PathCheckpoint, question_of
 from convexbn.estimators.path_data import PathData
-from convexbn.estimators.path_grid import checked_decays, checked_values, default_decays, unfitted, with_seed
+from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
 from convexbn.training.training_set import TrainingSet
@@ -62,7 +62,7 @@ def fit_path(
     y: Any,
     *,
     weight_decays: Sequence[float] | None = None,
-    ranks: Sequence[int | float | None] | None = None,
+    ranks: Ranks | None = None,
     sample_weight: Any = None,
     validation: tuple[Any, Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -141,14 +141,6 @@ def fit_path(
 def load_path(file: str | os.PathLike[str]) -> list[PathPoint]:
     """Finished points of a checkpoint that ``fit_path`` wrote, in order.
 
-    Parameters
-    ----------
-    file : path-like
-
-    Returns
-    -------
-    list of PathPoint
-
     Raises
     ------
     FormatError
@@ -173,7 +165,7 @@ class RegularisationPath(Iterator[PathPoint]):
         model: Any,
         data: PathData,
         weight_decays: Sequence[float],
-        ranks: Sequence[int | float | None],
+        ranks: Ranks,
         *,
         score: Callable[[Any], float] | None = None,
         checkpoint: PathCheckpoint | None = None,
@@ -183,9 +175,8 @@ class RegularisationPath(Iterator[PathPoint]):
             for turn, rank in enumerate(ranks)
             for weight_decay in (weight_decays if turn % 2 == 0 else weight_decays[::-1])
         ]
-        self._model, self._data = model, data
-        self._weight_decays, self._score, self._checkpoint = weight_decays, score, checkpoint
-        self._given, self._written = 0, -1
+        self._model, self._data, self._score, self._checkpoint = model, data, score, checkpoint
+        self._weight_decays, self._given, self._written = weight_decays, 0, -1
         self._last: tuple[Any, TrainingSet, Any] | None = None
         self.points = [PathPoint(*point) for point in checkpoint.points] if checkpoint is not None else []
         self._keep()
@@ -210,13 +201,7 @@ class RegularisationPath(Iterator[PathPoint]):
 
     @property
     def best(self) -> PathPoint:
-        """First finished point with the highest score.
-
-        Raises
-        ------
-        ValueError
-            Without validation rows, and before the first point.
-        """
+        """First finished point with the highest score; raises ValueError if no point has a score."""
         scores = np.array([point.score for point in self.points], dtype=np.float64)  # None becomes nan
         if np.isnan(scores).all():
             raise ValueError("no point has a score: give validation rows, and ask for at least one point.")
@@ -229,17 +214,14 @@ class RegularisationPath(Iterator[PathPoint]):
         return [point for turn, line in enumerate(lines) for point in (line if turn % 2 == 0 else line[::-1])]
 
     def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
-        """Solve a point from the points before it."""
+        """Solve a point from the points before it; training rows and gates are kept while the rank stays."""
         model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
-        data, drawn = self._prepared(model)
+        kind = type(rank), rank  # 1 is a direction, 1.0 the whole variance
+        if self._last is None or self._last[0] != kind:
+            data = self._data.at(model)
+            self._last = kind, data, None if model.activation == "relu" else model._drawn(data)
+        _, data, drawn = self._last
         start = start_of(data, model, [point.model for point in self.points[-2:]])
         fitted = model._solved(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))
-
-    def _prepared(self, model: Any) -> tuple[TrainingSet, Any]:
-        """Training rows and gates of a point, kept from the point before if the rank is the same."""
-        if self._last is None or self._last[0] != model.rank:
-            data = self._data.at(model)
-            self._last = model.rank, data, None if model.activation == "relu" else model._drawn(data)
-        return self._last[1:]

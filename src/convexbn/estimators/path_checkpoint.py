@@ -7,15 +7,15 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from convexbn._version import __version__
 from convexbn.estimators import persistence_header as headers
-from convexbn.estimators.persistence import Kinds, refusing, restore, tensors_of
+from convexbn.estimators.persistence import refusing, restore, tensors_of
 from convexbn.files import model_file, schema
 from convexbn.files.model_file import JSON
 from convexbn.files.schema import require
@@ -28,23 +28,15 @@ _RULES: dict[str, schema.Rule] = {
     "points": schema.list_of(dict, least=0),
 }
 
+#: Text by which parts of a question are compared: 1 and 1.0 differ.
+_text = partial(json.dumps, sort_keys=True)
+
 #: Parts of a question that are hashes, which mean nothing to a reader.
 _HASHES = ("X", "y", "sample_weight", "validation rows", "feature names", "gates")
 
 
-@dataclass(frozen=True)
-class StoredPath:
-    """Contents of a checkpoint.
-
-    Attributes
-    ----------
-    question : dict
-        Everything that the path depends on, part by part, in JSON's types.
-    weight_decays : list of float
-        The grid, which may have been computed from the data.
-    points : list of (model, score)
-        The finished points.
-    """
+class StoredPath(NamedTuple):
+    """Contents of a checkpoint: everything that the path depends on, its grid, and its finished points with scores."""
 
     question: dict[str, Any]
     weight_decays: list[float]
@@ -54,31 +46,24 @@ class StoredPath:
 class PathCheckpoint:
     """File of a path, with the points that it holds of a question; refused if it holds another question's."""
 
-    def __init__(self, file: str | os.PathLike[str], question: dict[str, Any], kinds: Kinds) -> None:
+    def __init__(self, file: str | os.PathLike[str], question: dict[str, Any], kinds: Sequence[type]) -> None:
         self.file, self.question = file, question
-        self.points: list[tuple[Any, float | None]] = []
-        self.weight_decays: list[float] | None = None
-        if os.path.lexists(file):
-            stored = read(file, kinds)
-            self.points, self.weight_decays = stored.points, stored.weight_decays
-            changes = [
-                name if name in _HASHES else f"{name} (it was {before!r} and is {now!r})"
-                for name in {**stored.question, **question}
-                if _text(before := stored.question.get(name)) != _text(now := question.get(name))
-            ]
-            if changes:
-                raise ValueError(
-                    f"{os.fspath(file)!r} is the checkpoint of another path, which differs in {', '.join(changes)}. "
-                    "Ask for the same again to go on, or name another file."
-                )
+        stored = read(file, kinds) if os.path.lexists(file) else StoredPath(question, [], [])
+        self.points, self.weight_decays = stored.points, stored.weight_decays
+        changes = [
+            name if name in _HASHES else f"{name} (it was {before!r} and is {now!r})"
+            for name in {**stored.question, **question}
+            if _text(before := stored.question.get(name)) != _text(now := question.get(name))
+        ]
+        if changes:
+            raise ValueError(
+                f"{os.fspath(file)!r} is the checkpoint of another path, which differs in {', '.join(changes)}. "
+                "Ask for the same again to go on, or name another file."
+            )
 
     def write(self, points: list[tuple[Any, float | None]], weight_decays: Sequence[float]) -> None:
         """Replace the file in one step by models and scores."""
         write(self.file, StoredPath(self.question, list(weight_decays), points))
-
-
-def _text(part: Any) -> str:
-    return json.dumps(part, sort_keys=True)
 
 
 def question_of(
@@ -89,10 +74,8 @@ def question_of(
     Parameters
     ----------
     model : estimator
-    weight_decays, ranks : list
-        The grid as it was given.
+    weight_decays, ranks : list as given
     rows : dict of name to arrays
-        Hashed one by one.
     """
     settings = {k: value for k, value in headers.parameters(model).items() if k not in ("weight_decay", "rank")}
     hashes = {name: None if part is None else _digest(part) for name, part in rows.items()}
@@ -138,21 +121,18 @@ def write(path: str | os.PathLike[str], stored: StoredPath) -> None:
     model_file.write(path, {name: np.concatenate(parts) for name, parts in flat.items()}, header)
 
 
-def read(path: str | os.PathLike[str], kinds: Kinds) -> StoredPath:
+def read(path: str | os.PathLike[str], kinds: Sequence[type]) -> StoredPath:
     """Read a checkpoint with estimators of the given classes; nothing in the file is executed."""
+    header: Any
     arrays, header = model_file.read(path)
-    with refusing(f"{os.fspath(path)!r} is not read", "use a checkpoint of a path, unchanged, or another file name"):
-        return _restored(arrays, header, kinds)
-
-
-def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: Kinds) -> StoredPath:
-    headers.check(header, _RULES)
     points = []
-    for point in header["points"]:
-        require(_POINT(point) and set(point["tensors"]) <= set(arrays), "points")
-        own = {name: _part(arrays[name], place) for name, place in point["tensors"].items()}
-        score = None if point["score"] is None else float(point["score"])
-        points.append((restore(own, point["header"], kinds), score))
+    with refusing(f"{os.fspath(path)!r} is not read", "use a checkpoint of a path, unchanged, or another file name"):
+        headers.check(header, _RULES)
+        for point in header["points"]:
+            require(_POINT(point) and set(point["tensors"]) <= set(arrays), "points")
+            own = {name: _part(arrays[name], place) for name, place in point["tensors"].items()}
+            score = None if point["score"] is None else float(point["score"])
+            points.append((restore(own, point["header"], kinds), score))
     return StoredPath(header["question"], header["weight_decays"], points)
 
 

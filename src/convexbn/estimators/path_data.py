@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.estimators.path_grid import unfitted
+from convexbn.estimators.path_grid import Ranks, unfitted
 from convexbn.training.training_set import TrainingSet
 from convexbn.training.warm_start import draws_whitened
 
@@ -19,10 +19,8 @@ class PathData:
 
     Attributes
     ----------
-    largest : TrainingSet
-        At the largest of the ranks, and with the filter if there is only one.
-    model : estimator
-        The estimator of ``largest``.
+    largest, model : TrainingSet, estimator
+        Rows at the largest of the ranks, with the filter if there is only one, and the estimator of both.
     alone : dict of (rank, spectral filter) to TrainingSet
         Training sets that do not take their directions from ``largest``.
     labels : dict
@@ -36,23 +34,16 @@ class PathData:
 
     @classmethod
     def prepare(
-        cls,
-        model: Any,
-        ranks: Sequence[int | float | None],
-        X: Any,
-        y: Any,
-        sample_weight: Any,
-        spectral_filters: Sequence[float | None] = (),
+        cls, model: Any, ranks: Ranks, X: Any, y: Any, sample_weight: Any, spectral_filters: Sequence[float | None] = ()
     ) -> PathData:
         """Check the rows and whiten them once.
 
-        Twice if whitened gates are drawn for all directions without a filter, which do not depend on the units of the
-        columns, and also for fewer directions.
+        Whitened gates for all directions without a filter do not depend on the units of the columns. If they are drawn,
+        and gates for fewer directions as well, the rows are whitened twice.
 
         Parameters
         ----------
         model : estimator
-            Not fitted.
         ranks, spectral_filters : sequence
             All values of these parameters; without filters the estimator's own.
         X, y, sample_weight : array-like
@@ -60,14 +51,15 @@ class PathData:
         filters = list(spectral_filters) or [model.spectral_filter]
         one_filter = filters[0] if len(filters) == 1 else None
         single = len(ranks) * len(filters) == 1
-        rank = ranks[0] if single else _largest(ranks, int(np.prod(np.shape(X)[1:])))
+        rank = ranks[0] if single else int(np.prod(np.shape(X)[1:]))
+        if not single and {type(r) for r in ranks} in ({int}, {float}):
+            rank = max(r for r in ranks if r is not None)
         model = unfitted(model, rank=rank, spectral_filter=one_filter)
         largest, labels = model._prepared(X, y, sample_weight)
         alone = {(rank, one_filter): largest} if single else {}
         if not single and None in ranks and None in filters and draws_whitened(model):
             alone[None, None] = unfitted(model, rank=None, spectral_filter=None)._prepared(X, y, sample_weight)[0]
-        columns = ("n_features_in_", "feature_names_in_")
-        labels |= {name: value for name, value in vars(model).items() if name in columns}
+        labels |= {k: value for k, value in vars(model).items() if k in ("n_features_in_", "feature_names_in_")}
         vars(model).update(labels, convolution=largest.convolution)  # to check validation rows against
         return cls(largest, model, alone, labels)
 
@@ -77,11 +69,3 @@ class PathData:
             return self.alone[key]
         known = model.spectral_filter == self.model.spectral_filter
         return self.largest.leading(model.rank, None if known else model.spectral_filter)
-
-
-def _largest(ranks: Sequence[int | float | None], d: int) -> int | float | None:
-    """A rank whose directions, in order, include those of all ranks."""
-    for kind in (int, float):
-        if all(isinstance(rank, kind) for rank in ranks):
-            return max(rank for rank in ranks if rank is not None)
-    return d

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from sklearn.utils import check_random_state
 
+from convexbn.estimators.base import own_random_state
 from convexbn.training.training_set import TrainingSet
+
+Ranks: TypeAlias = Sequence[int | float | None]
 
 #: Points of the default grid of weight decays, and its smallest relative to its largest.
 _N_WEIGHT_DECAYS, _SMALLEST = 20, 0.01
@@ -22,22 +24,17 @@ def unfitted(estimator: Any, **changes: Any) -> Any:
 def with_seed(estimator: Any) -> Any:
     """An unfitted estimator with repeatable draws: an integer ``random_state`` stays, else one is drawn from it."""
     model = unfitted(estimator)
-    if model.random_state is None:
-        model.random_state = int(np.random.default_rng().integers(2**31))
-    elif not isinstance(model.random_state, (int, np.integer)):
-        model.random_state = int(check_random_state(estimator.random_state).randint(2**31 - 1))
+    if not isinstance(model.random_state, (int, np.integer)):
+        model.random_state = int(own_random_state(model.random_state).randint(2**31 - 1))
     return model
 
 
 def checked_values(model: Any, parameter: str, values: Sequence[Any] | None) -> list[Any]:
-    """Valid values of a parameter.
+    """Valid values of a parameter; the estimator's own if ``values`` is None.
 
     Parameters
     ----------
-    model : estimator
-    parameter : str
-    values : sequence or None
-        None for the estimator's own value alone.
+    model, parameter, values : estimator, str, sequence or None
     """
     kept = [getattr(model, parameter)] if values is None else list(values)
     if not kept:

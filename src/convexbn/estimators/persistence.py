@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier
@@ -37,11 +37,7 @@ _NETWORK = ("weight", "gamma", "shift", "output", "mean")
 _INFINITY = np.finfo(np.float64).max
 _NAN = np.nextafter(_INFINITY, 0)
 
-_PROVED = (Status.CERTIFIED, Status.TRIVIAL)
 _ROUNDING = 1e-9
-
-#: Classes of estimators that a file may hold.
-Kinds: TypeAlias = Sequence[type]
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
@@ -54,7 +50,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     model_file.write(path, arrays, header)
 
 
-def load(path: str | os.PathLike[str], kinds: Kinds) -> Any:
+def load(path: str | os.PathLike[str], kinds: Sequence[type]) -> Any:
     """Read an estimator of the given classes that ``save`` wrote; nothing in the file is executed."""
     arrays, header = model_file.read(path)
     with refusing(f"{os.fspath(path)!r} is not read", "use a file that save wrote, unchanged"):
@@ -70,19 +66,12 @@ def refusing(refused: str, remedy: str) -> Iterator[None]:
         raise FormatError(f"{refused}: {error}; {remedy}.") from None
 
 
-def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: Kinds) -> Any:
-    """Restore the estimator that tensors and a header describe.
+def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: Sequence[type]) -> Any:
+    """Restore the estimator that tensors and a header describe; a refusal names the first wrong field.
 
     Parameters
     ----------
-    arrays, header : mapping
-    kinds : sequence of estimator classes
-        Those that are allowed.
-
-    Raises
-    ------
-    FormatError
-        With the name of the first field that breaks a rule or does not belong to the others.
+    arrays, header, kinds : mapping, mapping, sequence of estimator classes that are allowed
     """
     headers.check(header, headers.RULES)
     model = _unfitted(header, arrays, kinds)
@@ -97,7 +86,7 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: 
     return model
 
 
-def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds: Kinds) -> Any:
+def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds: Sequence[type]) -> Any:
     """Estimator with the saved parameters, each checked by the estimator's own constraints."""
     known = {kind.__name__: kind for kind in kinds}
     require(header["estimator"] in known, "estimator")
@@ -164,7 +153,7 @@ def _claims(proof: Any, model: Any, n_neurons: int, penalty: float) -> Iterator[
         yield all(map(math.isfinite, numbers)) and proof.lower_bound <= proof.objective
         # under a spectral filter the penalty is larger than that of the plain weights
         yield model.spectral_filter is not None or proof.objective <= largest
-    yield proof.status not in _PROVED or 0 <= proof.relative_gap <= proof.tolerance
+    yield proof.status not in (Status.CERTIFIED, Status.TRIVIAL) or 0 <= proof.relative_gap <= proof.tolerance
     yield proof.status is not Status.TRIVIAL or n_neurons == 0
     yield not penalty > largest  # the loss is not negative; NaN claims nothing
 

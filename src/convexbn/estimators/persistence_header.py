@@ -38,29 +38,14 @@ _CERTIFICATE = schema.record(**{field.name: _OF_TYPE[field.type] for field in fi
 
 #: The command line's note of where the training rows are.
 _SOURCE = schema.record(
-    data=schema.text,
-    target=none_or(schema.text),
-    feature_names=none_or(schema.names),
-    test_size=schema.share,
-    seed=schema.count,
-    task=schema.one_of("classification", "regression"),
-)
+    data=schema.text, target=none_or(schema.text), feature_names=none_or(schema.names), test_size=schema.share,
+    seed=schema.count, task=schema.one_of("classification", "regression"),
+)  # fmt: skip
 
 _CLASSES = schema.record(
     dtype=schema.matching(r"[<>|=]?[biufUO]\d*"), labels=schema.list_of(str, int, float, bool, least=2)
 )
 _MAX_CLASS_BYTES = 1 << 28
-
-_SIZES = schema.either(schema.count, schema.list_of(int, least=1))
-_CONVOLUTION = schema.record(
-    kernel_size=_SIZES,
-    stride=_SIZES,
-    padding=_SIZES,
-    pooling=schema.one_of("average", "max"),
-    regions=schema.either(_SIZES, schema.one_of("all")),
-    input_shape=none_or(schema.list_of(int, least=2)),
-    channels=schema.one_of("last", "first"),
-)
 
 
 def _plain(value: Any) -> Any:
@@ -168,12 +153,13 @@ def parameters(model: Any) -> dict[str, Any]:
 
 
 def convolution(block: Any) -> Convolution | None:
-    """Convolutional layer of a saved estimator, if it has one."""
+    """Convolutional layer of a saved estimator, if it has one; the layer checks its own values."""
     if block is None:
         return None
-    require(_CONVOLUTION(block), "convolution")
+    names = {field.name for field in fields(Convolution)}
+    require(type(block) is dict and schema.same_names(block, names), "convolution")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
     try:
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block.items()}
         return Convolution(**values)
     except ValueError:
         raise FormatError("the field 'convolution' does not fit the rest") from None

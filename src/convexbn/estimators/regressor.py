@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 from sklearn.base import RegressorMixin
@@ -45,23 +45,6 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     'CERTIFIED'
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseConvexBN._parameter_constraints,
-        **RegressionParameters._parameter_constraints,
-    }
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Train to a certified optimum.
-
-        Parameters
-        ----------
-        X, y : array-like (n, d), (n,) or (n, K)
-            Features and targets.
-        sample_weight : array-like (n,), optional
-            Equal to repeating rows.
-        """
-        return self._fit(X, y, sample_weight)
-
     def predict(self, X: Any) -> Float:
         """Outputs of the network: (n,) or (n, K), as the targets of the fit."""
         fitted = self.__dict__
@@ -75,5 +58,4 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
         return self._encode_known(y), {"_single_output": np.ndim(y) == 1}
 
     def _encode_known(self, y: Any) -> Float:
-        targets = np.asarray(y, dtype=np.float64)
-        return targets[:, None] if targets.ndim == 1 else targets
+        return np.asarray(y, dtype=np.float64).reshape(len(y), -1)

@@ -18,20 +18,11 @@ def checked_data(
 
     Parameters
     ----------
-    estimator : BaseEstimator
-    X, y, sample_weight : array-like
+    estimator, X, y, sample_weight : BaseEstimator, array-like
     numeric_targets : bool
         Whether ``y`` holds numbers, in one column or several.
     reset : bool
         Whether to set the number and names of the features, or check them.
-
-    Raises
-    ------
-    ValueError
-        For values that are not finite (with the first row and column) or masked, a wrong shape, too few rows, or
-        weights that leave nothing.
-    TypeError
-        For sparse matrices, ``np.matrix``, complex data and other things that are not numbers.
     """
     for name, array in (("X", X), ("y", y), ("sample_weight", sample_weight)):
         refuse_containers(name, array)
@@ -63,8 +54,6 @@ def _at_most_float64(X: FloatMatrix) -> FloatMatrix:
 
 def check_finite(name: str, array: Any) -> None:
     """Refuse NaN and infinity in numeric data, with the place of the first."""
-    if array is None:
-        return
     try:
         values = np.asarray(array)
     except (ValueError, TypeError, RuntimeError):
@@ -78,8 +67,7 @@ def check_finite(name: str, array: Any) -> None:
     if len(wrong):
         place = wrong[0].tolist()
         where = f"index {place}" if len(place) > 2 else f"row {place[0]}" + "".join(f", column {c}" for c in place[1:])
-        is_nan = np.isnan(values[tuple(wrong[0])])
-        cause = "NaN" if is_nan else "infinity or a value too large for dtype('float64')"
+        cause = "NaN" if np.isnan(values[tuple(place)]) else "infinity or a value too large for dtype('float64')"
         raise ValueError(f"Input {name} contains {cause}; first at {where}.")
 
 
