@@ -1,6 +1,6 @@
 """The companion systems: cross-iteration batch norm, weight rescaling, diagnostics of any module, exact excess risk.
 
-They stand beside the theory of this package and import nothing of it. All but ``excess_risk`` need PyTorch.
+They do not belong to the theory of this package and import nothing of it. All but ``excess_risk`` need PyTorch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "CrossIterationBatchNorm1d": "cross_iteration",
-    "CrossIterationBatchNorm2d": "cross_iteration",
-    "NormalisedLayer": "normalised_layer",
-    "WeightRescaling": "weight_rescaling",
-    "convert_cross_iteration_batch_norm": "cross_iteration",
-    "normalised_layers": "normalised_layer",
-}
+    "CrossIterationBatchNorm1d": "cross_iteration", "CrossIterationBatchNorm2d": "cross_iteration",
+    "convert_cross_iteration_batch_norm": "cross_iteration", "WeightRescaling": "weight_rescaling",
+    "NormalisedLayer": "normalised_layer", "normalised_layers": "normalised_layer",
+}  # fmt: skip
 
 __all__ = [
     "CrossIterationBatchNorm1d", "CrossIterationBatchNorm2d", "NormalisedLayer", "WeightRescaling",

@@ -17,7 +17,7 @@ from convexbn.companions.normalised_layer import normalised_layers
 
 
 class _CrossIterationBatchNorm(_BatchNorm):
-    """Base class of both layers. Statistics are per channel (C,), those of the stored batches (steps, C)."""
+    """Base class of both layers. Statistics of a batch are (C,), those of the stored batches (steps, C)."""
 
     past_mean: torch.Tensor
     past_variance: torch.Tensor
@@ -29,6 +29,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
     variance: torch.Tensor | None = None
     _input: torch.Tensor | None = None
     _output: torch.Tensor | None = None
+    layer: Any
     _layers: tuple[type[nn.Module], ...]
 
     def __init__(
@@ -41,15 +42,10 @@ class _CrossIterationBatchNorm(_BatchNorm):
         super().__init__(len(weight), eps, momentum, affine, track_running_stats, **kind)
         self.window, self.burn_in, self.second_moment = window, burn_in, second_moment
         self.batches = self.stored = 0
-        self._layer = (layer,)  # in a tuple: its parameters belong to the module that holds it
+        self.__dict__["layer"] = layer  # not as a submodule: its parameters belong to the module that holds it
         self._register_history(weight.detach())
         if second_moment == "exact":
             layer.register_forward_hook(self._keep)
-
-    @property
-    def layer(self) -> Any:
-        """The layer whose outputs are normalised."""
-        return self._layer[0]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise the outputs of ``layer``; same shape."""
@@ -71,8 +67,8 @@ class _CrossIterationBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Settings, as torch prints them."""
-        own = f"window={self.window}, burn_in={self.burn_in}, second_moment={self.second_moment!r}"
-        return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, window={self.window}, burn_in={self.burn_in}, second_moment={self.second_moment!r}"
 
     def _normalised_over_window(self, input: torch.Tensor) -> torch.Tensor:
         numbers = input if input.dtype == torch.float64 else input.float()
@@ -81,7 +77,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         if count < 2:
             raise ValueError(f"expected more than 1 value per channel in train mode, got {tuple(input.shape)}.")
         bias = 0 if self.layer.bias is None else self.layer.bias.to(mean.dtype)
-        own = mean - bias  # batch norm takes the bias away again, so the history goes without
+        own = mean - bias  # batch norm subtracts the bias again, so the history leaves it out
         with torch.no_grad():
             means, variances = self._compensated()
             self._store(input, own, variance, count)
@@ -102,9 +98,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         mean: second moments lose digits if the mean is large.
         """
         steps = min(self.stored, self.window - 1)
-        step = (
-            self._by_group(self.layer.weight.detach()) - self.past_weight[:steps]
-        )  # (steps, groups, C / groups, patch)
+        step = self._by_group(self.layer.weight.detach()) - self.past_weight[:steps]  # (steps, groups, filters, patch)
         moved = torch.einsum("tgcp,tgp->tgc", step, self.past_patch_mean[:steps]).flatten(1)
         change = (self.past_gradient[:steps] * step).sum(dim=3).flatten(1)
         if self.second_moment == "exact":
@@ -125,7 +119,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
             self.past_gradient[slot] = 2 * torch.einsum("gcp,gpq->gcq", self.past_weight[slot], covariance)
         else:
             centred = outputs.detach() - outputs.detach().mean([0, *range(2, outputs.ndim)], keepdim=True)
-            root = count**0.5  # divided by in two parts, as half precision holds neither sums nor their shares
+            root = count**0.5  # divide in two steps: half precision holds neither the sums nor 1 / count
             self.past_patch_mean[slot] = self._derivative(outputs, torch.full_like(centred, 1 / root))[:, 0] / root
             self.past_gradient[slot] = self._derivative(outputs, centred / root) * (2 / root)
         self.stored += 1
@@ -162,7 +156,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         )
 
     def _patches(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Input patches (groups, patch, N * positions), with which the filters are multiplied."""
+        """Input patches (groups, patch, N * positions), which the filters multiply."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return inputs.T[None]
@@ -174,7 +168,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         return unfolded.transpose(0, 1).reshape(layer.groups, -1, len(unfolded) * unfolded.shape[2])
 
     def _update_running(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Update the running statistics as batch norm does: with the present batch alone and its unbiased variance."""
+        """Update the running statistics by the present batch and its unbiased variance, as batch norm does."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -188,17 +182,14 @@ class _CrossIterationBatchNorm(_BatchNorm):
         return weight.reshape(groups, len(weight) // groups, -1)
 
     def _register_history(self, weight: torch.Tensor) -> None:
-        channels, filters = weight.shape[:1], self._by_group(weight).shape
-        patch = filters[::2]  # (groups, patch)
-        shapes = {
-            "past_mean": channels, "past_variance": channels, "past_weight": filters, "past_patch_mean": patch,
-            "past_gradient": filters,
-        }  # fmt: skip
+        C, filters = len(weight), self._by_group(weight).shape
+        groups, _, patch = filters
+        shapes = {"mean": [C], "variance": [C], "weight": filters, "patch_mean": [groups, patch], "gradient": filters}
         if self.second_moment == "exact":
-            shapes["past_patch_covariance"] = torch.Size([*patch, patch[1]])
-        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+            shapes["patch_covariance"] = [groups, patch, patch]
+        kind: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(self.window - 1, *shape, dtype=dtype, device=weight.device))
+            self.register_buffer(f"past_{name}", torch.zeros(self.window - 1, *shape, **kind))
 
     def _check(self, layer: nn.Module, window: int, burn_in: int, second_moment: str) -> None:
         if not isinstance(layer, self._layers):
@@ -208,11 +199,9 @@ class _CrossIterationBatchNorm(_BatchNorm):
             raise ValueError(f"window must be 1 or more and burn_in 0 or more, got {window} and {burn_in}.")
         if second_moment not in ("linear", "exact"):
             raise ValueError(f"second_moment must be 'linear' or 'exact', got {second_moment!r}.")
-        padded = isinstance(layer, nn.Conv1d | nn.Conv2d) and (
-            layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-        )
-        if padded and second_moment == "exact":
-            raise ValueError("second_moment='exact' needs a convolution padded by zeros, by a number: use 'linear'.")
+        zeros = isinstance(layer, nn.Linear) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+        if second_moment == "exact" and not zeros:
+            raise ValueError("second_moment='exact' needs a convolution padded by zeros, in numbers: use 'linear'.")
 
 
 class CrossIterationBatchNorm1d(_CrossIterationBatchNorm, nn.BatchNorm1d):
@@ -224,13 +213,13 @@ class CrossIterationBatchNorm1d(_CrossIterationBatchNorm, nn.BatchNorm1d):
 class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     """Batch norm whose statistics are those of the last ``window`` mini-batches, corrected to first order.
 
-    The statistics of an earlier batch belong to the weights of that time. Their derivative by the weight of the layer
-    that is normalised is stored with them; times the step since then, it corrects them. Steps of layers further back
-    are neglected. The statistics that normalise are means over the window: of the first moments, and of the second
-    moments, each at least the square of the first (Yao et al. 2021). Gradients flow through the present batch alone,
-    whose share of the statistics is one over the window.
+    The statistics of an earlier batch belong to the weights of that time. Their derivative by the weight of the
+    normalised layer is stored with them; times the step since then, it corrects them. Steps of earlier layers are
+    neglected. Outputs are normalised by means over the window: of the first moments, and of the second moments, each at
+    least the square of the first (Yao et al. 2021). Gradients flow through the present batch alone, whose share of the
+    statistics is one over the window.
 
-    Put it directly behind the layer that it is given, or let ``convert_cross_iteration_batch_norm`` do so.
+    Put it directly behind its ``layer``, or let ``convert_cross_iteration_batch_norm`` do so.
 
     Parameters
     ----------
@@ -239,12 +228,11 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     window : int, default=8
         Batches in the window, the present one included; 1 is ``BatchNorm2d``.
     burn_in : int, default=0
-        Batches in train mode before the window opens, which then grows from 1. Until then this is ``BatchNorm2d``, as
-        young weights move far.
+        Batches in train mode before the window opens and grows from 1. Until then this is ``BatchNorm2d``, as young
+        weights move far.
     second_moment : {"linear", "exact"}
-        ``"linear"`` is the paper's. The second moment is quadratic in the weight, so that the first order
-        underestimates it. ``"exact"`` leaves nothing out: it also stores the covariance of the input patches,
-        ``patch^2`` numbers a group and batch.
+        ``"linear"`` is the paper's. It underestimates the second moment, which is quadratic in the weight. ``"exact"``
+        also stores the covariance of the input patches, ``patch^2`` numbers a group and batch.
     eps, momentum, affine, track_running_stats
         As in ``torch.nn.BatchNorm2d``. The running statistics are those of single batches, and eval mode is that of
         ``BatchNorm2d``.
@@ -263,17 +251,15 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
 
     Notes
     -----
-    The history takes two tensors of the size of the weight, and less, for every batch but the present one, and every
-    step two more weight gradients of the layer. Passes in train mode without gradients (``torch.no_grad``) use the
-    batch alone and are not stored. A bias of the layer has no effect, as before batch norm. Processes of data-parallel
-    training each keep a history of their own. The gain is in small batches, and is not certain: see the study
-    ``cross-iteration-bn``.
+    For every earlier batch the history stores two tensors of the size of the weight and some smaller ones. Every step
+    computes two more weight gradients of the layer. Passes in train mode without gradients (``torch.no_grad``) use the
+    batch alone and are not stored. A bias of the layer has no effect, as before batch norm. In data-parallel training
+    each process keeps its own history. Small batches may gain, not always: see the study ``cross-iteration-bn``.
 
     Examples
     --------
-    >>> import torch
-    >>> layer = torch.nn.Conv2d(3, 16, 3, bias=False)
-    >>> module = torch.nn.Sequential(layer, CrossIterationBatchNorm2d(layer, window=4), torch.nn.ReLU())
+    >>> layer = nn.Conv2d(3, 16, 3, bias=False)
+    >>> module = nn.Sequential(layer, CrossIterationBatchNorm2d(layer, window=4), nn.ReLU())
     >>> module(torch.randn(2, 3, 8, 8)).shape
     torch.Size([2, 16, 6, 6])
     """
@@ -281,10 +267,7 @@ class CrossIterationBatchNorm2d(_CrossIterationBatchNorm, nn.BatchNorm2d):
     _layers = (nn.Conv2d,)
 
 
-_CONVERTED: dict[type[nn.Module], type[_CrossIterationBatchNorm]] = {
-    nn.BatchNorm1d: CrossIterationBatchNorm1d,
-    nn.BatchNorm2d: CrossIterationBatchNorm2d,
-}
+_CONVERTED = {nn.BatchNorm1d: CrossIterationBatchNorm1d, nn.BatchNorm2d: CrossIterationBatchNorm2d}
 
 
 def convert_cross_iteration_batch_norm(
@@ -311,12 +294,11 @@ def convert_cross_iteration_batch_norm(
 
     Examples
     --------
-    >>> from torch import nn
     >>> module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     >>> convert_cross_iteration_batch_norm(module, window=4)[1].layer
     Linear(in_features=4, out_features=8, bias=True)
     """
-    copied = copy.deepcopy(module)
+    copied: Any = copy.deepcopy(module)
     converted = 0
     for pair in normalised_layers(module, example):
         layer, old = copied.get_submodule(pair.layer), copied.get_submodule(pair.batch_norm)

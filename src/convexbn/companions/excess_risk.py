@@ -40,10 +40,8 @@ class LeastSquares:
 
     Parameters
     ----------
-    eigenvalues : ndarray (d,)
-        Nonnegative eigenvalues of ``H``.
-    optimum : ndarray (d,)
-        ``w*``.
+    eigenvalues, optimum : ndarray (d,)
+        Nonnegative eigenvalues of ``H``, and ``w*``.
     noise : float, default=1.0
         Variance ``sigma^2`` of the noise.
 
@@ -59,20 +57,18 @@ class LeastSquares:
 
     @classmethod
     def power_law(cls, decay: float, truth: float, d: int = 200) -> LeastSquares:
-        """``l_i = i^-decay`` and ``w*_i = i^-truth``, the six Gaussian cases of the paper with unit noise.
+        """Problem with ``l_i = i^-decay``, ``w*_i = i^-truth`` and unit noise: the six Gaussian cases of the paper.
 
         Parameters
         ----------
-        decay, truth : float
-        d : int, default=200
-            Dimensions.
+        decay, truth, d : float, float, int
         """
         index = np.arange(1, d + 1, dtype=np.float64)
         return cls(index**-decay, index**-truth)
 
     @classmethod
     def separation(cls, n_samples: int) -> LeastSquares:
-        """A one-hot problem on which ridge needs about ``N^2 / log^2 N`` rows to do as well as SGD with ``N``.
+        """One-hot problem on which ridge needs about ``N^2 / log^2 N`` rows to do as well as SGD with ``N``.
 
         One coordinate has probability ``l = log N / sqrt N`` and ``w* = l^-1/2``; ``N >= 10`` others without signal
         share the rest. A penalty that keeps their noise out shrinks the first.
@@ -88,17 +84,12 @@ class LeastSquares:
         """``tr H``: SGD on Gaussian rows needs steps below ``1 / trace``, and half of it if one eigenvalue leads."""
         return float(self.eigenvalues.sum())
 
-    def distinct(self) -> tuple[Float, Float, Float]:
-        """Eigenvalues and entries of the optimum of the distinct coordinates, and how often each occurs."""
+    def _distinct(self, design: str) -> tuple[Float, Float, Float]:
+        """Eigenvalues and optimum of the distinct coordinates, and how often each occurs; checked for a design."""
+        if design == "one_hot" and (abs(self.trace - 1) > 1e-9 or self.eigenvalues.min() < 0):
+            raise ValueError(f"one-hot rows need probabilities as eigenvalues, and these sum to {self.trace:.6g}.")
         pairs, counts = np.unique(np.c_[self.eigenvalues, self.optimum], axis=0, return_counts=True)
         return pairs[:, 0], pairs[:, 1], counts.astype(np.float64)
-
-    def require_one_hot(self) -> None:
-        """Raise ``ValueError`` unless the eigenvalues are probabilities."""
-        if abs(self.trace - 1) > 1e-9 or self.eigenvalues.min() < 0:
-            raise ValueError(
-                f"one-hot rows need eigenvalues that are probabilities, and these sum to {self.trace:.6g}."
-            )
 
 
 def sgd_risk(
@@ -108,20 +99,14 @@ def sgd_risk(
 
     Parameters
     ----------
-    problem : LeastSquares
-    n_samples : int
-        Rows ``N``.
+    problem, n_samples : LeastSquares, int
+        The number of rows is ``N``.
     step : float or ndarray
         One-hot rows diverge above 2, Gaussian ones above about ``1 / trace``.
     design : {"gaussian", "one_hot"}, default="gaussian"
         Distribution of the rows.
     average : {"tail", "all"}, default="tail"
         Average of the last half of the iterates, ``w_{N//2}, ..., w_{N-1}``, or of all.
-
-    Raises
-    ------
-    ValueError
-        For unknown designs and averages, and for one-hot rows if the eigenvalues are not probabilities.
 
     Examples
     --------
@@ -131,10 +116,8 @@ def sgd_risk(
     """
     if design not in ("gaussian", "one_hot") or average not in ("tail", "all"):
         raise ValueError(f"design is 'gaussian' or 'one_hot', average 'tail' or 'all', got {design!r}, {average!r}.")
-    if not (gaussian := design == "gaussian"):
-        problem.require_one_hot()
-    l, truth, counts = problem.distinct()
-    g = np.asarray(step, dtype=np.float64)[..., None]
+    l, truth, counts = problem._distinct(design)
+    g, gaussian = np.asarray(step, dtype=np.float64)[..., None], design == "gaussian"
     kept = 1 - 2 * g * l + (2 * g**2 * l**2 if gaussian else g**2 * l)
     moments = np.broadcast_to(truth**2, kept.shape)
     start = n_samples // 2 if average == "tail" else 0
@@ -156,10 +139,8 @@ def one_hot_ridge_risk(problem: LeastSquares, n_samples: int, penalty: ArrayLike
 
     Parameters
     ----------
-    problem : LeastSquares
-    n_samples : int
-    penalty : float or ndarray
-        Nonnegative.
+    problem, n_samples, penalty : LeastSquares, int, float or ndarray
+        The penalty is nonnegative.
 
     Examples
     --------
@@ -167,10 +148,9 @@ def one_hot_ridge_risk(problem: LeastSquares, n_samples: int, penalty: ArrayLike
     >>> one_hot_ridge_risk(problem, 1, [0.0, 1.0])  # one of two coordinates is seen, once
     array([0.75  , 0.4375])
     """
-    problem.require_one_hot()
     shrink = np.asarray(penalty, dtype=np.float64)[..., None]
     risk = np.zeros(shrink.shape[:-1])
-    for l, truth, count in zip(*problem.distinct(), strict=True):
+    for l, truth, count in zip(*problem._distinct("one_hot"), strict=True):
         seen, probability = _binomial(n_samples, l)
         total = seen + shrink
         inverse = np.divide(1, total, out=np.zeros_like(total), where=total > 0)
@@ -195,15 +175,13 @@ def _binomial(n: int, p: float) -> tuple[Float, Float]:
 def gaussian_ridge_risk(
     problem: LeastSquares, n_samples: int, penalty: ArrayLike, rng: np.random.Generator, n_runs: int = 20
 ) -> Float:
-    """Excess risk of ridge on drawn Gaussian rows: one line a run, one column a penalty.
+    """Excess risk of ridge on drawn Gaussian rows, one row a run and one column a penalty.
 
     Parameters
     ----------
-    problem : LeastSquares
-    n_samples, n_runs : int
-    penalty : float or ndarray (p,)
-        Positive.
-    rng : numpy.random.Generator
+    problem, n_samples, penalty : LeastSquares, int, float or ndarray (p,)
+        The penalty is positive.
+    rng, n_runs : numpy.random.Generator, int
 
     Examples
     --------
@@ -211,7 +189,7 @@ def gaussian_ridge_risk(
     >>> gaussian_ridge_risk(problem, 100, [0.1, 10.0], np.random.default_rng(0)).mean(axis=0).round(2)
     array([0.67, 0.09])
     """
-    penalties, risks = np.atleast_1d(np.asarray(penalty, dtype=np.float64)), list[Float]()
+    penalties, risks = np.atleast_1d(np.asarray(penalty, dtype=np.float64)), []
     for _ in range(n_runs):
         rows = rng.standard_normal((n_samples, len(problem.optimum))) * np.sqrt(problem.eigenvalues)
         noise = np.sqrt(problem.noise) * rng.standard_normal(n_samples)
@@ -284,14 +262,12 @@ def _best_split(first: Float, rest: Float) -> float:
 
 
 def tuned(risk: Callable[[Float], Float], low: float, high: float) -> tuple[float, float]:
-    """Best argument of a risk and its value, by a logarithmic grid and finer ones around its best point.
+    """Best argument of a risk and its value, by a logarithmic grid and finer ones around the best point.
 
     Parameters
     ----------
-    risk : callable
-        Risks of an array of arguments.
-    low, high : float
-        Positive ends.
+    risk, low, high : callable, float, float
+        Risks of an array of arguments, and positive ends.
 
     Examples
     --------
@@ -312,11 +288,8 @@ def samples_needed(risk: Callable[[int], float], target: float, start: int) -> i
 
     Parameters
     ----------
-    risk : callable
-        Falls with the number of samples.
-    target : float
-    start : int
-        First guess.
+    risk, target, start : callable, float, int
+        The risk falls with the number of samples; ``start`` is the first guess.
 
     Examples
     --------

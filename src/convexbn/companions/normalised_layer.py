@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -30,8 +30,7 @@ class NormalisedLayer:
     batch_norm: str
 
 
-@dataclass(frozen=True)
-class _Trace:
+class _Trace(NamedTuple):
     """Candidate pairs, one for each call, and how often each layer, batch norm and weight is used."""
 
     pairs: list[NormalisedLayer]
@@ -44,7 +43,7 @@ def normalised_layers(module: nn.Module, example: Any = None) -> list[Normalised
 
     Only weights that are certainly scale-invariant count. Left out are layers with something between (an activation, an
     addition) or whose outputs are used a second time, layers and batch norms that are called several times, and weights
-    that are shared. The module is neither run (a copy is) nor changed.
+    that are shared. The module is not changed: a copy is run.
 
     Parameters
     ----------
@@ -56,26 +55,19 @@ def normalised_layers(module: nn.Module, example: Any = None) -> list[Normalised
 
     Raises
     ------
-    TypeError
-        If the forward cannot be traced without an example.
-    ValueError
-        If it does not run on the example.
+    TypeError, ValueError
+        If the forward cannot be traced without an example, or does not run on it.
 
     Examples
     --------
-    >>> from torch import nn
     >>> module = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     >>> normalised_layers(module)
     [NormalisedLayer(layer='0', batch_norm='1')]
     """
-    copied = copy.deepcopy(module).train()
-    trace = _symbolic_trace(copied) if example is None else _run_trace(copied, example)
-    names = dict(copied.named_modules())
-    return [
-        pair
-        for pair in trace.pairs
-        if trace.calls[pair.layer] == trace.calls[pair.batch_norm] == trace.uses[id(names[pair.layer].weight)] == 1
-    ]
+    copied: Any = copy.deepcopy(module).train()
+    pairs, calls, uses = _symbolic_trace(copied) if example is None else _run_trace(copied, example)
+    once = [pair for pair in pairs if calls[pair.layer] == calls[pair.batch_norm] == 1]
+    return [pair for pair in once if uses[id(copied.get_submodule(pair.layer).weight)] == 1]
 
 
 class _Tracer(fx.Tracer):

@@ -19,45 +19,36 @@ from convexbn.companions.normalised_layer import NormalisedLayer, normalised_lay
 class WeightRescaling:
     """Rescales the weights in front of batch norms of a module, at once and after every ``every`` steps.
 
-    It is a hook of the optimiser, of any kind: the training loop does not change. The running statistics of the batch
-    norms are rescaled with the weights, so that eval mode keeps its function too (up to ``eps``, as in train mode).
+    It is a hook of the optimiser: the training loop does not change. The running statistics of the batch norms are
+    rescaled with the weights, so that eval mode keeps its function too (up to ``eps``, as in train mode). A filter of
+    zeros stays.
 
     Parameters
     ----------
     module : torch.nn.Module
-        ``normalised_layers`` finds its scale-invariant weights; those that the optimiser holds are rescaled.
+        ``normalised_layers`` finds its scale-invariant weights. Those that the optimiser holds are rescaled: the
+        attribute ``layers`` lists them.
     optimizer : torch.optim.Optimizer
         Weight decay on these weights loses its meaning and may be 0. Momentum buffers and Adam's averages stay as they
         are: the next step adds them to weights whose length has changed by a factor close to 1.
     granularity : {"filter", "layer"}
-        Whether each filter (row of a Linear, output channel of a convolution) gets the norm, or the whole weight. Unit
-        norm of a layer raises the effective learning rate of SGD by the number of its filters: lower the rate, or keep
+        Whether each filter (row of a Linear, output channel of a convolution) gets the norm, or the whole weight. A
+        layer of norm 1 raises the effective learning rate of SGD by the number of its filters: lower the rate, or keep
         the initial norms.
     norm : float or "initial"
         Norm to set, by default 1, or the present norm of each filter or layer.
     every : int, default=1
-        Steps from one rescaling to the next; the batches of an epoch, for once an epoch.
+        Steps from one rescaling to the next: the number of batches, for once an epoch.
     example : Tensor or tuple of Tensor, optional
         As for ``normalised_layers``.
-
-    Attributes
-    ----------
-    layers : list of NormalisedLayer
-        Layers whose weights are rescaled.
 
     Raises
     ------
     TypeError, ValueError
         As ``normalised_layers``; for other settings; if the optimiser holds no scale-invariant weight.
 
-    Notes
-    -----
-    A filter of zeros has no direction and stays.
-
     Examples
     --------
-    >>> import torch
-    >>> from torch import nn
     >>> module = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     >>> rescaling = WeightRescaling(module, optimizer)
@@ -84,19 +75,23 @@ class WeightRescaling:
             pair for pair in normalised_layers(module, example) if id(self._modules[pair.layer].weight) in held
         ]
         if not self.layers:
-            raise ValueError(
-                "the optimiser holds no weight that is followed directly by a batch norm: there is nothing to rescale."
-            )
+            raise ValueError("no weight of the optimiser is followed directly by a batch norm: nothing to rescale.")
         norms = {pair.layer: self._norms(pair) for pair in self.layers}
         self._targets = {k: old if isinstance(norm, str) else torch.full_like(old, norm) for k, old in norms.items()}
         self._handle = optimizer.register_step_post_hook(self._after_step)
         self.rescale()
 
+    @torch.no_grad()
     def rescale(self) -> None:
         """Set the norms now, whatever the number of steps."""
-        with torch.no_grad():
-            for pair in self.layers:
-                self._rescale(pair)
+        for pair in self.layers:
+            layer, batch_norm, norms = self._modules[pair.layer], self._modules[pair.batch_norm], self._norms(pair)
+            factors = torch.where(norms > 0, self._targets[pair.layer].to(norms.device) / norms, torch.ones_like(norms))
+            layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+            if batch_norm.running_mean is not None:
+                bias = 0 if layer.bias is None else layer.bias
+                batch_norm.running_mean.sub_(bias).mul_(factors).add_(bias)
+                batch_norm.running_var.mul_(factors.square())
 
     def remove(self) -> None:
         """Take the hook off the optimiser; the weights stay as they are."""
@@ -118,16 +113,6 @@ class WeightRescaling:
         self.steps += 1
         if self.steps % self.every == 0:
             self.rescale()
-
-    def _rescale(self, pair: NormalisedLayer) -> None:
-        layer, batch_norm = self._modules[pair.layer], self._modules[pair.batch_norm]
-        norms = self._norms(pair)
-        factors = torch.where(norms > 0, self._targets[pair.layer].to(norms.device) / norms, torch.ones_like(norms))
-        layer.weight.mul_(factors.reshape(-1, *[1] * (layer.weight.ndim - 1)))
-        if batch_norm.running_mean is not None:
-            bias = 0 if layer.bias is None else layer.bias
-            batch_norm.running_mean.sub_(bias).mul_(factors).add_(bias)
-            batch_norm.running_var.mul_(factors.square())
 
     def _norms(self, pair: NormalisedLayer) -> torch.Tensor:
         """Norms of the filters (C,), or that of the layer (1,)."""

@@ -23,24 +23,17 @@ def with_full_batch_statistics(module: nn.Module, names: Iterable[str], rows: to
 
     Parameters
     ----------
-    module : torch.nn.Module
-        It is not changed.
+    module, rows : torch.nn.Module, Tensor (n, ...)
+        The rows are in float64 on the CPU, where the statistics are computed.
     names : iterable of str
-        Names of layers; the batch norms among them are updated.
-    rows : Tensor (n, ...)
-        In float64 on the CPU, where the statistics are computed.
-
-    Raises
-    ------
-    ValueError
-        For a batch norm without stored statistics.
+        Names of layers; the batch norms among them are updated. One without stored statistics is a ValueError.
     """
     found: Any = copy.deepcopy(module).eval()
     measured: Any = copy.deepcopy(found).to(device="cpu", dtype=torch.float64)
     for name in _in_order_of_use(measured, names, rows):
         mean, variance = _statistics(measured, name, rows)
         own, double = found.get_submodule(name), measured.get_submodule(name)
-        double.running_mean.copy_(own.running_mean.copy_(mean))  # rounded, as the layers that follow will see it
+        double.running_mean.copy_(own.running_mean.copy_(mean))  # rounded, as the following layers will see it
         double.running_var.copy_(own.running_var.copy_(variance))
         own.num_batches_tracked.fill_(1)
         own.momentum = 0.0

@@ -22,16 +22,13 @@ def certify(
 ) -> Audit:  # fmt: skip
     """Certify a network that torch trained: objective, lower bound over all widths, gap and its cause.
 
-    The network is either of two kinds.
-
-    - It ends in Linear, BatchNorm1d, ReLU, Linear. In a deeper network these are judged on the features that the layers
-      before compute in eval mode.
-    - It consists of Conv, BatchNorm, ReLU, pooling, Linear, the last without a bias. Its batch norm counts a row for
-      every location: ``n`` of the weight decay is then ``N``.
+    The network ends in Linear, BatchNorm1d, ReLU, Linear, which are judged on the features that earlier layers compute
+    in eval mode. Or it consists of Conv, BatchNorm, ReLU, pooling, Linear, the last without a bias; its batch norm
+    counts a row for every location, so that ``n`` of the weight decay is then ``N``.
 
     The batch norm that is judged has the statistics of all rows of ``X``, as in train mode on one batch. The audit also
     reports the loss in eval mode, with the stored statistics (averages over batches, of unbiased variances). The module
-    is neither run (a copy is) nor changed.
+    is not changed: a copy is run.
 
     The objective is ``factor * sum of losses + weight decay / 2 * squares`` of batch norm's scale and offset and of the
     last layer, with the reduction of ``loss`` and the decay of ``optimizer``. Decay on layers before batch norm does
@@ -42,10 +39,8 @@ def certify(
     ----------
     module : torch.nn.Module
         In any mode, on any device.
-    X : ndarray or Tensor (n, ...)
-        All rows that it was trained on, as the module takes them.
-    y : array-like or Tensor (n,) or (n, K)
-        Their targets, as the loss takes them.
+    X, y : ndarray or Tensor (n, ...), array-like or Tensor (n,) or (n, K)
+        All training rows, as the module takes them, and their targets, as the loss takes them.
     loss : torch.nn.Module or str
         ``nn.MSELoss()``, ``nn.HuberLoss()``, ``nn.CrossEntropyLoss()`` (label smoothing included) or
         ``nn.BCEWithLogitsLoss()``, of reduction mean or sum. Or a loss of this package, summed over rows: ``"squared"``
@@ -53,7 +48,7 @@ def certify(
         (targets -1 and +1).
     optimizer : torch.optim.Optimizer, optional
         The optimiser that trained it, for its weight decay: SGD, Adam and others that add it to the gradient. AdamW
-        shrinks the parameters beside the gradient and minimises no such objective: give ``weight_decay`` instead.
+        does not add it, and minimises no such objective: give ``weight_decay`` instead.
     weight_decay : float, optional
         Instead of an optimiser, beta of ``sum of losses + beta / 2 * (gamma^2 + shift^2 + output^2)``, with
         ``gamma = sqrt(n) * scale`` and ``shift = sqrt(n) * offset``, and a last bias without decay. A common decay
@@ -106,7 +101,7 @@ def _trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     if isinstance(loss, str):
         return TrainedLoss.from_name(loss, targets, n_outputs)
     name = type(loss).__name__
-    if not isinstance(loss, nn.Module) or name not in torch_losses() or type(loss) is not getattr(nn, name):
+    if name not in torch_losses() or type(loss) is not getattr(nn, name):
         raise TypeError(
             f"loss must be {', '.join(f'nn.{known}()' for known in torch_losses())} or one of the names "
             f"{', '.join(loss_names())}; got {loss!r}."
@@ -135,7 +130,7 @@ def _objective(
     if (optimizer is None) == (weight_decay is None):
         raise ValueError(
             "give optimizer=, whose weight decay the network was trained with, or weight_decay=, this package's own "
-            "(an optimiser's lam with a mean loss is lam * sqrt(n)), and not both."
+            "(lam of an optimiser with a mean loss is lam * sqrt(n)), and not both."
         )
     if weight_decay is not None:
         return Objective.with_weight_decay(loss, float(weight_decay))

@@ -27,25 +27,24 @@ class ConvexLayer(nn.Module):
 
     ``layer(rows, targets, weight_decay)`` solves the program to the limits of float64 and returns ``outputs`` (the
     shape of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the
-    active groups (`convexbn.solvers.gated.implicit_differentiation`): one Cholesky factor, made in the forward pass,
-    serves all derivatives.
+    active groups: one Cholesky factor, made in the forward pass, serves all derivatives.
 
     The caller whitens the rows ``A``, with their constant column: by ``convexbn.data.whitening.whiten(X).rows``, or in
-    torch for derivatives in the raw data. A spectral filter multiplies their columns, and is differentiated by the
-    chain rule.
+    torch for derivatives in the raw data. A spectral filter multiplies the columns of ``A``; the chain rule
+    differentiates it.
 
     Parameters
     ----------
     patterns : array or Tensor (n, P) of bool
         Diagonals of the gates ``D_i``; a buffer. They stay fixed when the rows are differentiated.
     loss : {"squared", "logistic", "cross_entropy"}, default="squared"
-        The factor has the size ``n`` for the squared loss, ``n K`` for the others.
+        The Cholesky factor has the size ``n`` for the squared loss, ``n K`` for the others.
 
     Attributes
     ----------
     optimum : convexbn.solvers.gated.implicit_differentiation.Optimum or None
-        Of the last call, from which the next one starts: ``residual``, ``margin`` and ``unique`` say how far its
-        derivatives can be trusted.
+        Optimum of the last call, from which the next one starts. Its ``residual``, ``margin`` and ``unique`` say how
+        far its derivatives can be trusted.
 
     Raises
     ------
@@ -58,16 +57,15 @@ class ConvexLayer(nn.Module):
     Warns
     -----
     RuntimeWarning
-        From a backward pass: if a group is just becoming active or zero, the derivative is that of one side (on which
-        the active groups stay); if the optimal weights are not unique, theirs is one of many (of least norm; that of
-        the outputs is right as long as the same groups stay active).
+        From a backward pass. If a group is just becoming active or zero, the derivative is that of the side on which
+        the active groups stay. If the optimal weights are not unique, theirs is the one of least norm; that of the
+        outputs is right as long as the same groups stay active.
 
     Notes
     -----
     Derivatives are zero if the weight decay makes the zero network optimal. They are not differentiable again. The work
-    is done in float64 on the CPU; results have the type and device of the rows. The ReLU program at given patterns is
-    not offered: its tight cone constraints would be further unknowns, and its optimum is that of the ReLU network for
-    these patterns alone.
+    is done in float64 on the CPU; results have the type and device of the rows. There is no layer for the ReLU program:
+    its tight cone constraints would be further unknowns, and its optimum holds for the given patterns alone.
 
     References
     ----------
@@ -123,8 +121,7 @@ class ConvexLayer(nn.Module):
         last = self.optimum
         fits = last is not None and last.groups.program.block_shape == program.block_shape
         self.optimum = optimum_of(program, last if fits else None)
-        outputs, weights = _Differentiated.apply(rows, targets, decay, self.optimum)  # type: ignore[no-untyped-call]
-        return outputs, weights
+        return _Differentiated.apply(rows, targets, decay, self.optimum)  # type: ignore[no-untyped-call]
 
     def _program(self, rows: torch.Tensor, targets: torch.Tensor, weight_decay: torch.Tensor) -> GatedProgram:
         """Program of a call, checked, in float64."""
@@ -150,11 +147,6 @@ def gated_outputs(rows: torch.Tensor, patterns: torch.Tensor, weights: torch.Ten
     Parameters
     ----------
     rows, patterns, weights : Tensor (n, q), (n, P), (P, q, K)
-
-    Examples
-    --------
-    >>> gated_outputs(torch.ones(5, 3), torch.ones(5, 2, dtype=torch.bool), torch.ones(2, 3, 1)).shape
-    torch.Size([5, 1])
     """
     P, q, K = weights.shape
     opened = patterns.to(weights.dtype) @ weights.reshape(P, q * K)
@@ -177,18 +169,14 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx: Any, in_outputs: torch.Tensor, in_weights: torch.Tensor) -> Any:
         optimum: Optimum = ctx.optimum
         if optimum.margin < _ON_THE_EDGE:
-            message = (
-                "a group is just becoming active or zero, so the derivative is that of one side: change weight_decay."
-            )
+            message = "a group is almost active or zero, so the derivative is that of one side: change weight_decay."
             warnings.warn(message, RuntimeWarning, stacklevel=1)
         if not optimum.unique:
             message = "the optimal weights are not unique, so theirs is one derivative of many: use the outputs alone."
             warnings.warn(message, RuntimeWarning, stacklevel=1)
-        found = optimum.pullback(
-            outputs=_numpy(in_outputs).astype(np.float64).reshape(optimum.outputs.shape),
-            blocks=_numpy(in_weights).astype(np.float64),
-        )
-        arrays = (found.rows, found.targets, np.array(found.weight_decay))
+        outputs = _numpy(in_outputs).astype(np.float64).reshape(optimum.outputs.shape)
+        found = optimum.pullback(outputs=outputs, blocks=_numpy(in_weights).astype(np.float64))
+        arrays = found.rows, found.targets, np.array(found.weight_decay)
         gradients = [
             torch.tensor(array.reshape(shape), dtype=dtype, device=device)
             for array, (shape, dtype, device) in zip(arrays, ctx.inputs, strict=True)

@@ -36,18 +36,7 @@ _ENDING = "only networks of Conv, BatchNorm, ReLU, pooling, Linear can be read"
 
 @dataclass(frozen=True, eq=False)
 class ConvolutionalLayers:
-    """A module of Conv, BatchNorm, ReLU, pooling, Linear.
-
-    Attributes
-    ----------
-    module : torch.nn.Module
-        Taken out of wrappers.
-    batch_norm, output : str
-        Names of its layers.
-    layers : Layers
-        Their numbers on patches, with the pooling.
-    convolution : Convolution
-    """
+    """Module of Conv, BatchNorm, ReLU, pooling, Linear: unwrapped, with names and numbers of its layers on patches."""
 
     module: nn.Module
     batch_norm: str
@@ -55,13 +44,9 @@ class ConvolutionalLayers:
     layers: Layers
     convolution: Convolution
 
-    def patches(self, X: torch.Tensor) -> Float:
-        """Patches of images (n, channels, ...), in float64."""
-        return np.asarray(PatchMatrix(self.convolution.rows(X.numpy()), self.convolution.geometry), dtype=np.float64)
-
     def network(self, X: torch.Tensor, statistics: str) -> BatchNormNetwork:
         """Network of the function in eval mode ("stored") or train mode ("batch"), with the statistics of images."""
-        patches = self.patches(X)
+        patches = _patches(self.convolution, X)
         layers = self.layers.with_statistics_of(patches) if statistics == "batch" else self.layers
         return replace(layers.network(patches), convolution=self.convolution)
 
@@ -74,12 +59,9 @@ def is_convolutional(module: Any) -> bool:
 
 
 def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalLayers:
-    """Layers of a module, checked by the outputs of a copy on images (n, channels, ...).
+    """Read the layers of a module, checked by the outputs of a copy on images (n, channels, ...).
 
-    Raises
-    ------
-    TypeError, ValueError
-        For other layers and settings, by name; for a last Linear with a bias; for a forward that does something else.
+    Errors refuse other layers and settings, a last Linear with a bias, and a forward that does something else.
     """
     module = unwrapped(module)
     leaves = leaves_of(module)
@@ -92,13 +74,12 @@ def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalLayer
     outputs, failures = run_copy(module, X[:_FEW], {}), []
     for layer in _candidates(plain, pools, conv.out_channels, linear.in_features):
         layers = replace(read_layers(named, layer.pool.n_regions), readout=readout_of(layer))
-        own = ConvolutionalLayers(module, batch_norm, output, layers, layer)
-        found = layers.predict(own.patches(X[:_FEW]))
+        found = layers.predict(_patches(layer, X[:_FEW]))
         failures.append(output_error(found, outputs) if found.shape == outputs.shape else np.inf)
         if failures[-1] <= SAME_FUNCTION:
             if layers.output_bias.any():
                 raise ValueError(f"Linear '{output}' has a bias, but convolutional networks have none: train without.")
-            return own
+            return ConvolutionalLayers(module, batch_norm, output, layers, layer)
     raise ValueError(
         f"the forward of the {type(module).__name__} is not that of its layers one after the other: its outputs differ "
         f"by {min(failures, default=np.inf):.1e} of their scale; {_ENDING}."
@@ -115,11 +96,11 @@ def layers_of(network: BatchNormNetwork, hidden: Sequence[nn.Module]) -> list[nn
     conv = kind(geometry.image[2], len(linear.weight), kernel, stride=stride, padding=padding, device="meta")
     weight = linear.weight.detach().reshape(conv.weight.shape).contiguous()
     conv.load_state_dict({"weight": weight, "bias": linear.bias.detach()}, assign=True)
-    pool: list[nn.Module] = []
+    parts = [conv, *hidden[1:], nn.ReLU()]
     if not layer.pool.flattened:
         kind = getattr(nn, f"Adaptive{'Avg' if layer.pooling == 'average' else 'Max'}Pool{dims}d")
-        pool = [kind(layer.pool.grid if dims == 2 else layer.pool.grid[1])]
-    return [conv, *hidden[1:], nn.ReLU(), *pool, nn.Flatten()]
+        parts.append(kind(layer.pool.grid if dims == 2 else layer.pool.grid[1]))
+    return [*parts, nn.Flatten()]
 
 
 def images_of(network: BatchNormNetwork, rows: FloatMatrix) -> torch.Tensor:
@@ -138,8 +119,13 @@ def probe_images(network: BatchNormNetwork) -> Float:
     return float(network.mean.mean()) + noise / (size if size > 0 else 1.0)
 
 
+def _patches(layer: Convolution, X: torch.Tensor) -> Float:
+    """Patches of images (n, channels, ...), in float64."""
+    return np.asarray(PatchMatrix(layer.rows(X.numpy()), layer.geometry), dtype=np.float64)
+
+
 def _plain_convolution(name: str, conv: Any, X: torch.Tensor) -> Convolution:
-    """The layer without its pooling, for images (n, channels, ...)."""
+    """First layer without its pooling, for images (n, channels, ...)."""
     dims = len(conv.kernel_size)
     if X.ndim != dims + 2 or X.shape[1] != conv.in_channels:
         raise ValueError(f"X must have {conv.in_channels} channels and {dims} dimensions; got shape {tuple(X.shape)}.")
@@ -154,17 +140,15 @@ def _plain_convolution(name: str, conv: Any, X: torch.Tensor) -> Convolution:
 def _candidates(
     plain: Convolution, pools: Sequence[tuple[str, Any]], channels: int, n_inputs: int
 ) -> list[Convolution]:
-    """Layers with the pooling of a module, or those that the size of its last layer allows."""
+    """First layers with the pooling of a module, or those that the size of its last layer allows."""
     if not pools:
         known = [replace(plain, pooling="average"), replace(plain, pooling="max"), replace(plain, regions="all")]
         return [layer for layer in known if channels * layer.pool.n_regions == n_inputs]
     ((name, pool),) = pools
-    regions = getattr(pool, "output_size", None)
+    dims, regions = plain.dimensions, getattr(pool, "output_size", None)
     if regions is None:
-        locations = plain.geometry.locations[-plain.dimensions :]
-        kernel, stride, padding = (
-            _tuple(size, plain.dimensions) for size in (pool.kernel_size, pool.stride, pool.padding)
-        )
+        locations = plain.geometry.locations[-dims:]
+        kernel, stride, padding = (_tuple(size, dims) for size in (pool.kernel_size, pool.stride, pool.padding))
         parts = [divmod(size, window) for size, window in zip(locations, kernel, strict=True)]
         if kernel != stride or any(padding) or any(rest for _, rest in parts):
             raise ValueError(
@@ -172,7 +156,7 @@ def _candidates(
                 f"{_ENDING}."
             )
         regions = [count for count, _ in parts]
-    return [replace(plain, pooling=_POOLS[type(pool)], regions=_tuple(regions, plain.dimensions))]
+    return [replace(plain, pooling=_POOLS[type(pool)], regions=_tuple(regions, dims))]
 
 
 def _tuple(size: Any, dims: int) -> tuple[int, ...]:

@@ -46,18 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Task:
-    """Training rows with their loss and classes, weight decay, and validation rows.
-
-    Attributes
-    ----------
-    rows : Tensor (n, ...)
-    loss : Loss
-    labels : ndarray (n,) or None
-        Classes; None if the targets are numbers.
-    weight_decay : float
-    validation : (Tensor, ndarray) or None
-        Rows and their classes.
-    """
+    """Training rows with their loss and classes (None if the targets are numbers), weight decay, validation rows."""
 
     rows: torch.Tensor
     loss: Loss
@@ -67,22 +56,14 @@ class Task:
 
     @classmethod
     def from_targets(cls, X: torch.Tensor, y: Any, K: int, loss: str, weight_decay: float) -> Task:
-        """Check the targets of the rows, classes or numbers, and bind the loss to them.
+        """Bind the loss to the targets, classes or numbers; ValueError if they do not fit the rows or the loss.
 
         Parameters
         ----------
-        X : Tensor (n, ...)
-        y : array-like or Tensor (n,) or (n, K)
+        X, y : Tensor (n, ...), array-like or Tensor (n,) or (n, K)
         K : int
             Outputs of the module.
-        loss : str
-        weight_decay : float
-
-        Raises
-        ------
-        ValueError
-            For a weight decay that is not positive, a loss that is not for ``K`` outputs, and targets that do not
-            belong to the rows, the outputs or the loss.
+        loss, weight_decay : str, float
         """
         if not 0 < weight_decay < np.inf:
             raise ValueError(f"weight_decay must be positive and finite, got {weight_decay}.")
@@ -114,11 +95,8 @@ class Task:
 
         Parameters
         ----------
-        module : torch.nn.Module
-        layers : Layers
-            Its last layers.
-        features : ndarray (n, p)
-            Their inputs.
+        module, layers, features : torch.nn.Module, Layers, ndarray (n, p)
+            Module, its last layers, and their inputs.
         """
         network, value = layers.network(features), self.loss.value(layers.predict(features))
         penalty = float(np.hypot(network.gamma, network.shift) @ np.linalg.norm(network.output, axis=1))
@@ -128,7 +106,7 @@ class Task:
             weight_decay_objective=float(value + self.weight_decay / 2 * (squares + np.sum(layers.output**2))),
             n_neurons=network.n_neurons,
             train_accuracy=None if self.labels is None else _accuracy(module, self.rows, self.labels),
-            validation_accuracy=None if self.validation is None else _accuracy(module, *self.validation),
+            validation_accuracy=None if self.validation is None else self.validates(module),
         )
 
 
@@ -137,7 +115,6 @@ def _array(y: Any) -> np.ndarray:
 
 
 def _accuracy(module: nn.Module, rows: torch.Tensor, labels: Index) -> float:
-    """Share of rows whose largest output is that of their class, in eval mode."""
     outputs = torch.cat(list(outputs_of(copy.deepcopy(module).eval(), rows)))
     found = (outputs[:, 0] > 0) if outputs.shape[1] == 1 else outputs.argmax(dim=1)
     return float(np.mean(found.numpy() == labels))

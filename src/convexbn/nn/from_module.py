@@ -13,7 +13,7 @@ from convexbn.nn.last_layers import LastLayers, as_tensor, read_last_layers
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.output_check import probe_rows
 
-#: Factor by which the far probes lie further from the mean: activations that saturate show there.
+#: Factor by which far probes are farther from the mean than near ones: activations that saturate show there.
 _FAR = 30.0
 
 
@@ -43,11 +43,9 @@ def from_module(
 
     Raises
     ------
-    TypeError
-        For a layer of another type, by its name.
-    ValueError
-        For a layer that cannot be read, by its name: batch norm untrained or without statistics, scale and shift, a
-        last Linear with a bias, numbers that are not finite. For a forward that does something else.
+    TypeError, ValueError
+        For a layer of another type or that cannot be read, by its name: batch norm untrained or without statistics,
+        scale and shift, a last Linear with a bias, numbers that are not finite. For a forward that does something else.
 
     Examples
     --------
@@ -94,8 +92,7 @@ def _check_two_layer(last: LastLayers) -> None:
             f"{first} '{last.before[0]}' comes before Linear '{last.linear}', and a network of this package has two "
             "layers: give the module from there on, and its inputs as data."
         )
-    bias = np.abs(last.layers.output_bias).max(initial=0.0)
-    if bias > 0:
+    if (bias := np.abs(last.layers.output_bias).max(initial=0.0)) > 0:
         raise ValueError(
             f"Linear '{last.output}' has a bias (up to {bias:.1e}), but networks of this package have none: train it "
             "with bias=False."

@@ -24,7 +24,7 @@ _POINTS = 21
 
 
 class Point(NamedTuple):
-    """A network of the segment: its place from the trained one (0) to the optimum (1), neurons, output bias (K,)."""
+    """Network of the segment: its place from the trained one (0) to the optimum (1), neurons and output bias (K,)."""
 
     step: float
     neurons: Neurons
@@ -33,17 +33,9 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The mixtures of two networks on the whitened rows of a program.
+    """Mixtures of a trained network at its best scale, with its output bias (K,), and the optimum, which has no bias.
 
-    Attributes
-    ----------
-    program : ReluProgram
-    trained : Neurons
-        Balanced, at its best scale.
-    output_bias : ndarray (K,)
-        Of the trained network, at that scale; not penalised.
-    optimum : Neurons
-        Without an output bias.
+    Both are balanced. The output bias is not penalised.
     """
 
     program: ReluProgram
@@ -57,8 +49,7 @@ class Segment:
 
         Parameters
         ----------
-        program : ReluProgram
-        trained, optimum : Neurons
+        program, trained, optimum : ReluProgram, Neurons, Neurons
         output_bias : ndarray (K,)
             Of the trained network.
         """
@@ -68,13 +59,11 @@ class Segment:
         def objective(scale: float) -> float:
             return program.loss.value(scale * outputs) + scale * price
 
-        # no loss is negative, so that beyond this the penalty alone costs more
-        largest = objective(1.0) / price if price > 0 else 1.0
+        largest = objective(1.0) / price if price > 0 else 1.0  # no loss is negative: beyond, the penalty costs more
         options = {"xatol": 1e-8 * largest}
         found = scipy.optimize.minimize_scalar(objective, bounds=(0.0, largest), method="bounded", options=options)
         scale = min((1.0, float(found.x)), key=objective)
-        shrunk = trained.with_norms(scale * trained.norms)
-        return cls(program, shrunk, scale * output_bias, optimum.balanced())
+        return cls(program, trained.with_norms(scale * trained.norms), scale * output_bias, optimum.balanced())
 
     def points(self) -> Iterator[Point]:
         """Yield networks of the segment, that of least objective first."""
@@ -86,6 +75,6 @@ class Segment:
 
     def at(self, step: float) -> Point:
         """Network at a place of the segment: 0 the trained one, 1 the optimum."""
-        sides = self.trained, self.optimum
-        kept = [one.with_norms(share * one.norms) for one, share in zip(sides, (1 - step, step), strict=True)]
-        return Point(step, kept[0].joined(kept[1]), (1 - step) * self.output_bias)
+        trained = self.trained.with_norms((1 - step) * self.trained.norms)
+        optimum = self.optimum.with_norms(step * self.optimum.norms)
+        return Point(step, trained.joined(optimum), (1 - step) * self.output_bias)

@@ -1,7 +1,7 @@
-"""The last layers of a torch module: its final Linear, BatchNorm1d, ReLU, Linear, found by order, checked by outputs.
+"""The last layers of a torch module: its final Linear, BatchNorm1d, ReLU, Linear.
 
-The order in which a module defines its layers says which these are. That its forward uses them so, whatever code it
-holds, is checked by comparing outputs. The module itself is never run or changed: a copy is.
+The order in which a module defines its layers says which these are. Comparing outputs checks that its forward uses them
+so, whatever code it holds. The module itself is never run or changed: a copy is.
 """
 
 from __future__ import annotations
@@ -60,10 +60,7 @@ class LastLayers:
     def features(self, X: Any) -> Float:
         """Inputs (n, d) of the first Linear in eval mode and float64, for rows as the module takes them.
 
-        Raises
-        ------
-        ValueError
-            If the module does not run on the rows, or its outputs are not those of the layers on the features.
+        A ValueError says if the module does not run on them, or has other outputs than the layers on the features.
         """
         rows, d = as_tensor(X), len(self.layers.weight)
         inputs = [torch.empty(0, d, dtype=torch.float64, device="cpu")]
@@ -82,21 +79,14 @@ class LastLayers:
 
 
 def run_copy(module: nn.Module, X: torch.Tensor, hooks: Mapping[str, Callable[..., Any]]) -> Float:
-    """Outputs (n, K) of a copy in eval mode and float64.
+    """Outputs (n, K) of a copy in eval mode and float64; ValueError if it does not run on ``X``.
 
     Parameters
     ----------
-    module : torch.nn.Module
-        It is neither run nor changed.
-    X : Tensor (n, ...)
-        In float64 on the CPU.
+    module, X : torch.nn.Module, Tensor (n, ...)
+        The rows are in float64 on the CPU.
     hooks : mapping of str to callable
         Forward pre-hooks of layers of the copy, by name.
-
-    Raises
-    ------
-    ValueError
-        If it does not run on ``X``.
     """
     try:
         double = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
@@ -141,7 +131,7 @@ def read_last_layers(module: nn.Module) -> LastLayers:
 
 
 def read_layers(named: Sequence[tuple[str, Any]], regions: int = 1) -> Layers:
-    """Numbers of a named Linear or convolution, batch norm and Linear: filters in columns, and output (m, R K)."""
+    """Read a named Linear or convolution, batch norm and Linear: filters become columns, and output is (m, R K)."""
     first, norm, last = named
     linear, where, output = (f"{type(layer).__name__} '{name}'" for name, layer in named)
     weight, by_output, batch_norm = _numbers(first, "weight"), _numbers(last, "weight"), norm[1]
@@ -151,8 +141,7 @@ def read_layers(named: Sequence[tuple[str, Any]], regions: int = 1) -> Layers:
         raise ValueError(f"{where} has no stored statistics: train it with track_running_stats=True.")
     if not batch_norm.num_batches_tracked:
         raise ValueError(f"{where} is untrained (num_batches_tracked is 0): run batches through it in train mode.")
-    m = len(weight)
-    sizes = m * regions, len(batch_norm.weight) * regions, by_output.shape[1]
+    m, sizes = len(weight), (len(weight) * regions, len(batch_norm.weight) * regions, by_output.shape[1])
     if len(set(sizes)) > 1:
         found = "{}, {} and {} features".format(*sizes)
         raise ValueError(f"{linear}, {where} and {output} do not follow one another: they have {found}.")
@@ -173,7 +162,7 @@ def read_layers(named: Sequence[tuple[str, Any]], regions: int = 1) -> Layers:
 
 
 def _numbers(named: tuple[str, Any], key: str) -> Float:
-    """Numbers of a parameter or buffer, finite, in float64; zeros for a bias that is not there."""
+    """Parameter or buffer of a layer in float64, checked to be finite; zeros for a missing bias."""
     name, layer = named
     tensor, where = getattr(layer, key), f"{key} of {type(layer).__name__} '{name}'"
     if tensor is None:
@@ -187,7 +176,7 @@ def _numbers(named: tuple[str, Any], key: str) -> Float:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Module inside of DataParallel, DistributedDataParallel and ``torch.compile``."""
+    """Take a module out of DataParallel, DistributedDataParallel and ``torch.compile``."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     wrapped: Any = module
@@ -199,19 +188,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def leaves_of(module: nn.Module) -> list[tuple[str, Any]]:
-    """Named layers in the order of definition, without those of ``_SKIPPED``; one in two places comes twice."""
+    """Named layers in the order of definition, without those of ``_SKIPPED``; a layer in two places comes twice."""
     leaves = [item for item in module.named_modules(remove_duplicate=False) if not [*item[1].children()]]
     return [(name, layer) for name, layer in leaves if type(layer) not in _SKIPPED]
 
 
 def as_tensor(X: Any) -> torch.Tensor:
-    """Rows in float64 on the CPU: a copy, as layers may work in place.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are not numbers; if there are no rows or they are not finite.
-    """
+    """Rows in float64 on the CPU, checked to be finite numbers; a copy, as layers may work in place."""
     if isinstance(X, torch.Tensor):
         rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)
     else:

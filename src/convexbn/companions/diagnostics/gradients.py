@@ -17,40 +17,33 @@ _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 def gradient_kurtosis(module: nn.Module, X: Any, y: Any, loss: Loss, *, training: bool = True) -> dict[str, float]:
     """Kurtosis of the entries of each weight gradient: 3 for a normal distribution, more for heavy tails.
 
-    Without batch norm the gradients of middle layers are heavy-tailed at initialisation (Bjorck et al. 2018).
+    Keys are the names of each Linear and convolution that the loss reaches; values are ``nan`` if all entries are
+    equal. Without batch norm the gradients of middle layers are heavy-tailed at initialisation (Bjorck et al. 2018).
 
     Parameters
     ----------
     module : torch.nn.Module
         It is not changed: a copy is run.
-    X, y : Tensor (n, ...), Tensor
-        A batch, as module and loss take it.
-    loss : callable
-        ``loss(outputs, y)``.
+    X, y, loss : Tensor (n, ...), Tensor, callable
+        A batch, and its loss ``loss(outputs, y)``.
     training : bool, default=True
         Train mode, with the statistics of the batch, or eval mode.
 
-    Returns
-    -------
-    dict of str to float
-        By name, for each Linear and convolution that the loss reaches; ``nan`` if all entries are equal.
-
     Examples
     --------
-    >>> import torch
-    >>> X, module = torch.randn(50, 100), torch.nn.Sequential(torch.nn.Linear(100, 3))
-    >>> list(gradient_kurtosis(module, X, X[:, :3], torch.nn.MSELoss()))
+    >>> X, module = torch.randn(50, 100), nn.Sequential(nn.Linear(100, 3))
+    >>> list(gradient_kurtosis(module, X, X[:, :3], nn.MSELoss()))
     ['0']
     """
     with copied(module, training) as run:
         loss(run(X), y).backward()  # type: ignore[no-untyped-call]
-    gradients = {name: layer.weight.grad for name, layer in run.named_modules() if isinstance(layer, _WEIGHTED)}
-    return {name: _kurtosis(gradient.double()) for name, gradient in gradients.items() if gradient is not None}
-
-
-def _kurtosis(entries: torch.Tensor) -> float:
-    squares = (entries - entries.mean()).square()
-    return float(squares.square().mean() / squares.mean().square())
+    found = {}
+    for name, layer in run.named_modules():
+        if isinstance(layer, _WEIGHTED) and layer.weight.grad is not None:
+            entries = layer.weight.grad.double()
+            squares = (entries - entries.mean()).square()
+            found[name] = float(squares.square().mean() / squares.mean().square())
+    return found
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,6 @@ class SignAgreement:
     ----------
     absolute, summed : float
         Means over the entries of ``sum |d|`` and of ``|sum d|``.
-    ratio : float
-        The first over the second: 1 if all signs agree, larger the more the summands cancel.
     """
 
     absolute: float
@@ -72,30 +63,25 @@ class SignAgreement:
 
     @property
     def ratio(self) -> float:
-        """``absolute / summed``; ``inf`` if all summands cancel."""
+        """``absolute / summed``: 1 if all signs agree, larger the more the summands cancel, ``inf`` if they all do."""
         return self.absolute / self.summed if self.summed > 0 else float("inf")
 
 
 def sign_agreement(module: nn.Module, X: Any, y: Any, loss: Loss, *, training: bool = True) -> dict[str, SignAgreement]:
     """Agreement in sign of the summands of each weight gradient; if they agree, it depends little on the data.
 
-    Without batch norm all samples pull a weight in one direction; with it their gradients cancel for the larger part
-    (Bjorck et al. 2018).
+    Keys are the names of each Linear and convolution that the loss reaches, in the order of the forward. Without batch
+    norm all samples pull a weight in one direction; with it their gradients cancel for the larger part (Bjorck et al.
+    2018).
 
     Parameters
     ----------
     module, X, y, loss, training
         As for ``gradient_kurtosis``.
 
-    Returns
-    -------
-    dict of str to SignAgreement
-        By name, for each Linear and convolution that the loss reaches, in the order of the forward.
-
     Examples
     --------
-    >>> import torch
-    >>> module, X = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[1.0, 1], [1, -1]])
+    >>> module, X = nn.Sequential(nn.Linear(2, 1, bias=False)), torch.tensor([[1.0, 1], [1, -1]])
     >>> sign_agreement(module, X, None, lambda outputs, _: outputs.sum())["0"]
     SignAgreement(absolute=2.0, summed=1.0)
     """

@@ -20,26 +20,18 @@ def gradient_step(module: nn.Module, X: Any, y: Any, loss: Loss, step: float, *,
     Parameters
     ----------
     module : torch.nn.Module
-        It is not changed.
-    X, y : Tensor (n, ...), Tensor
-        A batch, as module and loss take it.
-    loss : callable
-        ``loss(outputs, y)``.
+        It is not changed. The copy has its mode and its running statistics.
+    X, y, loss : Tensor (n, ...), Tensor, callable
+        A batch, and its loss ``loss(outputs, y)``.
     step : float
-        The learning rate of the step.
+        Learning rate.
     training : bool, default=True
         Gradient of train mode, with the statistics of the batch, or of eval mode.
 
-    Returns
-    -------
-    torch.nn.Module
-        In the mode and with the running statistics of the given one.
-
     Examples
     --------
-    >>> import torch
-    >>> module, X, y = torch.nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
-    >>> bool((gradient_step(module, X, y, torch.nn.MSELoss(), 1e-3)(X).abs() < module(X).abs()).all())
+    >>> module, X, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
+    >>> bool((gradient_step(module, X, y, nn.MSELoss(), 1e-3)(X).abs() < module(X).abs()).all())
     True
     """
     stepped = copy.deepcopy(module)
@@ -52,8 +44,9 @@ def relative_losses(
 ) -> Float:
     """Loss after one gradient step on a batch, relative to that before: ``l(w - a g) / l(w)`` for each ``a``.
 
-    Both losses are those of this batch. Without batch norm they explode at learning rates at which a network with it
-    still descends (Bjorck et al. 2018).
+    Both losses are those of this batch; that before must be positive and finite, and the ratio is ``inf`` where that
+    after is not finite. Without batch norm losses explode at learning rates at which a network with it still descends
+    (Bjorck et al. 2018).
 
     Parameters
     ----------
@@ -62,21 +55,10 @@ def relative_losses(
     steps : iterable of float
         Learning rates ``a``.
 
-    Returns
-    -------
-    ndarray (len(steps),)
-        ``inf`` where the loss is not finite.
-
-    Raises
-    ------
-    ValueError
-        If the loss before the step is not positive and finite.
-
     Examples
     --------
-    >>> import torch
-    >>> module, X, y = torch.nn.Linear(2, 1, bias=False), torch.eye(2), torch.ones(2, 1)
-    >>> relative_losses(module, X, y, torch.nn.MSELoss(), [0, 1, 2]).round(6).tolist()  # (1 - a)^2
+    >>> module, X, y = nn.Linear(2, 1, bias=False), torch.eye(2), torch.ones(2, 1)
+    >>> relative_losses(module, X, y, nn.MSELoss(), [0, 1, 2]).round(6).tolist()  # (1 - a)^2
     [1.0, 0.0, 1.0]
     """
     gradients, losses = _gradients(module, X, y, loss, training), []
@@ -85,7 +67,7 @@ def relative_losses(
             _move(run, gradients, step)
             losses.append(float(loss(run(X), y)))
     if not 0 < losses[0] < np.inf:
-        raise ValueError(f"the loss before the step must be positive and finite, and it is {losses[0]}.")
+        raise ValueError(f"the loss before the step must be positive and finite, got {losses[0]}.")
     return np.where(np.isfinite(losses[1:]), losses[1:], np.inf) / losses[0]
 
 

@@ -34,8 +34,9 @@ class ChannelMoments:
 def channel_moments(module: nn.Module, X: Any, *, training: bool = True) -> list[ChannelMoments]:
     """Mean and standard deviation by channel of the outputs of each layer, in the order of the forward.
 
-    At initialisation both grow exponentially with the depth of a residual network without batch norm, and stay as they
-    are with it (Bjorck, Gomes, Selman, Weinberger 2018).
+    There is one item for each call of a layer without layers inside whose output is a tensor (n, C, ...). At
+    initialisation both moments grow exponentially with the depth of a residual network without batch norm, and stay as
+    they are with it (Bjorck et al. 2018).
 
     Parameters
     ----------
@@ -46,15 +47,9 @@ def channel_moments(module: nn.Module, X: Any, *, training: bool = True) -> list
     training : bool, default=True
         Train mode, with the statistics of the batch, or eval mode.
 
-    Returns
-    -------
-    list of ChannelMoments
-        One for each call of a layer without layers inside whose output is a tensor (n, C, ...).
-
     Examples
     --------
-    >>> import torch
-    >>> module, X = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8)), torch.randn(50, 3)
+    >>> module, X = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)), torch.randn(50, 3)
     >>> [bool(abs(found.std.mean() - 1) < 1e-3) for found in channel_moments(module, X)]
     [False, True]
     """

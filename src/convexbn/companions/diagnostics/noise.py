@@ -24,31 +24,24 @@ class GradientNoise:
     variance : float
         ``C``, the mean over the samples of the squared distance of their gradients from the full gradient.
     n_samples : int
-        Number of samples.
+
+    Examples
+    --------
+    >>> noise = GradientNoise(variance=6.0, n_samples=10)
+    >>> noise.bound(learning_rate=0.5, batch_size=2), noise.expected(learning_rate=1.0, batch_size=10)
+    (0.75, 0.0)
     """
 
     variance: float
     n_samples: int
 
     def bound(self, learning_rate: float, batch_size: int) -> float:
-        """Bound of ``E || a g - a g_batch ||^2``: ``a^2 / B * C``, an equality for samples drawn with replacement.
-
-        Examples
-        --------
-        >>> GradientNoise(variance=6.0, n_samples=10).bound(learning_rate=0.5, batch_size=2)
-        0.75
-        """
+        """Bound of ``E || a g - a g_batch ||^2``: ``a^2 / B * C``, an equality for samples drawn with replacement."""
         self._check(batch_size)
         return learning_rate**2 * self.variance / batch_size
 
     def expected(self, learning_rate: float, batch_size: int) -> float:
-        """``E || a g - a g_batch ||^2`` for batches drawn without replacement: the bound times ``(n - B) / (n - 1)``.
-
-        Examples
-        --------
-        >>> GradientNoise(variance=6.0, n_samples=10).expected(learning_rate=1.0, batch_size=10)
-        0.0
-        """
+        """``E || a g - a g_batch ||^2`` of batches drawn without replacement: the bound times ``(n - B) / (n - 1)``."""
         left = (self.n_samples - batch_size) / max(self.n_samples - 1, 1)
         return self.bound(learning_rate, batch_size) * left
 
@@ -65,24 +58,17 @@ def gradient_noise(module: nn.Module, X: Any, y: Any, loss: Loss, *, chunk_size:
 
     Parameters
     ----------
-    module : torch.nn.Module
-        It is not changed. ``torch.func.vmap`` must be able to run it.
-    X, y : Tensor (n, ...), Tensor (n, ...)
-        All samples.
+    module, X, y : torch.nn.Module, Tensor (n, ...), Tensor (n, ...)
+        Module that ``torch.func.vmap`` can run, which is not changed, and all samples.
     loss : callable
-        ``loss(outputs, y)``, the mean over the samples; functions of torch such as ``nn.CrossEntropyLoss()``.
+        ``loss(outputs, y)`` by functions of torch, such as ``nn.CrossEntropyLoss()``. It must be the mean over the
+        samples, or no bound would follow; this is checked on a few.
     chunk_size : int, default=64
         Samples whose gradients are held at once.
 
-    Raises
-    ------
-    ValueError
-        If the loss is not the mean over the samples: no bound would follow.
-
     Examples
     --------
-    >>> import torch
-    >>> module, X = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
+    >>> module, X = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
     >>> gradient_noise(module, X, X[:, :1], lambda outputs, y: outputs.mean()).variance
     1.0
     """
@@ -110,8 +96,8 @@ def sampled_noise(
     """Variance of mini-batch gradients, ``E || g_batch - E g_batch ||^2``, from batches drawn without replacement.
 
     Times the squared learning rate it is the noise of a step. In eval mode its expectation is
-    ``gradient_noise(...).expected(1, batch_size)``. In train mode batch norm makes the expected gradient of a batch
-    another than the full gradient, and the variance is about the former.
+    ``gradient_noise(...).expected(1, batch_size)``. In train mode the expected gradient of a batch is not the full
+    gradient, because of batch norm; the variance is about the former.
 
     Parameters
     ----------
@@ -128,8 +114,7 @@ def sampled_noise(
 
     Examples
     --------
-    >>> import torch
-    >>> module, X = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
+    >>> module, X = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0], [-1, 0]])
     >>> sampled_noise(module, X, X[:, :1], lambda outputs, y: outputs.mean(), batch_size=2)
     0.0
     """

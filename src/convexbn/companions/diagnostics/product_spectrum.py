@@ -82,14 +82,10 @@ def product_spectrum(factors: int, size: int, random_state: int | np.random.Gene
     Parameters
     ----------
     factors, size : int
-        Number of matrices, and their rows and columns; the entries have variance ``1 / size``.
+        Number of matrices, and their rows and columns; the entries have variance ``1 / size``. Float64 resolves the
+        smallest values up to about five factors.
     random_state : int or numpy.random.Generator, default=0
         For the entries.
-
-    Returns
-    -------
-    ndarray (size,)
-        In float64, which resolves the smallest values up to about five factors.
 
     Examples
     --------
