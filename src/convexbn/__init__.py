@@ -25,7 +25,7 @@ _HOMES = {
     "max_weight_decay": "convexbn.estimators.max_weight_decay",
 }
 
-#: Public modules and their rooms. They come with their first use: ``convexbn.nn`` imports torch, ``convexbn`` does not.
+#: Public modules and their rooms, imported on first use: ``convexbn.nn`` imports torch, ``convexbn`` does not.
 _MODULES = {
     "collapse": "convexbn.training.neural_collapse",
     "companions": "convexbn.companions",
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name on first use: scikit-learn is not imported before an estimator is asked for."""
+    """Import a public name on first use, so that ``import convexbn`` does not import scikit-learn."""
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name not in _HOMES:
@@ -80,25 +80,25 @@ def __dir__() -> list[str]:
 
 
 class _PublicModules:
-    """Finds ``convexbn.path`` and the like in their rooms, as one module under both names."""
+    """Import finder for ``convexbn.path`` and the like: one module under its public name and that of its room."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The specification of a public module that is called otherwise where it lives."""
+        """Specification of a public module whose name differs from that in its room."""
         package, _, public = name.rpartition(".")
         known = package == __name__ and _MODULES.get(public, name) != name
         return ModuleSpec(name, _PublicModules) if known else None  # type: ignore[arg-type]
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:
-        """The module in its room."""
+        """Import the module from its room."""
         module = import_module(_MODULES[spec.name.rpartition(".")[2]])
         spec.loader_state = module.__spec__
         return module
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
-        """It has run in its room; what the import system changed of it is put back."""
+        """Restore the module's own specification; its code has run already."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 

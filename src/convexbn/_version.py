@@ -1,3 +1,3 @@
-"""The version, which pyproject.toml reads."""
+"""Version of the package, read by pyproject.toml."""
 
 __version__ = "0.1.0"

@@ -12,15 +12,11 @@ from typing import TextIO
 
 from convexbn._version import __version__
 from convexbn.cli import certify, fit, path, predict, report, reproduce
-from convexbn.cli.output import INTERRUPTED, TERMINATED, Terminated, say
-
-__all__ = ["main"]
-
-_COMMANDS = (fit, predict, certify, path, reproduce, report)
+from convexbn.cli.output import Terminated, broken_off, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()  # closed by `>&-`
     options = _parser().parse_args(arguments)
     in_main = threading.current_thread() is threading.main_thread()
@@ -29,10 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.command(options)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return say("interrupted: nothing was written.", INTERRUPTED)
-    except Terminated:
-        return say("terminated: nothing was written.", TERMINATED)
+    except (KeyboardInterrupt, Terminated) as signalled:
+        return broken_off(signalled, "nothing was written")
     except BrokenPipeError:  # `convexbn ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -49,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"convexbn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="fit | predict | certify | path | reproduce | report")
-    for command in _COMMANDS:
+    for command in (fit, predict, certify, path, reproduce, report):
         command.add_parser(commands)
     return parser
 

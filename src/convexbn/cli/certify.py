@@ -6,19 +6,17 @@ import argparse
 import json
 from typing import Any
 
-from convexbn.cli.options import Names, data_parser, file_parser
-from convexbn.cli.output import feature_names, number, quiet
+from convexbn.cli.options import Names, model_parser
+from convexbn.cli.output import numbers, verdict
 
-#: Options of ``certify`` for what the file of a model holds itself.
+#: Options that a model's own file answers.
 _QUESTION = ("loss", "huber_delta", "weight_decay", "optimizer_decay", "eps", "tol")
 
 
 def add_parser(commands: Any) -> None:
     """Options of ``certify``."""
     judge = commands.add_parser(
-        "certify",
-        help="recompute objective, bound and gap of a saved network",
-        parents=[file_parser(), data_parser()],
+        "certify", parents=[model_parser()], help="recompute objective, bound and gap of a saved network"
     )
     judge.set_defaults(command=certify)
     judge.add_argument("--target", metavar="NAME", help="target column, by default that of the training")
@@ -40,63 +38,43 @@ def add_parser(commands: Any) -> None:
 
 
 def certify(options: argparse.Namespace) -> int:
-    """``convexbn certify``: a model of ``fit``, or a network that torch trained."""
+    """Judge a model of ``fit``, or a network that torch trained."""
     from convexbn.files.torch import is_checkpoint
 
     return _certify_checkpoint(options) if is_checkpoint(options.file) else _certify_model(options)
 
 
 def _certify_model(options: argparse.Namespace) -> int:
-    """Take the question from the file, recompute every answer from the data."""
-    from convexbn.cli.data_sources import read_data, training_rows
+    """Judge a model: the question is in its file, every number is recomputed from the data."""
+    from convexbn.cli.data_sources import judge_again
     from convexbn.estimators import load
 
     model = load(options.file)
     given = [f"--{name.replace('_', '-')}" for name in _QUESTION if getattr(options, name) is not None]
     if given:
         raise ValueError(f"{given[0]} is for networks that torch trained: the file of a model holds its own.")
-    made = dict(getattr(model, "source_", {}))
-    target = options.target or made.get("target")
-    data = read_data(options.data, target, data_home=options.data_home, features=feature_names(model), need_target=True)
-    X, y = training_rows(data, made)
-    model.time_limit = options.time_limit
-    trained_with = model.spectral_filter
+    trained_filter = model.spectral_filter
     if options.without_filter:
         model.spectral_filter = None
-    with quiet():
-        proof = model.certify(X, y)
-        same = model.fingerprint(X, y) == model.fingerprint_
-    rows = "the rows it was trained on" if same else "OTHER rows than it was trained on (statistics from these)"
-    result = {
-        "objective": number(proof.objective),
-        "lower_bound": number(proof.lower_bound),
-        "relative_gap": number(proof.relative_gap),
-        "status": proof.status.value,
-        "scope": proof.scope,
-        "weight_decay_objective": number(proof.weight_decay_objective),
-        "training_rows": same,
-        "spectral_filter": model.spectral_filter,
-    }
+    rows, proof, same = judge_again(model, options)
     if options.json:
-        print(json.dumps(result))
-    else:
-        print(f"{proof.status.value}, recomputed on {len(X)} rows: {rows}.\n{proof.sentence}")
-        print(_filter_note(trained_with, without=options.without_filter), end="")
-        print(f"objective {proof.objective:.12g}   lower bound {proof.lower_bound:.12g}   ", end="")
-        print(f"weight-decay objective of the plain network of neurons {proof.weight_decay_objective:.12g}")
+        result = verdict(proof) | numbers(proof, "weight_decay_objective")
+        print(json.dumps(result | {"training_rows": same, "spectral_filter": model.spectral_filter}))
+        return 0
+    which = "the rows it was trained on" if same else "OTHER rows than it was trained on (statistics from these)"
+    print(f"{proof.status.value}, recomputed on {len(rows.X_train)} rows: {which}.\n{proof.sentence}")
+    if trained_filter is not None:
+        judged = "Judged as a plain network, without" if options.without_filter else "Judged with"
+        print(f"{judged} the spectral filter of its training, {trained_filter:g} of the largest singular value.")
+    print(
+        f"objective {proof.objective:.12g}   lower bound {proof.lower_bound:.12g}   "
+        f"weight-decay objective of the plain network of neurons {proof.weight_decay_objective:.12g}"
+    )
     return 0
 
 
-def _filter_note(spectral_filter: float | None, *, without: bool) -> str:
-    """A line on the spectral filter of the training; empty if there was none."""
-    if spectral_filter is None:
-        return ""
-    judged = "Judged as a plain network, without" if without else "Judged with"
-    return f"{judged} the spectral filter of its training, {spectral_filter:g} of the largest singular value.\n"
-
-
 def _certify_checkpoint(options: argparse.Namespace) -> int:
-    """Take the layers from the file, the question from the options."""
+    """Judge a network that torch trained: the layers are in the file, the question in the options."""
     import numpy as np
 
     from convexbn.cli.data_sources import read_data
@@ -111,9 +89,8 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
     layers, assumed = read_checkpoint(options.file, eps=options.eps)
     data = read_data(options.data, options.target, data_home=options.data_home, need_target=True)
     assert data.y is not None
-    n_outputs = layers.output.shape[1]
+    n_outputs, huber_delta = layers.output.shape[1], 1.0 if options.huber_delta is None else options.huber_delta
     targets = targets_of_labels(options.loss, data.y, n_outputs)
-    huber_delta = 1.0 if options.huber_delta is None else options.huber_delta
     loss = TrainedLoss.from_name(options.loss, targets, n_outputs, huber_delta=huber_delta)
     if options.weight_decay is not None:
         objective = Objective.with_weight_decay(loss, options.weight_decay)
@@ -124,18 +101,11 @@ def _certify_checkpoint(options: argparse.Namespace) -> int:
         tol=1e-6 if options.tol is None else options.tol,
         time_limit=60.0 if options.time_limit is None else options.time_limit,
     )  # fmt: skip
-    told = f"{found.status.value}, on {len(data.X)} rows: {found.explanation} {assumed}".rstrip()
-    print(json.dumps(_audit(found) | {"assumed": assumed}) if options.json else told)
+    if options.json:
+        names = ("objective", "balanced_objective", "lower_bound", "relative_gap", "best_known", "loss", "stored_loss")
+        others = ("scope", "weight_decay", "n_neurons", "best_n_neurons")
+        result = numbers(found, *names) | {"status": found.status.value, "cause": found.cause.value}
+        print(json.dumps(result | {name: getattr(found, name) for name in others} | {"assumed": assumed}))
+    else:
+        print(f"{found.status.value}, on {len(data.X)} rows: {found.explanation} {assumed}".rstrip())
     return 0
-
-
-def _audit(found: Any) -> dict[str, Any]:
-    numbers = ("objective", "balanced_objective", "lower_bound", "relative_gap", "best_known", "loss", "stored_loss")
-    return {name: number(getattr(found, name)) for name in numbers} | {
-        "status": found.status.value,
-        "cause": found.cause.value,
-        "scope": found.scope,
-        "weight_decay": found.weight_decay,
-        "n_neurons": found.n_neurons,
-        "best_n_neurons": found.best_n_neurons,
-    }

@@ -8,14 +8,14 @@ import sys
 import time
 from typing import Any
 
-from convexbn.cli.options import auto_or_float, data_parser, estimator_from, network_parser, rank
-from convexbn.cli.output import check_writable, number, quiet
+from convexbn.cli.options import auto_or_float, estimator_from, network_parser, rank
+from convexbn.cli.output import check_writable, number, quiet, verdict
 
 
 def add_parser(commands: Any) -> None:
     """Options of ``fit``."""
     train = commands.add_parser(
-        "fit", parents=[data_parser(), network_parser()], help="train a network to a certified optimum and save it"
+        "fit", parents=[network_parser()], help="train a network to a certified optimum and save it"
     )
     train.set_defaults(command=fit)
     train.add_argument("--out", metavar="FILE", required=True, help="model to write, .safetensors")
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
 
 
 def fit(options: argparse.Namespace) -> int:
-    """``convexbn fit``: train, judge, save."""
+    """Train, judge and save a network."""
     from convexbn.cli.data_sources import read_data, split
     from convexbn.cli.progress_bar import reporter
 
@@ -41,29 +41,16 @@ def fit(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     model.source_ = rows.description
     model.save(options.out)
-    result = _result(model, rows, seconds)
-    held_out, sentence = rows.X_test is not None, model.certificate_.sentence
-    print(json.dumps(result) if options.json else _summary(result, sentence, options.out, held_out=held_out))
-    return 0
-
-
-def _result(model: Any, rows: Any, seconds: float) -> dict[str, Any]:
-    proof, network = model.certificate_, model.network_
-    has_test = rows.X_test is not None
-    return {
-        "objective": number(proof.objective),
-        "lower_bound": number(proof.lower_bound),
-        "relative_gap": number(proof.relative_gap),
-        "status": proof.status.value,
-        "scope": proof.scope,
+    proof, network, held_out = model.certificate_, model.network_, rows.X_test is not None
+    result = verdict(proof) | {
         "train_score": number(model.score(rows.X_train, rows.y_train)),
-        "test_score": number(model.score(rows.X_test, rows.y_test)) if has_test else None,
-        "n_iter": model.n_iter_,
-        "seconds": round(seconds, 4),
-        "n_neurons": network.n_neurons,
+        "test_score": number(model.score(rows.X_test, rows.y_test)) if held_out else None,
+        "n_iter": model.n_iter_, "seconds": round(seconds, 4), "n_neurons": network.n_neurons,
         "n_gates_active": None if network.gate_index is None else len(set(network.gate_index.tolist())),
         "rank": model.rank_,
-    }
+    }  # fmt: skip
+    print(json.dumps(result) if options.json else _summary(result, proof.sentence, options.out, held_out=held_out))
+    return 0
 
 
 def _summary(result: dict[str, Any], sentence: str, out: str, *, held_out: bool = False) -> str:

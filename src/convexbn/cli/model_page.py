@@ -17,11 +17,8 @@ from convexbn.data.patches import PatchMatrix
 from convexbn.estimators.display import CertificateDisplay, PathDisplay, SpectrumDisplay
 from convexbn.files.html import Html, facts, page, paragraph, picture, shown, styled, table
 
-#: Classes up to which a confusion table is readable, points of a scatter plot, and neurons that are listed.
-_CLASSES, _POINTS, _NEURONS = 20, 1500, 12
-
-#: Characters of a name.
-_NAME = 60
+#: Most classes of a confusion table, points of a scatter plot, neurons in the table, and characters of a name.
+_CLASSES, _POINTS, _NEURONS, _NAME = 20, 1500, 12, 60
 
 #: Rows up to which the energies by singular direction are computed.
 _SPECTRUM_ROWS = 20_000
@@ -29,27 +26,20 @@ _SPECTRUM_ROWS = 20_000
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What a report is about.
+    """Subject of a report.
 
     Attributes
     ----------
-    name : str
-        Of the model, such as that of its file.
+    name, data, target, feature_names : str or sequence of str
+        Names of the model, the rows, the predicted column and the features.
     model : ConvexBNClassifier or ConvexBNRegressor
         Fitted.
     certificate : Certificate
         Recomputed on the rows; ``model.certificate_`` is what was claimed.
-    data : str
-        What the rows are called.
-    X, y : ndarray
-        Training rows.
-    X_test, y_test : ndarray or None
-        Rows that were held out.
-    feature_names : sequence of str or None
-    target : str or None
-        Name of the column that is predicted.
+    X, y, X_test, y_test : ndarray
+        Training rows, and rows that were held out.
     own_rows : bool
-        Whether these are the rows that the model was trained on.
+        Whether the model was trained on these rows.
     """
 
     name: str
@@ -75,7 +65,7 @@ class Subject:
         return getattr(self.model.network_, "convolution", None)
 
     def feature(self, index: int) -> str:
-        """Name of what a weight of the first layer belongs to: a feature, of bounded length, or a place of a patch."""
+        """Name of an input of the first layer: a feature, of bounded length, or a place of a patch."""
         if self.layer is not None:
             geometry = self.layer.geometry
             channel, down, across = np.unravel_index(index, (geometry.image[2], *geometry.kernel))
@@ -84,7 +74,7 @@ class Subject:
         return f"feature {index}" if self.feature_names is None else _short(self.feature_names[index])
 
     def deviations(self) -> Float:
-        """Deviation of every feature, or of every place of the patches."""
+        """Standard deviation of every feature, or of every place of the patches."""
         if self.layer is None:
             return np.asarray(self.X.std(axis=0, dtype=np.float64))
         patches: Any = PatchMatrix(self.X, self.layer.geometry)
@@ -93,18 +83,9 @@ class Subject:
 
 
 def report(subject: Subject, points: Sequence[Any] = ()) -> bytes:
-    """HTML of a model on its data.
+    """HTML of a model on its data, and of the points of the path that it was chosen from, in UTF-8.
 
-    Parameters
-    ----------
-    subject : Subject
-    points : sequence of PathPoint, optional
-        The path that the model was chosen from.
-
-    Returns
-    -------
-    bytes
-        UTF-8. Names are escaped and cut, tables and pictures bounded: a page takes at most some hundred kilobytes.
+    Names are escaped and cut, tables and pictures bounded: a page takes at most some hundred kilobytes.
     """
     title = f"{_short(subject.name)}: a certified network on {_short(subject.data)}"
     footer = [facts({"convexbn": convexbn.__version__, "fingerprint of the rows": subject.model.fingerprint_})]
@@ -113,21 +94,14 @@ def report(subject: Subject, points: Sequence[Any] = ()) -> bytes:
 
 def _parts(subject: Subject, points: Sequence[Any]) -> Iterator[Html]:
     yield from _proof(subject)
-    yield _heading("Predictions")
-    yield from _predictions(subject)
-    yield _heading("Data")
-    yield from _data(subject)
-    yield _heading("Program")
-    yield facts(_program(subject))
-    yield _heading("Network")
-    yield from _network(subject)
+    parts = {"Predictions": _predictions, "Data": _data, "Program": _program, "Network": _network}
+    for heading, part in parts.items():
+        yield Html(f"<h2>{heading}</h2>")
+        yield from part(subject)
     if points:
-        yield _heading("Path")
-        yield from _path(points)
-
-
-def _heading(words: str) -> Html:
-    return Html(f"<h2>{words}</h2>")
+        count = 2 + any(point.score is not None for point in points)
+        yield Html("<h2>Path</h2>")
+        yield _drawn("Score, neurons and gap over the path", PathDisplay(points), height=2.2 * count, rows=count)
 
 
 def _proof(subject: Subject) -> Iterator[Html]:
@@ -138,21 +112,16 @@ def _proof(subject: Subject) -> Iterator[Html]:
     )
     rows = "the rows that it was trained on" if subject.own_rows else "other rows than it was trained on"
     yield paragraph(f"Recomputed from {len(subject.X)} rows, {rows}.", "quiet")
-    yield facts(
-        {
-            "objective": f"{proof.objective:.9g}",
-            "lower bound": f"{proof.lower_bound:.9g}",
-            "relative gap": f"{proof.relative_gap:.2g}",
-            "among": proof.scope,
-            "bound": proof.bound,
-        }
-        | ({} if proof.estimated_gap is None else {"estimated gap (no bound)": f"{proof.estimated_gap:.2g}"})
-    )
+    told = {
+        "objective": f"{proof.objective:.9g}", "lower bound": f"{proof.lower_bound:.9g}",
+        "relative gap": f"{proof.relative_gap:.2g}", "among": proof.scope, "bound": proof.bound,
+    }  # fmt: skip
+    if proof.estimated_gap is not None:
+        told["estimated gap (no bound)"] = f"{proof.estimated_gap:.2g}"
+    yield facts(told)
     if len(subject.model.history_) > 1:
-        axes = _axes(2, 1, height=5.6)
-        yield _drawn(
-            CertificateDisplay.from_estimator(subject.model), axes, "Objective and lower bound over iterations"
-        )
+        display = CertificateDisplay.from_estimator(subject.model)
+        yield _drawn("Objective and lower bound over iterations", display, height=5.6)
 
 
 def _data(subject: Subject) -> Iterator[Html]:
@@ -168,39 +137,36 @@ def _data(subject: Subject) -> Iterator[Html]:
     yield facts(told)
     if len(subject.X) <= _SPECTRUM_ROWS:
         display = SpectrumDisplay.from_estimator(subject.model, subject.X)
-        yield _drawn(
-            display, _axes(2, 1, height=5.2), "Singular values of the data, and what the first layer uses of them"
-        )
+        yield _drawn("Singular values of the data, and what the first layer uses of them", display, height=5.2)
 
 
-def _program(subject: Subject) -> dict[str, object]:
+def _program(subject: Subject) -> Iterator[Html]:
     model = subject.model
     cut = model.rank_ if model.rank is None else f"{model.rank_} (asked for: {model.rank})"
-    told: dict[str, object] = {
-        "activation": model.activation,
-        "loss": model.loss,
-        "weight decay": f"{model.weight_decay_:.6g}",
-        "directions kept": cut,
-        "spectral filter": "none" if model.spectral_filter is None else f"{model.spectral_filter:g} of the largest",
-        "tolerance": f"{model.tol:g}",
-    }
+    tau = "none" if model.spectral_filter is None else f"{model.spectral_filter:g} of the largest"
+    told = {
+        "activation": model.activation, "loss": model.loss, "weight decay": f"{model.weight_decay_:.6g}",
+        "directions kept": cut, "spectral filter": tau, "tolerance": f"{model.tol:g}",
+    }  # fmt: skip
     if (layer := subject.layer) is not None:
         told["convolution"] = f"filters of {' x '.join(map(str, layer.geometry.kernel[-layer.dimensions :]))}"
         told["locations"] = layer.geometry.n_locations
         told["pooling"] = f"{layer.pooling} of {layer.pool.n_regions} regions"
-    return told if model.gates_ is None else told | {"gates": model.gates_.shape[1]}
+    if model.gates_ is not None:
+        told["gates"] = model.gates_.shape[1]
+    yield facts(told)
 
 
 def _network(subject: Subject) -> Iterator[Html]:
     network = subject.model.network_
     masses = np.hypot(network.gamma, network.shift) * np.linalg.norm(network.output, axis=1)
     order = np.argsort(-masses)
-    told: dict[str, object] = {"neurons": network.n_neurons, "outputs": network.output.shape[1]}
+    told = {"neurons": network.n_neurons, "outputs": network.output.shape[1]}
     if network.gate_index is not None:
         told["gates that are used"] = len(set(network.gate_index.tolist()))
     yield facts(told)
     if network.n_neurons:
-        axes = _axes(1, 1, height=3.2)
+        axes = _axes(height=3.2)
         axes.plot(np.arange(1, len(masses) + 1), np.maximum(masses[order], 1e-300), ".-", lw=0.8)
         axes.set(xlabel="neuron, by norm", ylabel="norm of first layer times output", yscale="log")
         yield picture("How the network is spread over its neurons", axes.figure)
@@ -209,13 +175,12 @@ def _network(subject: Subject) -> Iterator[Html]:
 
 
 def _neuron(subject: Subject, j: int, mass: float, influence: Float) -> dict[str, Any]:
-    """A line on one neuron; features by the deviation that they bring in."""
-    network, top = subject.model.network_, np.argsort(-influence)[:3]
-    total = influence.sum() or 1.0
-    heaviest = ", ".join(f"{subject.feature(i)} ({influence[i] / total:.0%})" for i in top)
+    """Line on a neuron; features by the deviation that they contribute."""
+    network, total = subject.model.network_, influence.sum() or 1.0
+    heaviest = (f"{subject.feature(i)} ({influence[i] / total:.0%})" for i in np.argsort(-influence)[:3])
     return {
         "neuron": int(j), "norm": float(mass), "scale": float(network.gamma[j]), "shift": float(network.shift[j]),
-        "heaviest features": heaviest,
+        "heaviest features": ", ".join(heaviest),
     }  # fmt: skip
 
 
@@ -237,11 +202,10 @@ def _predictions(subject: Subject) -> Iterator[Html]:
 
 
 def _confusion(classes: np.ndarray, y: np.ndarray, predicted: np.ndarray, word: str) -> Iterator[Html]:
-    """Rows of each class by prediction; of many classes those of lowest recall."""
+    """Rows of each class by prediction; for many classes the recall, lowest first."""
     if len(classes) > _CLASSES:
-        recall = [
-            {"class": _short(c), "rows": int((y == c).sum()), "recall": _recall(c, y, predicted)} for c in classes
-        ]
+        hits = [(c, predicted[y == c] == c) for c in classes]
+        recall = [{"class": _short(c), "rows": len(h), "recall": float(h.mean()) if len(h) else None} for c, h in hits]
         yield paragraph(f"The classes of lowest recall, rows {word}:", "quiet")
         yield table(sorted(recall, key=lambda line: (line["recall"] is None, line["recall"]))[:_CLASSES])
         return
@@ -255,37 +219,27 @@ def _confusion(classes: np.ndarray, y: np.ndarray, predicted: np.ndarray, word: 
     )
 
 
-def _recall(label: Any, y: np.ndarray, predicted: np.ndarray) -> float | None:
-    own = y == label
-    return float(np.mean(predicted[own] == label)) if own.any() else None
-
-
 def _scatter(y: Float, predicted: Float, target: str | None, word: str) -> Html:
     kept = np.random.default_rng(0).permutation(len(y))[:_POINTS]
-    axes = _axes(1, 1, height=4.2)
-    axes.plot(y[kept], predicted[kept], "o", ms=3, alpha=0.5, mew=0)
-    ends = [min(y[kept].min(), predicted[kept].min()), max(y[kept].max(), predicted[kept].max())]
+    y, predicted, axes = y[kept], predicted[kept], _axes(height=4.2)
+    axes.plot(y, predicted, "o", ms=3, alpha=0.5, mew=0)
+    ends = [min(y.min(), predicted.min()), max(y.max(), predicted.max())]
     axes.plot(ends, ends, color="0.5", lw=1)
     axes.set(xlabel="target (its own units)", ylabel="prediction (the same units)")
     named = "the target" if target is None else _short(target)
     return picture(f"Predictions of {named} over its values, rows {word}", axes.figure)
 
 
-def _path(points: Sequence[Any]) -> Iterator[Html]:
-    display = PathDisplay(points)
-    count = 2 + any(point.score is not None for point in points)
-    yield _drawn(display, _axes(count, 1, height=2.2 * count), "Score, neurons and gap over the path")
-
-
-def _axes(rows: int, columns: int, height: float) -> Any:
+def _axes(height: float, rows: int = 1) -> Any:
     """Axes of a new figure, one above the other."""
     from matplotlib.figure import Figure
 
     with styled():
-        return Figure(figsize=(5.6, height)).subplots(rows, columns, sharex=rows > 1)
+        return Figure(figsize=(5.6, height)).subplots(rows, sharex=rows > 1)
 
 
-def _drawn(display: Any, axes: Any, title: str) -> Html:
+def _drawn(title: str, display: Any, height: float, rows: int = 2) -> Html:
+    axes = _axes(height, rows)
     with styled():
         return picture(title, display.plot(axes).figure_)
 

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, refusals before any work, and how numbers are told."""
+"""Exit codes, early refusals and the format of numbers, for all commands."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED, TERMINATED = 130, 143
-
 
 class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
 def say(message: str, code: int) -> int:
-    """Print a sentence to standard error; returns the code."""
+    """Print a sentence to standard error and return the exit code."""
     print(f"convexbn: {message}", file=sys.stderr)
     return code
 
 
+def broken_off(signalled: BaseException, kept: str) -> int:
+    """Print what an interrupted or terminated command keeps, and return the exit code."""
+    word, code = ("interrupted", 130) if isinstance(signalled, KeyboardInterrupt) else ("terminated", 143)
+    return say(f"{word}: {kept}.", code)
+
+
 def check_writable(out: str, option: str = "--out") -> None:
-    """Refuse, before any work, a place that cannot be written to."""
+    """Refuse a file that cannot be written, before any work."""
     folder = Path(out).resolve().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{option} {out}: the folder {folder} does not exist; create it first")
@@ -46,19 +50,23 @@ def quiet() -> Iterator[None]:
 
 
 def feature_names(model: Any) -> list[str] | None:
-    """Columns that the model was trained on, by name, where it knows them."""
+    """Names of the columns that the model was trained on, if it knows them."""
     if hasattr(model, "feature_names_in_"):
         return list(model.feature_names_in_)
     return getattr(model, "source_", {}).get("feature_names")
 
 
 def number(value: float) -> float | None:
-    """What strict JSON holds of a number."""
+    """Number for strict JSON; None if it is not finite."""
     return float(value) if math.isfinite(value) else None
 
 
-def ending(signalled: BaseException) -> tuple[str, int]:
-    """What a signal did, in a word, and the exit code."""
-    if isinstance(signalled, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED
-    return "terminated", TERMINATED
+def numbers(of: Any, *names: str) -> dict[str, Any]:
+    """Attributes of an object by name, numbers for strict JSON."""
+    return {name: number(getattr(of, name)) for name in names}
+
+
+def verdict(proof: Any) -> dict[str, Any]:
+    """Numbers, status and scope of a certificate, for strict JSON."""
+    values = numbers(proof, "objective", "lower_bound", "relative_gap")
+    return values | {"status": proof.status.value, "scope": proof.scope}

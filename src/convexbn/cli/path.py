@@ -8,19 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.options import data_parser, estimator_from, floats, network_parser, ranks
-from convexbn.cli.output import Terminated, check_writable, ending, number, say
+from convexbn.cli.options import estimator_from, floats, network_parser, ranks
+from convexbn.cli.output import Terminated, broken_off, check_writable, number, numbers
 
-#: Pictures that can be drawn.
+#: Endings of pictures.
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_parser(commands: Any) -> None:
     """Options of ``path``."""
     many = commands.add_parser(
-        "path",
-        parents=[data_parser(), network_parser()],
-        help="train over many weight decays and ranks, each point certified",
+        "path", parents=[network_parser()], help="train over many weight decays and ranks, each point certified"
     )
     many.set_defaults(command=path)
     many.add_argument("--weight-decays", type=floats, metavar="B,...", help="by default 20 from the largest useful on")
@@ -36,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 
 def path(options: argparse.Namespace) -> int:
-    """``convexbn path``: one line a point, each certified; finished points outlive an interruption."""
+    """Print one line a point, each certified; with a checkpoint finished points outlive an interruption."""
     from convexbn.cli.data_sources import read_data, split
     from convexbn.estimators.path import fit_path
 
@@ -52,9 +50,12 @@ def path(options: argparse.Namespace) -> int:
     printed = 0
     try:
         for printed, point in enumerate(points, start=1):
-            print(_point(point, f"{printed}/{len(points)}", as_json=options.json), flush=True)
+            print(_json(point) if options.json else _point(point, f"{printed}/{len(points)}"), flush=True)
     except (KeyboardInterrupt, Terminated) as signalled:
-        return say(*_broken_off(signalled, printed, len(points), options.checkpoint))
+        kept = "; with --checkpoint FILE they would have been kept"
+        if options.checkpoint is not None:
+            kept = f" and in {options.checkpoint}: the same command goes on from there"
+        return broken_off(signalled, f"{printed} of {len(points)} points are finished{kept}")
     chosen = points.best if options.validation_size else points.points[-1]
     if options.out is not None:
         chosen.model.source_ = rows.description
@@ -62,12 +63,12 @@ def path(options: argparse.Namespace) -> int:
     _draw_path(points.points, chosen.model, rows.X_train, options)
     if options.validation_size and not options.json:
         saved = "" if options.out is None else f", saved to {options.out}"
-        print(f"best: {_point(chosen, 'the first of the highest score', as_json=False)}{saved}")
+        print(f"best: {_point(chosen, 'the first of the highest score')}{saved}")
     return 0
 
 
 def _check_path_options(options: argparse.Namespace) -> None:
-    """Refuse, before any work, what would fail after it."""
+    """Refuse options that would fail after the work."""
     for name in ("checkpoint", "out", "plot", "plot_spectrum"):
         if getattr(options, name) is not None:
             check_writable(getattr(options, name), f"--{name.replace('_', '-')}")
@@ -81,23 +82,23 @@ def _check_path_options(options: argparse.Namespace) -> None:
         matplotlib.use("agg")
 
 
-def _point(point: Any, place: str, *, as_json: bool) -> str:
-    """A line on one point of a path."""
-    proof, model = point.certificate, point.model
-    if as_json:
-        numbers = {"weight_decay": point.weight_decay, "rank": model.rank_, "n_neurons": point.network.n_neurons}
-        values = {name: number(getattr(proof, name)) for name in ("objective", "lower_bound", "relative_gap")}
-        score = None if point.score is None else number(point.score)
-        return json.dumps(numbers | values | {"status": proof.status.value, "score": score})
-    scored = "" if point.score is None else f"   score {point.score:.4f}"
-    return (
-        f"{place}   weight decay {point.weight_decay:.4g}   rank {model.rank_}   {proof.status.value}   "
-        f"gap {proof.relative_gap:.1e}   {point.network.n_neurons} neurons{scored}"
-    )
+def _json(point: Any) -> str:
+    """JSON object of a point."""
+    result = {"weight_decay": point.weight_decay, "rank": point.model.rank_, "n_neurons": point.network.n_neurons}
+    result |= numbers(point.certificate, "objective", "lower_bound", "relative_gap")
+    score = None if point.score is None else number(point.score)
+    return json.dumps(result | {"status": point.certificate.status.value, "score": score})
+
+
+def _point(point: Any, place: str) -> str:
+    """Line on a point."""
+    proof, scored = point.certificate, "" if point.score is None else f"   score {point.score:.4f}"
+    told = f"{place}   weight decay {point.weight_decay:.4g}   rank {point.model.rank_}   {proof.status.value}"
+    return f"{told}   gap {proof.relative_gap:.1e}   {point.network.n_neurons} neurons{scored}"
 
 
 def _draw_path(points: list[Any], model: Any, X: Any, options: argparse.Namespace) -> None:
-    """Pictures of the path, and of what one model uses of the spectrum."""
+    """Draw the path, and the share of the spectrum that one model uses."""
     from convexbn.estimators.display import PathDisplay, SpectrumDisplay
     from convexbn.files.atomic import write_atomically
 
@@ -109,12 +110,3 @@ def _draw_path(points: list[Any], model: Any, X: Any, options: argparse.Namespac
             picture = io.BytesIO()
             display().plot().figure_.savefig(picture, format=Path(file).suffix[1:], dpi=150)
             write_atomically(file, picture.getvalue())
-
-
-def _broken_off(signalled: BaseException, finished: int, total: int, checkpoint: str | None) -> tuple[str, int]:
-    """What is kept of a path, how to go on, and the exit code."""
-    kept = "; with --checkpoint FILE they would have been kept"
-    if checkpoint is not None:
-        kept = f" and in {checkpoint}: the same command goes on from there"
-    word, code = ending(signalled)
-    return f"{word}: {finished} of {total} points are finished{kept}.", code

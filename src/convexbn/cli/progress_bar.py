@@ -1,4 +1,4 @@
-"""Progress of a solve: one updated line on a terminal, plain lines elsewhere."""
+"""Progress of a command: one updated line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTERVAL = 2.0
 
 @contextmanager
 def reporter(stream: TextIO) -> Iterator[Callable[[base.Progress], None]]:
-    """Give a callback for the solver that draws its progress on ``stream``."""
+    """Context of a callback that shows a solver's progress on ``stream``."""
     if stream.isatty():
         from rich.console import Console
         from rich.status import Status
@@ -29,7 +29,7 @@ def reporter(stream: TextIO) -> Iterator[Callable[[base.Progress], None]]:
 
 @contextmanager
 def counter(stream: TextIO) -> Iterator[Callable[[int, int, str], None]]:
-    """Give a callback ``(finished, total, what is being done)`` that draws how far a run of parts is."""
+    """Context of a callback ``(finished, total, what is being done)`` that shows the progress of a run."""
     if stream.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,21 +44,19 @@ def counter(stream: TextIO) -> Iterator[Callable[[int, int, str], None]]:
 
 
 class _Lines:
-    """Lines on a stream; of a solve the first iteration and then at most one every two seconds."""
+    """Lines on a stream; if its reader went away, the lines end, not the work."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.due = 0.0
+        self.stream, self.due = stream, 0.0
 
     def report(self, progress: base.Progress) -> None:
-        """Print a line when one is due; a reader that went away ends the lines, not the work."""
-        if time.monotonic() < self.due:
-            return
-        self.due = time.monotonic() + _INTERVAL
-        self.print(_line(progress))
+        """Print the first iteration, then at most one every two seconds."""
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + _INTERVAL
+            self.print(_line(progress))
 
     def print(self, line: str) -> None:
-        """Print a line, or no more from now on."""
+        """Print a line; the last if that fails."""
         try:
             print(line, file=self.stream, flush=True)
         except OSError:
@@ -66,7 +64,5 @@ class _Lines:
 
 
 def _line(progress: base.Progress) -> str:
-    return (
-        f"iteration {progress.iteration}   objective {progress.objective:.6g}   "
-        f"gap {progress.relative_gap:.1e}   working set {progress.working_set}"
-    )
+    told = f"iteration {progress.iteration}   objective {progress.objective:.6g}   gap {progress.relative_gap:.1e}"
+    return f"{told}   working set {progress.working_set}"

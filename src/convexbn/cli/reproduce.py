@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.output import Terminated, ending, say
+from convexbn.cli.output import Terminated, broken_off
 
 #: Lines of a table that are printed.
 _LINES = 60
@@ -28,15 +28,18 @@ def add_parser(commands: Any) -> None:
 
 
 def reproduce(options: argparse.Namespace) -> int:
-    """``convexbn reproduce``: finished cells outlive an interruption; the same command goes on from them."""
+    """Run a study; finished cells outlive an interruption, and the same command goes on from them."""
     from convexbn.cli.progress_bar import counter
     from convexbn_studies import study
     from convexbn_studies.runner import Run, check_needs
 
     if options.list or options.name is None:
         return _list(options)
-    chosen = study(options.name)
-    run = Run(chosen, options.quick, _folder(options.out))
+    chosen, folder = study(options.name), Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {options.out}: the folder cannot be written to")
+    run = Run(chosen, options.quick, folder)
     if not (options.draw or run.complete):
         check_needs(chosen, options.quick)
     try:
@@ -44,15 +47,14 @@ def reproduce(options: argparse.Namespace) -> int:
             if not options.draw:
                 run.go_on(report)
     except (KeyboardInterrupt, Terminated) as signalled:
-        word, code = ending(signalled)
         kept = f"{len(run.finished)} of {len(run.cells)} parts are finished and in {run.path('json')}"
-        return say(f"{word}: {kept}: the same command goes on from there.", code)
+        return broken_off(signalled, f"{kept}: the same command goes on from there")
     _tell(run)
     return 0
 
 
 def _list(options: argparse.Namespace) -> int:
-    """One paragraph a study."""
+    """Print one paragraph a study."""
     from convexbn_studies import NAMES, study
 
     if not options.list:
@@ -66,32 +68,19 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _folder(out: str) -> Path:
-    """The folder, made where there is none."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder cannot be written to")
-    return folder
-
-
 def _tell(run: Any) -> None:
-    """Write page and table, and print them."""
+    """Write page and table, and print table and findings."""
     from convexbn.files.atomic import write_atomically
     from convexbn_studies.page import study_page, verdict
 
     write_atomically(run.path("html"), study_page(run))
     run.write_csv()
-    for line in _lines(run.rows):
-        print(line)
-    print()
-    for finding in run.findings:
-        print(verdict(finding))
+    print(*_lines(run.rows), "", *map(verdict, run.findings), sep="\n")
     print(f"\npage: {run.path('html')}   table: {run.path('csv')}   results: {run.path('json')}")
 
 
 def _lines(rows: list[Any]) -> list[str]:
-    """The table in columns, the beginning of a long one."""
+    """Lines of the table in columns; of a long table the beginning."""
     from convexbn.files.html import shown
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
