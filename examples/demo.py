@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import convexbn
-from convexbn.cli.data_sources import read_source
+from convexbn.cli.data_sources import read_data, split
 from convexbn.estimators.display import CertificateDisplay
 
 FOLDER = Path("demo")
@@ -35,11 +35,11 @@ def fit_ours(out: Path) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def fit_peer(model, split) -> tuple[float, float]:
+def fit_peer(model, rows) -> tuple[float, float]:
     """Test accuracy and seconds of a scikit-learn classifier on the same split."""
     started = time.perf_counter()
-    model.fit(split.X_train, split.y_train)
-    return model.score(split.X_test, split.y_test), time.perf_counter() - started
+    model.fit(rows.X_train, rows.y_train)
+    return model.score(rows.X_test, rows.y_test), time.perf_counter() - started
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     out = FOLDER / "digits.safetensors"
     ours = fit_ours(out)
-    split = read_source("digits", None).split(None, 0, task="auto")
+    rows = split(read_data("digits", None), None, 0, task="auto")
     peers = {
         "LogisticRegression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
         "MLPClassifier": make_pipeline(StandardScaler(), MLPClassifier(max_iter=500, random_state=0)),
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"\n{'on the same 1437 / 360 digits':32}{'test accuracy':>15}{'seconds':>10}{'certified gap':>16}")
     print(f"{'ConvexBNClassifier':32}{ours['test_score']:15.4f}{ours['seconds']:10.2f}{ours['relative_gap']:16.1e}")
     for name, model in peers.items():
-        accuracy, seconds = fit_peer(model, split)
+        accuracy, seconds = fit_peer(model, rows)
         print(f"{name:32}{accuracy:15.4f}{seconds:10.2f}{'none':>16}")
     model = convexbn.load(out)
     picture = FOLDER / "digits.png"

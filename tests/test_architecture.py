@@ -1,6 +1,7 @@
 """The layers: imports go one way, optional packages are optional, importing is cheap."""
 
 import ast
+import importlib.util
 import io
 import re
 import resource
@@ -276,6 +277,11 @@ def test_importing_does_not_load_the_heavy_packages(statement):
     assert not heavy & set(done.stdout.split())
 
 
+def scripts():
+    """Examples and benchmarks of a checkout."""
+    return sorted([*CHECKOUT.glob("examples/*.py"), *CHECKOUT.glob("benchmarks/*.py")])
+
+
 def patched_names():
     """Module and name of everything of ours that tests patch in a module."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
@@ -305,6 +311,16 @@ def test_what_tests_patch_is_read():
             assert what in read or f"{where}.{what}" in asked_for, f"{where} does not read {what}"
             seen += 1
     assert seen >= 45
+
+
+@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
+def test_examples_and_benchmarks_import_what_there_is(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "convexbn":
+            for alias in node.names:
+                module = importlib.import_module(node.module)
+                named = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                assert named, f"{node.module} has no {alias.name}"
 
 
 def test_public_names_resolve_and_others_do_not():
