@@ -10,7 +10,7 @@ from convexbn.data.whitening import whiten
 from convexbn.program.gates import gate_patterns
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
-from convexbn.program.realizability import nearest_directions, realised
+from convexbn.program.realizability import are_realizable, nearest_directions
 from convexbn.solvers.cone_decomposition import difference_in_cones
 from convexbn.solvers.relu.newton import polish
 from convexbn.training.relu_conversion import neurons_of, to_relu
@@ -243,7 +243,7 @@ def test_gates_of_a_truncated_program_are_counted_and_refused():
 def realisable(data, gates, offsets):
     program = data.gated_program(gates, offsets)
     directions = nearest_directions(data.X, data.whitening, data.loss.weights, gates, offsets)
-    return realised(program.operator.rows, program.operator.patterns, directions)
+    return are_realizable(program.operator.rows, program.operator.patterns, directions)
 
 
 @pytest.mark.parametrize("K", [1, 3])
@@ -277,7 +277,7 @@ def test_realised_patterns_are_those_of_a_linear_program(seed):
     X = rng.standard_normal((12, 6)) if seed % 2 else rng.integers(-1, 2, (12, 6)).astype(float)
     rows = whiten(X, rank=2 + seed % 2).rows
     opened = (X - X.mean(axis=0)) @ rng.standard_normal((6, 40)) >= 0
-    found = realised(rows, opened, np.zeros((rows.shape[1], 40)))
+    found = are_realizable(rows, opened, np.zeros((rows.shape[1], 40)))
     expected = [widest_margin(np.where(pattern, 1.0, -1.0)[:, None] * rows) > 1e-9 for pattern in opened.T]
     assert found.tolist() == expected and 0 < sum(expected) < 40
 
@@ -295,7 +295,7 @@ def test_rows_on_the_hyperplane_of_a_gate_do_not_make_it_unrealisable():
     through *= np.sign(rows[3] @ through)
     assert rows[1] @ through == 0
     opened = np.array([[0, 1, 1, 1]], dtype=bool).T
-    assert realised(rows, opened, through[:, None]).all()
+    assert are_realizable(rows, opened, through[:, None]).all()
 
 
 # -- neurons --

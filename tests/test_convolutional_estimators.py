@@ -234,7 +234,7 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
     monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
     epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
     model = fitted((X, y), **settings, weight_decay=1.0, max_iter=epochs)
-    data = model._prepared(X, y, None)[0]
+    data = model._prepare(X, y, None)[0]
     assert isinstance(data.whitening.rows, row_matrix.ProjectedRows) and data.whitening.departure < 1e-11
     reads.clear()
     model.fit(X, y)
@@ -248,13 +248,13 @@ def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):
     kept = fitted((X, y), **settings)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     mapped = fitted((X, y), **settings)
-    assert isinstance(mapped._prepared(X, y, None)[0].whitening.rows, row_matrix.ProjectedRows)
+    assert isinstance(mapped._prepare(X, y, None)[0].whitening.rows, row_matrix.ProjectedRows)
     assert mapped.certificate_.objective == pytest.approx(kept.certificate_.objective, rel=1e-6)
     assert mapped.certificate_.lower_bound == pytest.approx(kept.certificate_.lower_bound, rel=1e-5)
 
 
 def test_mini_batches_end_near_the_descent_on_all_rows(images):
-    data = fitted((images[0][:60], images[1][:60]), max_iter=1)._prepared(images[0][:60], images[1][:60], None)[0]
+    data = fitted((images[0][:60], images[1][:60]), max_iter=1)._prepare(images[0][:60], images[1][:60], None)[0]
     rng = np.random.default_rng(0)
     few = LargeScale(width=20, polish=0, descent=SGD(epochs=60, batch_size=20))
     many = LargeScale(width=20, polish=300, descent=SGD(epochs=1))

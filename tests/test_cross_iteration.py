@@ -147,7 +147,7 @@ def history(name, second_moment, size=0.3, window=4):
     for t, x in enumerate(data[:-1]):
         norm(layer(x))
         nudge(layer, size, t)
-    return layer, norm, data, norm._compensated()
+    return layer, norm, data, norm._compensate()
 
 
 def truth(layer, data):
@@ -226,7 +226,7 @@ def test_outputs_and_gradients_are_those_of_the_papers_formulas(name, size):
         assert torch.allclose(found, wanted, rtol=1e-8, atol=1e-10)
         weights.append(layer.weight.detach().clone())
         nudge(layer, size, t)
-    _, variances = norm._compensated()
+    _, variances = norm._compensate()
     assert bool((variances == 0).any()) == (size > 0.1)
 
 

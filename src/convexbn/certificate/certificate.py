@@ -100,7 +100,7 @@ def certify(
     """
     program, mean, rank = question.program, network.mean if own_rows else None, question.rows.shape[1]
     responses = PreActivations.compute(question.X, network.weight, question.row_weights, rank=rank, mean=mean)
-    coordinates, outside = _whitened(question, responses)
+    coordinates, outside = _whitened_coordinates(question, responses)
     case: GatedCase | ReluCase
     if isinstance(program, GatedProgram):
         case = GatedCase.examine(question, program, network, responses)
@@ -264,7 +264,7 @@ def _loss_moves_at_most(loss: Loss, outputs: Float, distance: float) -> float:
     return (slope + distance) * distance  # a power would raise where it overflows
 
 
-def _whitened(question: Question, responses: PreActivations) -> tuple[Float, bool]:
+def _whitened_coordinates(question: Question, responses: PreActivations) -> tuple[Float, bool]:
     """Coordinates ``Phi^{-1} q_j / ||q_j||`` of pre-activations, and whether one leaves the directions kept."""
     phi = np.ones(question.rows.shape[1] - 1) if question.spectral_filter is None else question.spectral_filter
     coordinates = responses.products(question.rows, question.row_weights) / phi[:, None]

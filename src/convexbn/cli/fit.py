@@ -54,16 +54,16 @@ def fit(options: argparse.Namespace) -> int:
 
 
 def _summary(result: dict[str, Any], sentence: str, out: str, *, held_out: bool = False) -> str:
-    test = _shown(result["test_score"], ".4f") if held_out else "none held out"
+    test = _format(result["test_score"], ".4f") if held_out else "none held out"
     return (
         f"{result['status']} ({result['scope']}): {sentence}\n"
-        f"objective {_shown(result['objective'], '.9g')}   lower bound {_shown(result['lower_bound'], '.9g')}   "
-        f"relative gap {_shown(result['relative_gap'], '.2g')}\n"
-        f"train score {_shown(result['train_score'], '.4f')}   test score {test}   {result['n_iter']} iterations in "
+        f"objective {_format(result['objective'], '.9g')}   lower bound {_format(result['lower_bound'], '.9g')}   "
+        f"relative gap {_format(result['relative_gap'], '.2g')}\n"
+        f"train score {_format(result['train_score'], '.4f')}   test score {test}   {result['n_iter']} iterations in "
         f"{result['seconds']:.2f} s   {result['n_neurons']} neurons   rank {result['rank']}\n"
         f"saved to {out}"
     )
 
 
-def _shown(value: float | None, form: str) -> str:
+def _format(value: float | None, form: str) -> str:
     return "unknown" if value is None else format(value, form)

@@ -101,7 +101,7 @@ def _parts(subject: Subject, points: Sequence[Any]) -> Iterator[Html]:
     if points:
         count = 2 + any(point.score is not None for point in points)
         yield Html("<h2>Path</h2>")
-        yield _drawn("Score, neurons and gap over the path", PathDisplay(points), height=2.2 * count, rows=count)
+        yield _draw("Score, neurons and gap over the path", PathDisplay(points), height=2.2 * count, rows=count)
 
 
 def _proof(subject: Subject) -> Iterator[Html]:
@@ -121,7 +121,7 @@ def _proof(subject: Subject) -> Iterator[Html]:
     yield facts(told)
     if len(subject.model.history_) > 1:
         display = CertificateDisplay.from_estimator(subject.model)
-        yield _drawn("Objective and lower bound over iterations", display, height=5.6)
+        yield _draw("Objective and lower bound over iterations", display, height=5.6)
 
 
 def _data(subject: Subject) -> Iterator[Html]:
@@ -137,7 +137,7 @@ def _data(subject: Subject) -> Iterator[Html]:
     yield facts(told)
     if len(subject.X) <= _SPECTRUM_ROWS:
         display = SpectrumDisplay.from_estimator(subject.model, subject.X)
-        yield _drawn("Singular values of the data, and what the first layer uses of them", display, height=5.2)
+        yield _draw("Singular values of the data, and what the first layer uses of them", display, height=5.2)
 
 
 def _program(subject: Subject) -> Iterator[Html]:
@@ -238,7 +238,7 @@ def _axes(height: float, rows: int = 1) -> Any:
         return Figure(figsize=(5.6, height)).subplots(rows, sharex=rows > 1)
 
 
-def _drawn(title: str, display: Any, height: float, rows: int = 2) -> Html:
+def _draw(title: str, display: Any, height: float, rows: int = 2) -> Html:
     axes = _axes(height, rows)
     with styled():
         return picture(title, display.plot(axes).figure_)

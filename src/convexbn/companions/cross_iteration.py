@@ -79,7 +79,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         bias = 0 if self.layer.bias is None else self.layer.bias.to(mean.dtype)
         own = mean - bias  # batch norm subtracts the bias again, so the history leaves it out
         with torch.no_grad():
-            means, variances = self._compensated()
+            means, variances = self._compensate()
             self._store(input, own, variance, count)
             self._update_running(mean, variance * (count / (count - 1)))
         means, variances = torch.cat([own[None], means]), torch.cat([variance[None], variances])
@@ -91,7 +91,7 @@ class _CrossIterationBatchNorm(_BatchNorm):
         shape = (1, -1, *[1] * (input.ndim - 2))
         return torch.addcmul(offset.reshape(shape), numbers, gain.reshape(shape)).to(input.dtype)
 
-    def _compensated(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compensate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Means and variances (steps, C) of the stored batches, as the present weights would give them.
 
         In the paper's symbols ``mu + <dmu, step>`` and ``max(nu + <dnu, step>, mu^2) - mu^2``, both written about the

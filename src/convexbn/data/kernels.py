@@ -30,6 +30,11 @@ def positive_part(array: Any) -> Any:
     return xp.maximum(array, xp.zeros((), dtype=array.dtype, device=device(array)))
 
 
+def cast(array: Any, dtype: Any) -> Any:
+    """Array in a precision: itself if it has it."""
+    return array if array.dtype == dtype else namespace(array).astype(array, dtype)
+
+
 def like(array: Any, host: np.ndarray) -> Any:
     """Copy of a NumPy array in the namespace, on the device and in the precision of another array."""
     return namespace(array).asarray(host, dtype=array.dtype, device=device(array))
@@ -44,7 +49,7 @@ def scaled(block: Any, dtype: Any, *factors: Any) -> Any:
     *factors : array (d,)
         Powers of two, see ``scaling.powers``.
     """
-    block = namespace(block).astype(block, dtype, copy=False)
+    block = cast(block, dtype)
     for factor in factors:
         block = block * factor
     return block

@@ -66,7 +66,7 @@ class PreActivations:
         scaled = np.ldexp(weight, exponents[:, None])
         lengths = np.frexp(np.abs(scaled).max(axis=0, initial=0.0))[1]
         plain = np.ldexp(scaled, -lengths)
-        span, coefficients = _spanned(plain, rank)
+        span, coefficients = _span_of(plain, rank)
         constant, gram = 1 / np.sqrt(sample_weight.sum()), None
         rows: Any
         covariances: Any = None
@@ -116,7 +116,7 @@ def _units(X: FloatMatrix) -> tuple[Float, np.ndarray]:
     return np.ldexp(np.asarray(X[0], dtype=np.float64), -exponents), exponents
 
 
-def _spanned(weight: Float, rank: int | None) -> tuple[Float, Float]:
+def _span_of(weight: Float, rank: int | None) -> tuple[Float, Float]:
     """Basis (d, r) of the span of the weights (d, m), and their coefficients (r, m) in it."""
     d, m = weight.shape
     sampled = min(d, m if rank is None else rank + _SPARE)

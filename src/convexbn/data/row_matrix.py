@@ -12,7 +12,7 @@ machines, to which ``shared`` is sent once and from which the results come back.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -120,7 +120,10 @@ class HostRows(RowMatrix):
         out: FloatMatrix | None = None,
         parallel: bool = False,
     ) -> FloatMatrix:
-        for cases, found in self._results(parallel_map if parallel else map, kernel, size, along, shared):
+        def work(part: slice) -> tuple[slice, FloatMatrix]:
+            return size.cases(part), kernel(*self._block(part, size, along), *shared)
+
+        for cases, found in (parallel_map if parallel else map)(work, size.slices(len(self))):
             out = np.empty((len(self) // size.together, *found.shape[1:]), found.dtype) if out is None else out
             out[cases] = found
         return np.zeros(0) if out is None else out
@@ -129,20 +132,15 @@ class HostRows(RowMatrix):
         self, kernel: Kernel, size: BlockSize, *, along: Sequence[Any] = (), shared: Sequence[Any] = ()
     ) -> tuple[Any, ...]:
         total: tuple[Any, ...] = ()
-        for _, terms in self._results(map, kernel, size, along, shared):
+        for part in size.slices(len(self)):
+            terms = kernel(*self._block(part, size, along), *shared)
             total = tuple(map(operator.iadd, total, terms)) if total else terms
         return total
 
-    def _results(
-        self, each: Any, kernel: Kernel, size: BlockSize, along: Sequence[Any], shared: Sequence[Any]
-    ) -> Iterable[tuple[slice, Any]]:
-        """Cases of every block and the results of the kernel, lazily, by ``map`` or ``parallel_map``."""
-
-        def work(part: slice) -> tuple[slice, Any]:
-            cases = size.cases(part)
-            return cases, kernel(self[part], *(array[cases] for array in along), *shared)
-
-        return each(work, size.slices(len(self)))
+    def _block(self, part: slice, size: BlockSize, along: Sequence[Any]) -> list[Any]:
+        """Rows of a slice, and their parts of the arrays with an entry for every row or case."""
+        cases = size.cases(part)
+        return [self[part], *[array[cases] for array in along]]
 
     def in_single_precision(self, factor: float = 1.0) -> RowMatrix:
         return DenseRows((factor * self[:]).astype(np.float32))
@@ -169,6 +167,9 @@ class DenseRows(HostRows):
     def dtype(self) -> Any:
         return self.array.dtype
 
+    def __len__(self) -> int:
+        return len(self.array)
+
     def __getitem__(self, part: Any) -> FloatMatrix:
         return self.array[part]
 
@@ -194,16 +195,16 @@ class ProjectedRows(HostRows):
         return self.projection.dtype
 
     def __getitem__(self, part: Any) -> FloatMatrix:
-        return self._projected(self.X[part])
+        return self._project(self.X[part])
 
     def of_cases(self, cases: Any, rows_per_case: int = 1) -> FloatMatrix:
-        return self._projected(self.X.of_cases(cases, rows_per_case))
+        return self._project(self.X.of_cases(cases, rows_per_case))
 
     def in_single_precision(self, factor: float = 1.0) -> ProjectedRows:
         mean, projection = self.mean.astype(np.float32), (factor * self.projection).astype(np.float32)
         return ProjectedRows(self.X, mean, projection, factor * self.constant)
 
-    def _projected(self, block: FloatMatrix) -> FloatMatrix:
+    def _project(self, block: FloatMatrix) -> FloatMatrix:
         rows = np.empty((len(block), self.shape[1]), dtype=self.dtype)
         centred = block.astype(self.dtype)
         centred -= self.mean

@@ -26,7 +26,7 @@ from convexbn.estimators.validation import check_finite, checked_data, checked_r
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LossKind
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training.fit import ReluSettings, fit_gated, fit_relu, judged
+from convexbn.training.fit import ReluSettings, fit_gated, fit_relu, judge_on
 from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class BaseConvexBN(NetworkParameters):
         before = self.__dict__.copy()
         try:
             budget = Budget(self.time_limit, self.callback)
-            data, labels = self._prepared(X, y, sample_weight)
-            self.__dict__ = self.__dict__ | self._solved(data, budget) | labels  # all at once, for other threads
+            data, labels = self._prepare(X, y, sample_weight)
+            self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
             proof = self.certificate_
             if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
                 warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=2)
@@ -99,13 +99,13 @@ class BaseConvexBN(NetworkParameters):
         ----------
         X, y, sample_weight : array-like
         """
-        data = self._known(X, y, sample_weight)
+        data = self._training_rows(X, y, sample_weight)
         with blas_threads(len(data.X)):
             if self.gates_ is None:
                 program: Any = data.relu_program(self.weight_decay_)
             else:
                 program = data.gated_program(self.gates_, self.gate_offsets_, self.weight_decay_)
-            return judged(
+            return judge_on(
                 data, self.network_, program, tol=self.tol, own_rows=data.fingerprint == self.fingerprint_,
                 deadline=Budget(self.time_limit).deadline,
             )  # fmt: skip
@@ -139,7 +139,7 @@ class BaseConvexBN(NetworkParameters):
 
         if self.convolution is not None:
             raise ValueError("to_relu is for dense data: train a convolutional ReLU network with activation='relu'.")
-        data = self._known(X, y, sample_weight)
+        data = self._training_rows(X, y, sample_weight)
         if data.fingerprint != self.fingerprint_:
             raise ValueError("to_relu needs the rows that the model was trained on, and these are others.")
         with blas_threads(len(data.X)):
@@ -176,20 +176,20 @@ class BaseConvexBN(NetworkParameters):
         """
         persistence.save(self, path)
 
-    def _known(self, X: Any, y: Any, sample_weight: Any) -> TrainingSet:
+    def _training_rows(self, X: Any, y: Any, sample_weight: Any) -> TrainingSet:
         """Training set of rows for a fitted estimator."""
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
         return self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
 
-    def _prepared(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
+    def _prepare(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of rows to fit, and the fitted attributes that describe ``y``."""
         rows, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
         Y, labels = self._encode_new(y)
         return self._training_set(rows, Y, weights, input_eps, layer), labels
 
-    def _solved(
+    def _train(
         self,
         data: TrainingSet,
         budget: Budget,
@@ -200,13 +200,13 @@ class BaseConvexBN(NetworkParameters):
         gates, offsets = None, None
         with blas_threads(len(data.X)):
             if self.activation == "relu":
-                weight_decay = self._resolved(lambda: data.max_weight_decay_relu(proved=False)[0])
+                weight_decay = self._resolve_weight_decay(lambda: data.max_weight_decay_relu(proved=False)[0])
                 settings = ReluSettings(self.width, self.n_starts, self.max_iter)
                 rng = np.random.default_rng(own_random_state(self.random_state).randint(2**31))
                 fit = fit_relu(data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start)
             else:
-                gates, offsets, program = drawn or self._drawn(data)
-                weight_decay = self._resolved(program.max_weight_decay)
+                gates, offsets, program = drawn or self._draw_gates(data)
+                weight_decay = self._resolve_weight_decay(program.max_weight_decay)
                 fit = fit_gated(
                     data, program.with_weight_decay(weight_decay), (gates, offsets),
                     solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
@@ -222,14 +222,14 @@ class BaseConvexBN(NetworkParameters):
         with blas_threads(len(data.X)):
             if self.activation == "relu":
                 return data.max_weight_decay_relu(proved=proved)
-            return self._drawn(data)[2].max_weight_decay()
+            return self._draw_gates(data)[2].max_weight_decay()
 
-    def _drawn(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
+    def _draw_gates(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
         """Gates, their offsets and program; equal each time if ``random_state`` is an integer."""
         with blas_threads(len(data.X)):
             return data.draw_gates(self.gates, self.n_gates, own_random_state(self.random_state))
 
-    def _resolved(self, largest: Callable[[], float]) -> float:
+    def _resolve_weight_decay(self, largest: Callable[[], float]) -> float:
         """Weight decay of the parameter; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
         if not isinstance(self.weight_decay, str):
             return float(self.weight_decay)

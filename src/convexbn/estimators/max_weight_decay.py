@@ -44,4 +44,4 @@ def max_weight_decay(X: Any, y: Any, *, sample_weight: Any = None, **parameters:
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
     model: Any = ConvexBNClassifier(**parameters) if is_class else ConvexBNRegressor(**parameters)
     model._validate_params()
-    return model._max_weight_decay(model._prepared(X, y, sample_weight)[0], proved=True)
+    return model._max_weight_decay(model._prepare(X, y, sample_weight)[0], proved=True)

@@ -219,9 +219,9 @@ class RegularisationPath(Iterator[PathPoint]):
         kind = type(rank), rank  # 1 is a direction, 1.0 the whole variance
         if self._last is None or self._last[0] != kind:
             data = self._data.at(model)
-            self._last = kind, data, None if model.activation == "relu" else model._drawn(data)
+            self._last = kind, data, None if model.activation == "relu" else model._draw_gates(data)
         _, data, drawn = self._last
         start = start_of(data, model, [point.model for point in self.points[-2:]])
-        fitted = model._solved(data, Budget(model.time_limit, model.callback), start, drawn)
+        fitted = model._train(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))

@@ -55,10 +55,10 @@ class PathData:
         if not single and {type(r) for r in ranks} in ({int}, {float}):
             rank = max(r for r in ranks if r is not None)
         model = unfitted(model, rank=rank, spectral_filter=one_filter)
-        largest, labels = model._prepared(X, y, sample_weight)
+        largest, labels = model._prepare(X, y, sample_weight)
         alone = {(rank, one_filter): largest} if single else {}
         if not single and None in ranks and None in filters and draws_whitened(model):
-            alone[None, None] = unfitted(model, rank=None, spectral_filter=None)._prepared(X, y, sample_weight)[0]
+            alone[None, None] = unfitted(model, rank=None, spectral_filter=None)._prepare(X, y, sample_weight)[0]
         labels |= {k: value for k, value in vars(model).items() if k in ("n_features_in_", "feature_names_in_")}
         vars(model).update(labels, convolution=largest.convolution)  # to check validation rows against
         return cls(largest, model, alone, labels)

@@ -29,7 +29,7 @@ def checked_data(
     for name, array in (("y", y), ("sample_weight", sample_weight)):
         check_finite(name, array)
     targets = {"multi_output": numeric_targets, "y_numeric": numeric_targets}
-    X, y = _validated(estimator, X, y, reset=reset, ensure_min_samples=2, **targets)
+    X, y = _validate(estimator, X, y, reset=reset, ensure_min_samples=2, **targets)
     input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else EPS
     X = _at_most_float64(X)
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -44,7 +44,7 @@ def checked_data(
 def checked_rows(estimator: Any, X: Any) -> FloatMatrix:
     """Rows to predict, of float64 or a smaller type."""
     refuse_containers("X", X)
-    return _at_most_float64(_validated(estimator, X, reset=False))
+    return _at_most_float64(_validate(estimator, X, reset=False))
 
 
 def _at_most_float64(X: FloatMatrix) -> FloatMatrix:
@@ -71,7 +71,7 @@ def check_finite(name: str, array: Any) -> None:
         raise ValueError(f"Input {name} contains {cause}; first at {where}.")
 
 
-def _validated(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
+def _validate(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     """Validate by scikit-learn, for numbers alone; a refusal names the column."""
     _refuse_columns(X)
     try:

@@ -32,7 +32,7 @@ from convexbn.solvers.closed_form import ClosedForm, NoFormulaError
 from convexbn.solvers.relu.column_generation import ColumnGeneration
 from convexbn.solvers.relu.lbfgs import lbfgs
 from convexbn.training.audit import Effort, effort_of
-from convexbn.training.fit import PRICING_TOL, SOLVER_SHARE, judged
+from convexbn.training.fit import PRICING_TOL, SOLVER_SHARE, judge_on
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.training_set import TrainingSet
 
@@ -167,25 +167,25 @@ def reoptimise(
             start.features, task.loss.targets, task.loss.weights,
             loss=type(task.loss), input_eps=float(np.finfo(_numbers(given)).eps),
         )  # fmt: skip
-        step, layers, proof = _replaced(data, task, given, start, budget, chosen)
+        step, layers, proof = _replace_layers(data, task, given, start, budget, chosen)
     new = _with_layers(start.module, given, layers)
     before = task.evaluation(given.module, start.layers, start.features)
     after = task.evaluation(new, layers, start.features)
     return Reoptimisation(new, before, after, proof, step, start.statistics)
 
 
-def _replaced(
+def _replace_layers(
     data: TrainingSet, task: Task, given: LastLayers, start: _Beginning, budget: Budget, effort: dict[str, Any]
 ) -> tuple[float, Layers, Certificate | None]:
     """Step, layers and certificate of the best network, or of a validated one on the way to it."""
     program = data.relu_program(task.weight_decay)
     trained = neurons_of(data, start.layers.network(start.features)).balanced()
-    found = _solved(data, program, trained, budget, effort)
+    found = _solve(data, program, trained, budget, effort)
     segment = Segment.between(program, trained, start.layers.output_bias, found.weights)
-    step, layers = _chosen(segment, data, start, given, task)
+    step, layers = _choose(segment, data, start, given, task)
     if not effort["certify"] or layers.output_bias.any():
         return step, layers, None
-    proof = judged(
+    proof = judge_on(
         data, layers.network(start.features), program,
         tol=effort["tol"], stopped_by=found.stopped_by, own_rows=True, deadline=budget.deadline,
     )  # fmt: skip
@@ -211,7 +211,7 @@ def _beginning(given: LastLayers, task: Task) -> _Beginning:
     return _Beginning(without_momentum(given.module), given.features(task.rows), given.layers, "stored")
 
 
-def _solved(
+def _solve(
     data: TrainingSet, program: ReluProgram, own: Neurons, budget: Budget, effort: dict[str, Any]
 ) -> Solution[Neurons]:
     """Network by formula if there is one, otherwise from the module's own neurons."""
@@ -226,7 +226,7 @@ def _solved(
     return Solution(found, "time_limit" if is_over(share.deadline) else "tolerance")
 
 
-def _chosen(
+def _choose(
     segment: Segment, data: TrainingSet, start: _Beginning, given: LastLayers, task: Task
 ) -> tuple[float, Layers]:
     """Step and layers of the optimum or, with validation rows, of least objective without a loss of accuracy."""

@@ -108,16 +108,16 @@ def _batch_norm(layers: Layers, network: BatchNormNetwork, dtype: torch.dtype) -
     arrays |= {"running_mean": layers.running_mean, "running_var": layers.running_var}
     tensors = {name: _tensor(array, dtype) for name, array in arrays.items()}
     tensors["num_batches_tracked"] = torch.tensor(1, device="cpu")
-    return _filled(kind(network.n_neurons, eps=layers.eps, momentum=0.0, device="meta"), tensors)
+    return _fill(kind(network.n_neurons, eps=layers.eps, momentum=0.0, device="meta"), tensors)
 
 
 def _linear(weight: Float, bias: Float | None, dtype: torch.dtype) -> nn.Module:
     tensors = {"weight": _tensor(weight.T, dtype)} | ({} if bias is None else {"bias": _tensor(bias, dtype)})
     d, m = weight.shape
-    return _filled(nn.Linear(d, m, bias=bias is not None, device="meta"), tensors)
+    return _fill(nn.Linear(d, m, bias=bias is not None, device="meta"), tensors)
 
 
-def _filled(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+def _fill(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """Put tensors into a layer that was made without memory or random numbers."""
     layer.load_state_dict(tensors, assign=True)
     return layer

@@ -215,10 +215,10 @@ def gated_operator(rows: Rows, patterns: Bool, readout: Readout | None = None) -
             "gated networks are linear under fixed gates, and max pooling is not: use pooling='average', or "
             "activation='relu'."
         )
-    return PooledFeatures(rows, patterns, readout, _pooled(rows, patterns, readout))
+    return PooledFeatures(rows, patterns, readout, _pool_features(rows, patterns, readout))
 
 
-def _pooled(rows: Rows, patterns: Bool, readout: Any) -> Float:
+def _pool_features(rows: Rows, patterns: Bool, readout: Any) -> Float:
     """``T_r D_i A`` of every image and gate: (n, P, q R)."""
     (N, q), P, averages = rows.shape, patterns.shape[1], readout.regions.averages
     R, count = averages.shape

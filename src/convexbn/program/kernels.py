@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from convexbn._types import EPS
-from convexbn.data.kernels import namespace, positive_part, scaled
+from convexbn.data.kernels import cast, namespace, positive_part, scaled
 
 #: Entries of gates and rows that are multiplied at once when responses are summed again.
 _TIED_ENTRIES = 1 << 20
@@ -57,7 +57,7 @@ def masked_outputs(block: Any, patterns: Any, stacked: Any, gate_index: Any = No
     """
     m, K, q = stacked.shape
     xp = namespace(block)
-    summed = _opened(patterns, gate_index, block) @ xp.reshape(stacked, (m, K * q))  # sum_j D_j S_j, row by row
+    summed = _gate_values(patterns, gate_index, block) @ xp.reshape(stacked, (m, K * q))  # sum_j D_j S_j, row by row
     return xp.vecdot(xp.reshape(summed, (-1, K, q)), block[:, None, :])
 
 
@@ -73,14 +73,14 @@ def masked_correlations(block: Any, patterns: Any, dual: Any, gate_index: Any = 
     xp = namespace(block)
     products = dual[:, :, None] * block[:, None, :]
     flat = xp.reshape(products, (products.shape[0], products.shape[1] * products.shape[2]))
-    return (_opened(patterns, gate_index, block).T @ flat,)
+    return (_gate_values(patterns, gate_index, block).T @ flat,)
 
 
-def _opened(patterns: Any, gate_index: Any, block: Any) -> Any:
+def _gate_values(patterns: Any, gate_index: Any, block: Any) -> Any:
     """Patterns of the chosen gates in the precision of a block."""
     xp = namespace(block)
     chosen = patterns if gate_index is None else xp.take(patterns, gate_index, axis=1)
-    return xp.astype(chosen, block.dtype, copy=False)
+    return cast(chosen, block.dtype)
 
 
 def relu_outputs(block: Any, first: Any, output: Any, readout: Any) -> Any:
@@ -104,7 +104,8 @@ def relu_ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, 
         ``regional`` is the output layer, region by region.
     readout : Readout
     """
-    back = readout.unpool(dual @ regional.T, hidden)
+    outer = dual * regional.T if dual.shape[1] == 1 else dual @ regional.T  # BLAS is slow at a single column
+    back = readout.unpool(outer, hidden)
     back *= hidden > 0
     return block.T @ back, pooled.T @ dual
 
@@ -119,7 +120,7 @@ def loss_and_ascent(block: Any, loss: Any, first: Any, output: Any, readout: Any
     xp = namespace(block)
     hidden, regional = positive_part(block @ first), readout.by_region(output)
     pooled = readout.pool(hidden)
-    outputs = xp.astype(pooled @ regional, xp.float64, copy=False)
+    outputs = cast(pooled @ regional, xp.float64)
     found = _ascent(block, hidden, pooled, loss.negative_gradient(outputs), regional, readout)
     return loss.value(outputs), *found
 
@@ -137,6 +138,6 @@ def ascent(block: Any, dual: Any, first: Any, output: Any, readout: Any) -> tupl
 
 def _ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, readout: Any) -> tuple[Any, Any]:
     xp = namespace(block)
-    dual = xp.astype(dual, block.dtype, copy=False)
+    dual = cast(dual, block.dtype)
     by_first, by_regional = relu_ascent(block, hidden, pooled, dual, regional, readout)
-    return xp.astype(by_first, xp.float64), xp.astype(readout.by_neuron(by_regional), xp.float64)
+    return cast(by_first, xp.float64), cast(readout.by_neuron(by_regional), xp.float64)

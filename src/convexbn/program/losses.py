@@ -148,8 +148,8 @@ class SquaredLoss(Loss):
     nearly_quadratic: ClassVar[bool] = True
 
     def value(self, outputs: Float) -> float:
-        xp = namespace(outputs)
-        return float(0.5 * self.weights @ xp.sum((outputs - self.targets) ** 2, axis=1)) + self.constant
+        residual = outputs - self.targets
+        return float(0.5 * self.weights @ namespace(residual).vecdot(residual, residual)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
         return self.weights[:, None] * (self.targets - outputs)

@@ -61,12 +61,16 @@ class Readout:
 
     def by_region(self, output: FloatMatrix) -> FloatMatrix:
         """Output layer (m, R K), one row per neuron, as a matrix (R m, K) on the pooled units."""
-        m, R, K = len(output), self.n_regions, output.shape[1] // self.n_regions
+        if (R := self.n_regions) == 1:
+            return output
+        m, K = len(output), output.shape[1] // R
         return output.reshape(m, R, K).swapaxes(0, 1).reshape(R * m, K)
 
     def by_neuron(self, regional: FloatMatrix) -> FloatMatrix:
         """Inverse of ``by_region``: (R m, K) as (m, R K)."""
-        m, R, K = len(regional) // self.n_regions, self.n_regions, regional.shape[1]
+        if (R := self.n_regions) == 1:
+            return regional
+        m, K = len(regional) // R, regional.shape[1]
         return regional.reshape(R, m, K).swapaxes(0, 1).reshape(m, R * K)
 
     def outputs(self, hidden: FloatMatrix, output: FloatMatrix) -> FloatMatrix:

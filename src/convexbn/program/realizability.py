@@ -33,7 +33,7 @@ def nearest_directions(X: FloatMatrix, whitening: Whitening, weights: Float, gat
     return whitening.coordinates(responses, weights)
 
 
-def realised(rows: Float, opened: Bool, directions: Float) -> Bool:
+def are_realizable(rows: Float, opened: Bool, directions: Float) -> Bool:
     """Whether some direction realises each pattern: (P,).
 
     The given directions are tried first. The nonnegative least squares ``min ||G'v||^2 + (1'v - 1)^2`` with unit rows
@@ -48,7 +48,7 @@ def realised(rows: Float, opened: Bool, directions: Float) -> Bool:
     Of three rows on a line the one in the middle is not open alone:
 
     >>> rows, opened = np.array([[-1.0, 1], [0, 1], [1, 1]]), np.array([[1, 0], [0, 1], [0, 0]], dtype=bool)
-    >>> realised(rows, opened, np.zeros((2, 2)))
+    >>> are_realizable(rows, opened, np.zeros((2, 2)))
     array([ True, False])
     """
     unit, (n, q) = rows / np.linalg.norm(rows, axis=1)[:, None], rows.shape

@@ -99,7 +99,7 @@ def _interior_point(
         if is_over(deadline) or complementarity <= tol * (x @ (np.abs(curved) + terms)):
             break
         barrier, mean = multipliers / slacks, complementarity / size
-        if (solve := _factorised(Q, barrier.sum(axis=0) if boxed else barrier)) is None:
+        if (solve := _factorise(Q, barrier.sum(axis=0) if boxed else barrier)) is None:
             return inside, True
         descent = b - curved
         dx = solve(descent)  # predictor, without a barrier
@@ -123,7 +123,7 @@ def _longest(inside: Float, step: Float) -> float:
     return 1 / max(1.0, -float((step / inside).min()))
 
 
-def _factorised(Q: Float, diagonal: Float) -> Callable[[Float], Float] | None:
+def _factorise(Q: Float, diagonal: Float) -> Callable[[Float], Float] | None:
     """Solver for ``Q + diag(diagonal)`` by plain LAPACK: scipy's checks take longer than some dozens of variables.
 
     A ridge of the size of rounding helps a singular ``Q``; None for one that is indefinite beyond it.

@@ -27,7 +27,7 @@ from convexbn.solvers.base import Budget
 from convexbn.solvers.relu.lbfgs import lbfgs
 from convexbn.solvers.relu.newton import polish
 from convexbn.training.audit_report import Audit, Cause, explanation_of
-from convexbn.training.fit import fit_relu, judged
+from convexbn.training.fit import fit_relu, judge_on
 from convexbn.training.relu_conversion import neurons_of
 from convexbn.training.trained_objective import Objective
 from convexbn.training.training_set import TrainingSet
@@ -72,7 +72,7 @@ def audit(
             data = replace(data, loss=WithOutputBias.with_decay(data.loss, objective.bias_decay))
         network = replace(batch.network(seen), convolution=convolution)
         program, neurons = data.relu_program(objective.weight_decay), neurons_of(data, network).balanced()
-        alone = judged(data, network, program, tol=tol, deadline=0.0)
+        alone = judge_on(data, network, program, tol=tol, deadline=0.0)
         case = _Case(data, program, objective, neurons, alone, tol)
         found = _Found(None, True, alone.objective, case.n_neurons, alone.lower_bound, alone.bound)
         if time_limit != 0 and alone.status in (Status.GAP_OPEN, Status.RESTRICTED):

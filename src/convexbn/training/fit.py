@@ -89,7 +89,7 @@ def fit_gated(
     if not np.isfinite(values).all():
         solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
     network = BatchNormNetwork.from_blocks(data.whitening, solution.weights, *gates, data.convolution)
-    proof = judged(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True)
+    proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True)
     return Fit(network, proof, solution.history, solution.n_iter)
 
 
@@ -121,7 +121,7 @@ def fit_relu(
         solution = method.solve(program, start, replace(budget, time_limit=share), rng)
     network = BatchNormNetwork.from_neurons(data.whitening, solution.weights, data.convolution)
     deadline = time.monotonic() if solution.stopped_by == "callback" else budget.deadline
-    proof = judged(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True, deadline=deadline)
+    proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True, deadline=deadline)
     history = solution.history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]
     return Fit(network, proof, history, len(history))
 
@@ -156,7 +156,7 @@ class ReluSettings:
         return LargeScale(**given, n_starts=self.n_starts, descent=replace(descent, epochs=epochs))
 
 
-def judged(
+def judge_on(
     data: TrainingSet, network: BatchNormNetwork, program: GatedProgram | ReluProgram, *, tol: float = 1e-6,
     stopped_by: str = "tolerance", own_rows: bool = False, deadline: float | None = None,
 ) -> Certificate:  # fmt: skip

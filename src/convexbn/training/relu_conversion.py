@@ -23,9 +23,9 @@ from convexbn.program.gated import GateBlocks, GatedProgram
 from convexbn.program.gates import first_of_each_pattern, gate_patterns
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
-from convexbn.program.realizability import nearest_directions, realised
+from convexbn.program.realizability import are_realizable, nearest_directions
 from convexbn.solvers.cone_decomposition import difference_in_cones
-from convexbn.training.fit import fit_gated, judged
+from convexbn.training.fit import fit_gated, judge_on
 from convexbn.training.training_set import TrainingSet
 
 
@@ -102,7 +102,7 @@ def to_relu(
         )
     converted = BatchNormNetwork.from_neurons(data.whitening, split.split())
     # a cheap proof, of the orthant alone: the conversion is not for its sake
-    proof = judged(data, converted, data.relu_program(weight_decay), tol=tol, own_rows=True, deadline=0.0)
+    proof = judge_on(data, converted, data.relu_program(weight_decay), tol=tol, own_rows=True, deadline=0.0)
     outputs = network.predict(data.X)
     error = np.abs(converted.predict(data.X) - outputs).max() / max(np.abs(outputs).max(), np.finfo(np.float64).tiny)
     return Conversion(converted, proof, before.objective, split.objective, n_unrealisable, float(error))
@@ -155,7 +155,7 @@ class _SplitProgram:
     def n_unrealisable(self) -> int:
         """Number of gates that no direction of the whitened rows realises."""
         operator = self.program.operator
-        return int((~realised(operator.rows, operator.patterns, self.directions)).sum())
+        return int((~are_realizable(operator.rows, operator.patterns, self.directions)).sum())
 
     def split(self) -> Neurons:
         """Two ReLU neurons for each atom of every block."""
@@ -173,7 +173,7 @@ def _with_nearest(data: TrainingSet, gates: Float, offsets: Float) -> tuple[Floa
     whitening = data.whitening
     directions = nearest_directions(data.X, whitening, data.loss.weights, gates, offsets)
     opened = gate_patterns(data.X, whitening.mean, gates, offsets)
-    kept = realised(whitening.rows[:], opened, directions)
+    kept = are_realizable(whitening.rows[:], opened, directions)
     moved = whitening.projection @ directions[:-1], directions[-1] / np.sqrt(whitening.total_weight)
     gates, offsets = np.where(kept, gates, moved[0]), np.where(kept, offsets, moved[1])
     first = first_of_each_pattern(gate_patterns(data.X, whitening.mean, gates, offsets))

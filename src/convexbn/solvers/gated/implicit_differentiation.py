@@ -117,18 +117,18 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     blocks, method = None, GroupNewton if isinstance(program.loss, SquaredLoss) else Subspace
     if start is not None:
         blocks = GateBlocks(start.gate_index, start.groups.blocks)
-        if (optimum := _polished(program, blocks)).residual <= _ACCURATE:
+        if (optimum := _polish(program, blocks)).residual <= _ACCURATE:
             return optimum
     for tol in _TOLERANCES:
         blocks = method(tol).solve(program, blocks).weights
-        if (optimum := _polished(program, blocks)).residual <= _ACCURATE:
+        if (optimum := _polish(program, blocks)).residual <= _ACCURATE:
             return optimum
     if optimum.residual > _TOO_ROUGH:
         raise FloatingPointError(f"optimality is violated by {optimum.residual:.0e} (relative): raise weight_decay.")
     return optimum
 
 
-def _polished(program: GatedProgram, blocks: GateBlocks) -> Optimum:
+def _polish(program: GatedProgram, blocks: GateBlocks) -> Optimum:
     """Newton's method on the active groups of a solution; groups that cannot stay at zero enter."""
     groups = ActiveGroups(program, blocks.gate_index, blocks.values)
     groups = groups.only(groups.lengths > _SHORT * groups.lengths.max(initial=0.0))

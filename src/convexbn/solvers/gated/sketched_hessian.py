@@ -50,7 +50,7 @@ class SketchedHessian:
         penalty, outputs : ndarray (P,), (n, K)
             Weights ``p`` of the penalty, and the outputs at the point.
         """
-        part, there = _sampled(program, outputs, sample_size(program), rng)
+        part, there = _sample(program, outputs, sample_size(program), rng)
         A, dtype = part.operator.rows, part.operator.rows.dtype
         gates, curvature = part.operator.patterns.astype(dtype), row_curvature(part.loss, there)
         base = np.diag(penalty)
@@ -94,7 +94,7 @@ def factor_hessian(
     gate_index, blocks, outputs : ndarray (m,), (m, q, K), (n, K)
     """
     (q, K), n, m = program.block_shape, len(program.operator.rows), len(blocks)
-    part, there = _sampled(program, outputs, min(n, max(_SMALLEST, n * q // m, _PER_COLUMN * m // K)), rng)
+    part, there = _sample(program, outputs, min(n, max(_SMALLEST, n * q // m, _PER_COLUMN * m // K)), rng)
     A, D, dtype = part.operator.rows, part.operator.patterns, part.operator.rows.dtype
     exponent = np.frexp(np.abs(blocks).max())[1]  # into the range of float32
     stacked = np.ldexp(blocks, -exponent).transpose(1, 2, 0).reshape(q, -1).astype(dtype)
@@ -113,7 +113,7 @@ def sample_size(program: GatedProgram) -> int:
     return min(n, max(_SMALLEST, int((2.0 * n * q * program.n_gates * K) ** (1 / 3))))
 
 
-def _sampled(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
+def _sample(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
     """The program on rows drawn in part by leverage, each weighted by the rows it stands for, and its outputs."""
     operator, n = program.operator, len(outputs)
     if count >= n:

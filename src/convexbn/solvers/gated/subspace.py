@@ -184,7 +184,7 @@ class _Descent:
         """Minimise over the preconditioned gradient and the last steps; whether the objective decreased."""
         before = self.objective
         self._admit()
-        direction = self._preconditioned()
+        direction = self._precondition()
         shape, K = direction.shape, direction.shape[2]
         columns = np.hstack([direction.reshape(-1, K), self.steps])
         outputs = np.hstack([_outputs(self.kernels, direction), self.step_outputs])
@@ -210,7 +210,7 @@ class _Descent:
         length = scipy.optimize.minimize_scalar(lambda t: self.loss.value(self.outputs + t * seen) + t * price).x
         self._move_to(self.blocks + length * entering, self.outputs + length * seen)
 
-    def _preconditioned(self) -> Float:
+    def _precondition(self) -> Float:
         """Inverse of the sampled Hessian times the negative gradient; blocks at zero stay there."""
         live = self.norms > 0
         self._renew_hessian()

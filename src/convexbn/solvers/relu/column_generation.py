@@ -168,7 +168,7 @@ class _NewtonRounds(_Rounds):
     def trained(self, neurons: Neurons, gap: float) -> Neurons:
         """The neurons that are needed, with their best norms, made stationary."""
         best = with_best_norms(self.program, neurons, self.deadline)
-        return self._polished(merged_in_cones(self.program.rows[:], best), gap)
+        return self._polish(merged_in_cones(self.program.rows[:], best), gap)
 
     def price(self, neurons: Neurons, record: float) -> Iterator[_Priced]:
         """Look for directions that would lower the objective.
@@ -213,10 +213,10 @@ class _NewtonRounds(_Rounds):
         fewer = vertex(self.program.unit_rows, merged_in_cones(self.program.rows[:], neurons))
         if len(fewer.output) == len(neurons.output):
             return neurons
-        fewer = self._polished(fewer, gap=0.0)
+        fewer = self._polish(fewer, gap=0.0)
         return fewer if self.program.objective(fewer) <= self.program.objective(neurons) * (1 + 1e-12) else neurons
 
-    def _polished(self, neurons: Neurons, gap: float) -> Neurons:
+    def _polish(self, neurons: Neurons, gap: float) -> Neurons:
         """Newton's method, as carefully started and as accurate as a relative gap asks for."""
         systems = np.clip(_POLISH_WORK / max(_variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, MOST_SYSTEMS)
         damping, tol = float(np.clip(gap, 1e-6, 0.1)), float(np.clip(1e-3 * gap**2, 1e-14, 1e-9))

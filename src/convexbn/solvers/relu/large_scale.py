@@ -50,17 +50,17 @@ class LargeScale(Solver[ReluProgram, Neurons]):
     def _solve(
         self, program: ReluProgram, start: Neurons | None, budget: Budget, rng: np.random.Generator
     ) -> Solution[Neurons]:
-        networks, history, reason = self._descended(program, start, budget, rng)
+        networks, history, reason = self._descend(program, start, budget, rng)
         network = mean(networks)
         end = reason or ("time_limit" if is_over(budget.until(_DESCENT_SHARE)) else "max_iter")
         if reason or not self.polish:
             return Solution(network.balanced(), end, history)
         single = program.in_single_precision
         polished = lbfgs(single, network, self.polish, budget.deadline).balanced()
-        reason = self._reported(history, budget, single.objective(polished), polished)
+        reason = self._report(history, budget, single.objective(polished), polished)
         return Solution(polished, reason or end, history)
 
-    def _descended(
+    def _descend(
         self, program: ReluProgram, warm: Neurons | None, budget: Budget, rng: np.random.Generator
     ) -> tuple[list[Neurons], list[Progress], str | None]:
         """The network of each completed descent, or of the first if none has; the history, and why to stop early."""
@@ -73,7 +73,7 @@ class LargeScale(Solver[ReluProgram, Neurons]):
         for turn, given in enumerate(starts, start=1):
             neurons = first = self._start(program, given, rng)
             for neurons, seen in descent.run(program, first, rng, budget.until(_DESCENT_SHARE * turn / len(starts))):
-                reason = self._reported(history, budget, program.objective_at(seen, neurons), neurons)
+                reason = self._report(history, budget, program.objective_at(seen, neurons), neurons)
                 if reason is not None:
                     return networks or [neurons], history, reason
             networks.append(merge(neurons))
@@ -87,7 +87,7 @@ class LargeScale(Solver[ReluProgram, Neurons]):
         drawn = random_start(program, rng.standard_normal((program.n_inputs, missing)), rng)
         return drawn if given is None else given.joined(Neurons(drawn.first, np.zeros_like(drawn.output)))
 
-    def _reported(self, history: list[Progress], budget: Budget, objective: float, neurons: Neurons) -> str | None:
+    def _report(self, history: list[Progress], budget: Budget, objective: float, neurons: Neurons) -> str | None:
         """Add to the history; why to stop, or None."""
         history.append(Progress(len(history) + 1, objective, 0.0, len(neurons.output)))
         return budget.stop_reason(history[-1], tol=0.0, max_iter=self.n_starts * self.descent.epochs + 1)
