@@ -66,6 +66,8 @@ def test_names_of_modules(module):
     assert [name for name in MODULES[module] if not hasattr(found, name)] == []
     if module in ("nn", "companions"):
         assert sorted(found.__all__) == MODULES[module]
+    if module == "companions":
+        assert dir(found) == MODULES[module]
 
 
 @pytest.mark.parametrize("module", MODULES)

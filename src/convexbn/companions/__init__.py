@@ -41,3 +41,7 @@ def __getattr__(name: str) -> Any:
             raise
         raise ImportError(f"convexbn.companions.{name} needs PyTorch: pip install 'convexbn[torch]'.") from error
     return getattr(module, name) if name in _HOMES else module
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
