@@ -47,6 +47,8 @@ def reproduce(options: argparse.Namespace) -> int:
             if not options.draw:
                 run.go_on(report)
     except (KeyboardInterrupt, Terminated) as signalled:
+        if run.finished:
+            run.write()  # the signal may have come between the end of a part and its writing
         kept = f"{len(run.finished)} of {len(run.cells)} parts are finished and in {run.path('json')}"
         return broken_off(signalled, f"{kept}: the same command goes on from there")
     _tell(run)
