@@ -238,15 +238,6 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.fixture
-def interrupts():
-    """Ctrl-C raises here and in new processes: a shell starts its jobs in the background with the signal ignored."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(("solver", "n", "d", "P"), [("proximal", 2000, 30, 300), ("proximal", 60, 4, 50)])
 def test_ctrl_c_ends_a_fit_within_a_second(solver, n, d, P):
     script = INTERRUPTED.format(solver=solver, n=n, d=d, P=P)
@@ -260,7 +251,6 @@ def test_ctrl_c_ends_a_fit_within_a_second(solver, n, d, P):
     assert rest.split() == ["interrupted", "False"] and process.returncode == 0
 
 
-@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_in_the_middle_of_newton_raises_from_fit():
     model = regressor(callback=lambda progress: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):

@@ -57,7 +57,7 @@ STUDY = Study("toy", "A <toy>", "Nowhere, 2026", "All of it & more", (), (0.1, 1
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A study in a module of its own, which commands in other processes find as well; returns how to set the pause of later cells."""
+    """A study in its own module, which other processes find as well; returns how to set the pause of later cells."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(convexbn_studies.NAMES, "toy", "toy_study")
