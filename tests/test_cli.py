@@ -17,6 +17,7 @@ from convexbn import cli
 from convexbn.cli import fit
 from convexbn.files import model_file
 from convexbn.files.datasets import fashion_mnist
+from processes import ended_by
 
 KEYS = ["objective", "lower_bound", "relative_gap", "status", "scope", "train_score", "test_score", "n_iter"]
 KEYS += ["seconds", "n_neurons", "n_gates_active", "rank"]
@@ -373,9 +374,9 @@ def test_targets_and_names_are_checked(tmp_path, capsys):
 @pytest.mark.parametrize("out", ["nowhere/m", ".", "data.csv/m"])
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(out, tmp_path, capsys):
     data = write_csv(tmp_path / "data.csv", y=NUMBERS)
-    started = time.perf_counter()
+    started = time.process_time()
     refused(capsys, "fit", data, "--target", "y", "--out", tmp_path / out, "--n-gates", 10**6, match="--out")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     refused(capsys, "predict", "no model", data, "--out", tmp_path / out, match="--out")
 
 
@@ -437,10 +438,8 @@ def long_fit(folder, **options):
 )
 def test_a_signal_ends_a_fit_within_a_second(number, code, word, tmp_path):
     with long_fit(tmp_path) as process:
-        process.send_signal(number)
-        sent = time.perf_counter()
-        out, err = process.communicate(timeout=30)
-        assert time.perf_counter() - sent < 1.5
+        out, err, seconds = ended_by(process, number)
+    assert seconds < 1
     assert process.returncode == code and out == ""
     assert f"convexbn: {word}: nothing was written." in err and "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["long.npz"]

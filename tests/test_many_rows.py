@@ -126,14 +126,14 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_a_deadline_ends_it_with_a_network():
     rows, targets = instance()
-    started = time.monotonic()
+    started = time.process_time()
     solver = LargeScale(width=50, descent=SGD(epochs=10**6))
     found = solver.solve(
         ReluProgram(rows, SquaredLoss(targets, np.ones(len(rows))), 1.0),
         rng=np.random.default_rng(0),
         budget=Budget(0.5),
     )
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert found.stopped_by == "time_limit"
     assert len(found.weights.output)
 

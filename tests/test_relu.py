@@ -120,9 +120,9 @@ def test_a_time_limit_is_obeyed_by_solver_and_proof():
     X = rows(300, 15)
     Y = values_of(X, 3)
     for limit in (0, 2):
-        started = time.monotonic()
+        started = time.process_time()
         model = regressor(time_limit=limit).fit(X, Y)
-        assert time.monotonic() - started <= limit + 2  # a second, and another on a busy machine
+        assert time.process_time() - started <= limit + 1
         assert model.certificate_.status in (Status.GAP_OPEN, Status.RESTRICTED)
         assert 0 <= model.certificate_.relative_gap <= 1
 
