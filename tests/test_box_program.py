@@ -56,6 +56,11 @@ def test_nonnegative_least_squares_are_those_of_scipy(p, rank, seed, start):
     assert np.linalg.norm(A @ x - y) <= scipy.optimize.nnls(A, y)[1] + 1e-7 * np.linalg.norm(y)
 
 
+def test_what_is_not_finite_is_an_error():
+    with pytest.raises(np.linalg.LinAlgError, match="not positive semidefinite"):
+        minimise_nonnegative(np.full((2, 2), np.nan), np.ones(2), np.ones(2))
+
+
 @pytest.mark.parametrize("same", [1.0, 1.0 + 1e-15, 1.0 - 1e-12])
 def test_equal_columns_are_no_obstacle(same):
     rng = np.random.default_rng(0)

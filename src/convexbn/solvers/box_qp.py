@@ -2,9 +2,9 @@
 
     min  1/2 x'Qx - b'x    over 0 <= x <= upper
 
-With a good guess of the active bounds, the primal-dual active set method (Hintermueller, Ito and Kunisch 2003) ends
-after a few factorisations of the free part. Where it does not settle, Mehrotra's predictor and corrector (1992) takes
-over, with one factorisation of ``Q`` plus a positive diagonal an iteration.
+From a good guess of the active bounds, the primal-dual active set method (Hintermueller, Ito and Kunisch 2003) ends
+after a few factorisations of the free part. If it does not settle, or if the free part is singular, Mehrotra's
+predictor and corrector (1992) takes over, with one factorisation of ``Q`` plus a positive diagonal per iteration.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from convexbn._types import EPS, Bool, Float, is_over
 
 
 def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: float | None = None) -> Float:
-    """Minimiser ``x``.
+    """Minimiser over ``0 <= x <= upper``.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def _active_set(Q: Float, b: Float, upper: Float | float, x: Float) -> Float | N
         wished = x - (Q @ x - b) / scale
         bounds = np.array([wished <= 0, wished >= upper])
         if held is not None and (bounds == held).all():
-            return x
+            return np.clip(x, 0.0, upper) if np.isfinite(x).all() else None
         held, x = bounds, np.where(bounds[1], upper, 0.0)
         free = np.flatnonzero(~bounds.any(axis=0))
         if not free.size:
