@@ -28,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Terminated) as signalled:
         return broken_off(signalled, "nothing was written")
     except BrokenPipeError:  # `convexbn ... | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         return say(f"error: {error}", 1)
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, former)
+        for stream in (sys.stdout, sys.stderr):
+            _settle(stream)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _terminate(signum: int, frame: object) -> None:
     raise Terminated
+
+
+def _settle(stream: TextIO) -> None:
+    """Drop the rest of a stream that cannot be written: Python would flush it again as it ends, and fail."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _nowhere() -> TextIO:
