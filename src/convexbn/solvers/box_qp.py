@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
 from scipy.linalg.lapack import dpotrf, dpotrs
 
 from convexbn._types import EPS, Bool, Float, is_over
@@ -56,7 +55,7 @@ def minimise_nonnegative(Q: Float, b: Float, start: Float) -> Float:
     inside = np.array([x, np.maximum(slope, 0.1 * slope.mean()) + np.finfo(float).tiny])
     (x, multipliers), broken = _interior_point(Q, b, inside, tol=1e-14)
     if broken:
-        raise scipy.linalg.LinAlgError("the matrix of the quadratic program is not positive semidefinite.")
+        raise np.linalg.LinAlgError("the matrix of the quadratic program is not positive semidefinite.")
     curvature = np.trace(Q) / len(b)
     return np.where(x * curvature > multipliers, x, 0.0)
 
