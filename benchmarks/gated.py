@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convexbn.certificate.certificate import Penalty, judge
+from convexbn.certificate.certificate import Found, judge
 from convexbn.certificate.dual_bounds import GateDualBounds
 from convexbn.certificate.status import Scope
 from convexbn.program.gated import GatedProgram, gated_operator
@@ -105,11 +105,8 @@ def run_of(instance, solution, seconds):
 def certified(program, solution, gap):
     """Judge a solution as a fit does."""
     norms = float(program.norm.of(solution.weights.values).sum())
-    outputs, bounds = program.outputs(*solution.weights), GateDualBounds(program)
-    scope = Scope("these gates")
-    return judge(
-        program.loss, outputs, program.weight_decay, Penalty(norms, norms), bounds, scope, gap, solution.stopped_by
-    )
+    found, bounds = Found(program.outputs(*solution.weights), norms, norms), GateDualBounds(program)
+    return judge(program.loss, found, program.weight_decay, bounds, Scope("these gates"), gap, solution.stopped_by)
 
 
 def ours(instance, gap):

@@ -5,7 +5,7 @@ import itertools
 import mpmath as mp
 import numpy as np
 
-from convexbn.certificate.certificate import Penalty, certify, judge
+from convexbn.certificate.certificate import Found, certify, judge
 from convexbn.certificate.dual_bounds import DualBound, GateDualBounds
 from convexbn.certificate.question import Question
 from convexbn.certificate.status import Scope
@@ -60,15 +60,18 @@ def proof_of_relu(loss, X, weight_decay, network, tol, stopped_by="formula"):
     return certify(Question(X, whitening.mean, program, tol), network, stopped_by=stopped_by, deadline=0.0)
 
 
+#: Parameters of the estimators that give the paper's gated program on all directions of the data.
+PAPER = {"fit_intercept": False, "linear": False, "gates": "data", "spectral_filter": None, "standardize": False}
+
+
 def proof_of_blocks(program, blocks, tol, stopped_by="tolerance"):
     """Certificate of blocks on the whitened data, before they become a network's weights."""
     index, values = blocks
     finite = bool(np.isfinite(values).all())
     plain = float(np.linalg.svd(values, compute_uv=False).sum()) if finite else np.nan
-    penalty = Penalty(float(program.norm.of(values).sum()), plain)
-    outputs = program.outputs(index, values)
+    found = Found(program.outputs(index, values), float(program.norm.of(values).sum()), plain)
     scope = Scope("these gates")
-    return judge(program.loss, outputs, program.weight_decay, penalty, GateDualBounds(program), scope, tol, stopped_by)
+    return judge(program.loss, found, program.weight_decay, GateDualBounds(program), scope, tol, stopped_by)
 
 
 class StatedBound:
@@ -90,8 +93,8 @@ def proof_of_outputs(
 ):  # fmt: skip
     """Certificate of outputs whose dual norm is what we say."""
     prover = StatedBound(bound, rounding, estimate)
-    penalties = Penalty(penalty, penalty)
-    return judge(loss, outputs, weight_decay, penalties, prover, Scope(scope), tol, stopped_by)
+    found = Found(outputs, penalty, penalty)
+    return judge(loss, found, weight_decay, prover, Scope(scope), tol, stopped_by)
 
 
 def neuron_arrays(network):

@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFit
 from sklearn.utils import get_tags
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
+from instances import PAPER
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((60, 4))
@@ -25,12 +26,16 @@ PROVED = (Status.CERTIFIED, Status.TRIVIAL)
 TINY = np.nextafter(0, 1)
 
 
+#: Gates and directions that do not depend on which columns there are.
+SETTINGS = {"n_gates": 20, "random_state": 0, "gates": "data", "spectral_filter": None}
+
+
 def classifier(**changes):
-    return ConvexBNClassifier(**{"n_gates": 20, "random_state": 0, **changes})
+    return ConvexBNClassifier(**{**SETTINGS, **changes})
 
 
 def regressor(**changes):
-    return ConvexBNRegressor(**{"n_gates": 20, "random_state": 0, **changes})
+    return ConvexBNRegressor(**{**SETTINGS, **changes})
 
 
 def spoiled(array, place, value):
@@ -505,7 +510,7 @@ def test_integer_grids_and_integer_gates_are_certified(levels, seed):
 
 def test_a_row_on_a_hyperplane_is_open():
     data = np.array([[-1.0, 0.5], [0.0, -1.0], [1.0, 0.5], [0.0, 0.0]])
-    model = regressor(gates=np.array([[1.0], [0.0]]), weight_decay=1e-3).fit(data, [5.0, 1.0, 2.0, 3.0])
+    model = regressor(gates=np.array([[1.0], [0.0]]), linear=False, weight_decay=1e-3).fit(data, [5.0, 1.0, 2.0, 3.0])
     hidden = model.transform(data)
     assert not hidden[0].any() and hidden[1:].any(axis=1).all()
 
@@ -524,7 +529,7 @@ def test_targets_of_zero_are_trivial(activation):
 def test_a_constant_target_is_an_ordinary_program():
     data, largest = X[:5], 3 * np.sqrt(5)
     for activation, gates in (("relu", "data"), ("gated", np.r_[np.zeros(4), 1.0][:, None])):
-        options = {"activation": activation, "gates": gates}
+        options = PAPER | {"activation": activation, "gates": gates}
         for factor, status in ((1 + 1e-12, Status.TRIVIAL), (0.99, Status.CERTIFIED)):
             model = regressor(weight_decay=factor * largest, **options).fit(data, np.full(5, 3.0))
             assert model.certificate_.status is status
@@ -633,7 +638,7 @@ def test_a_tiny_weight_decay_ends_with_an_honest_status(value):
 
 
 def test_weight_decay_around_its_maximum_to_the_last_bit():
-    largest = max_weight_decay(X, Y, n_gates=20, random_state=0)
+    largest = max_weight_decay(X, Y, **SETTINGS)
     for value in (largest, np.nextafter(largest, np.inf), 2 * largest, 1e300, np.finfo(float).max):
         assert regressor(weight_decay=value).fit(X, Y).certificate_.status is Status.TRIVIAL, value
     below = regressor(weight_decay=np.nextafter(largest, 0)).fit(X, Y)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convexbn.certificate import certificate
-from convexbn.certificate.certificate import Penalty, judge
+from convexbn.certificate.certificate import Found, judge
 from convexbn.certificate.dual_bounds import DualBound
 from convexbn.certificate.status import STOPPED_BY, Scope, Status
 from convexbn.data.whitening import whiten
@@ -274,8 +274,8 @@ def test_only_the_gradient_at_zero_proves_that_zero_is_optimal():
         def estimate(self, dual):
             return None
 
-    nothing, zeros = Penalty(0.0, 0.0), np.zeros((2, 1))
-    proof = judge(loss, zeros, 0.99 * norm, nothing, Points(), Scope(ALL), 1e-3, "formula")
+    nothing = Found(np.zeros((2, 1)), 0.0, 0.0)
+    proof = judge(loss, nothing, 0.99 * norm, Points(), Scope(ALL), 1e-3, "formula")
     assert 0 < proof.relative_gap <= 1e-3 and proof.bound == "chosen dual point"
     assert proof.status is Status.CERTIFIED, proof.sentence
 

@@ -99,7 +99,7 @@ def test_a_relu_network_predicts_what_it_says_and_is_bounded(name, images):
 @pytest.mark.parametrize("gates", ["data", "trained"])
 @pytest.mark.parametrize("loss", ["squared", "huber"])
 def test_the_objective_is_that_of_the_network_by_hand(images, monkeypatch, loss, gates):
-    monkeypatch.setattr(training_set, "GATES_ROWS", 2000)
+    monkeypatch.setattr(training_set, "GATES_STEPS", 10)
     X, y = images[0][:40], (images[1][:40] > 4).astype(float)
     model = ConvexBNRegressor(
         loss=loss, huber_delta=0.2, gates=gates, convolution=Convolution(3, stride=2), n_gates=6, weight_decay=0.02,

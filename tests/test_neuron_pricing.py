@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convexbn import bounds
-from convexbn.certificate.certificate import Penalty, judge
+from convexbn.certificate.certificate import Found, judge
 from convexbn.certificate.dual_bounds import ReluDualBounds
 from convexbn.certificate.status import Scope, Status
 from convexbn.data.whitening import whiten
@@ -83,8 +83,9 @@ def proof_of(rows, loss, beta, neurons, seconds=10.0):
     first = neurons.first.T / np.linalg.norm(neurons.first.T, axis=1)[:, None]
     program = ReluProgram(rows, loss, beta)
     prover = ReluDualBounds(program, first, tol=1e-6, deadline=time.monotonic() + seconds)
-    penalty, scope = Penalty(float(neurons.norms.sum()), float(neurons.norms.sum())), Scope("all patterns")
-    return judge(loss, network_outputs(rows, neurons), beta, penalty, prover, scope, 1e-5, "tolerance")
+    norms = float(neurons.norms.sum())
+    found = Found(network_outputs(rows, neurons), norms, norms)
+    return judge(loss, found, beta, prover, Scope("all patterns"), 1e-5, "tolerance")
 
 
 # --- the optimum ---

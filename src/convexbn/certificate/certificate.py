@@ -99,6 +99,9 @@ def certify(
         ``time.monotonic()`` after which no further bound over all patterns is tried; None: each does its stated work.
     """
     program, mean, rank = question.program, network.mean if own_rows else None, question.rows.shape[1]
+    bias = network.output_bias - question.target_offset
+    if bias.any() and program.loss is program.loss.without_bias:
+        raise ValueError("the network has an output bias and the program none: give the program an intercept.")
     responses = PreActivations.compute(question.X, network.weight, question.row_weights, rank=rank, mean=mean)
     coordinates, outside = _whitened_coordinates(question, responses)
     case: GatedCase | ReluCase
@@ -108,19 +111,25 @@ def certify(
         directions = np.vstack([network.gamma * coordinates, network.shift]).T
         case = ReluCase(question, network, responses, ReluDualBounds(program, directions, question.tol, deadline))
     outputs = case.outputs(np.vstack([network.gamma * responses.coefficients, network.shift]))
+    found = Found(outputs, case.penalty(coordinates), network.weight_decay_penalty, bias)
     proof = judge(
-        program.loss, outputs, program.weight_decay, Penalty(case.penalty(coordinates), network.weight_decay_penalty),
-        case.bounds, question.scope, question.tol, "outside" if outside else stopped_by,
+        program.loss, found, program.weight_decay, case.bounds, question.scope, question.tol,
+        "outside" if outside else stopped_by,
     )  # fmt: skip
-    return _with_stored_statistics(proof, case, outputs) if own_rows else proof
+    return _with_stored_statistics(proof, case, found) if own_rows else proof
 
 
 @dataclass(frozen=True)
-class Penalty:
-    """Factor of the weight decay: in the program, and for the plain network of neurons."""
+class Found:
+    """Outputs (n, K) of a network without its output bias, what the weight decay multiplies, and the bias (K,).
 
-    value: float
+    ``penalty`` is that of the program, ``plain`` half the squared norm of the weights of the plain network of neurons.
+    """
+
+    outputs: Float
+    penalty: float
     plain: float
+    bias: Float | float = 0.0
 
 
 class Prover(Protocol):
@@ -134,16 +143,13 @@ class Prover(Protocol):
 
 
 def judge(
-    loss: Loss, outputs: Float, weight_decay: float, penalty: Penalty, prover: Prover, scope: Scope, tol: float,
-    stopped_by: str,
-) -> Certificate:  # fmt: skip
-    """Certificate of outputs ``F`` with a given penalty.
+    loss: Loss, found: Found, weight_decay: float, prover: Prover, scope: Scope, tol: float, stopped_by: str
+) -> Certificate:
+    """Certificate of outputs with a given output bias and penalty.
 
     Parameters
     ----------
-    loss, weight_decay, penalty : Loss, float, Penalty
-    outputs : ndarray (n, K)
-        ``F``.
+    loss, found, weight_decay : Loss, Found, float
     prover : Prover
         Asked for dual points until the gap is closed.
     scope : Scope
@@ -151,10 +157,10 @@ def judge(
     tol, stopped_by : float, str
         Relative gap that counts as optimal, and why the solver stopped.
     """
-    value, dual, best = loss.value(outputs), loss.negative_gradient(outputs), _Best()
-    objective = value + weight_decay * penalty.value
+    value, dual = loss.value_at(found.outputs, found.bias), loss.negative_gradient(found.outputs)
+    objective, best = value + weight_decay * found.penalty, _Best()
     if np.isfinite(objective) and np.isfinite(dual).all():
-        best = _best_bound(loss, dual, weight_decay, prover, objective, tol, at_zero=penalty.value == 0)
+        best = _best_bound(loss, dual, weight_decay, prover, objective, tol, at_zero=found.penalty == 0)
     lower, gap = best.lower, objective - best.lower
     if 0 > gap > -1e-9 * abs(objective):  # the objective's own rounding
         lower, gap = objective, 0.0
@@ -164,7 +170,7 @@ def judge(
     return Certificate(
         objective=objective, lower_bound=lower, tolerance=tol, scope=scope.name, status=status,
         sentence=sentence + bound_note(status, best.estimated, best.bound), stopped_by=stopped_by,
-        weight_decay_objective=value + weight_decay * penalty.plain, bound=best.bound, estimated_gap=best.estimated,
+        weight_decay_objective=value + weight_decay * found.plain, bound=best.bound, estimated_gap=best.estimated,
     )  # fmt: skip
 
 
@@ -237,7 +243,7 @@ def lower_bound(loss: Loss, dual: Float, dual_norm: float, weight_decay: float) 
     return max(tried)
 
 
-def _with_stored_statistics(proof: Certificate, case: GatedCase | ReluCase, outputs: Float) -> Certificate:
+def _with_stored_statistics(proof: Certificate, case: GatedCase | ReluCase, found: Found) -> Certificate:
     """Certificate of a network on its own rows: NUMERICAL if its stored statistics give another loss."""
     network, question, responses = case.network, case.question, case.responses
     loss, total = question.program.loss, float(question.row_weights.sum())
@@ -247,20 +253,21 @@ def _with_stored_statistics(proof: Certificate, case: GatedCase | ReluCase, outp
     change = np.hypot(scale - network.gamma, constant - network.shift) @ np.linalg.norm(network.output, axis=1)
     if isinstance(case, GatedCase) and not np.array_equal(network.mean, question.mean):
         case = case.at_mean(network.mean)
-    elif _loss_moves_at_most(loss, outputs, question.readout.norm * float(change)) <= allowed:
+    elif _loss_moves_at_most(loss, found, question.readout.norm * float(change)) <= allowed:
         return proof
     stored = case.outputs(np.vstack([scale * responses.coefficients, constant]))
     judged = proof.weight_decay_objective - question.program.weight_decay * network.weight_decay_penalty
-    if not abs(loss.value(stored) - judged) <= allowed:
+    if not abs(loss.value_at(stored, found.bias) - judged) <= allowed:
         numbers = proof.objective, proof.relative_gap, proof.tolerance, 0.0
         sentence = message(Status.NUMERICAL, *numbers, Scope(proof.scope), "statistics")
         return replace(proof, status=Status.NUMERICAL, sentence=sentence, stopped_by="statistics")
     return proof
 
 
-def _loss_moves_at_most(loss: Loss, outputs: Float, distance: float) -> float:
+def _loss_moves_at_most(loss: Loss, found: Found, distance: float) -> float:
     """Bound on the change of the loss if the outputs move by a weighted norm: no loss has curvature above 1."""
-    slope = float(np.linalg.norm(loss.negative_gradient(outputs) / np.sqrt(loss.weights)[:, None]))
+    dual = loss.without_bias.negative_gradient(found.outputs + found.bias)
+    slope = float(np.linalg.norm(dual / np.sqrt(loss.weights)[:, None]))
     return (slope + distance) * distance  # a power would raise where it overflows
 
 

@@ -26,6 +26,8 @@ class Question:
         Whether the whitened rows leave out directions of the data.
     spectral_filter : ndarray (q - 1,) or None
         ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s||``.
+    target_offset : float or ndarray (K,)
+        What the program subtracts from the targets, and so from the output bias of a network.
     """
 
     X: Any
@@ -34,6 +36,7 @@ class Question:
     tol: float = 1e-6
     truncated: bool = False
     spectral_filter: Float | None = None
+    target_offset: Float | float = 0.0
 
     @property
     def rows(self) -> Any:

@@ -53,13 +53,13 @@ def _certify_model(options: argparse.Namespace) -> int:
     given = [f"--{name.replace('_', '-')}" for name in _QUESTION if getattr(options, name) is not None]
     if given:
         raise ValueError(f"{given[0]} is for networks that torch trained: the file of a model holds its own.")
-    trained_filter = model.spectral_filter
+    trained_filter = model._tau
     if options.without_filter:
         model.spectral_filter = None
     rows, proof, same = judge_again(model, options)
     if options.json:
         result = verdict(proof) | numbers(proof, "weight_decay_objective")
-        print(json.dumps(result | {"training_rows": same, "spectral_filter": model.spectral_filter}))
+        print(json.dumps(result | {"training_rows": same, "spectral_filter": model._tau}))
         return 0
     which = "the rows it was trained on" if same else "OTHER rows than it was trained on (statistics from these)"
     print(f"{proof.status.value}, recomputed on {len(rows.X_train)} rows: {which}.\n{proof.sentence}")

@@ -143,7 +143,7 @@ def _data(subject: Subject) -> Iterator[Html]:
 def _program(subject: Subject) -> Iterator[Html]:
     model = subject.model
     cut = model.rank_ if model.rank is None else f"{model.rank_} (asked for: {model.rank})"
-    tau = "none" if model.spectral_filter is None else f"{model.spectral_filter:g} of the largest"
+    tau = "none" if model._tau is None else f"{model._tau:g} of the largest"
     told = {
         "activation": model.activation, "loss": model.loss, "weight decay": f"{model.weight_decay_:.6g}",
         "directions kept": cut, "spectral filter": tau, "tolerance": f"{model.tol:g}",

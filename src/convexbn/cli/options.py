@@ -38,13 +38,21 @@ def network_parser() -> argparse.ArgumentParser:
     option("--target", metavar="NAME", help="target column (files only)")
     option("--activation", choices=["gated", "relu"], default="gated")
     losses = Names("convexbn.program.losses", "losses_for")
-    option("--loss", choices=losses, default="squared", metavar="LOSS", help="one of %(choices)s")
+    option("--loss", choices=losses, metavar="LOSS", help="one of %(choices)s")
     option("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
     option("--n-gates", type=int, default=100, metavar="P")
     option("--width", type=int, metavar="M", help="neurons that relu training starts with")
     option("--n-starts", type=int, default=1, metavar="N", help="descents of relu training on many rows, then averaged")
-    option("--gates", choices=["data", "whitened", "trained"], default="data")
-    option("--spectral-filter", type=float, metavar="TAU", help="relative singular value below which directions shrink")
+    option("--gates", choices=["data", "whitened", "trained"])
+    option("--no-linear", dest="linear", action="store_false", help="leave out the gate that is always open")
+    option("--no-intercept", dest="fit_intercept", action="store_false", help="leave out the bias of the outputs")
+    option(
+        "--no-standardize", dest="standardize", action="store_false", help="directions of the columns in their units"
+    )
+    option(
+        "--spectral-filter", type=auto_or_none_or_float, default="auto", metavar="TAU",
+        help="relative singular value below which directions shrink, none, or auto",
+    )  # fmt: skip
     option("--filter", type=int, metavar="SIZE", help="convolve images with filters of SIZE x SIZE pixels")
     option("--stride", type=int, metavar="PIXELS", help="distance between places of the filters, 1 by default")
     option("--padding", type=int, metavar="PIXELS", help="zeros around the images")
@@ -96,6 +104,7 @@ def estimator_from(options: argparse.Namespace, task: str, image_shape: tuple[in
     estimator: Any = ConvexBNClassifier() if task == "classification" else ConvexBNRegressor()
     known, layer = estimator.get_params(), _convolution(options, image_shape)
     given = {name: value for name, value in vars(options).items() if name in known and value is not None}
+    given["spectral_filter"] = None if options.spectral_filter == "none" else options.spectral_filter
     return estimator.set_params(**given, convolution=layer, random_state=options.seed, **others)
 
 
@@ -118,6 +127,11 @@ def _convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> 
 def auto_or_float(text: str) -> str | float:
     """A number, or ``auto``."""
     return text if text == "auto" else float(text)
+
+
+def auto_or_none_or_float(text: str) -> str | float:
+    """A number, ``auto`` or ``none``."""
+    return text if text in ("auto", "none") else float(text)
 
 
 def rank(text: str) -> int | float:

@@ -43,6 +43,8 @@ def equal_rows(*keys: FloatMatrix, ties: Float | None = None) -> tuple[Index, In
 def canonical_rows(X: FloatMatrix, Y: Float, sample_weight: Float) -> tuple[FloatMatrix, Float, Float]:
     """Rows of positive weight in canonical order, equal ``(x, y)`` rows merged into one of their total weight.
 
+    The order is that of hashes of ``x``, so that a shift of the targets moves no row.
+
     Parameters
     ----------
     X : ndarray (n, d)
@@ -54,8 +56,9 @@ def canonical_rows(X: FloatMatrix, Y: Float, sample_weight: Float) -> tuple[Floa
         X, Y, sample_weight = X[kept], Y[kept], sample_weight[kept]
     X, Y = (array + array.dtype.type(0) if array.dtype.kind == "f" else array for array in (X, Y))  # -0.0 becomes 0.0
     order, starts = equal_rows(X, Y, ties=sample_weight)
-    first = order[starts]
-    return X[first], Y[first], np.add.reduceat(sample_weight[order], starts)
+    place = np.argsort(_row_hashes(X)[order[starts]], kind="stable")
+    first, weights = order[starts][place], np.add.reduceat(sample_weight[order], starts)
+    return X[first], Y[first], weights[place]
 
 
 def distinct_rows(X: FloatMatrix) -> tuple[FloatMatrix, Index]:
@@ -75,9 +78,10 @@ def fingerprint(X: FloatMatrix, Y: Float, sample_weight: Float) -> str:
         As ``canonical_rows`` returns them.
     """
     digest = hashlib.sha256(repr((X.shape, Y.shape)).encode())
+    order = np.argsort(_row_hashes(X, Y), kind="stable")
     for array in (X, Y, sample_weight):
         for part in BlockSize(1, _BLOCK).slices(len(array)):
-            digest.update(np.ascontiguousarray(array[part], dtype="<f8").data)
+            digest.update(np.ascontiguousarray(array[order[part]], dtype="<f8").data)
     return digest.hexdigest()
 
 

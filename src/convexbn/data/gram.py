@@ -19,7 +19,7 @@ from convexbn.data.columns import Columns
 from convexbn.data.kernels import projected
 from convexbn.data.moments import Moments, blocks, cached_rows, moments, weighted_sums
 from convexbn.data.row_matrix import is_projected, row_matrix
-from convexbn.data.spectrum import Directions, kept_filter
+from convexbn.data.spectrum import Directions, Kept
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10
@@ -29,16 +29,14 @@ _ORDINARY = 300
 _ORTHONORMAL, _CORRECTABLE = 1e-11, 1e-3
 
 
-def by_gram(
-    X: FloatMatrix, weights: Float, rank: int | float | None, spectral_filter: float | None, input_eps: float
-) -> tuple[Columns, Directions] | None:
+def by_gram(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tuple[Columns, Directions] | None:
     """Statistics and directions of rows read in blocks; None if the Gram matrix does not resolve the directions.
 
     Parameters
     ----------
     X, weights : matrix (n, d), ndarray (n,)
         Rows of any real type, and positive sample weights.
-    rank, spectral_filter, input_eps
+    keep, input_eps : Kept, float
         As in ``whiten``.
     """
     found = moments(X, weights)
@@ -51,21 +49,23 @@ def by_gram(
     r, correlation = len(kept), gram / norms / norms[:, None]
     # still positive definite less a share of its trace, which is at least its largest eigenvalue
     independent = lapack.dpotrf(correlation - RESOLVED * r * np.eye(r), overwrite_a=1)[1] == 0
-    if rank is None and spectral_filter is None:
+    if keep.every:
         if not independent:
             return None
         values, directions = spectrum(correlation, len)
         back, phi = directions / values / norms[:, None], np.ones(r)
         back = np.ldexp(back, -exponents[:, None])
     else:
-        scaled = np.ldexp(gram, exponents + exponents[:, None])
-        values, directions = spectrum(scaled, lambda s: len(kept_filter(s, len(s), rank, spectral_filter)))
-        phi = kept_filter(values, len(values), rank, spectral_filter)
+        scaled = correlation if keep.standardize else np.ldexp(gram, exponents + exponents[:, None])
+        values, directions = spectrum(scaled, lambda s: len(keep.filter(s, len(s))))
+        phi = keep.filter(values, len(values))
         resolved = int(np.count_nonzero(values**2 > RESOLVED * values[0] ** 2))
         if len(phi) + (not independent) > resolved:  # one more tells whether there are any beyond
             return None
         r, directions = r if independent else resolved, directions[:, : len(phi)]
         back = directions / values[: len(phi)]
+        if keep.standardize:
+            back = np.ldexp(back / norms[:, None], -exponents[:, None])
     if (basis := _orthonormal_basis(X, weights, found, columns.padded(back))) is None:
         return None
     rows, projection, departure = basis

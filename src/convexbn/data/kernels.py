@@ -77,3 +77,8 @@ def projected(block: Any, mean: Any, projection: Any, *factors: Any) -> Any:
         The factors are those of ``scaled``.
     """
     return (scaled(block, projection.dtype, *factors) - mean) @ projection
+
+
+def squared_norms(block: Any) -> Any:
+    """Squared norms of the rows of a block: (b, q) -> (b,)."""
+    return namespace(block).vecdot(block, block)

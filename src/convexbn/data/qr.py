@@ -10,22 +10,20 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.data.blocks import BlockSize
 from convexbn.data.columns import Columns
 from convexbn.data.scaling import centre_columns, times_power
-from convexbn.data.spectrum import Directions, kept_filter, numerical_rank
+from convexbn.data.spectrum import Directions, Kept, numerical_rank
 
 #: Rows of a block in the tall QR: one block takes well under a second, so that Ctrl-C is answered.
 BLOCK_ROWS = 4096
 
 
-def by_qr(
-    X: FloatMatrix, weights: Float, rank: int | float | None, spectral_filter: float | None, input_eps: float
-) -> tuple[Columns, Directions]:
+def by_qr(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tuple[Columns, Directions]:
     """Statistics of the columns, and all directions that float64 resolves.
 
     Parameters
     ----------
     X, weights : ndarray (n, d), (n,)
         Rows, and positive sample weights.
-    rank, spectral_filter, input_eps
+    keep, input_eps : Kept, float
         As in ``whiten``.
     """
     exponents = np.frexp(np.abs(X).max(axis=0))[1]
@@ -38,14 +36,15 @@ def by_qr(
     R = R[1:, 1:]  # to rounding, the first column of Q is the constant and the others are orthogonal to it
     left, values, right = scipy.linalg.svd(R / norms[kept], full_matrices=False)
     r = numerical_rank(values, columns.rank_cut)
-    basis, directions, phi = left[:, :r], right[:r].T, np.ones(r)
-    back = np.ldexp(directions / values[:r] / norms[kept][:, None], -exponents[kept][:, None])
-    if rank is not None or spectral_filter is not None:
+    phi = keep.filter(values, r) if keep.standardize else np.ones(r)
+    basis, directions = left[:, : len(phi)], right[: len(phi)].T
+    back = np.ldexp(directions / values[: len(phi)] / norms[kept][:, None], -exponents[kept][:, None])
+    if not (keep.standardize or keep.every):
         # the triangle in the user's units, up to one power of two: its top singular directions, as a rotation of the
         # standardised ones, so that mixed units cost no digits
         scaled = np.ldexp(R, exponents[kept] - exponents[kept].max())
         left, values, right = scipy.linalg.svd(scaled, full_matrices=False)
-        phi = kept_filter(values, r, rank, spectral_filter)
+        phi = keep.filter(values, r)
         k = len(phi)
         values = np.ldexp(values, exponents[kept].max())
         rotation, triangle = scipy.linalg.qr(basis.T @ left[:, :k], mode="economic")

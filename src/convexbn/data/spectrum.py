@@ -14,6 +14,23 @@ from convexbn._types import Float
 FAINTEST = 2.0**-26
 
 
+class Kept(NamedTuple):
+    """Which directions to keep, as in ``whiten``."""
+
+    rank: int | float | None = None
+    spectral_filter: float | None = None
+    standardize: bool = False
+
+    @property
+    def every(self) -> bool:
+        """Whether all directions stay as they are: then units of columns do not matter."""
+        return self.rank is None and self.spectral_filter is None
+
+    def filter(self, values: Float, r: int) -> Float:
+        """``phi`` (k,) of the kept ones among ``r`` directions with these singular values."""
+        return kept_filter(values, r, self.rank, self.spectral_filter)
+
+
 class Directions(NamedTuple):
     """Singular directions that are kept, before the filter: orthonormal columns ``(X - mean) back`` of the rows.
 

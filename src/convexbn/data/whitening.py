@@ -25,7 +25,7 @@ from convexbn.data.kernels import projected
 from convexbn.data.moments import cached_rows
 from convexbn.data.row_matrix import ProjectedRows, Rows, is_projected, row_matrix
 from convexbn.data.scaling import headroom, powers, times_power
-from convexbn.data.spectrum import Directions, kept_filter
+from convexbn.data.spectrum import Directions, Kept, kept_filter
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def whiten(
     *,
     rank: int | float | None = None,
     spectral_filter: float | None = None,
+    standardize: bool = False,
     input_eps: float = EPS,
 ) -> Whitening:
     """Whiten training data in float64: a QR of ``[1, X]`` and an SVD of its triangle.
@@ -148,6 +149,9 @@ def whiten(
     spectral_filter : float or None, default=None
         ``tau / s_1 > 0`` of the filter ``phi_i = s_i / sqrt(s_i^2 + tau^2)``, on the singular values that ``rank``
         refers to. Directions with ``phi_i < 2^-26`` are left out.
+    standardize : bool, default=False
+        Whether ``rank`` and ``spectral_filter`` refer to the columns divided by their deviations, so that units never
+        matter.
     input_eps : float
         Machine epsilon of the type in which the data came, which decides the rank.
 
@@ -159,16 +163,16 @@ def whiten(
     True
     """
     weights = np.ones(len(X)) if sample_weight is None else sample_weight
-    found = None
+    keep, found = Kept(rank, spectral_filter, standardize), None
     if len(X) > 2 * max(qr.BLOCK_ROWS, X.shape[1] + 1):
-        found = by_gram(X, weights, rank, spectral_filter, input_eps)
+        found = by_gram(X, weights, keep, input_eps)
         if found is None and is_projected(X, X.shape[1]):
             raise ValueError(
                 f"the {len(X)} patches do not vary enough in every direction to be whitened in blocks: keep fewer "
                 "directions with rank=, or shrink them with spectral_filter=."
             )
     if found is None:
-        found = qr.by_qr(np.asarray(X, dtype=np.float64), weights, rank, spectral_filter, input_eps)
+        found = qr.by_qr(np.asarray(X, dtype=np.float64), weights, keep, input_eps)
     return _filtered(X, *found)
 
 

@@ -24,13 +24,16 @@ from convexbn.estimators import persistence
 from convexbn.estimators.parameters import NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
 from convexbn.program.gated import GatedProgram
-from convexbn.program.losses import LossKind
+from convexbn.program.losses import LOSSES, LossKind
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training.fit import ReluSettings, fit_gated, fit_relu, judge_on
-from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
+from convexbn.training.fit import ReluSettings, chosen_weight_decay, fit_gated, fit_relu, judge_on
+from convexbn.training.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from convexbn.training.relu_conversion import Conversion
+
+#: ``spectral_filter="auto"`` of gated networks on rows.
+AUTO_FILTER = 0.3
 
 
 @parameters
@@ -40,7 +43,7 @@ class BaseConvexBN(NetworkParameters):
     weight_decay: float | str = "auto"
     n_gates: int = 100
     rank: int | float | None = None
-    spectral_filter: float | None = None
+    spectral_filter: float | str | None = "auto"
     callback: Callable[[Progress], object] | None = None
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -48,7 +51,7 @@ class BaseConvexBN(NetworkParameters):
         "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
-        "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
+        "spectral_filter": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither"), None],
         "callback": [callable, None],
     }
 
@@ -200,19 +203,20 @@ class BaseConvexBN(NetworkParameters):
         gates, offsets = None, None
         with blas_threads(len(data.X)):
             if self.activation == "relu":
-                weight_decay = self._resolve_weight_decay(lambda: data.max_weight_decay_relu(proved=False)[0])
+                weight_decay, temperature = self._resolve_weight_decay(lambda: self._draw_gates(data)[2], budget)
                 settings = ReluSettings(self.width, self.n_starts, self.max_iter)
                 rng = np.random.default_rng(own_random_state(self.random_state).randint(2**31))
                 fit = fit_relu(data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start)
             else:
                 gates, offsets, program = drawn or self._draw_gates(data)
-                weight_decay = self._resolve_weight_decay(program.max_weight_decay)
+                weight_decay, temperature = self._resolve_weight_decay(lambda: program, budget)
                 fit = fit_gated(
                     data, program.with_weight_decay(weight_decay), (gates, offsets),
                     solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
                 )  # fmt: skip
         return {
             "gates_": gates, "gate_offsets_": offsets, "weight_decay_": weight_decay, "network_": fit.network,
+            "temperature_": temperature,
             "certificate_": fit.certificate, "history_": fit.history, "n_iter_": fit.n_iter,
             "rank_": data.whitening.rank, "fingerprint_": data.fingerprint,
         }  # fmt: skip
@@ -227,13 +231,25 @@ class BaseConvexBN(NetworkParameters):
     def _draw_gates(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
         """Gates, their offsets and program; equal each time if ``random_state`` is an integer."""
         with blas_threads(len(data.X)):
-            return data.draw_gates(self.gates, self.n_gates, own_random_state(self.random_state))
+            return data.draw_gates(self.gates, self.n_gates, own_random_state(self.random_state), linear=self.linear)
 
-    def _resolve_weight_decay(self, largest: Callable[[], float]) -> float:
-        """Weight decay of the parameter; ``"auto"`` is ``AUTO_FRACTION`` of the largest useful one."""
+    def _resolve_weight_decay(self, program: Callable[[], GatedProgram], budget: Budget) -> tuple[float, float | None]:
+        """Weight decay of the parameter; for ``"auto"`` held-out rows choose one for a gated program.
+
+        They also tell the temperature of the outputs of a classifier whose loss does not model probabilities.
+        """
         if not isinstance(self.weight_decay, str):
-            return float(self.weight_decay)
-        return AUTO_FRACTION * peak if (peak := largest()) > 0 else 1.0
+            return float(self.weight_decay), None
+        choice, loss = chosen_weight_decay(on_rows := program(), budget), LOSSES[self.loss]
+        calibrated = self._task == "classification" and not loss.models_probabilities
+        return choice.weight_decay, choice.temperature(on_rows.loss) if calibrated else None
+
+    @property
+    def _tau(self) -> float | None:
+        """Spectral filter: ``"auto"`` is ``AUTO_FILTER`` for gated networks on rows, and none for others."""
+        if not isinstance(self.spectral_filter, str):
+            return self.spectral_filter
+        return AUTO_FILTER if self.activation == "gated" and self.convolution is None else None
 
     @property
     def _layer(self) -> Convolution | None:
@@ -251,8 +267,9 @@ class BaseConvexBN(NetworkParameters):
                 raise ValueError(f"the squares of y {word}: scale y by a power of ten, and weight_decay with it.")
             return TrainingSet.prepare(
                 X, Y, weights,
-                loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
-                merge_features=self.activation == "relu", convolution=layer,
+                loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self._tau,
+                standardize=self.standardize, input_eps=input_eps,
+                merge_features=self.activation == "relu", convolution=layer, fit_intercept=self.fit_intercept,
             )  # fmt: skip
 
     def _loss_kind(self, Y: Float) -> LossKind:

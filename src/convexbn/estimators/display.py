@@ -225,13 +225,13 @@ class SpectrumDisplay(_Display):
         if model.convolution is not None:
             X = PatchMatrix(X, model.network_.convolution.geometry)
             weights = np.repeat(weights, X.geometry.n_locations)
-        network, whitening = model.network_, whiten(X, weights, rank=X.shape[1])
+        network, whitening = model.network_, whiten(X, weights, rank=X.shape[1], standardize=model.standardize)
         responses = PreActivations.compute(X, network.weight, weights, rank=model.rank_)
         coordinates = network.gamma * responses.products(whitening.rows, weights)
         energies = coordinates**2 @ (network.output**2).sum(axis=1)
         total = energies.sum()
         found = whitening.singular_values[: whitening.rank]
-        tau = None if model.spectral_filter is None else model.spectral_filter * found[0]
+        tau = None if model._tau is None else model._tau * found[0]
         return cls(found, energies / total if total > 0 else energies, model.rank_, tau)
 
     def plot(self, axes: Any = None) -> Self:

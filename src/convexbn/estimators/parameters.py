@@ -24,7 +24,10 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     activation: str = "gated"
     loss: str = "squared"
-    gates: str | FloatMatrix = "data"
+    gates: str | FloatMatrix = "trained"
+    linear: bool = True
+    fit_intercept: bool = True
+    standardize: bool = True
     width: int | None = None
     n_starts: int = 1
     convolution: Convolution | None = None
@@ -39,6 +42,9 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         "activation": [StrOptions({"gated", "relu"})],
         "loss": [str],
         "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
+        "linear": ["boolean"],
+        "fit_intercept": ["boolean"],
+        "standardize": ["boolean"],
         "width": [Interval(Integral, 1, None, closed="left"), None],
         "n_starts": [Interval(Integral, 1, None, closed="left")],
         "convolution": [Convolution, None],

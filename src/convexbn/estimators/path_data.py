@@ -48,7 +48,8 @@ class PathData:
             All values of these parameters; without filters the estimator's own.
         X, y, sample_weight : array-like
         """
-        filters = list(spectral_filters) or [model.spectral_filter]
+        given = list(spectral_filters) or [model.spectral_filter]
+        filters = [unfitted(model, spectral_filter=value)._tau for value in given]
         one_filter = filters[0] if len(filters) == 1 else None
         single = len(ranks) * len(filters) == 1
         rank = ranks[0] if single else int(np.prod(np.shape(X)[1:]))
@@ -65,7 +66,7 @@ class PathData:
 
     def at(self, model: Any) -> TrainingSet:
         """Training set at the rank and the spectral filter of an estimator."""
-        if (key := (model.rank, model.spectral_filter)) in self.alone:
+        if (key := (model.rank, model._tau)) in self.alone:
             return self.alone[key]
-        known = model.spectral_filter == self.model.spectral_filter
-        return self.largest.leading(model.rank, None if known else model.spectral_filter)
+        known = model._tau == self.model._tau
+        return self.largest.leading(model.rank, None if known else model._tau)

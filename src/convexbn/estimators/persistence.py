@@ -26,12 +26,14 @@ from convexbn.program.losses import class_loss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
 
-#: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs,
-#: h iterations with 4 numbers each, P gates of the program.
-_AXES = {"output": "mK", "weight": "dm", "gamma": "m", "shift": "m", "mean": "d", "history": "h4"}
+#: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs, C columns of the
+#: output layer, h iterations with 4 numbers each, P gates of the program.
+_AXES = {"output": "mC", "output_bias": "K", "weight": "dm", "gamma": "m", "shift": "m", "mean": "d", "history": "h4"}
+#: Tensors that files of former versions, or of some models, do not have.
+_OPTIONAL = {"given_gates", "output_bias"}
 _GATE_AXES = {"gate_offsets": "P", "gates": "dP", "gate_index": "m"}
 _MAY_BE_EMPTY = "mh"
-_NETWORK = ("weight", "gamma", "shift", "output", "mean")
+_NETWORK = ("weight", "gamma", "shift", "output", "output_bias", "mean")
 
 #: Stand-ins for infinity and NaN: a file holds finite numbers alone, and a solver that broke down reports others.
 _INFINITY = np.finfo(np.float64).max
@@ -73,6 +75,7 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: 
     ----------
     arrays, header, kinds : mapping, mapping, sequence of estimator classes that are allowed
     """
+    header = {**headers.FORMER_FIELDS, **header}
     headers.check(header, headers.RULES)
     model = _unfitted(header, arrays, kinds)
     _check_tensors(arrays, gated=model.activation == "gated")
@@ -90,7 +93,7 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     """Estimator with the saved parameters, each checked by the estimator's own constraints."""
     known = {kind.__name__: kind for kind in kinds}
     require(header["estimator"] in known, "estimator")
-    kind, parameters = known[header["estimator"]], dict(header["parameters"])
+    kind, parameters = known[header["estimator"]], {**headers.FORMERLY, **header["parameters"]}
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
     require(same_names(parameters, set(kind().get_params()) - {"callback", *given}), "parameters")
     require(given or isinstance(parameters["gates"], str), "parameters")
@@ -105,7 +108,7 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
 
 def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: Convolution | None) -> dict[str, Any]:
     """Attributes of the fitted estimator; a gated neuron has the gate of the program at its index."""
-    network: dict[str, Any] = {name: arrays[name] for name in _NETWORK}
+    network: dict[str, Any] = {name: arrays[name] for name in _NETWORK if name in arrays}
     if "gates" in arrays:
         index = arrays["gate_index"].astype(np.intp)
         network |= {"gates": arrays["gates"][:, index], "gate_offsets": arrays["gate_offsets"][index]}
@@ -128,6 +131,8 @@ def _check_agreement(model: Any, fitted: Mapping[str, Any]) -> None:
     network, history, n_classes = fitted["network_"], fitted["history_"], len(fitted.get("classes_", ()))
     regions = 1 if model.convolution is None else model.convolution.pool.n_regions
     d, K = fitted["n_features_in_"], network.output.shape[1] // regions
+    require(network.output_bias.shape == (K,), "output_bias")
+    require(model.fit_intercept or not network.output_bias.any(), "output_bias")
     has_classes = is_classifier(model)
     require(has_classes == (n_classes > 0), "classes")
     require(not has_classes or (1 if n_classes == 2 else n_classes) == K, "classes")
@@ -152,7 +157,7 @@ def _claims(proof: Any, model: Any, n_neurons: int, penalty: float) -> Iterator[
     if proof.status is not Status.NUMERICAL:
         yield all(map(math.isfinite, numbers)) and proof.lower_bound <= proof.objective
         # under a spectral filter the penalty is larger than that of the plain weights
-        yield model.spectral_filter is not None or proof.objective <= largest
+        yield model._tau is not None or proof.objective <= largest
     yield proof.status not in (Status.CERTIFIED, Status.TRIVIAL) or 0 <= proof.relative_gap <= proof.tolerance
     yield proof.status is not Status.TRIVIAL or n_neurons == 0
     yield not penalty > largest  # the loss is not negative; NaN claims nothing
@@ -175,7 +180,8 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
 def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
     """Refuse missing and unknown tensors, other types and shapes, and impossible values."""
     axes = _AXES | (_GATE_AXES if gated else {})
-    require(same_names(arrays, {*axes, *({"given_gates"} & set(arrays))}), "list of tensors")
+    axes = {name: letters for name, letters in axes.items() if name in arrays or name not in _OPTIONAL}
+    require(same_names(arrays, {*axes, *(_OPTIONAL & set(arrays))}), "list of tensors")
     sizes = {"4": 4}
     for name, letters in axes.items():
         require(arrays[name].dtype == (np.int64 if name == "gate_index" else np.float64), name)

@@ -21,6 +21,10 @@ from convexbn.files.schema import NOT_FINITE, none_or, require
 #: Scope of the certificate, by activation.
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
+#: Fields, and parameters, that files of former versions do not have, with the values that they had in effect.
+FORMER_FIELDS = {"temperature": None}
+FORMERLY = {"linear": False, "fit_intercept": False, "standardize": False}
+
 #: Rules of the certificate's fields by their declared type, and narrower ones of some fields.
 _OF_TYPE: dict[Any, schema.Rule] = {
     "float": schema.real,
@@ -95,6 +99,7 @@ class _Field(NamedTuple):
 _FITTED = {
     "weight_decay": _Field("weight_decay_", schema.positive, float),
     "rank": _Field("rank_", schema.count, int),
+    "temperature": _Field("temperature_", none_or(schema.positive)),
     "n_iter": _Field("n_iter_", schema.count, int),
     "fingerprint": _Field("fingerprint_", schema.matching(r"[0-9a-f]{64}")),
     "feature_names": _Field("feature_names_in_", none_or(schema.names), list, lambda names: np.array(names, object)),

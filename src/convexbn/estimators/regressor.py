@@ -17,12 +17,11 @@ from convexbn.program.losses import LossKind, loss_kind
 class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for regression.
 
-    There is no output intercept: batch norm's shift fits the constant, penalised like everything else. Centre y when
-    its mean is large.
-
     Parameters
     ----------
-    activation, weight_decay, n_gates, gates, width, n_starts, rank, spectral_filter, convolution, solver
+    activation, weight_decay, n_gates, gates, linear, fit_intercept, standardize, width, n_starts
+        As in :class:`ConvexBNClassifier`.
+    rank, spectral_filter, convolution, solver
         As in :class:`ConvexBNClassifier`.
     tol, max_iter, time_limit, random_state, callback
         As in :class:`ConvexBNClassifier`.
@@ -40,7 +39,7 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     --------
     >>> from sklearn.datasets import load_diabetes
     >>> X, y = load_diabetes(return_X_y=True)
-    >>> model = ConvexBNRegressor(random_state=0, weight_decay=200.0).fit(X, y - y.mean())
+    >>> model = ConvexBNRegressor(random_state=0).fit(X, y)
     >>> model.certificate_.status.value
     'CERTIFIED'
     """

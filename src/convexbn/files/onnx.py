@@ -122,14 +122,14 @@ def _nodes(gated: bool) -> list[tuple[Any, ...]]:
         ("Gemm", ["X", "weight", "bias"], ["responses"], {}),
         ("BatchNormalization", ["responses", *statistics], ["normalised"], {"epsilon": _EPS}),
         *(gates if gated else relu),
-        ("Gemm", ["hidden", "output"], ["outputs"], {}),
+        ("Gemm", ["hidden", "output", "output_bias"], ["outputs"], {}),
     ]
 
 
 def _arrays(network: BatchNormNetwork, dtype: str) -> dict[str, np.ndarray]:
     """Return the arrays of the graph by name."""
     layers = Layers.from_network(network, dtype, _EPS)
-    names = ("weight", "bias", "scale", "offset", "running_mean", "running_var", "output")
+    names = ("weight", "bias", "scale", "offset", "running_mean", "running_var", "output", "output_bias")
     arrays: dict[str, np.ndarray] = {name: getattr(layers, name).astype(dtype) for name in names}
     if network.gates is not None and network.gate_offsets is not None:
         arrays |= {"mean": network.mean, "gates": network.gates, "gate_offsets": network.gate_offsets}

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from convexbn.program.gated import GatedProgram, MaskedRows
 from convexbn.program.gates import first_of_each_pattern
 from convexbn.program.losses import LOSSES
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.program.targets import are_soft_targets
 from convexbn.solvers.gated.implicit_differentiation import Optimum, optimum_of
 
@@ -23,7 +24,7 @@ _ON_THE_EDGE = 1e-9
 class ConvexLayer(nn.Module):
     """Optimal outputs and weights of a gated batch-normalised network, differentiated through the optimum.
 
-        min over S_1, ..., S_P   L(sum_i D_i A S_i) + weight_decay * sum_i ||S_i||_F
+        min over S_1, ..., S_P, b   L(sum_i D_i A S_i + 1 b') + weight_decay * sum_i ||S_i||_F
 
     ``layer(rows, targets, weight_decay)`` solves the program to the limits of float64 and returns ``outputs`` (the
     shape of the targets) and ``weights`` (P, q, K). The backward pass differentiates its optimality conditions on the
@@ -39,6 +40,9 @@ class ConvexLayer(nn.Module):
         Diagonals of the gates ``D_i``; a buffer. They stay fixed when the rows are differentiated.
     loss : {"squared", "logistic", "cross_entropy"}, default="squared"
         The Cholesky factor has the size ``n`` for the squared loss, ``n K`` for the others.
+    fit_intercept : bool, default=True
+        Whether the outputs have a bias ``b`` without penalty; ``optimum.bias`` holds it. The outputs contain it, and
+        derivatives follow it.
 
     Attributes
     ----------
@@ -88,9 +92,11 @@ class ConvexLayer(nn.Module):
     patterns: torch.Tensor
     optimum: Optimum | None
 
-    def __init__(self, patterns: np.ndarray | torch.Tensor, loss: str = "squared") -> None:
+    def __init__(
+        self, patterns: np.ndarray | torch.Tensor, loss: str = "squared", *, fit_intercept: bool = True
+    ) -> None:
         super().__init__()
-        self.loss, self.optimum = loss, None
+        self.loss, self.fit_intercept, self.optimum = loss, fit_intercept, None
         smooth = [name for name, kind in LOSSES.items() if kind.target_slope is not None]
         if loss not in smooth:
             raise ValueError(f"loss must be one of {', '.join(smooth)}, got {loss!r}.")
@@ -138,11 +144,14 @@ class ConvexLayer(nn.Module):
             signs = kind.target_kind == "signs"
             asked = "targets between -1 and 1" if signs else "rows of probabilities as targets, such as one-hot rows"
             raise ValueError(f"the {self.loss.replace('_', '-')} loss takes {asked}.")
-        return GatedProgram(MaskedRows(A, _numpy(self.patterns)), kind(Y, np.ones(n)), beta.item())
+        bound = kind(Y, np.ones(n))
+        if self.fit_intercept:
+            bound = WithOutputBias.with_decay(bound, 0.0)
+        return GatedProgram(MaskedRows(A, _numpy(self.patterns)), bound, beta.item())
 
 
 def gated_outputs(rows: torch.Tensor, patterns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Outputs ``sum_i D_i A S_i`` (n, K) for any rows, differentiable.
+    """Outputs ``sum_i D_i A S_i`` (n, K) for any rows, without a bias, differentiable.
 
     Parameters
     ----------

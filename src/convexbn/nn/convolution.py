@@ -61,7 +61,7 @@ def is_convolutional(module: Any) -> bool:
 def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalLayers:
     """Read the layers of a module, checked by the outputs of a copy on images (n, channels, ...).
 
-    Errors refuse other layers and settings, a last Linear with a bias, and a forward that does something else.
+    Errors refuse other layers and settings, and a forward that does something else.
     """
     module = unwrapped(module)
     leaves = leaves_of(module)
@@ -77,8 +77,6 @@ def read_convolutional(module: nn.Module, X: torch.Tensor) -> ConvolutionalLayer
         found = layers.predict(_patches(layer, X[:_FEW]))
         failures.append(output_error(found, outputs) if found.shape == outputs.shape else np.inf)
         if failures[-1] <= SAME_FUNCTION:
-            if layers.output_bias.any():
-                raise ValueError(f"Linear '{output}' has a bias, but convolutional networks have none: train without.")
             return ConvolutionalLayers(module, batch_norm, output, layers, layer)
     raise ValueError(
         f"the forward of the {type(module).__name__} is not that of its layers one after the other: its outputs differ "

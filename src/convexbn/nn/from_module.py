@@ -45,7 +45,7 @@ def from_module(
     ------
     TypeError, ValueError
         For a layer of another type or that cannot be read, by its name: batch norm untrained or without statistics,
-        scale and shift, a last Linear with a bias, numbers that are not finite. For a forward that does something else.
+        scale and shift, numbers that are not finite. For a forward that does something else.
 
     Examples
     --------
@@ -85,17 +85,12 @@ def from_module(
 
 
 def _check_two_layer(last: LastLayers) -> None:
-    """Raise ``ValueError`` for layers before these two, and for an output bias."""
+    """Raise ``ValueError`` for layers before these two."""
     if last.before:
         first = type(last.module.get_submodule(last.before[0])).__name__
         raise ValueError(
             f"{first} '{last.before[0]}' comes before Linear '{last.linear}', and a network of this package has two "
             "layers: give the module from there on, and its inputs as data."
-        )
-    if (bias := np.abs(last.layers.output_bias).max(initial=0.0)) > 0:
-        raise ValueError(
-            f"Linear '{last.output}' has a bias (up to {bias:.1e}), but networks of this package have none: train it "
-            "with bias=False."
         )
 
 

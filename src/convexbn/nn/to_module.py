@@ -92,7 +92,8 @@ def _module(network: BatchNormNetwork, dtype: torch.dtype, eps: float | None) ->
     else:
         layers = Layers.from_network(network, NUMBERS[dtype], eps)
         hidden = [_linear(layers.weight, layers.bias, dtype), _batch_norm(layers, network, dtype)]
-    output = _linear(network.output.reshape(-1, network.n_outputs), None, dtype)
+    bias = network.output_bias if network.output_bias.any() else None
+    output = _linear(network.output.reshape(-1, network.n_outputs), bias, dtype)
     if network.convolution is not None:
         return nn.Sequential(*layers_of(network, hidden), output)
     if network.gates is None or network.gate_offsets is None:

@@ -118,6 +118,10 @@ class MaskedRows:
         """Shape ``(q, K)`` of a block for ``K`` outputs."""
         return self.rows.shape[1], n_outputs
 
+    def of_cases(self, index: Index) -> MaskedRows:
+        """Operator of some of the rows."""
+        return MaskedRows(row_matrix(self.rows).of_cases(index), self.patterns[index])
+
     def gate(self, gate: int) -> Float:
         """``D_i A`` of one gate: (n, q)."""
         return self.patterns[:, [gate]] * self.rows
@@ -171,6 +175,13 @@ class PooledFeatures:
         """Shape ``(q, R K)`` of a block: weights of a filter, times those of an output layer."""
         R = self.readout.n_regions
         return self.features.shape[2] // R, R * n_outputs
+
+    def of_cases(self, index: Index) -> PooledFeatures:
+        """Operator of some of the images."""
+        count = self.readout.rows_per_case
+        patterns = self.patterns.reshape(-1, count, self.patterns.shape[1])[index].reshape(-1, self.patterns.shape[1])
+        rows = row_matrix(self.rows).of_cases(index, count)
+        return replace(self, rows=rows, patterns=patterns, features=self.features[index])
 
     def gate(self, gate: int) -> Float:
         """``B_i`` of one gate: (n, q R)."""

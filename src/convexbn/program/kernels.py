@@ -110,34 +110,21 @@ def relu_ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, 
     return block.T @ back, pooled.T @ dual
 
 
-def loss_and_ascent(block: Any, loss: Any, first: Any, output: Any, readout: Any) -> tuple[float, Any, Any]:
-    """Loss of the cases of a block, and its negative gradient by both layers, in float64.
+def loss_and_ascent(
+    block: Any, loss: Any, first: Any, output: Any, bias: Any, readout: Any
+) -> tuple[float, Any, Any, Any]:
+    """Loss of the cases of a block, and its negative gradient by both layers and the output bias, in float64.
 
     Parameters
     ----------
-    block, loss, first, output, readout : array (b, q), Loss, array (q, m), (m, R K), Readout
+    block, loss : array (b, q), Loss
+    first, output, bias, readout : array (q, m), (m, R K), (K,), Readout
     """
     xp = namespace(block)
     hidden, regional = positive_part(block @ first), readout.by_region(output)
     pooled = readout.pool(hidden)
-    outputs = cast(pooled @ regional, xp.float64)
-    found = _ascent(block, hidden, pooled, loss.negative_gradient(outputs), regional, readout)
-    return loss.value(outputs), *found
-
-
-def ascent(block: Any, dual: Any, first: Any, output: Any, readout: Any) -> tuple[Any, Any]:
-    """Derivatives of ``<dual, outputs>`` by both layers, in float64.
-
-    Parameters
-    ----------
-    block, dual, first, output, readout : array (b, q), (cases, K), (q, m), (m, R K), Readout
-    """
-    hidden = positive_part(block @ first)
-    return _ascent(block, hidden, readout.pool(hidden), dual, readout.by_region(output), readout)
-
-
-def _ascent(block: Any, hidden: Any, pooled: Any, dual: Any, regional: Any, readout: Any) -> tuple[Any, Any]:
-    xp = namespace(block)
-    dual = cast(dual, block.dtype)
-    by_first, by_regional = relu_ascent(block, hidden, pooled, dual, regional, readout)
-    return cast(by_first, xp.float64), cast(readout.by_neuron(by_regional), xp.float64)
+    outputs = cast(pooled @ regional, xp.float64) + bias
+    dual = loss.negative_gradient(outputs)
+    by_first, by_regional = relu_ascent(block, hidden, pooled, cast(dual, block.dtype), regional, readout)
+    ascents = cast(by_first, xp.float64), cast(readout.by_neuron(by_regional), xp.float64), xp.sum(dual, axis=0)
+    return loss.value(outputs), *ascents

@@ -53,7 +53,7 @@ class Layers:
         bias = rounded(-mean, dtype)
         running_mean, offset = rounded(mean + bias, dtype), rounded(network.shift / root, dtype)
         scale = rounded(network.gamma / root * np.sqrt(1 + eps), dtype)
-        running_var, output_bias = np.ones_like(bias), np.zeros(output.shape[1])
+        running_var, output_bias = np.ones_like(bias), rounded(network.output_bias, dtype)
         return cls(weight, bias, running_mean, running_var, eps, scale, offset, output, output_bias)
 
     @property
@@ -107,7 +107,7 @@ class Layers:
         weight = self.weight * (np.where(self.scale < 0, -1.0, 1.0) / np.where(varies, deviation, 1.0))
         gamma = np.sqrt(n) * np.abs(self.gain) * np.where(varies, deviation, 0.0)
         shift = np.sqrt(n) * (self.offset + self.gain * (mean @ self.weight + self.bias - self.running_mean))
-        return BatchNormNetwork(weight, gamma, shift, self.output, mean, n)
+        return BatchNormNetwork(weight, gamma, shift, self.output, mean, n, output_bias=self.output_bias)
 
 
 @np.errstate(all="ignore")

@@ -59,8 +59,6 @@ class Loss:
     target_slope: ClassVar[float | None] = None
     #: Whether rows of equal outputs depend on their targets through the mean alone.
     depends_on_means: ClassVar[bool] = True
-    #: Whether the loss is the sum of those of its rows.
-    separable: ClassVar[bool] = True
     #: Whether ``l`` keeps its curvature where gradient descent goes: unstable steps then diverge.
     nearly_quadratic: ClassVar[bool] = False
 
@@ -90,6 +88,29 @@ class Loss:
         """``D(V)``, rounded downwards; ``-inf`` outside the domain."""
         raise NotImplementedError
 
+    @property
+    def without_bias(self) -> Loss:
+        """Loss at a given output bias, which outputs then contain; itself for a loss that has none."""
+        return self
+
+    @property
+    def bias_decay(self) -> float:
+        """Weight decay of the output bias."""
+        return 0.0
+
+    def best_bias(self, outputs: Float) -> Float:
+        """Output bias (K,) that the loss adds to outputs; zeros for a loss that has none."""
+        return np.zeros(outputs.shape[1])
+
+    def value_at(self, outputs: Float, bias: Float | float) -> float:
+        """Value of outputs with an output bias (K,)."""
+        return self.value(outputs + bias)
+
+    def total_curvature(self, outputs: Float, dual: Float) -> Float:
+        """``sum_i w_i d2 l(f_i) / df_i2`` (K, K), given the negative gradient ``dual`` at the outputs."""
+        side = self.hessian_root(outputs).transpose(1, 0, 2).reshape(outputs.shape[1], -1)
+        return side @ side.T
+
     def hessian_root(self, outputs: Float) -> Float:
         """``R`` (n, K, K) with ``R_i R_i' = w_i d2 l(f_i) / df_i2``, generalised where ``l`` has a kink."""
         n, K = outputs.shape
@@ -111,6 +132,14 @@ class Loss:
     def full_rank(self, weight_decay: float) -> Formula:
         """Optimal hidden units (n, m), times ``sqrt(w)``, and output layer (m, K) at rank n - 1, or NoFormulaError."""
         raise NoFormulaError(f"there is no formula for {type(self).__name__}.")
+
+    def shifted(self, bias: Float) -> Loss:
+        """Loss of outputs to which a bias (K,) is added, or NoFormulaError if it is no loss of this kind."""
+        raise NoFormulaError(f"there is no formula for {type(self).__name__} with an output bias.")
+
+    def reweighted(self, index: Index, weights: Float) -> Loss:
+        """Loss of some of the rows with other weights."""
+        return replace(self, targets=self.targets[index], weights=weights, constant=0.0)
 
     def of_rows(self, part: Index | slice) -> Loss:
         """Loss of some of the rows."""
@@ -158,8 +187,14 @@ class SquaredLoss(Loss):
         half = 0.5 * dual / self.weights[:, None]
         return _sum_downwards(dual * (self.targets - half)) + self.constant
 
+    def total_curvature(self, outputs: Float, dual: Float) -> Float:
+        return float(self.weights.sum()) * np.eye(outputs.shape[1])
+
     def _root(self, outputs: Float) -> Float:
         return np.eye(outputs.shape[1])
+
+    def shifted(self, bias: Float) -> SquaredLoss:
+        return replace(self, targets=self.targets - bias)
 
     def _left_behind(self, means: Float) -> float:
         return SquaredLoss(self.targets, self.weights).value(means)
@@ -213,6 +248,9 @@ class HuberLoss(Loss):
 
     def _root(self, outputs: Float) -> Float:
         return _diagonals(np.where(np.abs(outputs - self.targets) < self.delta, 1.0, 0.0))
+
+    def shifted(self, bias: Float) -> HuberLoss:
+        return replace(self, targets=self.targets - bias)
 
     def full_rank(self, weight_decay: float) -> Formula:
         """One neuron for the positive targets, one for the negative ones."""
@@ -271,6 +309,10 @@ class SquaredHingeLoss(Loss):
     def _root(self, outputs: Float) -> Float:
         p = 0.5 * (1 + self.targets)
         return _diagonals(np.sqrt(p * (outputs < 1) + (1 - p) * (outputs > -1)))
+
+    def shifted(self, bias: Float) -> SquaredLoss:
+        """Squared loss: between the margins, where a formula's outputs stay, the two differ by a constant."""
+        return SquaredLoss(self.targets - bias, self.weights)
 
     def full_rank(self, weight_decay: float) -> Formula:
         """Formula of the squared loss: between the margins, where outputs stay, the two differ by a constant."""
@@ -367,6 +409,11 @@ class CrossEntropyLoss(Loss):
         if xp.any(p < -_ROUNDING) or xp.any(xp.abs(xp.sum(p, axis=1) - 1) > _ROUNDING * p.shape[1]):
             return -np.inf
         return _sum_downwards(self.weights[:, None] * _entropy_downwards(self.targets, q)) + self.constant
+
+    def total_curvature(self, outputs: Float, dual: Float) -> Float:
+        p = np.clip(self.targets - dual / self.weights[:, None], 0, 1)
+        weighted = self.weights[:, None] * p
+        return np.diag(weighted.sum(axis=0)) - weighted.T @ p
 
     def _root(self, outputs: Float) -> Float:
         """``(I - p 1') diag(p)^(1/2)``, since ``diag(p) - p p' = (I - p 1') diag(p) (I - 1 p')``."""

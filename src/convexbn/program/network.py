@@ -24,7 +24,7 @@ _CHUNK_ENTRIES, _IMAGE_ENTRIES = 1 << 21, 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class BatchNormNetwork:
-    """``F(x) = sum_j phi(gamma_j BN(x'w_j) + shift_j / sqrt(n)) output_j`` with stored statistics.
+    """``F(x) = sum_j phi(gamma_j BN(x'w_j) + shift_j / sqrt(n)) output_j + output_bias`` with stored statistics.
 
     ``BN(z)_i = (x_i'w - mean'w) / ||C X_train w||``; ``phi`` is the ReLU, or the neuron's fixed gate times its input.
     Every ``weight`` column is scaled so that ``||C X_train w||^2 = n_effective`` (unit biased variance): the statistics
@@ -51,6 +51,8 @@ class BatchNormNetwork:
         ReLU networks.
     convolution : Convolution, optional
         Filter sizes, input shape and pooling.
+    output_bias : ndarray (K,), optional
+        Intercept of the outputs, which the weight decay leaves alone; zeros by default.
     """
 
     weight: Float
@@ -63,8 +65,11 @@ class BatchNormNetwork:
     gate_offsets: Float | None = None
     gate_index: Index | None = None
     convolution: Convolution | None = None
+    output_bias: Float = None  # type: ignore[assignment]  # zeros of the right shape, below
 
     def __post_init__(self) -> None:
+        if self.output_bias is None:
+            object.__setattr__(self, "output_bias", np.zeros(self.n_outputs))
         # BLAS rounds by the layout of its operands: a loaded network must compute what the saved one did
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), np.ndarray):
@@ -97,7 +102,7 @@ class BatchNormNetwork:
         outputs, readout = np.zeros((len(X), self.n_outputs)), readout_of(self.convolution)
         for part, hidden in self._chunks(X):
             outputs[part] = readout.outputs(hidden, self.output)
-        return outputs
+        return outputs + self.output_bias
 
     def _chunks(self, X: FloatMatrix) -> Iterator[tuple[slice, Float]]:
         """Slices of the rows or images, and their activations (b, m), or (b Kp, m) at all locations of images."""

@@ -8,19 +8,22 @@ is convex in ``F`` like every loss. Its negative gradient is that of ``L`` at th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import scipy.optimize
 
 from convexbn._types import EPS, Float, Index
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
-from convexbn.program.losses import Loss
+from convexbn.program.losses import Loss, SquaredLoss
+from convexbn.program.rays import Formula, NoFormulaError
 
 #: Newton's method stops long before, unless no bias is best: a class without rows drives its bias to infinity.
 _MOST_STEPS = 60
 #: Relative size below which eigenvalues of the second derivative in the bias are 0: the softmax ignores a common bias.
 _FLAT = 1e-12
+#: Relative sum of a dual point that counts as zero where a formula does not move the bias.
+_BALANCED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,6 @@ class WithOutputBias(Loss):
     (array([2.]), 1.0)
     """
 
-    separable: ClassVar[bool] = False
-
     inner: Loss = field(kw_only=True)
     decay: float = field(kw_only=True)
     #: Last best bias, where the search for the next begins; overwritten.
@@ -47,9 +48,31 @@ class WithOutputBias(Loss):
         """Loss with a bias of this decay."""
         return cls(inner.targets, inner.weights, inner=inner, decay=decay, recent=np.zeros(inner.targets.shape[1]))
 
+    @property
+    def without_bias(self) -> Loss:
+        """``L``."""
+        return self.inner
+
+    @property
+    def bias_decay(self) -> float:
+        """Weight decay of the bias."""
+        return self.decay
+
+    @property
+    def output_scale(self) -> float:
+        """That of the targets about their mean."""
+        if "regression" not in self.inner.tasks:
+            return 1.0
+        mean = self.weights @ self.targets / self.weights.sum()
+        return replace(self.inner, targets=self.targets - mean).output_scale
+
     def value(self, outputs: Float) -> float:
         """``L_b(F)``."""
-        return self._value(outputs, self.best_bias(outputs))
+        return self.value_at(outputs, self.best_bias(outputs))
+
+    def value_at(self, outputs: Float, bias: Float | float) -> float:
+        """Value with a bias (K,), and its weight decay."""
+        return self.inner.value(outputs + bias) + 0.5 * self.decay * float(np.square(bias).sum())
 
     def negative_gradient(self, outputs: Float) -> Float:
         """``-grad L(F + 1 b')`` at the best bias; its sum over the rows is ``decay b`` up to rounding."""
@@ -71,34 +94,66 @@ class WithOutputBias(Loss):
         inner = self.inner.of_rows(part)
         return WithOutputBias.with_decay(inner, self.decay * float(inner.weights.sum() / self.weights.sum()))
 
+    def hessian_root(self, outputs: Float) -> Float:
+        """``R`` of the inner loss at the best bias; ``gauss_newton`` takes the part of the bias away."""
+        return self.inner.hessian_root(outputs + self.best_bias(outputs))
+
     def gauss_newton(self, outputs: Float, derivative: Derivative, size: int) -> Float:
         """``J' L'' J`` of the loss at the best bias, after its ``K`` variables are eliminated (Schur complement)."""
-        root = self.inner.hessian_root(outputs + self.best_bias(outputs))
+        return eliminated(self.hessian_root(outputs), derivative, size, self.decay)
 
-        def with_bias(half: Float, part: slice) -> Float:
-            turned = half.transpose(0, 2, 1)
-            return np.concatenate([derivative(half, part).reshape(*turned.shape[:2], size), turned], axis=2)
+    def full_rank(self, weight_decay: float) -> Formula:
+        """Formula of the loss at the best bias: the value of a formula is convex in the bias."""
 
-        total = sum_of_squares(root, with_bias, size + root.shape[1])
-        coupling, bias = total[:size, size:], total[size:, size:] + self.decay * np.eye(root.shape[1])
-        eliminated: Float = coupling @ np.linalg.pinv(bias, rcond=_FLAT, hermitian=True) @ coupling.T
-        return total[:size, :size] - eliminated
+        def with_bias(bias: Float) -> tuple[Formula, float, Float]:
+            shifted = self.inner.shifted(bias)
+            hidden, output = shifted.full_rank(weight_decay)
+            outputs = hidden @ output / np.sqrt(self.weights)[:, None]
+            value = shifted.value(outputs) + weight_decay * float(np.linalg.norm(output, axis=1).sum())
+            value += 0.5 * self.decay * float(bias @ bias)
+            return (hidden, output), value, self.decay * bias - shifted.negative_gradient(outputs).sum(axis=0)
+
+        start = self.best_bias(np.zeros_like(self.targets))
+        try:
+            self.inner.shifted(start)
+        except NoFormulaError:
+            return self._balanced_formula(weight_decay)
+        if len(start) == 1:
+            low, high = (float(end) for end in (self.targets.min() - 1, self.targets.max() + 1))
+            bias = np.atleast_1d(scipy.optimize.brentq(lambda b: with_bias(np.array([b]))[2][0], low, high, xtol=EPS))
+        else:
+            unit = self.weights.sum()
+            bias = scipy.optimize.minimize(
+                lambda b: tuple(part / unit for part in with_bias(b)[1:]), start, jac=True, method="BFGS",
+                options={"gtol": 1e-13},
+            ).x  # fmt: skip
+        return with_bias(bias)[0]
+
+    def _balanced_formula(self, weight_decay: float) -> Formula:
+        """Formula without a bias, if no bias improves on it: classes of equal weight."""
+        hidden, output = self.inner.full_rank(weight_decay)
+        dual = self.inner.negative_gradient(hidden @ output / np.sqrt(self.weights)[:, None])
+        if np.abs(dual.sum(axis=0)).max() > _BALANCED * np.abs(dual).sum():
+            name = type(self.inner).__name__
+            raise NoFormulaError(f"no formula: {name} has one with an intercept for classes of equal weight only.")
+        return hidden, output
 
     def best_bias(self, outputs: Float) -> Float:
-        """Minimiser ``b`` (K,), by Newton's method with halved steps."""
-        bias = min(0 * self.recent, self.recent.copy(), key=lambda start: self._value(outputs, start))
-        value = self._value(outputs, bias)
+        """Minimiser ``b`` (K,), by Newton's method with halved steps; exact for the squared loss."""
+        if isinstance(self.inner, SquaredLoss):
+            return self.weights @ (self.targets - outputs) / (self.weights.sum() + self.decay)
+        bias = min(0 * self.recent, self.recent.copy(), key=lambda start: self.value_at(outputs, start))
+        value = self.value_at(outputs, bias)
         for _ in range(_MOST_STEPS):
-            slope = self.inner.negative_gradient(outputs + bias).sum(axis=0) - self.decay * bias
-            root = self.inner.hessian_root(outputs + bias)
-            side = root.transpose(1, 0, 2).reshape(root.shape[1], -1)
-            hessian = side @ side.T + self.decay * np.eye(len(side))
-            step = np.linalg.pinv(hessian, hermitian=True) @ slope  # the softmax does not see a common bias
+            dual = self.inner.negative_gradient(outputs + bias)
+            slope = dual.sum(axis=0) - self.decay * bias
+            hessian = self.inner.total_curvature(outputs + bias, dual) + self.decay * np.eye(len(bias))
+            step = np.linalg.pinv(hessian, rcond=_FLAT, hermitian=True) @ slope  # without a common bias of the softmax
             if (straight := hessian.diagonal() == 0).any():
                 ahead = np.diag(slope / self.weights.sum())[straight]
                 step = np.sum([self._far(outputs, bias, one) for one in ahead], axis=0)
             # where the value no longer tells, the slope still does
-            while (following := self._value(outputs, bias + step)) > value + 4 * EPS * abs(value):
+            while (following := self.value_at(outputs, bias + step)) > value + 4 * EPS * abs(value):
                 step = 0.5 * step
             bias, value = bias + step, following
             if np.abs(step).max() <= 4 * EPS * (1 + np.abs(bias).max()):
@@ -108,9 +163,35 @@ class WithOutputBias(Loss):
 
     def _far(self, outputs: Float, bias: Float, step: Float) -> Float:
         """Step in one output, where the loss is linear, doubled for as long as that lowers the value."""
-        while self._value(outputs, bias + 2 * step) < self._value(outputs, bias + step):
+        while self.value_at(outputs, bias + 2 * step) < self.value_at(outputs, bias + step):
             step = 2 * step
         return step
 
-    def _value(self, outputs: Float, bias: Float) -> float:
-        return self.inner.value(outputs + bias) + 0.5 * self.decay * float(bias @ bias)
+
+def eliminated(
+    root: Float, derivative: Derivative, size: int, decay: float, by_bias: Float | None = None, rows_per_case: int = 1
+) -> Float:
+    """``J' L'' J`` of a loss at its best bias: the Schur complement of the ``K`` variables of the bias.
+
+    Parameters
+    ----------
+    root : ndarray (n, K, K)
+        ``R`` of the loss with a bias that is held, see ``Loss.hessian_root``.
+    derivative, size : Derivative, int
+        As in ``Loss.gauss_newton``.
+    decay : float
+        Weight decay of the bias.
+    by_bias, rows_per_case : ndarray (n, K', K), int
+        Share of every row in the ``R`` of its case, by default ``root`` itself, and the rows of a case.
+    """
+    shares = root if by_bias is None else by_bias
+    K = shares.shape[1]
+
+    def with_bias(half: Float, part: slice) -> Float:
+        turned = shares[part].transpose(0, 2, 1)
+        return np.concatenate([derivative(half, part).reshape(*turned.shape[:2], size), turned], axis=2)
+
+    total = sum_of_squares(root, with_bias, size + K, rows_per_case)
+    coupling, bias = total[:size, size:], total[size:, size:] + decay * np.eye(K)
+    taken: Float = coupling @ np.linalg.pinv(bias, rcond=_FLAT, hermitian=True) @ coupling.T
+    return total[:size, :size] - taken

@@ -22,6 +22,7 @@ from convexbn.data.kernels import like, namespace
 from convexbn.data.pooling import Regions
 from convexbn.program.gauss_newton import Derivative, sum_of_squares
 from convexbn.program.losses import Loss
+from convexbn.program.output_bias import eliminated
 
 #: Relative difference up to which entries of a dual point are one number spread over a region.
 _SPREAD = 1e-12
@@ -261,7 +262,11 @@ class ComposedLoss(Loss):
         return np.stack([self.readout.spread(column) for column in root.transpose(2, 0, 1)], axis=2)
 
     def gauss_newton(self, outputs: Float, derivative: Derivative, size: int) -> Float:
-        return sum_of_squares(self.hessian_root(outputs), derivative, size, self.readout.rows_per_case)
+        root, together = self.hessian_root(outputs), self.readout.rows_per_case
+        if self.cases is self.cases.without_bias:
+            return sum_of_squares(root, derivative, size, together)
+        by_bias = np.repeat(self.cases.hessian_root(self.readout.gather(outputs)) / together, together, axis=0)
+        return eliminated(root, derivative, size, self.cases.bias_decay, by_bias, together)
 
     def of_rows(self, part: Index | slice) -> Loss:
         """Loss of the cases of a slice of rows, which holds all rows of each."""

@@ -147,7 +147,7 @@ class Solves:
 
     def check(self, solver: str, program: GatedProgram) -> None:
         """Raise an ``UnsupportedProgramError`` for a program that a solver does not take."""
-        if self.losses is not None and not isinstance(program.loss, self.losses):
+        if self.losses is not None and not isinstance(program.loss.without_bias, self.losses):
             names = " and ".join(loss.name.replace("_", " ") for loss in self.losses)
             raise UnsupportedProgramError(f"solver={solver!r} solves the {names} loss only: use 'proximal' for others.")
         if not isinstance(program.operator, self.operators):

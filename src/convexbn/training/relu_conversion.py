@@ -12,7 +12,7 @@ data does. Such gates are refused, with their number, or moved to the nearest di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -101,6 +101,7 @@ def to_relu(
             "rows. Train with gates='whitened' or with rank=None, or convert with unrealisable='nearest'."
         )
     converted = BatchNormNetwork.from_neurons(data.whitening, split.split())
+    converted = replace(converted, output_bias=network.output_bias)
     # a cheap proof, of the orthant alone: the conversion is not for its sake
     proof = judge_on(data, converted, data.relu_program(weight_decay), tol=tol, own_rows=True, deadline=0.0)
     outputs = network.predict(data.X)

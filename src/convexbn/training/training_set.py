@@ -16,17 +16,20 @@ from convexbn.certificate.question import Question
 from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
+from convexbn.data.row_matrix import row_matrix
 from convexbn.data.whitening import Whitening, whiten
 from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program.losses import Loss, LossKind
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.program.readout import Readout, readout_of
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers import closed_form
 from convexbn.solvers.relu.sgd import SGD, random_start
+from convexbn.training.held_out import balanced_order
 
 AUTO_FRACTION = 0.02  # of the largest useful weight decay: weight_decay="auto"
-GATES_DESCENT, GATES_ROWS = SGD(epochs=8, learning_rate=0.2), 250_000  # trains gates; sees at least so many rows
+GATES_DESCENT, GATES_STEPS = SGD(epochs=8, learning_rate=0.2), 1000  # trains gates; takes at least so many steps
 IMAGES_DESCENT = SGD(batch_size=100)  # small batches, because an image is many patches that agree on a class
 
 
@@ -42,6 +45,8 @@ class TrainingSet:
         Whitened rows (of the patches if the rows are images), and a hash of the canonical rows, targets and weights.
     inputs : ndarray (n, d), or PatchMatrix
         Inputs of the first layer: the rows, or the patches of the images.
+    target_offset : ndarray (K,)
+        What was subtracted from the targets, and is part of the network's output bias.
     convolution : Convolution or None
         If given, the rows are images, and the first layer acts on their patches.
     """
@@ -51,12 +56,13 @@ class TrainingSet:
     whitening: Whitening
     fingerprint: str
     inputs: Any
+    target_offset: Float
     convolution: Convolution | None = None
 
     @classmethod
     def prepare(
         cls, X: FloatMatrix, Y: Float, sample_weight: Float, *, loss: LossKind, merge_features: bool = True,
-        convolution: Convolution | None = None, **whitening: Any,
+        convolution: Convolution | None = None, fit_intercept: bool = False, **whitening: Any,
     ) -> TrainingSet:  # fmt: skip
         """Sort, merge and whiten rows, or the patches of images.
 
@@ -73,6 +79,8 @@ class TrainingSet:
             alone: averages for the squared loss, soft labels for classes. Formulas and exact ReLU training need it.
         convolution : Convolution, optional
             If given, the rows are flattened images.
+        fit_intercept : bool, default=False
+            Whether the program has an output bias without penalty. Targets that are numbers are then centred.
         **whitening
             ``rank``, ``spectral_filter`` and ``input_eps``, as in ``whiten``.
         """
@@ -82,9 +90,15 @@ class TrainingSet:
         if merge_features and bound.depends_on_means:
             X, place = distinct_rows(X)
             bound = bound.merged(place, len(X))
+        offset = np.zeros(Y.shape[1])
+        if fit_intercept:
+            if "regression" in bound.tasks:
+                offset = bound.weights @ bound.targets / bound.weights.sum()
+                bound = bound.shifted(offset)
+            bound = WithOutputBias.with_decay(bound, 0.0)
         inputs: Any = X if convolution is None else PatchMatrix(X, convolution.geometry)
         row_weights = readout_of(convolution).row_weights(bound.weights)
-        return cls(X, bound, whiten(inputs, row_weights, **whitening), mark, inputs, convolution)
+        return cls(X, bound, whiten(inputs, row_weights, **whitening), mark, inputs, offset, convolution)
 
     @property
     def readout(self) -> Readout:
@@ -123,10 +137,15 @@ class TrainingSet:
     def question(self, program: GatedProgram | ReluProgram, tol: float) -> Question:
         """Question that the certificate of a network on these rows answers."""
         phi = self.whitening.filter if self.whitening.filtered else None
-        return Question(self.inputs, self.whitening.mean, program, tol, self.whitening.truncated, phi)
+        truncated, offset = self.whitening.truncated, self.target_offset
+        return Question(self.inputs, self.whitening.mean, program, tol, truncated, phi, offset)
+
+    def output_bias(self, outputs: Float) -> Float:
+        """Output bias (K,) of a network whose outputs without it are given on these rows."""
+        return self.loss.best_bias(outputs) + self.target_offset
 
     def draw_gates(
-        self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState
+        self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState, *, linear: bool = False
     ) -> tuple[Float, Float, GatedProgram]:
         """Sampled or given gates with their offsets, (d, P) and (P,), and their program; of equal patterns the first.
 
@@ -136,6 +155,8 @@ class TrainingSet:
             How gates are drawn, or the gates, optionally with offsets in a last row.
         n_gates, random_state : int, numpy.random.RandomState
             Number and source of draws.
+        linear : bool, default=False
+            Whether the first gate is open everywhere: its block is a linear model on the whitened rows.
         """
         n, d = self.inputs.shape
         if isinstance(gates, str):
@@ -147,6 +168,8 @@ class TrainingSet:
         else:
             directions, offsets = _split_gates(np.asarray(gates, dtype=np.float64), d)
             _check_memory(n, d, len(offsets))
+        if linear:
+            directions, offsets = np.hstack([np.zeros((d, 1)), directions]), np.append(1.0, offsets)
         patterns = gate_patterns(self.inputs, self.whitening.mean, directions, offsets)
         kept = first_of_each_pattern(patterns)
         patterns = np.ascontiguousarray(patterns[:, kept])
@@ -159,8 +182,14 @@ class TrainingSet:
         untrained = self.gated_program(*gates_along(self.whitening, directions))
         rng = np.random.default_rng(random_state.randint(2**31))
         settings = GATES_DESCENT if self.convolution is None else IMAGES_DESCENT
-        descent = replace(settings, epochs=max(GATES_DESCENT.epochs, -(-GATES_ROWS // len(self.whitening.rows))))
+        batches = -(-len(self.loss.weights) // settings.batch_size)
+        descent = replace(settings, epochs=max(GATES_DESCENT.epochs, -(-GATES_STEPS // batches)))
         program = self.relu_program(AUTO_FRACTION * untrained.max_weight_decay())
+        if self.convolution is None:  # batches must not depend on units of columns, as the order of the rows does
+            order = balanced_order(program.rows, program.loss)
+            inner = self.loss.without_bias.reweighted(order, self.loss.weights[order])
+            loss = inner if self.loss.without_bias is self.loss else WithOutputBias.with_decay(inner, 0.0)
+            program = ReluProgram(row_matrix(program.rows).of_cases(order), loss, program.weight_decay)
         neurons, _ = deque(descent.run(program, random_start(program, directions, rng), rng), maxlen=1).pop()
         return gates_along(self.whitening, neurons.first)
 

@@ -11,7 +11,9 @@ With ``L'' = R R'``, ``E = diag(||S_i||)`` and ``p_i = R' D_i A s_i``, a system 
     u_i = ||S_i|| (x_i - A' D_i R b) + t_i s_i,    weight_decay x_i = g_i - A' D_i R a,    C a = R' J E g,
     C b = sum_j t_j p_j,    sum_j <p_i, C^{-1} p_j> t_j = <s_i, x_i>.
 
-The last matrix is singular if and only if the ``p_i`` are linearly dependent; the blocks are then not unique.
+The last matrix is singular if and only if the ``p_i`` are linearly dependent; the blocks are then not unique. With an
+output bias without penalty ``R`` is followed by the projection that leaves out ``R'1``, and ``C^{-1}`` is the inverse
+on its range.
 """
 
 from __future__ import annotations
@@ -48,8 +50,10 @@ class ActiveGroups:
         self.operator = MaskedRows(program.operator.rows, program.operator.patterns[:, gate_index].astype(np.float64))
         self.lengths = block_norms(blocks)  # (m,)
         self.directions = blocks / self.lengths[:, None, None]  # s_i
-        self.outputs = self.image(blocks)  # F, (n, K)
-        self.dual = program.loss.negative_gradient(self.outputs)  # V
+        outputs = self.image(blocks)
+        self.bias = program.loss.best_bias(outputs)
+        self.outputs = outputs + self.bias  # F, (n, K)
+        self.dual = program.loss.negative_gradient(outputs)  # V
         # derivative of the objective in the blocks, 0 at an optimum, and its largest norm relative to the weight decay
         self.slope = program.weight_decay * self.directions - self.correlations(self.dual)
         self.error = float(block_norms(self.slope).max(initial=0.0) / program.weight_decay)
@@ -85,8 +89,21 @@ class ActiveGroups:
         return self.operator.adjoint(dual)
 
     def curved(self, change: Float) -> Float:
-        """``L''`` of a change of the outputs."""
+        """``L''`` of a change of the outputs, whose bias follows."""
         return self._root(self._root(change, transposed=True))
+
+    def held_curved(self, change: Float) -> Float:
+        """``L''`` of a change of the outputs with the bias held."""
+        half = self._half
+        columns = change.reshape(len(change), half.shape[1], -1)
+        return (half @ (half.transpose(0, 2, 1) @ columns)).reshape(change.shape)
+
+    def bias_change(self, total: Float) -> Float:
+        """Change (K,) of the best bias if the sum ``1'V`` over the rows changes by ``total``; 0 without a bias."""
+        if not self._constant.size:
+            return np.zeros_like(total)
+        curvature = (self._half @ self._half.transpose(0, 2, 1)).sum(axis=0)
+        return (np.linalg.pinv(curvature, hermitian=True) @ total.reshape(len(curvature), -1)).ravel()
 
     @property
     def unique(self) -> bool:
@@ -106,10 +123,23 @@ class ActiveGroups:
     @cached_property
     def _half(self) -> Float:
         """``R`` (n, K, K), and (n, 1, 1) for the squared loss, which treats all outputs alike."""
-        loss, outputs = self.program.loss, self.outputs
+        loss, outputs = self.program.loss.without_bias, self.outputs
         if isinstance(loss, SquaredLoss):
             loss, outputs = replace(loss, targets=loss.targets[:, :1]), outputs[:, :1]
         return loss.hessian_root(outputs)
+
+    @cached_property
+    def _constant(self) -> Float:
+        """Orthonormal basis of the range of ``R'1``, which an output bias takes: (n K, K), of no columns without."""
+        n, K, _ = self._half.shape
+        if self.program.loss is self.program.loss.without_bias:
+            return np.zeros((n * K, 0))
+        left, values, _ = np.linalg.svd(self._half.transpose(0, 2, 1).reshape(n * K, K), full_matrices=False)
+        return left[:, values > _DEPENDENT * values[0]]
+
+    @cached_property
+    def _solved_constant(self) -> Float:
+        return dpotrs(self._factor, self._constant, lower=1)[0]
 
     @cached_property
     def _factor(self) -> Float:
@@ -154,6 +184,8 @@ class ActiveGroups:
         copies = self.outputs.size // size
         columns = stacked.reshape(count, size, copies).transpose(1, 0, 2).reshape(size, count * copies)
         solved = dpotrs(self._factor, columns, lower=1)[0]
+        inner = self._constant.T @ self._solved_constant
+        solved -= self._solved_constant @ np.linalg.solve(inner, self._constant.T @ solved)
         return solved.reshape(size, count, copies).transpose(1, 0, 2).reshape(stacked.shape)
 
     def _root(self, change: Float, *, transposed: bool = False) -> Float:
@@ -161,4 +193,10 @@ class ActiveGroups:
         half = self._half.transpose(0, 2, 1) if transposed else self._half
         coupled = half.shape[1]
         columns = change.reshape(*change.shape[:-1], coupled, change.shape[-1] // coupled)
-        return (half @ columns).reshape(change.shape)
+        found = self._without_constant(half @ columns) if transposed else half @ self._without_constant(columns)
+        return found.reshape(change.shape)
+
+    def _without_constant(self, columns: Float) -> Float:
+        """Arrays (..., n, coupled, copies) without their part along ``R'1``."""
+        flat = columns.reshape(*columns.shape[:-3], -1, columns.shape[-1])
+        return (flat - self._constant @ (self._constant.T @ flat)).reshape(columns.shape)

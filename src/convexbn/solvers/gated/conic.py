@@ -18,6 +18,8 @@ from convexbn.solvers.base import Budget, Progress, Solution, Solver, Solves
 class Conic(Solver[GatedProgram, GateBlocks]):
     """Clarabel on ``min 1/2 ||R||^2 + beta sum t_i`` s.t. ``R = sqrt(w) (sum_i D_i A S_i - Y)``, ``||S_i|| <= t_i``.
 
+    If the loss has an output bias ``b``, it is added to the outputs.
+
     For small programs: the constraint matrix has ``n K q P`` nonzeros. An interior point takes no warm start.
 
     Parameters
@@ -48,19 +50,22 @@ class Conic(Solver[GatedProgram, GateBlocks]):
 
 
 def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
-    """``P, q, A, b, cones`` for variables ``(R, S_1, t_1, S_2, t_2, ...)``."""
+    """``P, q, A, b, cones`` for variables ``(R, S_1, t_1, S_2, t_2, ..., b)``."""
     (n, K), (q, _), m = program.loss.targets.shape, program.block_shape, program.n_gates
     root = np.sqrt(program.loss.weights)[:, None]
-    size = n * K + m * (q * K + 1)
+    bias = 0 if program.loss is program.loss.without_bias else K
+    end = n * K + m * (q * K + 1)
+    size = end + bias
     quadratic = scipy.sparse.diags(np.r_[np.ones(n * K), np.zeros(size - n * K)]).tocsc()
     linear = np.zeros(size)
-    linear[n * K + q * K :: q * K + 1] = program.weight_decay
+    linear[n * K + q * K : end : q * K + 1] = program.weight_decay
     columns: list[scipy.sparse.spmatrix] = [scipy.sparse.identity(n * K)]
     for i in range(m):
         block = scipy.sparse.kron(root * program.operator.gate(i), scipy.sparse.identity(K))
         columns += [-block, scipy.sparse.csc_matrix((n * K, 1))]
+    columns.append(-scipy.sparse.kron(root, scipy.sparse.identity(K), format="csc")[:, :bias])
     # cone rows hold (t_i, S_i) = b - A x with b = 0
-    order = np.roll(np.arange(n * K, size).reshape(m, -1), 1, axis=1).ravel()
+    order = np.roll(np.arange(n * K, end).reshape(m, -1), 1, axis=1).ravel()
     count = len(order)
     cone = scipy.sparse.csc_matrix((-np.ones(count), (np.arange(count), order)), shape=(count, size))
     constraints = scipy.sparse.vstack([scipy.sparse.hstack(columns), cone]).tocsc()
@@ -72,7 +77,8 @@ def _problem(program: GatedProgram, clarabel):  # type: ignore[no-untyped-def]
 def _solution(program: GatedProgram, answer) -> Solution[GateBlocks]:  # type: ignore[no-untyped-def]
     """Blocks above the solver's own accuracy, with its reason for stopping."""
     (n, K), (q, _) = program.loss.targets.shape, program.block_shape
-    stacked = np.asarray(answer.x)[n * K :].reshape(program.n_gates, q * K + 1)
+    count = program.n_gates * (q * K + 1)
+    stacked = np.asarray(answer.x)[n * K : n * K + count].reshape(program.n_gates, -1)
     blocks: Float = stacked[:, :-1].reshape(-1, q, K)
     index = np.flatnonzero(stacked[:, -1] > 1e-9 * max(stacked[:, -1].max(initial=0.0), 0.0))
     solved = str(answer.status) in ("Solved", "AlmostSolved")

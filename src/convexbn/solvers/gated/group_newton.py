@@ -7,7 +7,9 @@ one in the scales ``eta`` alone, as in multiple-kernel learning with one kernel 
 
 With ``alpha = C^{-1} Y`` the blocks are ``S_i = eta_i A' D_i alpha``, the residual is ``weight_decay alpha``,
 and with ``w_i = D_i A A' D_i alpha`` the derivatives are ``dJ_i = weight_decay / 2 (1 - ||A' D_i alpha||^2)`` and
-``H_ij = weight_decay <w_i, C^{-1} w_j>``. Scales at zero stay exactly zero, so the working set is the support.
+``H_ij = weight_decay <w_i, C^{-1} w_j>``. With an output bias without penalty targets, ``alpha`` and ``w_i`` are
+projected onto the complement of the constant, and ``C^{-1}`` is the inverse on it. Scales at zero stay exactly zero, so
+the working set is the support.
 
 Flops of an iteration with |W| gates at work: ``n^2 |W|`` (C), ``n^3 / 3`` (Cholesky), ``n^2 |W| K`` (triangular
 solve), ``n |W|^2 K`` (Hessian), in float32 from ``n = 500`` on; ``2 n q P K`` (all gradients) and
@@ -114,10 +116,12 @@ class _Scaled:
 
     def __init__(self, program: GatedProgram) -> None:
         root = np.sqrt(program.loss.weights)[:, None]
-        targets = root * program.loss.targets
+        biased = program.loss is not program.loss.without_bias
+        self.constant_row = root / np.linalg.norm(root) if biased else np.zeros_like(root)  # (n, 1), of unit norm or 0
+        targets = self.projected(root * program.loss.targets)
         largest = float(np.abs(targets).max()) or 1.0
         self.unit = 2.0 ** np.frexp(largest * np.linalg.norm(targets / largest))[1]
-        self.targets, self.constant = targets / self.unit, program.loss.constant
+        self.targets, self.constant = targets / self.unit, program.loss.without_bias.constant
         # below 1e-12 only the kernel matters; the judge still takes the weight decay as it is
         self.beta = max(program.weight_decay / self.unit, 1e-12)
         self.program = replace(
@@ -128,6 +132,10 @@ class _Scaled:
         )
         self.n_factorizations = 0
         self._use(np.dtype(np.float32 if len(targets) >= _SMALL else np.float64))
+
+    def projected(self, columns: Float) -> Float:
+        """Columns (n, K) without what an output bias fits."""
+        return columns - self.constant_row * (self.constant_row.T @ columns)
 
     def _use(self, dtype: np.dtype) -> None:
         """Build ``A``, ``A A'`` and room for ``C`` in the precision of the factorisation."""
@@ -154,7 +162,7 @@ class _Scaled:
         self._factorize(scales[active], active)
 
         def image(alpha: Float) -> Float:  # the masked kernel, without forming it
-            return restricted.apply(None, scales[active, None, None] * restricted.adjoint(alpha))
+            return self.projected(restricted.apply(None, scales[active, None, None] * restricted.adjoint(alpha)))
 
         alpha, outputs = self._conjugate_gradients(image, goal=0.03 * self.beta * accuracy)
         fitted = self.beta * alpha + outputs
@@ -173,6 +181,7 @@ class _Scaled:
             self.n_factorizations += 1
             self.factor, info = self.potrf(C, lower=1, overwrite_a=1, clean=0)
             if not info:
+                self.solved_constant = self._solve(self.constant_row)
                 return
             if self.rows.dtype == np.float32:
                 self._use(np.dtype(np.float64))
@@ -182,12 +191,16 @@ class _Scaled:
         """Patterns of the gates ``index``, one a row, in the precision of the factorisation."""
         return np.ascontiguousarray(self.program.operator.patterns.T[index], dtype=self.rows.dtype)
 
+    def _solve(self, right: Float) -> Float:
+        return self.potrs(self.factor, right.astype(self.factor.dtype), lower=1)[0].astype(np.float64)
+
     def _conjugate_gradients(self, image: Callable[[Float], Float], goal: float) -> tuple[Float, Float]:
         """Solve ``(beta I + image) alpha = Y`` in float64, one run a column, preconditioned by the factor."""
 
-        def solve(right: Float) -> Float:
-            right = right.astype(self.factor.dtype)
-            return self.potrs(self.factor, right, lower=1)[0].astype(np.float64)
+        def solve(right: Float) -> Float:  # the inverse of C on the complement of the constant
+            inner = self._solve(right)
+            along = self.constant_row.T @ inner / max(float(np.vdot(self.constant_row, self.solved_constant)), 1e-300)
+            return self.projected(inner - self.solved_constant * along)
 
         alpha = solve(self.targets)
         outputs = image(alpha)
@@ -226,6 +239,9 @@ class _Scaled:
         columns = gradients.transpose(0, 2, 1).reshape(-1, q).astype(self.rows.dtype) @ self.rows.T
         columns.reshape(len(working), K, -1)[...] *= self._gates(working)[:, None]
         solved = self.trsm(1.0, self.factor, columns.T, lower=1, overwrite_b=1).T
+        constant = self.trsm(1.0, self.factor, self.constant_row.astype(self.rows.dtype), lower=1)
+        constant /= max(float(np.linalg.norm(constant)), 1e-30)
+        solved -= (solved @ constant) * constant.T
         stacked = solved.reshape(len(working), -1)
         return self.beta * (stacked @ stacked.T).astype(np.float64)
 

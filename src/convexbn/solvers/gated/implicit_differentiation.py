@@ -59,8 +59,13 @@ class Optimum:
 
     @property
     def outputs(self) -> Float:
-        """``F``: (n, K)."""
+        """``F``, with the output bias if the loss has one: (n, K)."""
         return self.groups.outputs
+
+    @property
+    def bias(self) -> Float:
+        """Output bias: (K,)."""
+        return self.groups.bias
 
     @property
     def unique(self) -> bool:
@@ -81,14 +86,17 @@ class Optimum:
 
     def pullback(self, *, outputs: Float | None = None, blocks: Float | None = None) -> Derivatives:
         """Derivatives of a scalar from those in the outputs (n, K) and in the blocks of all gates (P, q, K)."""
-        groups, loss = self.groups, self.groups.program.loss
+        groups, loss = self.groups, self.groups.program.loss.without_bias
         outputs = np.zeros_like(groups.outputs) if outputs is None else outputs
+        by_bias = np.broadcast_to(groups.bias_change(outputs.sum(axis=0)), outputs.shape)
+        outputs = outputs - groups.held_curved(by_bias)  # the best bias follows the outputs
         right = groups.correlations(outputs)
         u = groups.solve(right if blocks is None else right + blocks[self.gate_index])
         change = groups.image(u)
+        shift = groups.bias_change(groups.held_curved(change).sum(axis=0))
         return Derivatives(
             rows=_in_rows(groups, u, groups.dual) + _in_rows(groups, groups.blocks, outputs - groups.curved(change)),
-            targets=(loss.target_slope or 0.0) * loss.weights[:, None] * change,
+            targets=(loss.target_slope or 0.0) * loss.weights[:, None] * (change - shift + by_bias),
             weight_decay=-float(np.vdot(u, groups.directions)),
         )
 
@@ -111,10 +119,11 @@ def optimum_of(program: GatedProgram, start: Optimum | None = None) -> Optimum:
     >>> optimum.pullback(outputs=np.ones((30, 1))).targets.shape
     (30, 1)
     """
-    if program.loss.target_slope is None:
-        name = type(program.loss).__name__
+    loss = program.loss.without_bias
+    if loss.target_slope is None:
+        name = type(loss).__name__
         raise TypeError(f"the optimum of {name} is not differentiated: take squared, logistic or cross-entropy loss.")
-    blocks, method = None, GroupNewton if isinstance(program.loss, SquaredLoss) else Subspace
+    blocks, method = None, GroupNewton if isinstance(loss, SquaredLoss) else Subspace
     if start is not None:
         blocks = GateBlocks(start.gate_index, start.groups.blocks)
         if (optimum := _polish(program, blocks)).residual <= _ACCURATE:

@@ -40,7 +40,7 @@ class Proximal(Solver[GatedProgram, GateBlocks]):
             x[start.gate_index] = start.values
         at_x = program.outputs(*nonzero(x))
         y, at_y, momentum = x, at_x, 1.0
-        lipschitz, bound = loss.curvature * _squared_norm(program), -np.inf
+        lipschitz, bound = loss.without_bias.curvature * _squared_norm(program), -np.inf
         history: list[Progress] = []
         while True:
             dual = loss.negative_gradient(at_y)

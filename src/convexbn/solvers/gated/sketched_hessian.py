@@ -22,7 +22,9 @@ import scipy.linalg
 from convexbn._types import Float, FloatMatrix, Index
 from convexbn.data.blocks import BlockSize
 from convexbn.program.gated import GatedProgram, MaskedRows
+from convexbn.program.gauss_newton import sum_of_squares
 from convexbn.program.losses import Loss
+from convexbn.program.output_bias import eliminated
 
 #: Shares of the sample and of the independent estimate: those of smallest gap after 15 and 30 iterations among a dozen.
 _SKETCH, _COMMON = 0.5, 0.1
@@ -104,7 +106,10 @@ def factor_hessian(
         change *= D[rows][:, None, gate_index]
         return half.astype(dtype).transpose(0, 2, 1) @ change
 
-    return np.ldexp(part.loss.gauss_newton(there, derivative, m), 2 * exponent)
+    root = part.loss.hessian_root(there)
+    if program.loss is program.loss.without_bias:
+        return np.ldexp(sum_of_squares(root, derivative, m), 2 * exponent)
+    return np.ldexp(eliminated(root, derivative, m, program.loss.bias_decay), 2 * exponent)
 
 
 def sample_size(program: GatedProgram) -> int:
@@ -115,19 +120,18 @@ def sample_size(program: GatedProgram) -> int:
 
 def _sample(program: GatedProgram, outputs: Float, count: int, rng: np.random.Generator) -> tuple[GatedProgram, Float]:
     """The program on rows drawn in part by leverage, each weighted by the rows it stands for, and its outputs."""
-    operator, n = program.operator, len(outputs)
+    operator, n, loss = program.operator, len(outputs), program.loss.without_bias
     if count >= n:
-        return program, outputs
-    leverage = row_curvature(program.loss, outputs) * np.einsum("nq,nq->n", operator.rows, operator.rows)
+        return replace(program, loss=loss), outputs
+    leverage = row_curvature(loss, outputs) * np.einsum("nq,nq->n", operator.rows, operator.rows)
     total = leverage.sum()
     if not total > 0:  # a loss that is linear or zero on all rows
         leverage, total = np.ones(n), float(n)
     chances = 0.5 * leverage / total + 0.5 / n
     index, times = np.unique(rng.choice(n, count, p=chances), return_counts=True)
     weights = program.loss.weights[index] * times / (count * chances[index])
-    loss = replace(program.loss, targets=program.loss.targets[index], weights=weights)
     part = replace(operator, rows=operator.rows[index], patterns=operator.patterns[index])
-    return replace(program, operator=part, loss=loss), outputs[index]
+    return replace(program, operator=part, loss=loss.reweighted(index, weights)), outputs[index]
 
 
 def row_curvature(loss: Loss, outputs: Float) -> Float:

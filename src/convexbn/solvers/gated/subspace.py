@@ -7,6 +7,8 @@ directions, and every output may take its own combination of them. An iteration 
 right-hand sides (O'Leary 1980). Outputs are linear in the blocks, so an iteration costs one product for the outputs
 of the gradient and one for the next gradient, ``4 n q P K`` flops, in float32.
 
+An output bias without penalty is one more direction of every search, and the best one wherever a point is certified.
+
 The dual point is the residual, scaled until it is feasible, and lags behind: where the objective is right to 1e-5
 some ``||A' D_i V||`` are still 1e-3 above the weight decay. They are derivatives of the loss with respect to the
 lengths of the blocks. So before a point is certified all lengths are chosen anew, by a bounded quadratic model with
@@ -87,17 +89,18 @@ class _Descent:
     """A point with its outputs, dual and correlations, the last steps, and the best bound so far."""
 
     def __init__(self, program: GatedProgram, start: GateBlocks | None) -> None:
-        self.program, self.loss, self.beta = program, program.loss, program.weight_decay
+        self.program, self.loss, self.beta = program, program.loss.without_bias, program.weight_decay
+        self.biased = self.loss is not program.loss
         self.kernels = program if sample_size(program) == len(program.operator.rows) else program.in_single_precision()
         self.rng = np.random.default_rng(0)
         blocks = np.zeros((program.n_gates, *program.block_shape))
         if start is not None:
             blocks[start.gate_index] = start.values
-        self.bound = self.loss.dual_value(np.zeros_like(self.loss.targets))
+        self.bound = program.loss.dual_value(np.zeros_like(self.loss.targets))
         self.certified = self.halved = self.judged = np.inf
         self.exhausted, self.waiting, self.penalty = False, 0, np.ones(program.n_gates)
         self.patience = _PATIENCE if start is None else _WARM_PATIENCE
-        self._move_to(blocks, _outputs(self.kernels, blocks))
+        self._move_to(blocks, self._with_bias(_outputs(self.kernels, blocks)))
         self._forget()
 
     @property
@@ -111,17 +114,23 @@ class _Descent:
             self.kernels = self.program
             self._forget()  # outputs of the last steps are in float32
 
-    def _move_to(self, blocks: Float, outputs: Float, kernels: GatedProgram | None = None) -> None:
+    def _with_bias(self, outputs: Float) -> Float:
+        """Outputs of blocks with the best output bias."""
+        return outputs + self.program.loss.best_bias(outputs)
+
+    def _move_to(
+        self, blocks: Float, outputs: Float, kernels: GatedProgram | None = None, dual: Float | None = None
+    ) -> None:
         self.blocks, self.outputs = blocks, outputs
         self.norms = block_norms(blocks)
         self.objective = self.loss.value(self.outputs) + self.beta * float(self.norms.sum())
-        self.dual = self.loss.negative_gradient(self.outputs)
+        self.dual = self.loss.negative_gradient(self.outputs) if dual is None else dual
         self.correlations = _in_range((kernels or self.kernels).correlations, self.dual)
 
     @property
     def below_zero(self) -> bool:
         """Whether the point has a lower objective than zero, which then is no optimum."""
-        at_zero = self.loss.value(np.zeros_like(self.outputs))
+        at_zero = self.program.loss.value(np.zeros_like(self.outputs))
         return bool(self.norms.any()) and self.objective < at_zero * (1 - _SINGLE)
 
     @property
@@ -132,7 +141,8 @@ class _Descent:
     def due(self, tol: float) -> bool:
         """Whether a certificate may end the solve, or new lengths may lower a stagnant gap."""
         wanted = max(tol, self.certified / 3) if np.isfinite(self.certified) else _EARLY * tol
-        estimate = (self.objective - self._dual_value(0.0)) / self.objective  # as far as float32 is right
+        # as far as float32 and the output bias are right
+        estimate = (self.objective - self.loss.dual_value(self._feasible(0.0) * self.dual)) / self.objective
         self.waiting += 1
         if estimate < 0.5 * self.halved:
             self.halved, self.waiting = estimate, 0
@@ -146,23 +156,25 @@ class _Descent:
             self._judge(unchanged)
         elif np.count_nonzero(self.norms) < np.count_nonzero(unchanged.any(axis=(1, 2))):
             self._forget()  # the last steps would move blocks that are zero now
-        self.bound = self._dual_value(self.program.correlation_rounding(self.dual))
+        loss, rounding = self.program.loss, self.program.correlation_rounding(self.dual)
+        self.bound = loss.dual_value(self._feasible(rounding) * self.dual)
         self.certified = self.halved = self.gap
         self.judged, self.waiting = self.objective, 0
         self.exhausted = self.objective > last * (1 - _SINGLE)  # a decrease that float32 cannot resolve
         return self.certified
 
     def _judge(self, blocks: Float) -> None:
-        self._move_to(blocks, _outputs(self.program, blocks), self.program)
+        outputs = _outputs(self.program, blocks)
+        self._move_to(blocks, self._with_bias(outputs), self.program, self.program.loss.negative_gradient(outputs))
 
     def _forget(self) -> None:
         self.age = _STALE
         self.steps = np.zeros((self.blocks[..., 0].size, 0))  # columns of U, the newest first
         self.step_outputs = np.zeros((len(self.program.operator.rows), 0))
 
-    def _dual_value(self, rounding: float) -> float:
-        largest = float(block_norms(self.correlations).max()) + rounding
-        return self.loss.dual_value(min(1.0, self.beta / largest) * self.dual)
+    def _feasible(self, rounding: float) -> float:
+        """Factor that makes the dual point feasible."""
+        return min(1.0, self.beta / (float(block_norms(self.correlations).max()) + rounding))
 
     def _best_factors(self) -> Float:
         """Factors ``z >= 0`` of the blocks by a quadratic model with the sample's Hessian: (P,)."""
@@ -188,6 +200,8 @@ class _Descent:
         shape, K = direction.shape, direction.shape[2]
         columns = np.hstack([direction.reshape(-1, K), self.steps])
         outputs = np.hstack([_outputs(self.kernels, direction), self.step_outputs])
+        if self.biased:
+            columns, outputs = _joined(columns, 0.0), _joined(outputs, 1.0)
         combination = self._search(columns, outputs)
         moved, seen = columns @ combination, outputs @ combination
         self._move_to(self.blocks + moved.reshape(shape), self.outputs + seen)
@@ -274,6 +288,11 @@ class _Descent:
         values, vectors = scipy.linalg.eigh(scale[:, None] * hessian * scale)
         kept = values > _DEPENDENT * values[-1]
         return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
+
+
+def _joined(columns: Float, value: float) -> Float:
+    """Columns and one more of equal entries."""
+    return np.hstack([columns, np.full((len(columns), 1), value)])
 
 
 def _outputs(program: GatedProgram, blocks: Float) -> Float:

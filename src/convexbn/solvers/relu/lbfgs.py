@@ -3,11 +3,13 @@
     min  L((A first)_+ output) + beta / 2 (||first||^2 + ||output||^2)
 
 L-BFGS ends on the kinks of the objective; wide networks find more than narrow ones. Rows are taken in blocks, in their
-own precision: ``6 n q m + 6 n m K`` flops an evaluation, and no array of size ``n x m``; with an output bias, which all
-rows share, ``8 n q m + 8 n m K``.
+own precision: ``6 n q m + 6 n m K`` flops an evaluation, and no array of size ``n x m``. An output bias is one more
+variable, in units in which the loss has curvature 1.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -27,38 +29,40 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
     program, neurons, max_iter, deadline : ReluProgram, Neurons, int, float or None
         Rows may be in float32; sums are in float64.
     """
-    decay, size, shapes = program.weight_decay, neurons.first.size, (neurons.first.shape, neurons.output.shape)
+    layers, loss = (neurons.first, neurons.output), program.loss
+    ends, unit = np.cumsum([layer.size for layer in layers]), 1 / np.sqrt(loss.weights.sum())
+    decays = np.full(ends[1], program.weight_decay)
+    start = np.concatenate([layer.ravel() for layer in layers])
+    if biased := loss is not loss.without_bias:
+        start = np.concatenate([start, loss.best_bias(program.outputs(neurons)) / unit])
+        decays = np.append(decays, np.full(len(start) - len(decays), loss.bias_decay * unit**2))
 
     def split(x: Float) -> Neurons:
-        return Neurons(x[:size].reshape(shapes[0]), x[size:].reshape(shapes[1]))
+        return Neurons(*(part.reshape(layer.shape) for part, layer in zip(np.split(x, ends), layers, strict=False)))
 
     def value(x: Float) -> tuple[float, Float]:
-        loss, ascent = _loss_and_ascent(program, split(x))
-        return loss + 0.5 * decay * float(x @ x), decay * x - ascent
+        bias = unit * x[ends[1] :] if biased else np.zeros(loss.targets.shape[1])
+        found, *ascents = _loss_and_ascent(program, split(x), bias)
+        ascent = np.concatenate([part.ravel() for part in ascents[: 2 + biased]])
+        ascent[ends[1] :] *= unit
+        return found + 0.5 * float(decays @ x**2), decays * x - ascent
 
     def stop_when_late(intermediate_result: object) -> None:
         if is_over(deadline):
             raise StopIteration
 
-    start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
     options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
     found = scipy.optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options, callback=stop_when_late)
     return split(found.x)
 
 
-def _loss_and_ascent(program: ReluProgram, network: Neurons) -> tuple[float, Float]:
-    """Loss and its negative gradient in both layers; a loss that is not a sum over rows takes a second pass."""
-    rows, loss, readout = row_matrix(program.rows), program.loss, program.readout
+def _loss_and_ascent(program: ReluProgram, network: Neurons, bias: Float) -> tuple[Any, ...]:
+    """Loss, and its negative gradient in both layers and the output bias."""
+    rows, loss, readout = row_matrix(program.rows), program.loss.without_bias, program.readout
     first, output = (layer.astype(rows.dtype, copy=False) for layer in (network.first, network.output))
-    size, shared = hidden_block(len(output), readout), [first, output, readout]
-    if loss.separable:
-        value, *ascents = rows.reduce(kernels.loss_and_ascent, size, along=[loss], shared=shared)
-        value += loss.constant
-    else:
-        outputs = program.outputs(Neurons(first, output))
-        value, dual = loss.value(outputs), loss.negative_gradient(outputs)
-        ascents = [*rows.reduce(kernels.ascent, size, along=[dual], shared=shared)]
-    return value, np.concatenate([ascent.ravel() for ascent in ascents])
+    size, shared = hidden_block(len(output), readout), [first, output, bias, readout]
+    value, *ascents = rows.reduce(kernels.loss_and_ascent, size, along=[loss], shared=shared)
+    return value + loss.constant, *ascents
 
 
 def random_neurons(program: ReluProgram, width: int, rng: np.random.Generator) -> Neurons:

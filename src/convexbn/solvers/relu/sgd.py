@@ -81,7 +81,8 @@ class SGD:
                 for neurons, value in self._epochs(layers, batches.loss, largest, clock, rng):
                     late = is_over(deadline)
                     if not value <= most:
-                        most = max(most, _OF_START * program.loss.value(program.outputs(start)))
+                        at_start = program.outputs(start) + batches.unit * batches.bias
+                        most = max(most, _OF_START * batches.loss.value(at_start))
                     if not (value <= most and np.isfinite(neurons.norms).all()):
                         largest /= _SLOWER
                         break
@@ -115,6 +116,7 @@ class SGD:
         sample = rng.permutation(len(loss.targets))[: max(_SAMPLE // readout.rows_per_case, _FEWEST)]
         blocks = (np.maximum(rows @ first, 0) for _, rows in batches.pieces(sample, len(start.output)))
         hidden = np.concatenate([readout.pool(block) for block in blocks])
+        hidden = np.hstack([hidden, np.full((len(hidden), 1), float(batches.biased))])
         square = float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)  # of the mean of h h' over its rows h
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 

@@ -24,11 +24,16 @@ _HIDDEN_ENTRIES = 1 << 19  # hidden units of images that are formed at a time: 2
 
 
 class Batches:
-    """Rows times ``root`` in float32, the loss on their cases, and the weight decay of the mean loss."""
+    """Rows times ``root`` in float32, the loss on their cases, and the weight decay of the mean loss.
+
+    ``biased``: whether the outputs have a bias, at first ``bias`` (K,).
+    """
 
     def __init__(self, program: ReluProgram) -> None:
-        self.loss, self.readout, self.root = program.loss, program.readout, float(np.sqrt(program.row_weights.sum()))
+        self.loss, self.readout = program.loss.without_bias, program.readout
+        self.biased, self.root = self.loss is not program.loss, float(np.sqrt(program.row_weights.sum()))
         self.unit = program.loss.output_scale
+        self.bias = program.loss.best_bias(np.zeros_like(self.loss.targets)) / self.unit
         self.weight_decay = program.weight_decay * self.root / float(self.loss.weights.sum()) / self.unit
         self._rows = row_matrix(program.rows).in_single_precision(self.root)
 
@@ -79,11 +84,25 @@ class Weights:
         return Neurons(self._share * self._batches.root * self.first.astype(np.float64), self._share * output)
 
 
+class OutputBias:
+    """Bias of the outputs, without weight decay, in gradient descent with momentum; zero if there is none."""
+
+    def __init__(self, batches: Batches, momentum: float) -> None:
+        self._moves, self._momentum, self._rate = batches.biased, momentum, 1.0
+        self.value, self._step = batches.bias, np.zeros_like(batches.bias)
+
+    def move(self, ascent: Float, rate: float) -> None:
+        """Step by ``momentum`` times the last step at the new rate, plus the ascent, which contains the rate."""
+        if self._moves:
+            self._step = self._momentum * rate / self._rate * self._step + ascent
+            self.value, self._rate = self.value + self._step, rate
+
+
 class ModelParallel:
     """The network, every thread with some of its neurons."""
 
     def __init__(self, start: Neurons, threads: Workers, batches: Batches, momentum: float) -> None:
-        self._threads, self._batches = threads, batches
+        self._threads, self._batches, self._bias = threads, batches, OutputBias(batches, momentum)
         self._residual: tuple[FloatMatrix, FloatMatrix, float] | None = None
         parts = np.array_split(np.arange(len(start.output)), threads.count)
         self._parts = [_Part(start.select(part), batches, momentum) for part in parts]
@@ -94,9 +113,10 @@ class ModelParallel:
         Its last part is left to the next step, or to ``settle``.
         """
         batches, rows = self._batches, self._batches.rows(batch)
-        outputs = batches.unit * np.array(self._turn(rows)).sum(axis=0, dtype=np.float64)
+        outputs = batches.unit * (np.array(self._turn(rows)).sum(axis=0, dtype=np.float64) + self._bias.value)
         dual = batches.loss.of_rows(batch).negative_gradient(outputs)
         dual *= batches.scale(batch, rate)
+        self._bias.move(dual.sum(axis=0), rate)
         self._residual = rows, dual.astype(np.float32), rate
         return outputs
 
@@ -136,28 +156,32 @@ class DataParallel(Weights):
 
     def __init__(self, start: Neurons, threads: Workers, batches: Batches, momentum: float) -> None:
         super().__init__(start, batches, momentum)
-        self._threads, self._width = threads, len(start.output)
+        self._threads, self._width, self._bias = threads, len(start.output), OutputBias(batches, momentum)
 
     def step(self, batch: Index, rate: float) -> Float:
         """One step of gradient descent with momentum and weight decay; returns the outputs before it."""
         scale = self._batches.scale(batch, rate)
         shares = np.array_split(batch, min(self._threads.count, len(batch)))
         outputs, *found = zip(*self._threads.each(lambda share: self._ascents(share, scale), shares), strict=True)
-        self.move([np.sum(parts, axis=0) for parts in found], rate)
+        *ascents, shifts = (np.sum(parts, axis=0) for parts in found)
+        self.move(ascents, rate)
+        self._bias.move(shifts, rate)
         return np.concatenate(outputs)
 
     def settle(self) -> None:
         """Do nothing: no step is left unfinished."""
 
-    def _ascents(self, share: Index, scale: float) -> tuple[Float, FloatMatrix, FloatMatrix]:
-        """Outputs of some images and their gradients in both layers, a few images at a time."""
+    def _ascents(self, share: Index, scale: float) -> tuple[Float, FloatMatrix, FloatMatrix, Float]:
+        """Outputs of some images and their gradients in both layers and the bias, a few images at a time."""
         batches, outputs, first, output = self._batches, [], np.zeros_like(self.first), np.zeros_like(self.output)
+        shift = np.zeros_like(batches.bias)
         for part, rows in batches.pieces(share, self._width):
             hidden = positive_part(rows @ self.first)
             pooled = batches.readout.pool(hidden)
-            outputs.append(batches.unit * (pooled @ self.output).astype(np.float64))
+            outputs.append(batches.unit * ((pooled @ self.output).astype(np.float64) + self._bias.value))
             dual = scale * batches.loss.of_rows(part).negative_gradient(outputs[-1])
             ascents = relu_ascent(rows, hidden, pooled, dual.astype(np.float32), self.output, batches.readout)
             first += ascents[0]
             output += ascents[1]
-        return np.concatenate(outputs), first, output
+            shift += dual.sum(axis=0)
+        return np.concatenate(outputs), first, output, shift
