@@ -41,8 +41,8 @@ MODULES = {
 }  # fmt: skip
 DATA = "--data-home --target"
 NETWORK = (
-    "--activation --loss --huber-delta --n-gates --width --n-starts --gates --spectral-filter --filter --stride "
-    "--padding --pool --regions --image --tol --max-iter --time-limit --task --seed"
+    "--activation --loss --class-weight --huber-delta --n-gates --width --n-starts --gates --spectral-filter --filter "
+    "--stride --padding --pool --regions --image --tol --max-iter --time-limit --task --seed"
 )
 OPTIONS = {
     "fit": f"{DATA} {NETWORK} --out --weight-decay --rank --test-size --json",

@@ -39,6 +39,7 @@ def network_parser() -> argparse.ArgumentParser:
     option("--activation", choices=["gated", "relu"], default="gated")
     losses = Names("convexbn.program.losses", "losses_for")
     option("--loss", choices=losses, default="squared", metavar="LOSS", help="one of %(choices)s")
+    option("--class-weight", choices=["balanced"], help="give all classes the same total weight")
     option("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
     option("--n-gates", type=int, default=100, metavar="P")
     option("--width", type=int, metavar="M", help="neurons that relu training starts with")
@@ -91,6 +92,8 @@ def estimator_from(options: argparse.Namespace, task: str, image_shape: tuple[in
     from convexbn.estimators.classifier import ConvexBNClassifier
     from convexbn.estimators.regressor import ConvexBNRegressor
 
+    if options.class_weight is not None and task == "regression":
+        raise ValueError("--class-weight is for classification, and this is regression.")
     if options.huber_delta is not None and (options.loss != "huber" or task != "regression"):
         raise ValueError("--huber-delta is for --loss huber, which is for regression.")
     estimator: Any = ConvexBNClassifier() if task == "classification" else ConvexBNRegressor()

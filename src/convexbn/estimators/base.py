@@ -157,7 +157,7 @@ class BaseConvexBN(NetworkParameters):
         """
         check_is_fitted(self)
         X, y, weights, _ = self._checked_data(X, y, sample_weight, reset=False)
-        return fingerprint(*canonical_rows(X, self._encode_known(y), weights))
+        return fingerprint(*canonical_rows(*self._weighed(X, self._encode_known(y), weights, self._classes)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a safetensors file; ``convexbn.load`` reads it.
@@ -180,14 +180,16 @@ class BaseConvexBN(NetworkParameters):
         """Training set of rows for a fitted estimator."""
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        return self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
+        rows = self._weighed(X, self._encode_known(y), weights, self._classes)
+        return self._training_set(*rows, input_eps, self._layer)
 
     def _prepare(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of rows to fit, and the fitted attributes that describe ``y``."""
         rows, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
         Y, labels = self._encode_new(y)
-        return self._training_set(rows, Y, weights, input_eps, layer), labels
+        weighed = self._weighed(rows, Y, weights, labels.get("classes_"))
+        return self._training_set(*weighed, input_eps, layer), labels
 
     def _train(
         self,
@@ -254,6 +256,15 @@ class BaseConvexBN(NetworkParameters):
                 loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self.spectral_filter, input_eps=input_eps,
                 merge_features=self.activation == "relu", convolution=layer,
             )  # fmt: skip
+
+    def _weighed(self, X: FloatMatrix, Y: Float, weights: Float, classes: Any) -> tuple[FloatMatrix, Float, Float]:
+        """Rows, encoded targets and weights, the weights times those of the classes if there are any."""
+        return X, Y, weights
+
+    @property
+    def _classes(self) -> Any:
+        """Class labels of a fitted classifier."""
+        return getattr(self, "classes_", None)
 
     def _loss_kind(self, Y: Float) -> LossKind:
         """Loss for encoded targets."""

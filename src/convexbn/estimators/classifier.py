@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 
-from convexbn._types import Float
+from convexbn._types import Float, FloatMatrix
+from convexbn.data.canonical import canonical_rows
 from convexbn.estimators.base import BaseConvexBN
-from convexbn.estimators.parameters import parameters
+from convexbn.estimators.class_weight import class_weighted
+from convexbn.estimators.parameters import ClassificationParameters, parameters
 from convexbn.program.losses import LOSSES, LossKind, class_loss, softmax
 from convexbn.program.targets import class_targets
 
 
 @parameters
-class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
+class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for classification.
 
     Two classes are one output with targets -1 and +1; more are one-hot, for the squared hinge -1 and +1.
@@ -62,6 +64,9 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         ``"group_newton"``: squared loss, up to thousands of rows. ``"subspace"``: any loss, many rows; with a
         ``time_limit`` a good network long before its certificate. ``"proximal"``: any loss, a simple method.
         ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes, by which those of their rows are multiplied: ``{label: weight}``, 1 for classes that are
+        not named, or ``"balanced"``: the same total for each class, ``total / (n_classes * total of the class)``.
     tol : float, default=1e-6
         Relative duality gap that counts as optimal.
     max_iter : int or None, default=None
@@ -101,8 +106,6 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     ('CERTIFIED', True)
     """
 
-    _task: ClassVar[str] = "classification"
-
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the network: (n,) for two classes, else (n, n_classes)."""
         outputs = self._outputs(X, self.__dict__)
@@ -139,6 +142,15 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         if len(classes) > 2 and not LOSSES[self.loss].takes_outputs(len(classes)):
             raise ValueError(f"loss={self.loss!r} is for two classes, not {len(classes)}: use loss='cross_entropy'.")
         return self._encode(y, classes), {"classes_": classes}
+
+    def _weighed(
+        self, X: FloatMatrix, Y: Float, weights: Float, classes: np.ndarray
+    ) -> tuple[FloatMatrix, Float, Float]:
+        if self.class_weight is None:
+            return X, Y, weights
+        X, Y, weights = canonical_rows(X, Y, weights)  # before products are rounded: repetition stays equal to weights
+        labels = Y[:, 0] > 0 if Y.shape[1] == 1 else Y.argmax(axis=1)
+        return X, Y, class_weighted(weights, labels.astype(np.intp), classes, self.class_weight)
 
     def _encode_known(self, y: Any) -> Float:
         unknown = np.setdiff1d(y, self.classes_)

@@ -20,7 +20,12 @@ from sklearn.utils.validation import check_is_fitted
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.estimators.classifier import ConvexBNClassifier
-from convexbn.estimators.parameters import NetworkParameters, RegressionParameters, parameters
+from convexbn.estimators.parameters import (
+    ClassificationParameters,
+    NetworkParameters,
+    RegressionParameters,
+    parameters,
+)
 from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
@@ -125,7 +130,7 @@ class _SelectionCV(NetworkParameters):
 
 
 @parameters
-class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
+class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _SelectionCV):
     """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
     Each training fold is whitened once, and warm-started paths go over all candidates. The scores equal those of
@@ -141,7 +146,9 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         Candidates of ``spectral_filter``, such as ``[None, 0.03, 0.1, 0.3]``. None: no filter.
     n_gates : int or array-like of int, default=100
         Number of gates, or candidates.
-    activation, loss, gates, width, n_starts, convolution, solver, tol, max_iter, time_limit, random_state
+    activation, loss, gates, width, n_starts, convolution, solver, class_weight
+        As in :class:`ConvexBNClassifier`. The weights of classes do not enter the scores; see ``scoring``.
+    tol, max_iter, time_limit, random_state
         As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
     cv : int, splitter, iterable of (train, test) or None, default=None
         As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
@@ -172,7 +179,6 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
     """
 
     _estimator = ConvexBNClassifier
-    _task: ClassVar[str] = "classification"
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the best estimator: (n,) for two classes, else (n, n_classes)."""

@@ -48,11 +48,21 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         "time_limit": [Interval(Real, 0, None, closed="left"), None],
         "random_state": ["random_state"],
         "huber_delta": [Interval(Real, 0, None, closed="neither")],  # of regression alone
+        "class_weight": [dict, StrOptions({"balanced"}), None],  # of classification alone
     }
 
     def _validate_params(self) -> None:
         constraints = self._parameter_constraints | {"loss": [StrOptions(set(losses_for(self._task)))]}
         validate_parameter_constraints(constraints, self.get_params(deep=False), caller_name=type(self).__name__)
+
+
+@parameters
+class ClassificationParameters(NetworkParameters):
+    """Parameters of classification."""
+
+    class_weight: dict[Any, float] | str | None = None
+
+    _task: ClassVar[str] = "classification"
 
 
 @parameters

@@ -92,9 +92,12 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     require(header["estimator"] in known, "estimator")
     kind, parameters = known[header["estimator"]], dict(header["parameters"])
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
-    require(same_names(parameters, set(kind().get_params()) - {"callback", *given}), "parameters")
+    names = set(kind().get_params()) - {"callback", *given}
+    require(same_names({*parameters, *(names & {"class_weight"})}, names), "parameters")
     require(given or isinstance(parameters["gates"], str), "parameters")
     parameters["convolution"] = headers.convolution(parameters["convolution"])
+    if "class_weight" in parameters:
+        parameters["class_weight"] = headers.class_weight(parameters["class_weight"])
     model = kind(**parameters, **given)
     try:
         model._validate_params()
