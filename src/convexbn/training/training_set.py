@@ -17,6 +17,7 @@ from convexbn.data.canonical import canonical_rows, distinct_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.whitening import Whitening, whiten
+from convexbn.program.gate_margins import apart_from_rows
 from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program.losses import Loss, LossKind
@@ -130,6 +131,8 @@ class TrainingSet:
     ) -> tuple[Float, Float, GatedProgram]:
         """Sampled or given gates with their offsets, (d, P) and (P,), and their program; of equal patterns the first.
 
+        Sampled gates keep their distance from the rows, see ``program.gate_margins``; given ones stay as they are.
+
         Parameters
         ----------
         gates : {"data", "whitened", "trained"} or ndarray (d, P) or (d + 1, P)
@@ -137,7 +140,7 @@ class TrainingSet:
         n_gates, random_state : int, numpy.random.RandomState
             Number and source of draws.
         """
-        n, d = self.inputs.shape
+        (n, d), drawn = self.inputs.shape, isinstance(gates, str)
         if isinstance(gates, str):
             _check_memory(n, d, n_gates)
             if gates == "trained":
@@ -151,7 +154,10 @@ class TrainingSet:
         kept = first_of_each_pattern(patterns)
         patterns = np.ascontiguousarray(patterns[:, kept])
         program = GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, 1.0)
-        return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
+        directions, offsets = np.ascontiguousarray(directions[:, kept]), offsets[kept]
+        if drawn:
+            directions, offsets = apart_from_rows(self.inputs, self.whitening, directions, offsets, patterns)
+        return directions, offsets, program
 
     def _trained_gates(self, n_gates: int, random_state: np.random.RandomState) -> tuple[Float, Float]:
         """First layers of ReLU neurons after a short mini-batch descent: directions (d, P) and offsets (P,)."""
