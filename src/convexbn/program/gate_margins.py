@@ -41,7 +41,7 @@ def apart_from_rows(X: Rows, whitening: Whitening, gates: Float, offsets: Float,
     doubtful, largest = np.zeros(len(offsets), dtype=bool), np.zeros(len(offsets))
     for part, responses in _responses(X, whitening.mean, gates, offsets) if reach.any() else ():
         distances = np.abs(responses)
-        doubtful |= (distances <= reach).any(axis=0)
+        doubtful |= (distances < reach).any(axis=0)
         largest = np.maximum(largest, distances.max(axis=0))
         near.append(np.argwhere(distances <= _NEAR * reach) + np.array([part.start, 0]))
     moved = np.flatnonzero(doubtful & np.isfinite(reach))
