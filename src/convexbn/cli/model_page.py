@@ -170,7 +170,7 @@ def _network(subject: Subject) -> Iterator[Html]:
         axes.plot(np.arange(1, len(masses) + 1), np.maximum(masses[order], 1e-300), ".-", lw=0.8)
         axes.set(xlabel="neuron, by norm", ylabel="norm of first layer times output", yscale="log")
         yield picture("How the network is spread over its neurons", axes.figure)
-        influence = np.abs(network.weight * subject.deviations()[:, None])
+        influence = network.influences(subject.deviations())
         yield table([_neuron(subject, j, masses[j], influence[:, j]) for j in order[:_NEURONS]])
 
 

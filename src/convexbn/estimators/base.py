@@ -82,6 +82,21 @@ class BaseConvexBN(NetworkParameters):
         with np.errstate(all="ignore"):
             return self.network_.hidden(rows)
 
+    @property
+    def feature_importances_(self) -> Float:
+        """Shares of the features in the outputs (d,), whatever their units; their sum is 1.
+
+        Of feature ``i`` it is ``sum_j |w_ij| deviation_i gamma_j ||c_j||`` over all: what one standard deviation of the
+        training rows moves the neurons, in deviations of theirs, times the weight of each neuron in the outputs. It
+        measures the network, not causes: features that tell the same share what one of them would have.
+        """
+        check_is_fitted(self)
+        if self.convolution is not None:
+            raise AttributeError("feature_importances_ is for features: a convolution weighs the places of a patch.")
+        if not hasattr(self, "_deviations"):
+            raise AttributeError("feature_importances_ is not in the file of this model, an older one: fit it again.")
+        return self.network_.importances(self._deviations)
+
     def _outputs(self, X: Any, fitted: dict[str, Any]) -> Float:
         """Outputs of one fit; a fit in another thread replaces its attributes all at once."""
         rows = self._checked_rows(X)
@@ -216,7 +231,7 @@ class BaseConvexBN(NetworkParameters):
         return {
             "gates_": gates, "gate_offsets_": offsets, "weight_decay_": weight_decay, "network_": fit.network,
             "certificate_": fit.certificate, "history_": fit.history, "n_iter_": fit.n_iter,
-            "rank_": data.whitening.rank, "fingerprint_": data.fingerprint,
+            "rank_": data.whitening.rank, "fingerprint_": data.fingerprint, "_deviations": data.whitening.deviations,
         }  # fmt: skip
 
     def _max_weight_decay(self, data: TrainingSet, *, proved: bool) -> float | tuple[float, float]:

@@ -90,6 +90,8 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         All gates of the program.
     weight_decay_, rank_, n_iter_ : float, int, int
         Weight decay used, number of whitened directions, number of iterations.
+    feature_importances_ : ndarray (d,)
+        Shares of the features in the outputs, whatever their units; not for convolutions.
     history_ : list of Progress
         Objective and lower bound after each iteration, as the solver computed them.
     fingerprint_ : str

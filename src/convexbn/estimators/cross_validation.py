@@ -120,6 +120,11 @@ class _SelectionCV(NetworkParameters):
         self._best.save(path)
 
     @property
+    def feature_importances_(self) -> Float:
+        """Shares of the features in the outputs of the best estimator: (d,)."""
+        return self._best.feature_importances_
+
+    @property
     def _best(self) -> Any:
         check_is_fitted(self)
         return self.best_estimator_
@@ -166,7 +171,7 @@ class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _Selection
         Fitted on all rows; the methods of this class call its methods.
     best_params_, best_score_, best_index_, n_splits_
         The first candidate of the best mean score, and the number of folds.
-    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, classes_
+    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, feature_importances_, classes_
         Of ``best_estimator_``.
 
     Examples
@@ -206,7 +211,7 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
     ----------
     cv_results_, best_estimator_, best_params_, best_score_, best_index_, n_splits_
         As in :class:`ConvexBNClassifierCV`.
-    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_
+    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, feature_importances_
         Of ``best_estimator_``.
 
     Examples

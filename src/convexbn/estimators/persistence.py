@@ -116,7 +116,7 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
     stored = arrays["history"]
     history = np.where(np.abs(stored) == _INFINITY, np.copysign(np.inf, stored), stored)
     history[stored == _NAN] = np.nan
-    return {
+    return ({"_deviations": arrays["deviations"]} if "deviations" in arrays else {}) | {
         "network_": BatchNormNetwork(n_effective=header["n_effective"], convolution=layer, **network),
         "gates_": arrays.get("gates"),
         "gate_offsets_": arrays.get("gate_offsets"),
@@ -170,6 +170,8 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
         arrays["gate_index"] = network.gate_index.astype(np.int64)
     if not isinstance(model.gates, str):
         arrays["given_gates"] = np.asarray(model.gates, dtype=np.float64)
+    if hasattr(model, "_deviations"):
+        arrays["deviations"] = model._deviations
     history = np.array(model.history_, dtype=np.float64).reshape(-1, 4)
     arrays["history"] = np.nan_to_num(history, nan=_NAN, posinf=_INFINITY, neginf=-_INFINITY)
     return arrays
@@ -178,6 +180,9 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
 def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
     """Refuse missing and unknown tensors, other types and shapes, and impossible values."""
     axes = _AXES | (_GATE_AXES if gated else {})
+    if "deviations" in arrays:  # older files have none
+        axes = axes | {"deviations": "d"}
+        require(np.all(arrays["deviations"] >= 0), "deviations")
     require(same_names(arrays, {*axes, *({"given_gates"} & set(arrays))}), "list of tensors")
     sizes = {"4": 4}
     for name, letters in axes.items():

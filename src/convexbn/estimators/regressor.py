@@ -33,7 +33,8 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
 
     Attributes
     ----------
-    certificate_, network_, gates_, gate_offsets_, weight_decay_, rank_, history_, n_iter_, fingerprint_
+    certificate_, network_, gates_, gate_offsets_, weight_decay_, rank_, history_, n_iter_, fingerprint_,
+    feature_importances_
         As in :class:`ConvexBNClassifier`.
 
     Examples
