@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from convexbn._threads import blas_threads
@@ -21,7 +21,7 @@ from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import persistence
-from convexbn.estimators.parameters import NetworkParameters, parameters
+from convexbn.estimators.parameters import Choices, NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LossKind
@@ -45,7 +45,7 @@ class BaseConvexBN(NetworkParameters):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **NetworkParameters._parameter_constraints,
-        "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Choices({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [Interval(Real, 0, None, closed="neither"), None],
@@ -63,6 +63,7 @@ class BaseConvexBN(NetworkParameters):
             Equal to repeating rows.
         """
         self._validate_params()
+        self._warn_of_unused()
         before = self.__dict__.copy()
         try:
             budget = Budget(self.time_limit, self.callback)
@@ -180,14 +181,14 @@ class BaseConvexBN(NetworkParameters):
         Parameters
         ----------
         path : path-like
-            File to write; an existing one is replaced in one step. A ``callback`` is not saved, nor a ``random_state``
-            that is not an integer.
+            File to write, such as ``model.safetensors``; an existing one is replaced in one step. A ``callback`` is not
+            saved, nor a ``random_state`` that is not an integer.
 
         Raises
         ------
         ValueError
-            When the model is not fitted, or was changed after the fit to one that ``load`` would refuse; nothing has
-            been written.
+            When the model is not fitted, or was changed after the fit to one that ``load`` would refuse, or the name
+            is that of another kind of file, such as ``model.pkl``; nothing has been written.
         """
         persistence.save(self, path)
 

@@ -23,6 +23,11 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
 
     Two classes are one output with targets -1 and +1; more are one-hot, for the squared hinge -1 and +1.
 
+    The default, ``activation="gated"``, is piecewise linear and *jumps* at its gates, fixed half-spaces: fast to train
+    and certified to rounding on data of any size, but not continuous. ``activation="relu"`` is the ReLU network of the
+    paper, continuous; it takes longer to train, and away from small or low-rank data the proof leaves a gap. Choose it
+    where close rows must get close outputs, such as for derivatives, or where a plain ReLU network is asked for.
+
     Parameters
     ----------
     activation : {"gated", "relu"}, default="gated"
@@ -38,13 +43,15 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         the losses: ``beta = lam * sqrt(n)`` for a torch optimiser's ``weight_decay`` lam with a mean loss. ``"auto"``
         is 0.02 of :func:`max_weight_decay`.
     n_gates : int, default=100
-        Number of gates to draw; of gates with equal training patterns one is kept.
+        Number of gates to draw; of gates with equal training patterns one is kept. ReLU networks have none.
     gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="data"
         Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the whitened data,
-        the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last row).
+        the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last row). For gated
+        networks; with ``activation="relu"`` a value other than the default is a warning.
     width : int or None, default=None
         Neurons that ReLU training starts with: None for 200, or for 1000 if the whitened rows have more than a million
-        entries. Then mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).
+        entries. Then mini-batch descent trains them, and ``max_iter`` is the number of epochs (20). Set for a gated
+        network it is a warning, as is ``n_starts``.
     n_starts : int, default=1
         Mini-batch descents, each of ``width`` neurons from a random start, whose mean is the network: the program is
         convex, so its objective is at most the mean of theirs. Two take twice the time.
@@ -63,7 +70,8 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
     solver : {"auto", "group_newton", "subspace", "proximal", "conic"}, default="auto"
         ``"group_newton"``: squared loss, up to thousands of rows. ``"subspace"``: any loss, many rows; with a
         ``time_limit`` a good network long before its certificate. ``"proximal"``: any loss, a simple method.
-        ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own.
+        ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own, and
+        with it a value other than the default is a warning.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes, by which those of their rows are multiplied: ``{label: weight}``, 1 for classes that are
         not named, or ``"balanced"``: the same total for each class, ``total / (n_classes * total of the class)``.

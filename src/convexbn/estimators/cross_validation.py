@@ -14,13 +14,14 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing, indexable
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.estimators.classifier import ConvexBNClassifier
 from convexbn.estimators.parameters import (
+    Choices,
     ClassificationParameters,
     NetworkParameters,
     RegressionParameters,
@@ -56,7 +57,7 @@ class _SelectionCV(NetworkParameters):
         "spectral_filters": ["array-like", None],
         "n_gates": [Interval(Integral, 1, None, closed="left"), "array-like"],
         "cv": ["cv_object"],
-        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "scoring": [Choices(set(get_scorer_names())), callable, None],
         "n_jobs": [Integral, None],
     }
 

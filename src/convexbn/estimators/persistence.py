@@ -39,11 +39,28 @@ _NAN = np.nextafter(_INFINITY, 0)
 
 _ROUNDING = 1e-9
 
+#: Endings of files of other kinds, which a reader would take by their name.
+_OTHER_ENDINGS = {
+    ".pkl", ".pickle", ".joblib", ".pt", ".pth", ".pt2", ".onnx", ".h5", ".npy", ".npz", ".csv", ".parquet", ".json",
+    ".html", ".zip",
+}  # fmt: skip
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that says another kind of file."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in _OTHER_ENDINGS:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not written: models are safetensors files, and {ending} says another kind; "
+            "let the name end in .safetensors."
+        )
+
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a fitted estimator to a safetensors file, atomically."""
     check_is_fitted(model)
     model._validate_params()
+    check_name(path)
     arrays, header = tensors_of(model), headers.of_model(model)
     with refusing(f"{os.fspath(path)!r} is not written", "fit the model again and save it"):
         restore(arrays, header, (type(model),))

@@ -17,6 +17,9 @@ from convexbn.program.losses import LossKind, loss_kind
 class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for regression.
 
+    The default, ``activation="gated"``, is piecewise linear and jumps at its gates; ``activation="relu"`` is
+    continuous: see :class:`ConvexBNClassifier`.
+
     There is no output intercept: batch norm's shift fits the constant, penalised like everything else. Centre y when
     its mean is large.
 
