@@ -61,6 +61,14 @@ def test_rows_that_float32_holds_need_no_distance():
     assert apart_from_rows(X, whitening, gates, offsets, patterns)[0] is gates
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-60, 1e60, 1e300])
+def test_units_beyond_float32_move_nothing(unit):
+    X = unit * np.random.default_rng(0).standard_normal((60, 4))
+    whitening, gates, offsets = touching(X, 8, 3, seed=0)
+    patterns = gate_patterns(X, whitening.mean, gates, offsets)
+    assert apart_from_rows(X, whitening, gates, offsets, patterns)[0] is gates
+
+
 def test_a_gate_that_is_open_everywhere_moves_too():
     X = np.random.default_rng(0).standard_normal((60, 3))
     whitening = whiten(X)

@@ -23,6 +23,9 @@ _BLOCK_ENTRIES = 1 << 20
 #: Distance up to which rows are moved away from, in units of what rounding can move a response.
 _NEAR = 64
 
+#: Largest error of rounding, in deviations of a column, with which float32 holds the column.
+_HELD = 1e-4
+
 
 @np.errstate(all="ignore")
 def apart_from_rows(X: Rows, whitening: Whitening, gates: Float, offsets: Float, patterns: Bool) -> tuple[Float, Float]:
@@ -36,7 +39,7 @@ def apart_from_rows(X: Rows, whitening: Whitening, gates: Float, offsets: Float,
     gates, offsets, patterns : ndarray (d, P), (P,), (n, P)
         ``patterns`` are those of ``gate_patterns``.
     """
-    reach = np.abs(gates).T @ _rounding_errors(X)
+    reach = np.abs(gates).T @ _rounding_errors(X, whitening.deviations)
     near: list[Index] = []
     doubtful, largest = np.zeros(len(offsets), dtype=bool), np.zeros(len(offsets))
     for part, responses in _responses(X, whitening.mean, gates, offsets) if reach.any() else ():
@@ -89,11 +92,11 @@ def _responses(X: Rows, mean: Float, gates: Float, offsets: Float) -> Iterator[t
         yield part, (np.asarray(X[part], dtype=np.float64) - mean) @ gates + offsets
 
 
-def _rounding_errors(X: Rows) -> Float:
-    """Largest error of each column (d,) when rows are rounded to float32."""
+def _rounding_errors(X: Rows, deviations: Float) -> Float:
+    """Largest error of each column (d,) when rows are rounded to float32; 0 for columns that it does not hold."""
     errors = np.zeros(X.shape[1])
     if not np.can_cast(X.dtype, np.float32):
         for part in BlockSize(X.shape[1], _BLOCK_ENTRIES).slices(len(X)):
             block = np.asarray(X[part], dtype=np.float64)
             errors = np.maximum(errors, np.abs(block - block.astype(np.float32)).max(axis=0))
-    return errors
+    return np.where(errors <= _HELD * deviations, errors, 0.0)
