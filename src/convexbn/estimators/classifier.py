@@ -136,15 +136,15 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         """
         outputs = self.decision_function(X)
         if outputs.ndim == 1:
-            logits = self._logit_scale * outputs
+            logits = self._binary_logit_scale * outputs
             outputs = np.column_stack([np.zeros_like(logits), logits])
         with np.errstate(all="ignore"):
             return softmax(outputs)
 
     @property
-    def _logit_scale(self) -> float:
-        """Factor of the outputs in the softmax."""
-        return 2.0 if len(self.classes_) == 2 and not LOSSES[self.loss].models_probabilities else 1.0
+    def _binary_logit_scale(self) -> float:
+        """Factor of the output of two classes in the sigmoid."""
+        return 1.0 if LOSSES[self.loss].models_probabilities else 2.0
 
     def _loss_kind(self, Y: Float) -> LossKind:
         return class_loss(self.loss, Y.shape[1])

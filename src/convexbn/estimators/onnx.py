@@ -120,10 +120,10 @@ def _before(step: Any, network: BatchNormNetwork) -> BatchNormNetwork:
 def _classes(estimator: Any) -> files.Classes:
     """Labels of a classifier as the types of ONNX hold them."""
     labels = estimator.classes_.tolist()
+    scale = estimator._binary_logit_scale if len(labels) == 2 else 1.0
     if all(isinstance(label, str) for label in labels):
-        return files.Classes(np.array(labels, dtype=object), estimator._logit_scale)
-    whole = np.array([int(label) for label in labels], dtype=np.int64)
-    return files.Classes(whole, estimator._logit_scale)
+        return files.Classes(np.array(labels, dtype=object), scale)
+    return files.Classes(np.array([int(label) for label in labels], dtype=np.int64), scale)
 
 
 def _expected(steps: list[Any], estimator: Any) -> Callable[[FloatMatrix], Float]:
