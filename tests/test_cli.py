@@ -20,7 +20,7 @@ from convexbn.files.datasets import fashion_mnist
 from processes import ended_by
 
 KEYS = ["objective", "lower_bound", "relative_gap", "status", "scope", "train_score", "test_score", "n_iter"]
-KEYS += ["seconds", "n_neurons", "n_gates_active", "rank"]
+KEYS += ["seconds", "n_neurons", "n_gates_active", "rank", "task", "measure"]
 RNG = np.random.default_rng(5)
 X = RNG.standard_normal((90, 3)).round(6)
 NUMBERS = (X[:, 0] ** 2 + np.sin(X[:, 1]) - 1).round(6)

@@ -41,12 +41,12 @@ MODULES = {
 }  # fmt: skip
 DATA = "--data-home --target"
 NETWORK = (
-    "--activation --loss --huber-delta --n-gates --width --n-starts --gates --spectral-filter --filter --stride "
-    "--padding --pool --regions --image --tol --max-iter --time-limit --task --seed"
+    "--columns --drop --activation --loss --class-weight --huber-delta --n-gates --width --n-starts --gates "
+    "--spectral-filter --filter --stride --padding --pool --regions --image --tol --max-iter --time-limit --task --seed"
 )
 OPTIONS = {
     "fit": f"{DATA} {NETWORK} --out --weight-decay --rank --test-size --json",
-    "predict": "--data-home --out",
+    "predict": "--data-home --out --id --proba --digits",
     "certify": f"{DATA} --time-limit --without-filter --json --loss --huber-delta --weight-decay --optimizer-decay "
     "--eps --tol",
     "path": f"{DATA} {NETWORK} --weight-decays --ranks --validation-size --checkpoint --out --plot --plot-spectrum "

@@ -32,7 +32,7 @@ _MODULES = {
     "datasets": "convexbn.files.datasets",
     "display": "convexbn.estimators.display",
     "nn": "convexbn.nn",
-    "onnx": "convexbn.files.onnx",
+    "onnx": "convexbn.estimators.onnx",
     "path": "convexbn.estimators.path",
 }
 

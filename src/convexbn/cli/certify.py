@@ -46,10 +46,9 @@ def certify(options: argparse.Namespace) -> int:
 
 def _certify_model(options: argparse.Namespace) -> int:
     """Judge a model: the question is in its file, every number is recomputed from the data."""
-    from convexbn.cli.data_sources import judge_again
-    from convexbn.estimators import load
+    from convexbn.cli.data_sources import judge_again, read_model
 
-    model = load(options.file)
+    model = read_model(options.file)
     given = [f"--{name.replace('_', '-')}" for name in _QUESTION if getattr(options, name) is not None]
     if given:
         raise ValueError(f"{given[0]} is for networks that torch trained: the file of a model holds its own.")

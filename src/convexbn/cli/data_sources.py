@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convexbn.cli.output import feature_names, quiet
+from convexbn.cli.output import described, feature_names, quiet
 from convexbn.files import datasets
 from convexbn.files.dataset import Dataset
 from convexbn.files.tables import read_table
@@ -30,6 +30,12 @@ class Split:
     task: str
     description: dict[str, Any]
 
+    @property
+    def told(self) -> str:
+        """What is predicted, and the name of the score."""
+        n_classes = len(np.unique(self.y_train)) if self.task == "classification" else None
+        return described(self.task, self.description["target"], n_classes)
+
 
 def split(data: Dataset, test_size: float | None, seed: int, *, task: str) -> Split:
     """Hold rows out (stratified for classes), or keep the official test part.
@@ -46,6 +52,8 @@ def split(data: Dataset, test_size: float | None, seed: int, *, task: str) -> Sp
     if data.y is None:
         raise ValueError("--target is required for a file: name the column to predict.")
     task = _infer_task(data.y) if task == "auto" else task
+    if task == "regression" and data.y.dtype.kind not in "iufb":
+        raise ValueError(f"regression is of numbers, and the target holds text such as {str(data.y[0])!r}.")
     share = _DEFAULT_TEST_SIZE.get(data.name, 0.0) if test_size is None else test_size
     if not 0 <= share < 1:
         raise ValueError(f"--test-size must lie in [0, 1); got {share}.")
@@ -57,8 +65,33 @@ def split(data: Dataset, test_size: float | None, seed: int, *, task: str) -> Sp
     if share == 0:
         return Split(data.X, data.y, data.X_test, data.y_test, task, description)
     stratify = data.y if task == "classification" else None
-    train, test = train_test_split(np.arange(len(data.y)), test_size=share, random_state=seed, stratify=stratify)
+    try:
+        train, test = train_test_split(np.arange(len(data.y)), test_size=share, random_state=seed, stratify=stratify)
+    except ValueError as error:
+        if stratify is None:
+            raise
+        raise ValueError(_few_members(data.y, share)) from error
     return Split(data.X[train], data.y[train], data.X[test], data.y[test], task, description)
+
+
+def _few_members(y: np.ndarray, share: float) -> str:
+    """Why rows cannot be held out class by class."""
+    classes, counts = np.unique(y, return_counts=True)
+    least, numeric = int(np.argmin(counts)), y.dtype.kind in "iufb"
+    remedy = "give --task regression if the target is a number and no class, or " if numeric else ""
+    return (
+        f"a share of {share:g} of {len(y)} rows cannot be held out of each of {len(classes)} classes, the smallest of "
+        f"which, {classes[least].item()!r}, has {counts[least]}: {remedy}hold out another share or none."
+    )
+
+
+def read_model(file: str) -> Any:
+    """Model of a file that ``fit`` or ``path`` wrote."""
+    from convexbn.estimators import load
+
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"there is no model {file!r}: name the file that fit or path wrote with --out.")
+    return load(file)
 
 
 def judge_again(model: Any, options: argparse.Namespace) -> tuple[Split, Any, bool]:
@@ -74,9 +107,17 @@ def judge_again(model: Any, options: argparse.Namespace) -> tuple[Split, Any, bo
     return rows, proof, model.fingerprint(rows.X_train, rows.y_train) == model.fingerprint_
 
 
+def read_columns(options: argparse.Namespace) -> Dataset:
+    """Data to train on, with the columns of ``--columns``, or all, but those of ``--drop``."""
+    if options.columns is not None and options.data in _DEFAULT_TEST_SIZE:
+        raise ValueError(f"--columns is for files; {options.data} has no names of columns.")
+    home, columns = options.data_home, options.columns
+    return read_data(options.data, options.target, data_home=home, features=columns, dropped=options.drop or ())
+
+
 def read_data(
     data: str, target: str | None, *, data_home: str | None = None, features: Sequence[str] | None = None,
-    need_target: bool = False,
+    dropped: Sequence[str] = (), need_target: bool = False,
 ) -> Dataset:  # fmt: skip
     """Read ``digits``, ``fashion-mnist``, ``cifar-10`` or a file.
 
@@ -86,10 +127,14 @@ def read_data(
         Name or path, and the column to predict (None for named data).
     data_home, features : str, sequence of str, optional
         Folder of the named data; columns to read as features, by default all others.
+    dropped : sequence of str
+        Columns of a file to leave out.
     need_target : bool
         Whether a file without ``target`` is an error.
     """
     if data in _DEFAULT_TEST_SIZE:
+        if dropped:
+            raise ValueError(f"--drop is for files; {data} has no names of columns.")
         if target is not None and features is None and not need_target:
             raise ValueError(f"--target is for files; {data} brings its own labels.")
         if data == "digits":
@@ -99,7 +144,7 @@ def read_data(
         raise ValueError("--target is required for a file: name the column to compare with.")
     if not os.path.exists(data):
         raise FileNotFoundError(f"{data!r} is neither a file nor one of {', '.join(_DEFAULT_TEST_SIZE)}")
-    return read_table(data, target, features)
+    return read_table(data, target, features, dropped)
 
 
 def _infer_task(y: np.ndarray) -> str:

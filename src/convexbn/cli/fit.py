@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from convexbn.cli.options import auto_or_float, estimator_from, network_parser, rank
-from convexbn.cli.output import check_writable, number, quiet, verdict
+from convexbn.cli.output import check_model_name, measure_of, number, quiet, verdict
 
 
 def add_parser(commands: Any) -> None:
@@ -27,11 +27,11 @@ def add_parser(commands: Any) -> None:
 
 def fit(options: argparse.Namespace) -> int:
     """Train, judge and save a network."""
-    from convexbn.cli.data_sources import read_data, split
+    from convexbn.cli.data_sources import read_columns, split
     from convexbn.cli.progress_bar import reporter
 
-    check_writable(options.out)
-    data = read_data(options.data, options.target, data_home=options.data_home)
+    check_model_name(options.out)
+    data = read_columns(options)
     rows = split(data, options.test_size, options.seed, task=options.task)
     started = time.perf_counter()
     with reporter(sys.stderr) as report:
@@ -47,20 +47,24 @@ def fit(options: argparse.Namespace) -> int:
         "test_score": number(model.score(rows.X_test, rows.y_test)) if held_out else None,
         "n_iter": model.n_iter_, "seconds": round(seconds, 4), "n_neurons": network.n_neurons,
         "n_gates_active": None if network.gate_index is None else len(set(network.gate_index.tolist())),
-        "rank": model.rank_,
+        "rank": model.rank_, "task": rows.task, "measure": measure_of(rows.task),
     }  # fmt: skip
-    print(json.dumps(result) if options.json else _summary(result, proof.sentence, options.out, held_out=held_out))
+    told = f"{rows.told}: "
+    print(
+        json.dumps(result) if options.json else _summary(result, proof.sentence, options.out, told, held_out=held_out)
+    )
     return 0
 
 
-def _summary(result: dict[str, Any], sentence: str, out: str, *, held_out: bool = False) -> str:
+def _summary(result: dict[str, Any], sentence: str, out: str, told: str = "", *, held_out: bool = False) -> str:
     test = _format(result["test_score"], ".4f") if held_out else "none held out"
     return (
         f"{result['status']} ({result['scope']}): {sentence}\n"
         f"objective {_format(result['objective'], '.9g')}   lower bound {_format(result['lower_bound'], '.9g')}   "
         f"relative gap {_format(result['relative_gap'], '.2g')}\n"
-        f"train score {_format(result['train_score'], '.4f')}   test score {test}   {result['n_iter']} iterations in "
-        f"{result['seconds']:.2f} s   {result['n_neurons']} neurons   rank {result['rank']}\n"
+        f"{told}train score {_format(result['train_score'], '.4f')}   test score {test}\n"
+        f"{result['n_iter']} iterations in {result['seconds']:.2f} s   {result['n_neurons']} neurons   "
+        f"rank {result['rank']}\n"
         f"saved to {out}"
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import convexbn
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
+from convexbn.cli.output import described, measure_of
 from convexbn.data.convolution import Convolution
 from convexbn.data.moments import moments
 from convexbn.data.patches import PatchMatrix
@@ -58,6 +59,11 @@ class Subject:
     def classifies(self) -> bool:
         """Whether targets are classes."""
         return hasattr(self.model, "classes_")
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return "classification" if self.classifies else "regression"
 
     @property
     def layer(self) -> Convolution | None:
@@ -125,14 +131,12 @@ def _proof(subject: Subject) -> Iterator[Html]:
 
 
 def _data(subject: Subject) -> Iterator[Html]:
-    told = {"name": _short(subject.data), "training rows": len(subject.X), "features": subject.X.shape[1]}
+    target, n_classes = subject.target, len(subject.model.classes_) if subject.classifies else None
+    task = described(subject.task, None if target is None else _short(target), n_classes)
+    told = {"name": _short(subject.data), "task": task, "training rows": len(subject.X), "features": subject.X.shape[1]}
     if subject.X_test is not None:
         told["rows held out"] = len(subject.X_test)
-    if subject.target is not None:
-        told["target"] = _short(subject.target)
-    if subject.classifies:
-        told["classes"] = len(subject.model.classes_)
-    else:
+    if not subject.classifies:
         told["target values"] = f"mean {np.mean(subject.y):.4g}, deviation {np.std(subject.y):.4g}"
     yield facts(told)
     if len(subject.X) <= _SPECTRUM_ROWS:
@@ -170,7 +174,7 @@ def _network(subject: Subject) -> Iterator[Html]:
         axes.plot(np.arange(1, len(masses) + 1), np.maximum(masses[order], 1e-300), ".-", lw=0.8)
         axes.set(xlabel="neuron, by norm", ylabel="norm of first layer times output", yscale="log")
         yield picture("How the network is spread over its neurons", axes.figure)
-        influence = np.abs(network.weight * subject.deviations()[:, None])
+        influence = network.influences(subject.deviations())
         yield table([_neuron(subject, j, masses[j], influence[:, j]) for j in order[:_NEURONS]])
 
 
@@ -189,7 +193,8 @@ def _predictions(subject: Subject) -> Iterator[Html]:
     X, y = (subject.X_test, subject.y_test) if held_out else (subject.X, subject.y)
     assert X is not None
     assert y is not None
-    word, measure = "held out" if held_out else "of the training", "accuracy" if subject.classifies else "R^2"
+    word = "held out" if held_out else "of the training"
+    measure = measure_of(subject.task)
     scores = {f"{measure} on the training rows": f"{subject.model.score(subject.X, subject.y):.4f}"}
     if held_out:
         scores[f"{measure} on the rows held out"] = f"{subject.model.score(X, y):.4f}"

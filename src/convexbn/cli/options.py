@@ -36,19 +36,20 @@ def network_parser() -> argparse.ArgumentParser:
     _add_data(parser)
     option = parser.add_argument
     option("--target", metavar="NAME", help="target column (files only)")
+    option("--columns", type=_names, metavar="NAME,...", help="features to use (files only), by default all others")
+    option("--drop", type=_names, metavar="NAME,...", help="columns to leave out (files only)")
     option("--activation", choices=["gated", "relu"], default="gated")
     losses = Names("convexbn.program.losses", "losses_for")
     option("--loss", choices=losses, metavar="LOSS", help="one of %(choices)s")
+    option("--class-weight", choices=["balanced"], help="give all classes the same total weight")
     option("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
-    option("--n-gates", type=int, default=100, metavar="P")
+    option("--n-gates", type=int, metavar="P", help="number of gates to draw, 100 by default")
     option("--width", type=int, metavar="M", help="neurons that relu training starts with")
-    option("--n-starts", type=int, default=1, metavar="N", help="descents of relu training on many rows, then averaged")
-    option("--gates", choices=["data", "whitened", "trained"])
+    option("--n-starts", type=int, metavar="N", help="descents of relu training on many rows, then averaged")
+    option("--gates", choices=["data", "whitened", "trained"], help="how gates are drawn, trained by default")
     option("--no-linear", dest="linear", action="store_false", help="leave out the gate that is always open")
     option("--no-intercept", dest="fit_intercept", action="store_false", help="leave out the bias of the outputs")
-    option(
-        "--no-standardize", dest="standardize", action="store_false", help="directions of the columns in their units"
-    )
+    option("--no-standardize", dest="standardize", action="store_false", help="directions of columns in their units")
     option(
         "--spectral-filter", type=auto_or_none_or_float, default="auto", metavar="TAU",
         help="relative singular value below which directions shrink, none, or auto",
@@ -72,7 +73,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-home", metavar="DIR", help="folder of the files of fashion-mnist or cifar-10")
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _regions(text: str) -> int | str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of regions or all")
     return text if text == "all" else int(text)
 
 
@@ -99,13 +106,32 @@ def estimator_from(options: argparse.Namespace, task: str, image_shape: tuple[in
     from convexbn.estimators.classifier import ConvexBNClassifier
     from convexbn.estimators.regressor import ConvexBNRegressor
 
+    if options.class_weight is not None and task == "regression":
+        raise ValueError("--class-weight is for classification, and this is regression.")
     if options.huber_delta is not None and (options.loss != "huber" or task != "regression"):
         raise ValueError("--huber-delta is for --loss huber, which is for regression.")
+    _check_loss(options.loss, task)
     estimator: Any = ConvexBNClassifier() if task == "classification" else ConvexBNRegressor()
     known, layer = estimator.get_params(), _convolution(options, image_shape)
     given = {name: value for name, value in vars(options).items() if name in known and value is not None}
     given["spectral_filter"] = None if options.spectral_filter == "none" else options.spectral_filter
-    return estimator.set_params(**given, convolution=layer, random_state=options.seed, **others)
+    estimator.set_params(**given, convolution=layer, random_state=options.seed, **others)._validate_params()
+    if unused := estimator._unused:
+        other = "gated" if options.activation == "relu" else "relu"
+        raise ValueError(f"--{unused[0].replace('_', '-')} is for --activation {other}: leave it out, or change that.")
+    return estimator
+
+
+def _check_loss(loss: str, task: str) -> None:
+    """Refuse a loss of the other task."""
+    from convexbn.program.losses import losses_for
+
+    if loss not in losses_for(task):
+        other = "regression" if task == "classification" else "classification"
+        raise ValueError(
+            f"--loss {loss} is for {other}, and this is {task}: choose among {', '.join(losses_for(task))}, or give "
+            f"--task {other}."
+        )
 
 
 def _convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> Any:
@@ -126,17 +152,24 @@ def _convolution(options: argparse.Namespace, shape: tuple[int, ...] | None) -> 
 
 def auto_or_float(text: str) -> str | float:
     """A number, or ``auto``."""
-    return text if text == "auto" else float(text)
+    return text if text == "auto" else _number(text, "a number or auto")
 
 
 def auto_or_none_or_float(text: str) -> str | float:
     """A number, ``auto`` or ``none``."""
-    return text if text in ("auto", "none") else float(text)
+    return text if text in ("auto", "none") else _number(text, "a number, none or auto")
 
 
 def rank(text: str) -> int | float:
     """A number of directions, or a share."""
-    return int(text) if text.isdigit() else float(text)
+    return int(text) if text.isdigit() else _number(text, "a number of directions such as 50, or a share such as 0.95")
+
+
+def _number(text: str, valid: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {valid}") from None
 
 
 def ranks(text: str) -> list[int | float | None]:
@@ -146,4 +179,4 @@ def ranks(text: str) -> list[int | float | None]:
 
 def floats(text: str) -> list[float]:
     """Numbers between commas."""
-    return [float(part) for part in text.split(",")]
+    return [_number(part, "a number") for part in text.split(",")]

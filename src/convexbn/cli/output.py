@@ -39,6 +39,36 @@ def check_writable(out: str, option: str = "--out") -> None:
         raise PermissionError(f"{option} {out}: the folder {folder} cannot be written to")
 
 
+def check_model_name(out: str) -> None:
+    """Refuse a file that cannot be written, or whose name is that of another kind of file, before any work."""
+    from convexbn.estimators.persistence import check_name
+
+    check_writable(out)
+    check_name(out)
+
+
+def measure_of(task: str) -> str:
+    """Name of the score of a task."""
+    return "accuracy" if task == "classification" else "R^2"
+
+
+def described(task: str, target: str | None, n_classes: int | None) -> str:
+    """What is predicted, and the name of the score.
+
+    Parameters
+    ----------
+    task, target, n_classes : str, str or None, int or None
+
+    Examples
+    --------
+    >>> described("regression", "price", None), described("classification", None, 10)
+    ('regression of price (R^2)', 'classification, 10 classes (accuracy)')
+    """
+    of = "" if target is None else f" of {target}"
+    classes = "" if n_classes is None else f", {n_classes} classes"
+    return f"{task}{of}{classes} ({measure_of(task)})"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warning that the printed sentence repeats."""

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from convexbn.cli.options import estimator_from, floats, network_parser, ranks
-from convexbn.cli.output import Terminated, broken_off, check_writable, number, numbers
+from convexbn.cli.output import (
+    Terminated,
+    broken_off,
+    check_model_name,
+    check_writable,
+    measure_of,
+    number,
+    numbers,
+)
 
 #: Endings of pictures.
 _PICTURES = (".png", ".svg", ".pdf")
@@ -35,11 +43,11 @@ def add_parser(commands: Any) -> None:
 
 def path(options: argparse.Namespace) -> int:
     """Print one line a point, each certified; with a checkpoint finished points outlive an interruption."""
-    from convexbn.cli.data_sources import read_data, split
+    from convexbn.cli.data_sources import read_columns, split
     from convexbn.estimators.path import fit_path
 
     _check_path_options(options)
-    data = read_data(options.data, options.target, data_home=options.data_home)
+    data = read_columns(options)
     rows = split(data, options.validation_size, options.seed, task=options.task)
     model = estimator_from(options, rows.task, data.image_shape)
     points = fit_path(
@@ -50,7 +58,7 @@ def path(options: argparse.Namespace) -> int:
     printed = 0
     try:
         for printed, point in enumerate(points, start=1):
-            print(_json(point) if options.json else _point(point, f"{printed}/{len(points)}"), flush=True)
+            print(_json(point, rows.task) if options.json else _point(point, f"{printed}/{len(points)}"), flush=True)
     except (KeyboardInterrupt, Terminated) as signalled:
         kept = "; with --checkpoint FILE they would have been kept"
         if options.checkpoint is not None:
@@ -63,13 +71,15 @@ def path(options: argparse.Namespace) -> int:
     _draw_path(points.points, chosen.model, rows.X_train, options)
     if options.validation_size and not options.json:
         saved = "" if options.out is None else f", saved to {options.out}"
-        print(f"best: {_point(chosen, 'the first of the highest score')}{saved}")
+        print(f"best: {rows.told}   {_point(chosen, 'the first of the highest score')}{saved}")
     return 0
 
 
 def _check_path_options(options: argparse.Namespace) -> None:
     """Refuse options that would fail after the work."""
-    for name in ("checkpoint", "out", "plot", "plot_spectrum"):
+    if options.out is not None:
+        check_model_name(options.out)
+    for name in ("checkpoint", "plot", "plot_spectrum"):
         if getattr(options, name) is not None:
             check_writable(getattr(options, name), f"--{name.replace('_', '-')}")
     if options.out is not None and not options.validation_size:
@@ -82,12 +92,13 @@ def _check_path_options(options: argparse.Namespace) -> None:
         matplotlib.use("agg")
 
 
-def _json(point: Any) -> str:
+def _json(point: Any, task: str) -> str:
     """JSON object of a point."""
     result = {"weight_decay": point.weight_decay, "rank": point.model.rank_, "n_neurons": point.network.n_neurons}
     result |= numbers(point.certificate, "objective", "lower_bound", "relative_gap")
     score = None if point.score is None else number(point.score)
-    return json.dumps(result | {"status": point.certificate.status.value, "score": score})
+    result |= {"status": point.certificate.status.value, "score": score}
+    return json.dumps(result | {"task": task, "measure": measure_of(task)})
 
 
 def _point(point: Any, place: str) -> str:

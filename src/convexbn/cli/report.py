@@ -25,10 +25,9 @@ def add_parser(commands: Any) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """Recompute the certificate and write the page in one step."""
-    from convexbn.cli.data_sources import judge_again
+    from convexbn.cli.data_sources import judge_again, read_model
     from convexbn.cli.model_page import Subject
     from convexbn.cli.model_page import report as written
-    from convexbn.estimators import load
     from convexbn.estimators.path import load_path
     from convexbn.files.atomic import write_atomically
 
@@ -40,7 +39,7 @@ def report(options: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("report draws with matplotlib: pip install 'convexbn[plot]'.") from error
-    model = load(options.file)
+    model = read_model(options.file)
     points = [] if options.path is None else load_path(options.path)
     rows, proof, same = judge_again(model, options)
     subject = Subject(

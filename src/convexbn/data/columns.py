@@ -12,13 +12,16 @@ from convexbn._types import Bool, Float, Index
 
 @dataclass(frozen=True)
 class Columns:
-    """Statistics of the columns: weighted ``mean`` (d,) in units of ``2^exponents``, and ``total`` weight of rows.
+    """Statistics of the columns: weighted ``mean`` and ``deviation`` (d,) in units of ``2^exponents``.
+
+    ``total`` is the weight of all rows.
 
     Columns that are ``constant`` (d,) do not vary beyond rounding. A direction is rounding if its singular value among
     the standardised columns, relative to the largest, is below ``rank_cut``.
     """
 
     mean: Float
+    deviation: Float
     exponents: Index
     total: float
     constant: Bool
@@ -57,7 +60,7 @@ class Columns:
                 "are lost in the input; subtract the offset before storing the data."
             )
         cut = min(len(kept) * input_eps * (1 + offsets.max()), 1 / 16)
-        return cls(mean, exponents, total, constant, float(cut))
+        return cls(mean, np.where(constant, 0.0, deviation), exponents, total, constant, float(cut))
 
     @property
     def kept(self) -> Index:

@@ -54,6 +54,8 @@ class Whitening:
         Columns that do not vary. They carry no information and are left out.
     filter : ndarray (r,)
         ``phi``, in (0, 1]; ones without a spectral filter.
+    deviations : ndarray (d,)
+        Weighted standard deviations of the columns, 0 of constant ones.
     departure : float or None
         Measured departure of ``diag(sqrt(w)) A`` from orthonormal columns, ``||A'A - I||_F``, if the Gram matrix was
         used; None for a QR, which is orthonormal to rounding.
@@ -69,6 +71,7 @@ class Whitening:
     constant: Bool
     rank_cut: float
     filter: Float
+    deviations: Float
     departure: float | None = None
 
     @property
@@ -204,5 +207,6 @@ def _filtered(X: FloatMatrix, columns: Columns, found: Directions) -> Whitening:
         constant=columns.constant,
         rank_cut=columns.rank_cut,
         filter=found.filter,
+        deviations=np.ldexp(columns.deviation, columns.exponents),
         departure=found.departure,
     )

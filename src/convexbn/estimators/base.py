@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from convexbn._threads import blas_threads
@@ -21,7 +21,7 @@ from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import persistence
-from convexbn.estimators.parameters import NetworkParameters, parameters
+from convexbn.estimators.parameters import Choices, NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind
@@ -48,7 +48,7 @@ class BaseConvexBN(NetworkParameters):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **NetworkParameters._parameter_constraints,
-        "weight_decay": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Choices({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
         "spectral_filter": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither"), None],
@@ -66,6 +66,7 @@ class BaseConvexBN(NetworkParameters):
             Equal to repeating rows.
         """
         self._validate_params()
+        self._warn_of_unused()
         before = self.__dict__.copy()
         try:
             budget = Budget(self.time_limit, self.callback)
@@ -84,6 +85,21 @@ class BaseConvexBN(NetworkParameters):
         rows = self._checked_rows(X)
         with np.errstate(all="ignore"):
             return self.network_.hidden(rows)
+
+    @property
+    def feature_importances_(self) -> Float:
+        """Shares of the features in the outputs (d,), whatever their units; their sum is 1.
+
+        Of feature ``i`` it is ``sum_j |w_ij| deviation_i gamma_j ||c_j||`` over all: what one standard deviation of the
+        training rows moves the neurons, in deviations of theirs, times the weight of each neuron in the outputs. It
+        measures the network, not causes: features that tell the same share what one of them would have.
+        """
+        check_is_fitted(self)
+        if self.convolution is not None:
+            raise AttributeError("feature_importances_ is for features: a convolution weighs the places of a patch.")
+        if not hasattr(self, "_deviations"):
+            raise AttributeError("feature_importances_ is not in the file of this model, an older one: fit it again.")
+        return self.network_.importances(self._deviations)
 
     def _outputs(self, X: Any, fitted: dict[str, Any]) -> Float:
         """Outputs of one fit; a fit in another thread replaces its attributes all at once."""
@@ -160,7 +176,7 @@ class BaseConvexBN(NetworkParameters):
         """
         check_is_fitted(self)
         X, y, weights, _ = self._checked_data(X, y, sample_weight, reset=False)
-        return fingerprint(*canonical_rows(X, self._encode_known(y), weights))
+        return fingerprint(*canonical_rows(*self._weighed(X, self._encode_known(y), weights, self._classes)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a safetensors file; ``convexbn.load`` reads it.
@@ -168,14 +184,14 @@ class BaseConvexBN(NetworkParameters):
         Parameters
         ----------
         path : path-like
-            File to write; an existing one is replaced in one step. A ``callback`` is not saved, nor a ``random_state``
-            that is not an integer.
+            File to write, such as ``model.safetensors``; an existing one is replaced in one step. A ``callback`` is not
+            saved, nor a ``random_state`` that is not an integer.
 
         Raises
         ------
         ValueError
-            When the model is not fitted, or was changed after the fit to one that ``load`` would refuse; nothing has
-            been written.
+            When the model is not fitted, or was changed after the fit to one that ``load`` would refuse, or the name
+            is that of another kind of file, such as ``model.pkl``; nothing has been written.
         """
         persistence.save(self, path)
 
@@ -183,14 +199,16 @@ class BaseConvexBN(NetworkParameters):
         """Training set of rows for a fitted estimator."""
         check_is_fitted(self)
         X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
-        return self._training_set(X, self._encode_known(y), weights, input_eps, self._layer)
+        rows = self._weighed(X, self._encode_known(y), weights, self._classes)
+        return self._training_set(*rows, input_eps, self._layer)
 
     def _prepare(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of rows to fit, and the fitted attributes that describe ``y``."""
         rows, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
         Y, labels = self._encode_new(y)
-        return self._training_set(rows, Y, weights, input_eps, layer), labels
+        weighed = self._weighed(rows, Y, weights, labels.get("classes_"))
+        return self._training_set(*weighed, input_eps, layer), labels
 
     def _train(
         self,
@@ -218,7 +236,7 @@ class BaseConvexBN(NetworkParameters):
             "gates_": gates, "gate_offsets_": offsets, "weight_decay_": weight_decay, "network_": fit.network,
             "temperature_": temperature,
             "certificate_": fit.certificate, "history_": fit.history, "n_iter_": fit.n_iter,
-            "rank_": data.whitening.rank, "fingerprint_": data.fingerprint,
+            "rank_": data.whitening.rank, "fingerprint_": data.fingerprint, "_deviations": data.whitening.deviations,
         }  # fmt: skip
 
     def _max_weight_decay(self, data: TrainingSet, *, proved: bool) -> float | tuple[float, float]:
@@ -271,6 +289,15 @@ class BaseConvexBN(NetworkParameters):
                 standardize=self.standardize, input_eps=input_eps,
                 merge_features=self.activation == "relu", convolution=layer, fit_intercept=self.fit_intercept,
             )  # fmt: skip
+
+    def _weighed(self, X: FloatMatrix, Y: Float, weights: Float, classes: Any) -> tuple[FloatMatrix, Float, Float]:
+        """Rows, encoded targets and weights, the weights times those of the classes if there are any."""
+        return X, Y, weights
+
+    @property
+    def _classes(self) -> Any:
+        """Class labels of a fitted classifier."""
+        return getattr(self, "classes_", None)
 
     def _loss_kind(self, Y: Float) -> LossKind:
         """Loss for encoded targets."""

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 
-from convexbn._types import Float
+from convexbn._types import Float, FloatMatrix
+from convexbn.data.canonical import canonical_rows
 from convexbn.estimators.base import BaseConvexBN
-from convexbn.estimators.parameters import parameters
+from convexbn.estimators.class_weight import class_weighted
+from convexbn.estimators.parameters import ClassificationParameters, parameters
 from convexbn.program.losses import LOSSES, LossKind, class_loss, softmax
 from convexbn.program.targets import class_targets
 
 
 @parameters
-class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
+class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for classification.
 
     Two classes are one output with targets -1 and +1; more are one-hot, for the squared hinge -1 and +1.
+
+    The default, ``activation="gated"``, is piecewise linear and *jumps* at its gates, fixed half-spaces: fast to train
+    and certified to rounding on data of any size, but not continuous. ``activation="relu"`` is the ReLU network of the
+    paper, continuous; it takes longer to train, and away from small or low-rank data the proof leaves a gap. Choose it
+    where close rows must get close outputs, such as for derivatives, or where a plain ReLU network is asked for.
 
     Parameters
     ----------
@@ -37,10 +44,11 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         is the one of least loss on held-out rows, among halvings of :func:`max_weight_decay`: five folds up to 500
         rows, then fewer, and at most 8,000 rows to train on and 4,000 held out; for ReLU networks that of a gated one.
     n_gates : int, default=100
-        Number of gates to draw; of gates with equal training patterns one is kept.
+        Number of gates to draw; of gates with equal training patterns one is kept. ReLU networks have none.
     gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="trained"
         Gates ``1[(x - mean)'g + b >= 0]``: normal on the raw features without offset, isotropic on the whitened data,
-        the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last row).
+        the first layers of ReLU neurons after a short mini-batch descent, or given (offsets in the last row). For gated
+        networks; with ``activation="relu"`` a value other than the default is a warning.
     linear : bool, default=True
         Whether one more gate is always open: the network then contains a linear model.
     fit_intercept : bool, default=True
@@ -50,7 +58,8 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         matter. False: columns in their own units, as gradient descent sees them.
     width : int or None, default=None
         Neurons that ReLU training starts with: None for 200, or for 1000 if the whitened rows have more than a million
-        entries. Then mini-batch descent trains them, and ``max_iter`` is the number of epochs (20).
+        entries. Then mini-batch descent trains them, and ``max_iter`` is the number of epochs (20). Set for a gated
+        network it is a warning, as is ``n_starts``.
     n_starts : int, default=1
         Mini-batch descents, each of ``width`` neurons from a random start, whose mean is the network: the program is
         convex, so its objective is at most the mean of theirs. Two take twice the time.
@@ -68,7 +77,11 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     solver : {"auto", "group_newton", "subspace", "proximal", "conic"}, default="auto"
         ``"group_newton"``: squared loss, up to thousands of rows. ``"subspace"``: any loss, many rows; with a
         ``time_limit`` a good network long before its certificate. ``"proximal"``: any loss, a simple method.
-        ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own.
+        ``"conic"``: Clarabel, the reference (extra ``reference``). For gated networks; ReLU has its own, and
+        with it a value other than the default is a warning.
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes, by which those of their rows are multiplied: ``{label: weight}``, 1 for classes that are
+        not named, or ``"balanced"``: the same total for each class, ``total / (n_classes * total of the class)``.
     tol : float, default=1e-6
         Relative duality gap that counts as optimal.
     max_iter : int or None, default=None
@@ -92,6 +105,8 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         All gates of the program.
     weight_decay_, rank_, n_iter_ : float, int, int
         Weight decay used, number of whitened directions, number of iterations.
+    feature_importances_ : ndarray (d,)
+        Shares of the features in the outputs, whatever their units; not for convolutions.
     history_ : list of Progress
         Objective and lower bound after each iteration, as the solver computed them.
     fingerprint_ : str
@@ -109,8 +124,6 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     >>> model.certificate_.status.value, bool(model.certificate_.relative_gap <= 1e-6)
     ('CERTIFIED', True)
     """
-
-    _task: ClassVar[str] = "classification"
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the network: (n,) for two classes, else (n, n_classes)."""
@@ -131,12 +144,16 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
         of the outputs over ``temperature_``, which held-out rows calibrate if ``weight_decay="auto"``. For a given
         weight decay they are not calibrated: the temperature is then 1, and 1/2 for two classes.
         """
-        outputs, temperature = self.decision_function(X), getattr(self, "temperature_", None)
-        if temperature is None:
-            temperature = 0.5 if outputs.ndim == 1 and not LOSSES[self.loss].models_probabilities else 1.0
+        fitted = self.__dict__
+        outputs, temperature = self._outputs(X, fitted), _temperature(fitted)
         with np.errstate(all="ignore"):
             logits = outputs / temperature
-            return softmax(np.column_stack([np.zeros_like(logits), logits]) if outputs.ndim == 1 else logits)
+            return softmax(np.hstack([np.zeros_like(logits), logits]) if outputs.shape[1] == 1 else logits)
+
+    @property
+    def _temperature(self) -> float:
+        """Divisor of the outputs in the softmax or sigmoid."""
+        return _temperature(self.__dict__)
 
     def _loss_kind(self, Y: Float) -> LossKind:
         return class_loss(self.loss, Y.shape[1])
@@ -150,6 +167,15 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
             raise ValueError(f"loss={self.loss!r} is for two classes, not {len(classes)}: use loss='cross_entropy'.")
         return self._encode(y, classes), {"classes_": classes}
 
+    def _weighed(
+        self, X: FloatMatrix, Y: Float, weights: Float, classes: np.ndarray
+    ) -> tuple[FloatMatrix, Float, Float]:
+        if self.class_weight is None:
+            return X, Y, weights
+        X, Y, weights = canonical_rows(X, Y, weights)  # before products are rounded: repetition stays equal to weights
+        labels = Y[:, 0] > 0 if Y.shape[1] == 1 else Y.argmax(axis=1)
+        return X, Y, class_weighted(weights, labels.astype(np.intp), classes, self.class_weight)
+
     def _encode_known(self, y: Any) -> Float:
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
@@ -159,3 +185,10 @@ class ConvexBNClassifier(ClassifierMixin, BaseConvexBN):
     def _encode(self, y: np.ndarray, classes: np.ndarray) -> Float:
         n_outputs = 1 if len(classes) == 2 else len(classes)
         return class_targets(np.searchsorted(classes, y), n_outputs, self.loss)
+
+
+def _temperature(fitted: dict[str, Any]) -> float:
+    """Divisor of the outputs of one fit in the softmax or sigmoid."""
+    if (calibrated := fitted.get("temperature_")) is not None:
+        return float(calibrated)
+    return 0.5 if len(fitted["classes_"]) == 2 and not LOSSES[fitted["loss"]].models_probabilities else 1.0

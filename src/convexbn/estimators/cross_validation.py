@@ -14,13 +14,19 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing, indexable
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
 from convexbn.estimators.classifier import ConvexBNClassifier
-from convexbn.estimators.parameters import NetworkParameters, RegressionParameters, parameters
+from convexbn.estimators.parameters import (
+    Choices,
+    ClassificationParameters,
+    NetworkParameters,
+    RegressionParameters,
+    parameters,
+)
 from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
@@ -51,7 +57,7 @@ class _SelectionCV(NetworkParameters):
         "spectral_filters": ["array-like", None],
         "n_gates": [Interval(Integral, 1, None, closed="left"), "array-like"],
         "cv": ["cv_object"],
-        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "scoring": [Choices(set(get_scorer_names())), callable, None],
         "n_jobs": [Integral, None],
     }
 
@@ -115,6 +121,11 @@ class _SelectionCV(NetworkParameters):
         self._best.save(path)
 
     @property
+    def feature_importances_(self) -> Float:
+        """Shares of the features in the outputs of the best estimator: (d,)."""
+        return self._best.feature_importances_
+
+    @property
     def _best(self) -> Any:
         check_is_fitted(self)
         return self.best_estimator_
@@ -125,7 +136,7 @@ class _SelectionCV(NetworkParameters):
 
 
 @parameters
-class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
+class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _SelectionCV):
     """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
     Each training fold is whitened once, and warm-started paths go over all candidates. The scores equal those of
@@ -141,7 +152,9 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         Candidates of ``spectral_filter``, such as ``[None, 0.03, 0.1, 0.3]``. None: no filter.
     n_gates : int or array-like of int, default=100
         Number of gates, or candidates.
-    activation, loss, gates, width, n_starts, convolution, solver, tol, max_iter, time_limit, random_state
+    activation, loss, gates, width, n_starts, convolution, solver, class_weight
+        As in :class:`ConvexBNClassifier`. The weights of classes do not enter the scores; see ``scoring``.
+    tol, max_iter, time_limit, random_state
         As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
     cv : int, splitter, iterable of (train, test) or None, default=None
         As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
@@ -159,7 +172,7 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
         Fitted on all rows; the methods of this class call its methods.
     best_params_, best_score_, best_index_, n_splits_
         The first candidate of the best mean score, and the number of folds.
-    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, classes_
+    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, feature_importances_, classes_
         Of ``best_estimator_``.
 
     Examples
@@ -172,7 +185,6 @@ class ConvexBNClassifierCV(ClassifierMixin, _SelectionCV):
     """
 
     _estimator = ConvexBNClassifier
-    _task: ClassVar[str] = "classification"
 
     def decision_function(self, X: Any) -> Float:
         """Raw outputs of the best estimator: (n,) for two classes, else (n, n_classes)."""
@@ -200,7 +212,7 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
     ----------
     cv_results_, best_estimator_, best_params_, best_score_, best_index_, n_splits_
         As in :class:`ConvexBNClassifierCV`.
-    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_
+    weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, feature_importances_
         Of ``best_estimator_``.
 
     Examples

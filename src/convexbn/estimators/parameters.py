@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils._param_validation import Interval, StrOptions, validate_parameter_constraints
 
@@ -14,8 +16,19 @@ from convexbn.data.convolution import Convolution
 from convexbn.program.losses import losses_for
 from convexbn.training.fit import SOLVERS
 
+#: Parameters of one activation, whose values for the other are a mistake; ``n_gates`` is a number that searches set for
+#: both.
+ONLY_FOR = {"gated": ("gates", "solver"), "relu": ("width", "n_starts")}
+
 #: Dataclass decorator: fields are the keywords of an estimator; scikit-learn prints and compares it.
 parameters = dataclass(kw_only=True, eq=False, repr=False)
+
+
+class Choices(StrOptions):
+    """Strings to choose from, in the order of the alphabet in messages."""
+
+    def __str__(self) -> str:
+        return f"a str among {{{', '.join(map(repr, sorted(self.options)))}}}"
 
 
 @parameters
@@ -39,26 +52,50 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
     _task: ClassVar[str]  # "classification" or "regression": selects the losses
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "activation": [StrOptions({"gated", "relu"})],
+        "activation": [Choices({"gated", "relu"})],
         "loss": [str],
-        "gates": [StrOptions({"data", "whitened", "trained"}), "array-like"],
+        "gates": [Choices({"data", "whitened", "trained"}), "array-like"],
         "linear": ["boolean"],
         "fit_intercept": ["boolean"],
         "standardize": ["boolean"],
         "width": [Interval(Integral, 1, None, closed="left"), None],
         "n_starts": [Interval(Integral, 1, None, closed="left")],
         "convolution": [Convolution, None],
-        "solver": [StrOptions({"auto", *SOLVERS})],
+        "solver": [Choices({"auto", *SOLVERS})],
         "tol": [Interval(Real, 0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left"), None],
         "time_limit": [Interval(Real, 0, None, closed="left"), None],
         "random_state": ["random_state"],
         "huber_delta": [Interval(Real, 0, None, closed="neither")],  # of regression alone
+        "class_weight": [dict, Choices({"balanced"}), None],  # of classification alone
     }
 
     def _validate_params(self) -> None:
-        constraints = self._parameter_constraints | {"loss": [StrOptions(set(losses_for(self._task)))]}
+        constraints = self._parameter_constraints | {"loss": [Choices(set(losses_for(self._task)))]}
         validate_parameter_constraints(constraints, self.get_params(deep=False), caller_name=type(self).__name__)
+
+    @property
+    def _unused(self) -> list[str]:
+        """Parameters that are not at their defaults and that the activation does not use."""
+        (others,) = (names for activation, names in ONLY_FOR.items() if activation != self.activation)
+        return [name for name in others if not np.array_equal(getattr(self, name), getattr(type(self), name))]
+
+    def _warn_of_unused(self) -> None:
+        """Warn, as scikit-learn does, of parameters that are set and not used."""
+        if unused := self._unused:
+            warnings.warn(
+                f"activation={self.activation!r} does not use {', '.join(unused)}: leave the default.",
+                UserWarning, stacklevel=3,
+            )  # fmt: skip
+
+
+@parameters
+class ClassificationParameters(NetworkParameters):
+    """Parameters of classification."""
+
+    class_weight: dict[Any, float] | str | None = None
+
+    _task: ClassVar[str] = "classification"
 
 
 @parameters

@@ -28,9 +28,18 @@ from convexbn.solvers.base import Progress
 
 #: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs, C columns of the
 #: output layer, h iterations with 4 numbers each, P gates of the program.
-_AXES = {"output": "mC", "output_bias": "K", "weight": "dm", "gamma": "m", "shift": "m", "mean": "d", "history": "h4"}
+_AXES = {
+    "output": "mC",
+    "output_bias": "K",
+    "weight": "dm",
+    "gamma": "m",
+    "shift": "m",
+    "mean": "d",
+    "deviations": "d",
+    "history": "h4",
+}
 #: Tensors that files of former versions, or of some models, do not have.
-_OPTIONAL = {"given_gates", "output_bias"}
+_OPTIONAL = {"given_gates", "output_bias", "deviations"}
 _GATE_AXES = {"gate_offsets": "P", "gates": "dP", "gate_index": "m"}
 _MAY_BE_EMPTY = "mh"
 _NETWORK = ("weight", "gamma", "shift", "output", "output_bias", "mean")
@@ -41,11 +50,28 @@ _NAN = np.nextafter(_INFINITY, 0)
 
 _ROUNDING = 1e-9
 
+#: Endings of files of other kinds, which a reader would take by their name.
+_OTHER_ENDINGS = {
+    ".pkl", ".pickle", ".joblib", ".pt", ".pth", ".pt2", ".onnx", ".h5", ".npy", ".npz", ".csv", ".parquet", ".json",
+    ".html", ".zip",
+}  # fmt: skip
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that says another kind of file."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in _OTHER_ENDINGS:
+        raise ValueError(
+            f"{os.fspath(path)!r} is not written: models are safetensors files, and {ending} says another kind; "
+            "let the name end in .safetensors."
+        )
+
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a fitted estimator to a safetensors file, atomically."""
     check_is_fitted(model)
     model._validate_params()
+    check_name(path)
     arrays, header = tensors_of(model), headers.of_model(model)
     with refusing(f"{os.fspath(path)!r} is not written", "fit the model again and save it"):
         restore(arrays, header, (type(model),))
@@ -95,9 +121,12 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     require(header["estimator"] in known, "estimator")
     kind, parameters = known[header["estimator"]], {**headers.FORMERLY, **header["parameters"]}
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
-    require(same_names(parameters, set(kind().get_params()) - {"callback", *given}), "parameters")
+    names = set(kind().get_params()) - {"callback", *given}
+    require(same_names({*parameters, *(names & {"class_weight"})}, names), "parameters")
     require(given or isinstance(parameters["gates"], str), "parameters")
     parameters["convolution"] = headers.convolution(parameters["convolution"])
+    if "class_weight" in parameters:
+        parameters["class_weight"] = headers.class_weight(parameters["class_weight"])
     model = kind(**parameters, **given)
     try:
         model._validate_params()
@@ -116,7 +145,7 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
     stored = arrays["history"]
     history = np.where(np.abs(stored) == _INFINITY, np.copysign(np.inf, stored), stored)
     history[stored == _NAN] = np.nan
-    return {
+    return ({"_deviations": arrays["deviations"]} if "deviations" in arrays else {}) | {
         "network_": BatchNormNetwork(n_effective=header["n_effective"], convolution=layer, **network),
         "gates_": arrays.get("gates"),
         "gate_offsets_": arrays.get("gate_offsets"),
@@ -172,6 +201,8 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
         arrays["gate_index"] = network.gate_index.astype(np.int64)
     if not isinstance(model.gates, str):
         arrays["given_gates"] = np.asarray(model.gates, dtype=np.float64)
+    if hasattr(model, "_deviations"):
+        arrays["deviations"] = model._deviations
     history = np.array(model.history_, dtype=np.float64).reshape(-1, 4)
     arrays["history"] = np.nan_to_num(history, nan=_NAN, posinf=_INFINITY, neginf=-_INFINITY)
     return arrays
@@ -180,6 +211,8 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
 def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
     """Refuse missing and unknown tensors, other types and shapes, and impossible values."""
     axes = _AXES | (_GATE_AXES if gated else {})
+    if "deviations" in arrays:
+        require(np.all(arrays["deviations"] >= 0), "deviations")
     axes = {name: letters for name, letters in axes.items() if name in arrays or name not in _OPTIONAL}
     require(same_names(arrays, {*axes, *(_OPTIONAL & set(arrays))}), "list of tensors")
     sizes = {"4": 4}

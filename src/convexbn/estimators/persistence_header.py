@@ -46,9 +46,9 @@ _SOURCE = schema.record(
     seed=schema.count, task=schema.one_of("classification", "regression"),
 )  # fmt: skip
 
-_CLASSES = schema.record(
-    dtype=schema.matching(r"[<>|=]?[biufUO]\d*"), labels=schema.list_of(str, int, float, bool, least=2)
-)
+_LABELS = (str, int, float, bool)
+_CLASSES = schema.record(dtype=schema.matching(r"[<>|=]?[biufUO]\d*"), labels=schema.list_of(*_LABELS, least=2))
+_LABEL = schema.list_of(*_LABELS, least=1)
 _MAX_CLASS_BYTES = 1 << 28
 
 
@@ -152,9 +152,21 @@ def parameters(model: Any) -> dict[str, Any]:
         kept["convolution"] = asdict(getattr(model, "network_", model).convolution)
     if not isinstance(model.gates, str):
         del kept["gates"]
+    if kept.get("class_weight") is None:  # as in files from before there were weights of classes
+        kept.pop("class_weight", None)
+    elif not isinstance(model.class_weight, str):
+        kept["class_weight"] = [[_plain(label), float(weight)] for label, weight in model.class_weight.items()]
     if not isinstance(model.random_state, (int, np.integer)):
         kept["random_state"] = None
     return _plain(kept)
+
+
+def class_weight(block: Any) -> Any:
+    """Weights of classes as the estimator takes them."""
+    if not isinstance(block, list):
+        return block
+    require(all(type(pair) is list and len(pair) == 2 and _LABEL(pair[:1]) for pair in block), "class_weight")
+    return dict(block)
 
 
 def convolution(block: Any) -> Convolution | None:

@@ -17,6 +17,9 @@ from convexbn.program.losses import LossKind, loss_kind
 class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for regression.
 
+    The default, ``activation="gated"``, is piecewise linear and jumps at its gates; ``activation="relu"`` is
+    continuous: see :class:`ConvexBNClassifier`.
+
     Parameters
     ----------
     activation, weight_decay, n_gates, gates, linear, fit_intercept, standardize, width, n_starts
@@ -32,7 +35,8 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
 
     Attributes
     ----------
-    certificate_, network_, gates_, gate_offsets_, weight_decay_, rank_, history_, n_iter_, fingerprint_
+    certificate_, network_, gates_, gate_offsets_, weight_decay_, rank_, history_, n_iter_, fingerprint_,
+    feature_importances_
         As in :class:`ConvexBNClassifier`.
 
     Examples

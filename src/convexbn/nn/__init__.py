@@ -16,3 +16,7 @@ __all__ = [
     "ConvexLayer", "GatedModule", "LastLayers", "Reoptimisation", "certify", "from_module", "gated_outputs",
     "read_last_layers", "reoptimise", "to_module",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,7 +22,7 @@ from convexbn.program.readout import readout_of
 _CHUNK_ENTRIES, _IMAGE_ENTRIES = 1 << 21, 1 << 23
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BatchNormNetwork:
     """``F(x) = sum_j phi(gamma_j BN(x'w_j) + shift_j / sqrt(n)) output_j + output_bias`` with stored statistics.
 
@@ -74,6 +74,18 @@ class BatchNormNetwork:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), np.ndarray):
                 object.__setattr__(self, field.name, np.array(value, order="C"))
+
+    def __repr__(self) -> str:
+        kind, inputs = "ReLU" if self.gate_index is None else "gated", _count(self.n_features, "input")
+        if (layer := self.convolution) is not None:
+            *image, channels = layer.geometry.image
+            kind, sizes = f"{kind} convolutional", [*image[-layer.dimensions :], channels]
+            kernel = layer.geometry.kernel[-layer.dimensions :]
+            inputs = f"inputs of {' x '.join(map(str, sizes))}, filters of {' x '.join(map(str, kernel))}"
+        counts = [_count(self.n_neurons, "neuron"), _count(self.n_outputs, "output")]
+        if self.gate_index is not None:
+            counts.append(_count(len(np.unique(self.gate_index)), "gate"))
+        return f"<{kind} network: {', '.join([inputs, *counts])}>"
 
     @property
     def n_features(self) -> int:
@@ -133,6 +145,28 @@ class BatchNormNetwork:
             return None
         first, place = distinct_gates(self.gates, self.gate_offsets)
         return self.gates[:, first], self.gate_offsets[first], place
+
+    def influences(self, deviations: Float) -> Float:
+        """Changes of the pre-activations, in their own deviations, by one deviation of each feature: (d, m).
+
+        They are ``|w_ij| deviation_i``, whatever the units of the features.
+
+        Parameters
+        ----------
+        deviations : ndarray (d,)
+            Of the features, or of the places of a patch.
+        """
+        influences: Float = np.abs(self.weight) * deviations[:, None]
+        return influences
+
+    def importances(self, deviations: Float) -> Float:
+        """Shares of the features in the outputs: ``sum_j |w_ij| deviation_i gamma_j ||c_j||``, with sum 1: (d,).
+
+        All are 0 if no neuron depends on the features.
+        """
+        found: Float = self.influences(deviations) @ (self.gamma * np.linalg.norm(self.output, axis=1))
+        total = found.sum()
+        return found / total if total > 0 else found
 
     @property
     def layer(self) -> Convolution:
@@ -210,3 +244,7 @@ class BatchNormNetwork:
         index = blocks.gate_index[block]
         plain = cls.from_neurons(whitening, neurons, convolution)
         return replace(plain, gates=gates[:, index], gate_offsets=gate_offsets[index], gate_index=index)
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"

@@ -47,6 +47,7 @@ def check_conversion(
     rows: Float | None,
     tol: float | None,
     probes: Float | None = None,
+    expected: Callable[[Float], Float] | None = None,
 ) -> None:
     """Compare a converted network with its origin on probe rows and on ``rows``; raise a ValueError if they differ.
 
@@ -55,11 +56,13 @@ def check_conversion(
     network, converted : BatchNormNetwork, callable
         ``converted`` takes rows of ``dtype`` and returns the outputs of the converted network.
     dtype : dtype
-        float32 or float64; the rows are rounded to it first, so that only the network is measured.
+        float32 or float64. Probe rows are numbers of it; ``rows`` need not be: then their rounding is measured too.
     rows, probes : ndarray (n, d), optional
         ``probes`` replace ``probe_rows``.
     tol : float or None
         Allowed difference relative to the largest output; ``TOLERANCES`` by default.
+    expected : callable, optional
+        Gives the outputs of the origin, if it is more than its network.
     """
     d = network.n_features
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != d):
@@ -67,9 +70,9 @@ def check_conversion(
     name = np.dtype(dtype).name
     allowed = TOLERANCES[name] if tol is None else tol
     probes = probe_rows(network.weight, network.mean) if probes is None else probes
-    for kind, points in [("probe rows", probes)] + ([] if rows is None else [("the rows of X", rows)]):
-        points = rounded(points, dtype)
-        error = output_error(network.predict(points), np.asarray(converted(points.astype(dtype)), dtype=np.float64))
+    outputs = network.predict if expected is None else expected
+    for kind, points in [("probe rows", rounded(probes, dtype))] + ([] if rows is None else [("the rows of X", rows)]):
+        error = output_error(outputs(points), np.asarray(converted(points.astype(dtype)), dtype=np.float64))
         if not error <= allowed:
             wider = "" if name == "float64" else "convert to float64, "
             raise ValueError(

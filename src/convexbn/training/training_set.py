@@ -18,6 +18,7 @@ from convexbn.data.convolution import Convolution
 from convexbn.data.patches import PatchMatrix
 from convexbn.data.row_matrix import row_matrix
 from convexbn.data.whitening import Whitening, whiten
+from convexbn.program.gate_margins import apart_from_rows
 from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.gates import first_of_each_pattern, gate_patterns, gates_along, sample_directions, sample_gates
 from convexbn.program.losses import Loss, LossKind
@@ -149,6 +150,8 @@ class TrainingSet:
     ) -> tuple[Float, Float, GatedProgram]:
         """Sampled or given gates with their offsets, (d, P) and (P,), and their program; of equal patterns the first.
 
+        Sampled gates keep their distance from the rows, see ``program.gate_margins``; given ones stay as they are.
+
         Parameters
         ----------
         gates : {"data", "whitened", "trained"} or ndarray (d, P) or (d + 1, P)
@@ -158,7 +161,7 @@ class TrainingSet:
         linear : bool, default=False
             Whether the first gate is open everywhere: its block is a linear model on the whitened rows.
         """
-        n, d = self.inputs.shape
+        (n, d), drawn = self.inputs.shape, isinstance(gates, str)
         if isinstance(gates, str):
             _check_memory(n, d, n_gates)
             if gates == "trained":
@@ -174,7 +177,10 @@ class TrainingSet:
         kept = first_of_each_pattern(patterns)
         patterns = np.ascontiguousarray(patterns[:, kept])
         program = GatedProgram(gated_operator(self.whitening.rows, patterns, self.readout), self.loss, 1.0)
-        return np.ascontiguousarray(directions[:, kept]), offsets[kept], program
+        directions, offsets = np.ascontiguousarray(directions[:, kept]), offsets[kept]
+        if drawn:
+            directions, offsets = apart_from_rows(self.inputs, self.whitening, directions, offsets, patterns)
+        return directions, offsets, program
 
     def _trained_gates(self, n_gates: int, random_state: np.random.RandomState) -> tuple[Float, Float]:
         """First layers of ReLU neurons after a short mini-batch descent: directions (d, P) and offsets (P,)."""

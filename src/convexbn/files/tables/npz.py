@@ -44,12 +44,12 @@ def read_npz(path: Path, wanted: Selection) -> Dataset:
             shapes = ", ".join(f"{other!r} {member.shape}" for other, member in list(members.items())[:20])
             raise TableError(f"has no array {target!r} of shape ({rows},) for the target; its arrays are {shapes}")
         check_memory(8 * rows * width)
-        chosen = Selection(None, wanted.features).choose([f"x{index}" for index in range(width)])
+        chosen = wanted._replace(target=None).choose([f"x{index}" for index in range(width)])
         with np.errstate(over="ignore"):
             matrix = np.asarray(_array(archive, members[name]).reshape(rows, width), dtype=np.float64)
         for index, column in enumerate(matrix.T):  # a mask of the whole matrix would cost an eighth of it
             finite(column, f"x{index}")
-        if wanted.features is not None:
+        if len(chosen) < width or wanted.features is not None:
             matrix = matrix[:, [int(column[1:]) for column in chosen]]
         image_shape = tuple(shape) if len(shape) > 1 else None
         y = None if target is None else finite(declared(_array(archive, members[target]), target), target)

@@ -58,7 +58,7 @@ def _check_arrow_type(name: str, kind: Any, text_allowed: bool) -> None:
     text = types.is_string(values) or types.is_large_string(values)
     if not (number or (text and text_allowed)):
         wanted = "numbers or text" if text_allowed else "numbers"
-        raise TableError(f"column {name!r} is {kind}, and {wanted} are needed; convert it or leave it out")
+        raise TableError(f"column {name!r} is {kind}, and {wanted} are needed; convert it or leave it out (--drop)")
 
 
 def _arrow_column(batch: Any, name: str, before: int) -> NDArray[Any]:

@@ -18,7 +18,10 @@ _READERS: dict[str, Callable[[Path, Selection], Dataset]] = {
 
 
 def read_table(
-    path: str | os.PathLike[str], target: str | None = None, features: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    features: Sequence[str] | None = None,
+    dropped: Sequence[str] = (),
 ) -> Dataset:
     r"""Read a data matrix and its target from a file.
 
@@ -35,6 +38,8 @@ def read_table(
         Column of the target; in an ``.npz``, the array. None: the table has no target.
     features : sequence of str, optional
         Columns to read, in this order; others are ignored. None: every column but the target.
+    dropped : sequence of str
+        Columns of these to leave out.
 
     Raises
     ------
@@ -64,7 +69,7 @@ def read_table(
             raise TableError("no such file; check the path")
         if not file.is_file():
             raise TableError("not a regular file; give the path of a file")
-        return reader(file, Selection(target, features))
+        return reader(file, Selection(target, features, dropped))
     except TableError as error:
         error.args = (f"{file}: {error}",)
         raise

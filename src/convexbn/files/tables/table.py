@@ -28,10 +28,11 @@ class TableError(ValueError):
 
 
 class Selection(NamedTuple):
-    """Columns to read: a target or None, and the features in order, or None for all other columns."""
+    """Columns to read: a target or None, the features in order, or None for all other columns, but those dropped."""
 
     target: str | None
     features: Sequence[str] | None
+    dropped: Sequence[str] = ()
 
     def choose(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the names of the feature columns among the names of all columns."""
@@ -39,14 +40,18 @@ class Selection(NamedTuple):
         if repeated := [name for name, times in known.items() if times > 1]:
             raise TableError(f"several columns are called {listed(repeated)}; give each its own name")
         chosen = tuple(name for name in names if name != self.target) if self.features is None else tuple(self.features)
-        if missing := [name for name in (*chosen, self.target) if name is not None and name not in known]:
+        wanted = (*chosen, self.target, *self.dropped)
+        if missing := [name for name in wanted if name is not None and name not in known]:
             raise TableError(f"has no column {listed(missing)}; its columns are {listed(names)}")
         if self.target in chosen:
             raise TableError(f"column {self.target!r} is asked for as target and as feature; name it once")
+        chosen = tuple(name for name in chosen if name not in self.dropped)
         for unnamed in ("", "__index_level_0__"):  # pandas' row index: as a feature, a column nobody meant
             if unnamed in chosen:
                 position = names.index(unnamed) + 1
-                raise TableError(f"column {position} has no name; name it, or if it numbers the rows, leave it out")
+                raise TableError(
+                    f"column {position} has no name; name it, or if it numbers the rows, leave it out (--drop)"
+                )
         if not chosen:
             raise TableError("no feature column is left; a table needs one besides the target")
         return chosen

@@ -130,7 +130,7 @@ def _number(line: int, name: str, cell: str) -> float:
     if _NUMBER.fullmatch(_present(line, name, cell)):
         return float(cell)
     comma = _NUMBER.fullmatch(cell.replace(",", "."))
-    remedy = "write decimals with a point" if comma else "encode the column as numbers or leave it out"
+    remedy = "write decimals with a point" if comma else "encode the column as numbers or leave it out (--drop)"
     raise TableError(f"line {line}: column {name!r} holds the text {quoted(cell)}, not a number; {remedy}")
 
 
