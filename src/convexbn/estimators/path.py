@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +222,9 @@ class RegularisationPath(Iterator[PathPoint]):
             data = self._data.at(model)
             self._last = kind, data, None if model.activation == "relu" else model._draw_gates(data)
         _, data, drawn = self._last
-        start = start_of(data, model, [point.model for point in self.points[-2:]])
+        start = None
+        with suppress(np.linalg.LinAlgError):  # a start that cannot be computed is none
+            start = start_of(data, model, [point.model for point in self.points[-2:]])
         fitted = model._train(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))
