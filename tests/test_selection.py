@@ -263,5 +263,5 @@ def test_defaults_are_those_of_the_estimators():
         theirs = plain.get_params()
         assert {k: v for k, v in ours.get_params().items() if k in theirs}.items() <= theirs.items()
         selected = {"weight_decay", "rank", "spectral_filter"}
-        assert set(theirs) - set(ours.get_params()) == selected | {"callback"}
+        assert set(theirs) - set(ours.get_params()) == selected
         assert cross_validation._SelectionCV._parameter_constraints.keys() <= ours._parameter_constraints.keys()

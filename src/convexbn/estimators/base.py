@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -20,6 +19,7 @@ from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
+from convexbn.data.warn import one_warning, warn
 from convexbn.estimators import persistence
 from convexbn.estimators.parameters import NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
@@ -66,11 +66,12 @@ class BaseConvexBN(NetworkParameters):
         before = self.__dict__.copy()
         try:
             budget = Budget(self.time_limit, self.callback)
-            data, labels = self._prepare(X, y, sample_weight)
-            self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
-            proof = self.certificate_
-            if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-                warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=2)
+            with one_warning():
+                data, labels = self._prepare(X, y, sample_weight)
+                self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
+                proof = self.certificate_
+                if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
+                    warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning)
         except BaseException:
             self.__dict__ = before
             raise

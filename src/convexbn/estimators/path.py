@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convexbn.certificate.certificate import Certificate
+from convexbn.data.warn import one_warning
 from convexbn.estimators import KINDS, path_checkpoint
 from convexbn.estimators.path_checkpoint import PathCheckpoint, question_of
 from convexbn.estimators.path_data import PathData
@@ -123,7 +124,8 @@ def fit_path(
     if checkpoint is not None and not isinstance(estimator.random_state, (int, np.integer)):
         raise ValueError("a path with a checkpoint needs an integer random_state: the same draws when it is resumed.")
     grid_of_ranks = checked_values(model, "rank", ranks)
-    data = PathData.prepare(model, grid_of_ranks, X, y, sample_weight)
+    with one_warning():
+        data = PathData.prepare(model, grid_of_ranks, X, y, sample_weight)
     if validation is not None:
         if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
             raise ValueError("validation must be a pair (X, y) of rows and targets.")
@@ -194,6 +196,15 @@ class RegularisationPath(Iterator[PathPoint]):
         self._given += 1
         return self.points[self._given - 1]
 
+    def follow(self, weight_decay: float, rank: int | float | None) -> PathPoint:
+        """Solve one more point, at the end of the grid; an error leaves the path as it was."""
+        self.grid.append((weight_decay, rank))
+        try:
+            return next(self)
+        except BaseException:
+            self.grid.pop()
+            raise
+
     def _keep(self) -> None:
         """Write the finished points, if some are not written yet."""
         if self._checkpoint is not None and self._written < len(self.points):
@@ -215,7 +226,7 @@ class RegularisationPath(Iterator[PathPoint]):
         return [point for turn, line in enumerate(lines) for point in (line if turn % 2 == 0 else line[::-1])]
 
     def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
-        """Solve a point from the points before it; training rows and gates are kept while the rank stays."""
+        """Solve a point from those near it; training rows and gates are kept while the rank stays."""
         model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
         kind = type(rank), rank  # 1 is a direction, 1.0 the whole variance
         if self._last is None or self._last[0] != kind:
@@ -224,7 +235,13 @@ class RegularisationPath(Iterator[PathPoint]):
         _, data, drawn = self._last
         start = None
         with suppress(np.linalg.LinAlgError):  # a start that cannot be computed is none
-            start = start_of(data, model, [point.model for point in self.points[-2:]])
+            start = start_of(data, model, self._former(weight_decay, kind))
         fitted = model._train(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))
+
+    def _former(self, weight_decay: float, kind: tuple[type, int | float | None]) -> list[Any]:
+        """The two models of nearest weight decay at this rank, the nearest last, or one of another rank."""
+        models = [point.model for point in self.points]
+        models.sort(key=lambda model: -abs(np.log(model.weight_decay / weight_decay)))
+        return [model for model in models if (type(model.rank), model.rank) == kind][-2:] or models[-1:]

@@ -97,7 +97,7 @@ def _solve_somehow(
     method: Solver[GatedProgram, GateBlocks], program: GatedProgram, start: GateBlocks | None, budget: Budget | None,
     tol: float,
 ) -> Solution[GateBlocks]:  # fmt: skip
-    """Solution of a solver; where rounding breaks it, without the warm start, then by descent; the zero network last."""
+    """Solution of a solver; where rounding breaks it, without the start, then by descent; at last the zero network."""
     attempts = [(method, start)] if start is None else [(method, start), (method, None)]
     if isinstance(program.operator, MaskedRows):
         attempts.append((Subspace(tol), None))
