@@ -69,13 +69,17 @@ class BaseConvexBN(NetworkParameters):
             with one_warning():
                 data, labels = self._prepare(X, y, sample_weight)
                 self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
-                proof = self.certificate_
-                if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-                    warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning)
+                self._warn_if_open()
         except BaseException:
             self.__dict__ = before
             raise
         return self
+
+    def _warn_if_open(self) -> None:
+        """Warn if the network is not certified."""
+        proof = self.certificate_
+        if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
+            warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning)
 
     def transform(self, X: Any) -> Float:
         """Hidden activations, one a neuron (of a convolution one a neuron and region): (n, d) -> (n, n_neurons)."""

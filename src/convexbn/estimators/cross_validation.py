@@ -15,7 +15,7 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import check_cv
-from sklearn.utils import _safe_indexing, indexable
+from sklearn.utils import indexable
 from sklearn.utils._metadata_requests import _routing_enabled
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
@@ -27,13 +27,14 @@ from convexbn.data.warn import one_warning, warn
 from convexbn.estimators.classifier import ConvexBNClassifier
 from convexbn.estimators.fold import Fold
 from convexbn.estimators.parameters import NetworkParameters, RegressionParameters, parameters
+from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.estimators.regressor import ConvexBNRegressor
 from convexbn.estimators.selection import Selection, SelectionProgress, reporter
 
 #: Relative gap to which a search solves on the folds; the best candidate has the estimator's own.
-_SEARCH_TOL = 1e-3
+_SEARCH_TOL = 1e-2
 
 #: Fitted attributes of the best estimator that the selection shows as its own.
 _SHOWN = ["weight_decay_", "rank_", "certificate_", "network_", "n_iter_"]
@@ -91,7 +92,7 @@ class _SelectionCV(NetworkParameters):
         self._validate_params()
         y = _plain(y)
         with one_warning():
-            model, grid = self._candidates(X, y, sample_weight)
+            model, grid, data = self._candidates(X, y, sample_weight)
             candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
             folds = self._folds(model, grid, (X, y, sample_weight), params)
             with reporter(self.callback, verbose=bool(self.verbose)) as report:
@@ -100,7 +101,12 @@ class _SelectionCV(NetworkParameters):
             _check_scores(found)
             results = _results(candidates, found)
             best = int(np.argmin(results["rank_test_score"]))
-            fitted = unfitted(model, **candidates[best]).fit(X, y, sample_weight)
+            fitted = unfitted(model, **candidates[best])
+            if data is None or len(candidates) > len(grid["weight_decay"]):
+                fitted.fit(X, y, sample_weight)
+            else:  # whitened, and gates drawn, for the grid
+                fitted = RegularisationPath(fitted, data, [], []).follow(fitted.weight_decay, fitted.rank).model
+                fitted._warn_if_open()
         self.__dict__ |= {name: value for name, value in vars(fitted).items() if name in _SHOWN} | {
             "cv_results_": results, "best_index_": best, "best_params_": candidates[best], "best_estimator_": fitted,
             "best_score_": float(results["mean_test_score"][best]), "n_gates_": candidates[best]["n_gates"],
@@ -108,8 +114,8 @@ class _SelectionCV(NetworkParameters):
         }  # fmt: skip
         return self
 
-    def _candidates(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, dict[str, list[Any]]]:
-        """An unfitted estimator, and the values of the parameters to choose."""
+    def _candidates(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, dict[str, list[Any]], PathData | None]:
+        """An unfitted estimator, the values of the parameters to choose, and the rows if they were whitened for it."""
         settings, own = self._estimator().get_params(), self.get_params(deep=False)
         own["callback"] = None  # the selection's own
         model = with_seed(self._estimator(**{name: own[name] for name in settings if name in own}))
@@ -119,45 +125,41 @@ class _SelectionCV(NetworkParameters):
         model.n_gates = max(grid["n_gates"])
         grid["spectral_filter"] = checked_values(model, "spectral_filter", self.spectral_filters)
         grid["rank"] = checked_values(model, "rank", self.ranks)
+        data = None
         if self.weight_decays is None:
             data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
-            grid["weight_decay"] = default_decays(data.model, data.largest)
+            grid["weight_decay"] = default_decays(data.max_weight_decay())
         else:
             model._checked_data(X, y, sample_weight, reset=True)
             grid["weight_decay"] = checked_decays(self.weight_decays)
-        return model, grid
+        return model, grid, data
 
     def _folds(
         self, model: Any, grid: dict[str, list[Any]], rows: tuple[Any, Any, Any], params: dict[str, Any]
     ) -> list[Fold]:
         """Folds of the splitter, with what it and the scorer request."""
-        X, y, sample_weight = indexable(*rows)
+        X, y, sample_weight = rows = tuple(indexable(*rows))
         scorer = self._scorer()
         if _routing_enabled():
             routed = process_routing(self, "fit", sample_weight=sample_weight, **params)
             split, score = routed.splitter.split, routed.scorer.score
         elif unknown := set(params) - {"groups"}:
             raise TypeError(
-                f"fit takes sample_weight and groups, not {', '.join(sorted(unknown))}; others take routing."
+                f"fit() got an unexpected keyword argument {min(unknown)!r}: enable metadata routing for it."
             )
         else:
             split = {"groups": _plain(params.get("groups"))}
             score = {} if sample_weight is None or not _takes_weights(scorer) else {"sample_weight": sample_weight}
         if self.weight_decays is None:
             model = unfitted(model, tol=max(model.tol, _SEARCH_TOL))
-
-        def part(array: Any, index: Any) -> Any:
-            return None if array is None else _safe_indexing(array, index)
-
-        splits = check_cv(self.cv, y, classifier=isinstance(self, ClassifierMixin)).split(X, y, **split)
+        cv, classifier = self.cv, isinstance(self, ClassifierMixin)
+        if cv is None and classifier:  # not more folds than rows of the largest class
+            cv = min(5, int(np.unique(np.asarray(y), return_counts=True)[1].max()))
+        splits = check_cv(cv, y, classifier=classifier).split(X, y, **split)
         return [
-            Fold(
-                model, grid, train=(part(X, train), part(y, train), part(sample_weight, train)),
-                test=(part(X, test), part(y, test)), scorer=scorer,
-                score_options=_check_method_params(X, params=score, indices=test),
-            )
+            Fold(model, grid, rows, train, test, scorer, _check_method_params(X, params=score, indices=test))
             for train, test in splits
-        ]  # fmt: skip
+        ]
 
     def _scorer(self) -> Callable[..., float]:
         """Scorer of the parameter ``scoring``; by default that of the estimator's ``score``."""
@@ -166,10 +168,9 @@ class _SelectionCV(NetworkParameters):
 
     def get_metadata_routing(self) -> Any:
         """Router of scikit-learn's metadata: ``fit`` passes to the splitter and to the scorer what they request."""
-        both = MethodMapping().add(caller="fit", callee="score").add(caller="score", callee="score")
         router = MetadataRouter(owner=self).add_self_request(self)
         router.add(splitter=self.cv, method_mapping=MethodMapping().add(caller="fit", callee="split"))
-        return router.add(scorer=self._scorer(), method_mapping=both)
+        return router.add(scorer=self._scorer(), method_mapping=MethodMapping().add(caller="fit", callee="score"))
 
     def transform(self, X: Any) -> Float:
         """Hidden activations of the best estimator."""

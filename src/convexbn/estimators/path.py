@@ -18,7 +18,6 @@ from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
-from convexbn.training.training_set import TrainingSet
 from convexbn.training.warm_start import start_of
 
 
@@ -136,7 +135,7 @@ def fit_path(
         rows = {"X": X, "y": y, "sample_weight": sample_weight, "validation rows": validation}
         rows["feature names"] = data.labels.get("feature_names_in_")
         file = PathCheckpoint(checkpoint, question_of(model, given, grid_of_ranks, rows), KINDS)
-    decays = given or (file and file.weight_decays) or default_decays(model, data.largest)
+    decays = given or (file and file.weight_decays) or default_decays(data.max_weight_decay())
     score = None if validation is None else (lambda fitted: float(fitted.score(*validation)))
     return RegularisationPath(model, data, decays, grid_of_ranks, score=score, checkpoint=file)
 
@@ -180,7 +179,6 @@ class RegularisationPath(Iterator[PathPoint]):
         ]
         self._model, self._data, self._score, self._checkpoint = model, data, score, checkpoint
         self._weight_decays, self._given, self._written = weight_decays, 0, -1
-        self._last: tuple[Any, TrainingSet, Any] | None = None
         self.points = [PathPoint(*point) for point in checkpoint.points] if checkpoint is not None else []
         self._keep()
 
@@ -228,20 +226,17 @@ class RegularisationPath(Iterator[PathPoint]):
     def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
         """Solve a point from those near it; training rows and gates are kept while the rank stays."""
         model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
-        kind = type(rank), rank  # 1 is a direction, 1.0 the whole variance
-        if self._last is None or self._last[0] != kind:
-            data = self._data.at(model)
-            self._last = kind, data, None if model.activation == "relu" else model._draw_gates(data)
-        _, data, drawn = self._last
+        data, drawn = self._data.drawn(model)
         start = None
         with suppress(np.linalg.LinAlgError):  # a start that cannot be computed is none
-            start = start_of(data, model, self._former(weight_decay, kind))
+            start = start_of(data, model, self._former(model))
         fitted = model._train(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))
 
-    def _former(self, weight_decay: float, kind: tuple[type, int | float | None]) -> list[Any]:
+    def _former(self, model: Any) -> list[Any]:
         """The two models of nearest weight decay at this rank, the nearest last, or one of another rank."""
         models = [point.model for point in self.points]
-        models.sort(key=lambda model: -abs(np.log(model.weight_decay / weight_decay)))
-        return [model for model in models if (type(model.rank), model.rank) == kind][-2:] or models[-1:]
+        models.sort(key=lambda other: -abs(np.log(other.weight_decay / model.weight_decay)))
+        same = [other for other in models if (type(other.rank), other.rank) == (type(model.rank), model.rank)]
+        return same[-2:] or models[-1:]

@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from convexbn.estimators.counter import counter
 from convexbn.estimators.fold import Fold, Score
 
 #: Steps of a search along the weight decays, in candidates, and how many it takes a line at most, as a rule.
-_STEPS, _TAKEN = (4, 2), 7
+_STEPS, _TAKEN = (6, 3), 6
 
 
 class SelectionProgress(NamedTuple):
@@ -119,14 +119,16 @@ class Selection:
 
     def _search(self, start: int, best: int, total: int) -> int:
         """Pattern search along a line: move to a better neighbour while there is one, then halve the step."""
+
+        def mean(i: int) -> float:
+            self._score([start + i], total)
+            return float(np.nan_to_num(self.means[start + i], nan=-np.inf))
+
         for step in _STEPS:
-            while True:
-                near = [i for i in (best - step, best, best + step) if 0 <= i < self.n_decays]
-                self._score([start + i for i in near], total)
-                values = np.nan_to_num(self.means[[start + i for i in near]], nan=-np.inf)
-                if values.max() <= values[near.index(best)]:
-                    break
-                best = near[int(np.argmax(values))]
+            near = [best + step, best - step]
+            while near:
+                if 0 <= (other := near.pop(0)) < self.n_decays and mean(other) > mean(best):
+                    near, best = [2 * other - best], other
         return best
 
     def _score(self, asked: Sequence[int], total: int, *, last: bool = False) -> None:
@@ -136,47 +138,46 @@ class Selection:
         self._known |= {*new}
         chosen, before = [self.candidates[i] for i in new], self._finished
 
-        def tick(count: int) -> None:
-            self._finished += count
+        def tick() -> None:
+            self._finished += 1
             most = max(total, before + len(new) * len(self.folds))
             best = np.nan_to_num(self.means, nan=-np.inf).max()
             seconds = time.monotonic() - self._started
             self.report(SelectionProgress(self._finished, most, seconds, best if np.isfinite(best) else np.nan))
 
-        if effective_n_jobs(self.n_jobs) == 1:
-            for split, fold in enumerate(self.folds):
-                self._keep(split, new, fold.scores(chosen, lambda: tick(1)))
-                if last:
-                    fold.forget()
-            return
-        work = (delayed(_scores)(fold, chosen, last) for fold in self.folds)
-        for split, (fold, found) in enumerate(Parallel(n_jobs=self.n_jobs, return_as="generator")(work)):
-            self.folds[split] = fold
-            self._keep(split, new, found)
-            tick(len(new))
+        for split, found in enumerate(self._found(chosen, last=last)):
+            for i, score in zip(new, found, strict=True):
+                self.scores[i, split], self.gaps[i, split] = score.value, score.gap
+                self._note(i, split, score)
+                tick()
 
-    def _keep(self, split: int, asked: list[int], found: list[Score]) -> None:
-        """Enter the scores of a fold."""
-        self.scores[asked, split] = [score.value for score in found]
-        self.gaps[asked, split] = [score.gap for score in found]
-        nan = "its score is not a number"
-        reasons = [(score.failure or nan) if np.isnan(score.value) else "" for score in found]
-        if all(reasons) and len(set(reasons)) == 1:
-            self._tell(f"fold {split}: {reasons[0]}")
+    def _found(self, candidates: list[dict[str, Any]], *, last: bool) -> Iterator[Iterable[Score]]:
+        """Scores of candidates on each fold, as they come."""
+        if effective_n_jobs(self.n_jobs) > 1:
+            work = (delayed(_scores)(fold, candidates, last) for fold in self.folds)
+            for split, (fold, found) in enumerate(Parallel(n_jobs=self.n_jobs, return_as="generator")(work)):
+                self.folds[split] = fold
+                yield found
             return
-        for i, reason in zip(asked, reasons, strict=True):
-            if reason:
-                settings = ", ".join(f"{name}={value!r}" for name, value in self.candidates[i].items())
-                self._tell(f"fold {split}, {settings}: {reason}")
+        for fold in self.folds:
+            yield fold.scores(candidates)
+            if last:
+                fold.forget()
 
-    def _tell(self, failure: str) -> None:
+    def _note(self, candidate: int, split: int, score: Score) -> None:
+        """Note why a score is missing: of a fold that failed once."""
+        if not np.isnan(score.value):
+            return
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.candidates[candidate].items())
+        place = f"fold {split}" if score.of_fold else f"fold {split}, {settings}"
+        failure = f"{place}: {score.failure or 'its score is not a number'}"
         if failure not in self.failures:
             self.failures.append(failure)
 
 
 def _scores(fold: Fold, candidates: list[dict[str, Any]], last: bool) -> tuple[Fold, list[Score]]:
     """What a worker sends back: the fold with what it has fitted, and the scores."""
-    found = fold.scores(candidates)
+    found = [*fold.scores(candidates)]
     if last:
         fold.forget()
     return fold, found
