@@ -19,7 +19,7 @@ from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, fit_path, max_weight_decay
 from convexbn.program.gated import GateBlocks
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.training import fit
@@ -121,6 +121,72 @@ def test_zero_is_called_optimal_only_where_it_is(tol, monkeypatch):
         model = fit_quietly(regressor(weight_decay=fraction * largest, tol=tol))
         assert model.certificate_.status is not Status.TRIVIAL, fraction
     assert fit_quietly(regressor(weight_decay=largest, tol=tol)).certificate_.status is Status.TRIVIAL
+
+
+@pytest.mark.parametrize("breaks", ["warm starts", "always"])
+def test_a_matrix_that_rounding_spoils_is_met_by_another_start_or_solver(breaks, monkeypatch):
+    asked = []
+
+    class Breaks:
+        def __init__(self, **settings):
+            self.settings = settings
+
+        def solve(self, program, start=None, budget=None, rng=None):
+            asked.append(start is not None)
+            if start is not None or breaks == "always":
+                raise np.linalg.LinAlgError("not positive definite")
+            return GroupNewton(**self.settings).solve(program, start, budget)
+
+    decays = [2.0, 1.0, 0.5]
+    expected = [point.certificate.objective for point in fit_path(regressor(), X, Y, weight_decays=decays)]
+    monkeypatch.setitem(fit.SOLVERS, "group_newton", Breaks)
+    points = list(fit_path(regressor(), X, Y, weight_decays=decays))
+    assert asked == [False, True, False, True, False]
+    assert [point.certificate.objective for point in points] == pytest.approx(expected, rel=1e-6)
+    assert {point.certificate.status for point in points} == {Status.CERTIFIED}
+
+
+def test_where_every_solver_breaks_the_network_is_zero_and_numerical(monkeypatch):
+    def breaks(*arguments, **options):
+        raise np.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(fit.GroupNewton, "solve", breaks)
+    monkeypatch.setattr(fit.Subspace, "solve", breaks)
+    model = fit_quietly(regressor(weight_decay=1.0))
+    assert model.certificate_.status is Status.NUMERICAL and model.network_.n_neurons == 0
+
+
+def test_a_path_on_columns_of_other_scales_ends():
+    """Newton's Hessian in float32 was indefinite at point 16."""
+    rng = np.random.default_rng(14)
+    rows = np.c_[np.arange(512), rng.normal(100, 30, 512).round(1), rng.integers(1, 7, 512)]
+    prices = rows[:, 1] * 3000 + rows[:, 2] * 20000 + rng.normal(0, 3e4, 512) + (rng.random(512) < 0.33) * 1e5
+    points = list(fit_path(ConvexBNRegressor(random_state=0), rows, prices.round(-2)))
+    assert {point.certificate.status for point in points} <= set(PROVED)
+
+
+def test_newton_stops_at_its_rounding_floor():
+    """With a tolerance of 0 it went on to ``max_iter``."""
+    model = fit_quietly(regressor(tol=0.0, weight_decay=0.01, n_gates=100))
+    assert model.certificate_.relative_gap < 1e-12 and model.n_iter_ <= 20
+    gaps = np.array([step.relative_gap for step in model.history_])
+    assert np.flatnonzero(gaps < 1e-13)[0] >= model.n_iter_ - 6
+
+
+def test_a_loss_of_zero_ends_the_descent():
+    """Every row beyond its margin: the dual is 0, and so was a divisor."""
+    rows = np.random.default_rng(58).standard_normal((6, 5))
+    model = ConvexBNClassifier(loss="squared_hinge", weight_decay=1e-3, n_gates=10, random_state=0)
+    assert model.fit(rows, [0, 1, 2, 0, 1, 2]).certificate_.status is Status.CERTIFIED
+
+
+def test_a_loss_too_large_for_its_decrease_is_honest():
+    rng = np.random.default_rng(10)
+    rows, targets = rng.standard_normal((16, 2)), rng.standard_normal(16)
+    targets[0] = 1e9
+    model = fit_quietly(regressor(loss="huber", huber_delta=3e8, weight_decay=1.0, n_gates=3), rows, targets)
+    proof = model.certificate_
+    assert proof.status in (Status.GAP_OPEN, *PROVED) and np.isfinite(proof.lower_bound)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), MemoryError("8 TB"), FloatingPointError("x"), KeyError("k")])

@@ -6,9 +6,19 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
-from sklearn.model_selection import GridSearchCV, KFold, PredefinedSplit, ShuffleSplit, StratifiedKFold
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning, NotFittedError
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    KFold,
+    LeaveOneOut,
+    PredefinedSplit,
+    ShuffleSplit,
+    StratifiedKFold,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
@@ -192,7 +202,8 @@ def test_a_score_that_is_no_number_is_never_the_best():
     def scoring(model, X, y):
         return np.nan if model.rank == 2 else model.score(X, y)
 
-    model = ConvexBNRegressorCV(**settings(cv=2, scoring=scoring)).fit(X, Y)
+    with pytest.warns(FitFailedWarning, match=r"fold 0, .*rank=2.*its score is not a number"):
+        model = ConvexBNRegressorCV(**settings(cv=2, scoring=scoring)).fit(X, Y)
     assert np.isfinite(model.best_score_) and model.best_params_["rank"] != 2
 
 
@@ -203,6 +214,183 @@ def test_the_draws_are_the_same_in_all_folds_and_the_estimator_stays_as_it_is():
         before = model.get_params()
         model.fit(X, Y)
         assert isinstance(model.best_estimator_.random_state, int) and model.get_params() == before
+
+
+# -- the search of the default grid --
+
+
+def test_a_search_scores_a_part_of_the_grid_and_chooses_as_well_as_all_of_it():
+    """Scores that depend on the weight decay alone, with one peak: the search ends within a step of it."""
+    largest = max_weight_decay(X, Y, n_gates=5, random_state=0)
+    for peak in (0, 4, 9, 13, 19):
+
+        def scoring(model, X, y, peak=peak):
+            return -((np.log(largest / model.weight_decay) / np.log(100) * 19 - peak) ** 2)
+
+        model = ConvexBNRegressorCV(n_gates=5, random_state=0, scoring=scoring).fit(X, Y)
+        known = np.isfinite(model.cv_results_["mean_test_score"])
+        assert abs(model.best_index_ - peak) <= 2 and known.sum() <= 8
+        assert np.isnan(model.cv_results_["max_relative_gap"][~known]).all()
+        assert model.cv_results_["max_relative_gap"][known].max() <= 1e-2
+        assert model.certificate_.status == "CERTIFIED" or model.best_index_ == 0
+
+
+def test_a_search_solves_few_points_on_each_fold(monkeypatch):
+    """The figure behind 'about ten fits': at most 8 points a fold, and the rows whitened once for grid and fit."""
+    points, whitenings, whiten = [], [], training_set.whiten
+    solve = RegularisationPath._solve
+    monkeypatch.setattr(RegularisationPath, "_solve", lambda *args: points.append(1) or solve(*args))
+    monkeypatch.setattr(training_set, "whiten", lambda *a, **o: whitenings.append(1) or whiten(*a, **o))
+    for seed in range(3):
+        points.clear(), whitenings.clear()
+        model = ConvexBNClassifierCV(random_state=seed).fit(X, LABELS)
+        assert len(points) <= 5 * 8 + 1 and len(whitenings) == 5 + 1
+        alone = ConvexBNClassifier(random_state=seed, **model.best_params_).fit(X, LABELS)
+        assert np.array_equal(model.network_.weight, alone.network_.weight)
+        assert {**vars(alone), "random_state": seed}.keys() == vars(model.best_estimator_).keys()
+
+
+def test_each_line_of_weight_decays_is_searched():
+    model = ConvexBNRegressorCV(n_gates=[5, 10], ranks=[2, 4], cv=3, random_state=0).fit(X, Y)
+    scored = np.isfinite(model.cv_results_["mean_test_score"]).reshape(4, 20).sum(axis=1)
+    assert (scored >= 2).all() and (scored <= 8).all()
+
+
+# -- folds and candidates that fail --
+
+
+def test_leave_one_out_has_no_score_of_a_regressor():
+    with (
+        pytest.warns(match="R.2 score is not well-defined"),
+        pytest.raises(ValueError, match=r"no candidate has a score that is a number.*fold 0.*another scoring"),
+    ):
+        ConvexBNRegressorCV(weight_decays=[1.0], n_gates=5, cv=LeaveOneOut(), random_state=0).fit(X[:20], Y[:20])
+    model = ConvexBNRegressorCV(
+        weight_decays=[1.0], n_gates=5, cv=LeaveOneOut(), scoring="neg_mean_squared_error", random_state=0
+    ).fit(X[:20], Y[:20])
+    assert np.isfinite(model.best_score_) and model.n_splits_ == 20
+
+
+@pytest.mark.parametrize("decays", [[5.0, 0.5], None])
+def test_a_fold_that_fails_is_left_out_and_named(decays):
+    weights = np.ones(90)
+    weights[:18] = 0.0
+    with pytest.warns(FitFailedWarning, match=r"fold 0: .*weight") as caught:
+        model = ConvexBNRegressorCV(weight_decays=decays, n_gates=10, cv=KFold(5), random_state=0).fit(X, Y, weights)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert all(failure.startswith("fold 0") for failure in model.failures_)
+    folds = [(train[train >= 18], test) for train, test in KFold(5).split(X)][1:]
+    grid = {"n_gates": [10], "rank": [None], "weight_decay": [model.weight_decay_]}
+    expected = loop(ConvexBNRegressor(random_state=0), X, Y, folds, grid)
+    assert model.best_score_ == pytest.approx(expected.mean(), abs=1e-2)
+
+
+def test_classes_in_order_leave_no_fold_to_train_on():
+    model = ConvexBNClassifierCV(n_gates=10, random_state=0, cv=KFold(2), weight_decays=[1.0])
+    with pytest.raises(ValueError, match=r"fold 0: .*class"):
+        model.fit(X, np.repeat([0, 1], 45))
+
+
+def test_a_candidate_that_fails_on_one_fold_is_not_chosen():
+    calls = []
+
+    def scoring(model, X, y):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("no score today")
+        return -model.weight_decay
+
+    with pytest.warns(FitFailedWarning, match=r"fold 0, n_gates=10, .*weight_decay=0.5: no score today"):
+        model = ConvexBNRegressorCV(weight_decays=[5.0, 0.5], n_gates=10, cv=3, random_state=0, scoring=scoring).fit(
+            X, Y
+        )
+    assert model.best_params_["weight_decay"] == 5.0 and np.isnan(model.cv_results_["mean_test_score"][1])
+
+
+def test_a_fold_that_cannot_be_trained_on_is_told_once():
+    """One class alone in the training rows of fold 0."""
+    labels = np.r_[np.repeat([0, 1], [20, 25]), np.zeros(45, dtype=int)]
+    split = [(np.arange(45, 90), np.arange(45)), *StratifiedKFold(2).split(X, labels)]
+    with pytest.warns(FitFailedWarning, match=r"fold 0: .*class"):
+        model = ConvexBNClassifierCV(n_gates=10, random_state=0, cv=split).fit(X, labels)
+    assert len(model.failures_) == 1 and model.n_splits_ == 3 and np.isfinite(model.best_score_)
+
+
+# -- splitters, scorers, routing, progress --
+
+GROUPS = np.arange(90) % 6
+
+
+def test_groups_reach_the_splitter():
+    expected = ConvexBNClassifierCV(**settings(cv=list(GroupKFold(3).split(X, LABELS, GROUPS)))).fit(X, LABELS)
+    plain = ConvexBNClassifierCV(**settings(cv=GroupKFold(3))).fit(X, LABELS, groups=GROUPS)
+    with sklearn.config_context(enable_metadata_routing=True):
+        routed = ConvexBNClassifierCV(**settings(cv=GroupKFold(3))).fit(X, LABELS, groups=GROUPS)
+    assert np.array_equal(splits(plain), splits(expected)) and np.array_equal(splits(routed), splits(expected))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        ConvexBNClassifierCV(**settings(cv=3)).fit(X, LABELS, colour=GROUPS)
+
+
+def test_routing_takes_weights_and_groups_through_a_search():
+    weights = RNG.uniform(0.5, 2, 90)
+    with sklearn.config_context(enable_metadata_routing=True):
+        scorer = get_scorer("neg_mean_absolute_error").set_score_request(sample_weight=True)
+        inner = ConvexBNRegressorCV(**settings(cv=GroupKFold(3), scoring=scorer))
+        expected = splits(inner.fit(X, Y, sample_weight=weights, groups=GROUPS))
+        deaf = get_scorer("neg_mean_absolute_error").set_score_request(sample_weight=False)
+        other = ConvexBNRegressorCV(**settings(cv=GroupKFold(3), scoring=deaf))
+        assert not np.array_equal(splits(other.fit(X, Y, sample_weight=weights, groups=GROUPS)), expected)
+        request = inner.set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
+        search = GridSearchCV(make_pipeline(MinMaxScaler(), request), {"convexbnregressorcv__tol": [1e-6]}, cv=2)
+        search.fit(X, Y, sample_weight=weights, groups=GROUPS)
+    assert search.best_estimator_[-1].n_splits_ == 3
+
+
+@pytest.mark.parametrize("name", ["neg_max_error", "neg_root_mean_squared_error", "explained_variance"])
+def test_scorers_with_and_without_weights(name):
+    weights = np.ones(90)
+    one, other = (
+        ConvexBNRegressorCV(**settings(cv=3, scoring=name)).fit(X, Y, sample_weight)
+        for sample_weight in (None, weights)
+    )
+    assert splits(one) == pytest.approx(splits(other), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["roc_auc_ovr", "neg_log_loss", "f1_macro", "balanced_accuracy"])
+def test_scorers_of_classes(name):
+    model = ConvexBNClassifierCV(scoring=name, loss="cross_entropy", n_gates=10, cv=3, random_state=0).fit(X, LABELS)
+    assert np.isfinite(model.best_score_) and model.failures_ == []
+
+
+def test_strings_of_pandas_arrays_are_labels():
+    labels = pd.Series(LABELS, dtype="string").array
+    model = ConvexBNClassifierCV(**settings(cv=3)).fit(X, labels)
+    assert np.array_equal(splits(model), splits(ConvexBNClassifierCV(**settings(cv=3)).fit(X, LABELS)))
+
+
+@pytest.mark.parametrize("decays", [[5.0, 0.5], None])
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_progress_counts_fits_and_ends_at_the_number_made(decays, n_jobs, capsys):
+    told = []
+    with joblib.parallel_config("threading"):
+        model = ConvexBNRegressorCV(
+            weight_decays=decays, n_gates=5, cv=3, random_state=0, n_jobs=n_jobs, callback=told.append, verbose=1
+        ).fit(X, Y)
+    made = int(np.isfinite(splits(model)).sum())
+    counts = [progress.finished for progress in told]
+    assert counts == sorted(counts) and counts[-1] == made and all(p.total >= p.finished for p in told)
+    assert all(progress.seconds_left >= 0 for progress in told)
+    assert told[-1].best_score == pytest.approx(model.best_score_)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= len(told) and "finished   best score" in lines[0] and "s left" in lines[0]
+
+
+def test_workers_are_silent(capfd):
+    model = ConvexBNRegressorCV(weight_decays=[1.0], n_gates=5, cv=2, random_state=0, verbose=1)
+    joblib.Parallel(n_jobs=2)(joblib.delayed(model.fit)(X, Y) for _ in range(2))
+    with joblib.parallel_config("threading", n_jobs=2):
+        joblib.Parallel()(joblib.delayed(model.fit)(X, Y) for _ in range(2))
+    assert "finished" not in capfd.readouterr().err
 
 
 # -- manners --
@@ -263,5 +451,5 @@ def test_defaults_are_those_of_the_estimators():
         theirs = plain.get_params()
         assert {k: v for k, v in ours.get_params().items() if k in theirs}.items() <= theirs.items()
         selected = {"weight_decay", "rank", "spectral_filter"}
-        assert set(theirs) - set(ours.get_params()) == selected | {"callback"}
+        assert set(theirs) - set(ours.get_params()) == selected
         assert cross_validation._SelectionCV._parameter_constraints.keys() <= ours._parameter_constraints.keys()

@@ -13,7 +13,7 @@ import pytest
 
 import convexbn_studies
 from convexbn import cli
-from convexbn.cli.progress_bar import counter
+from convexbn.estimators.counter import counter
 from convexbn.files import model_file
 from convexbn_studies import Finding, Study, data
 from convexbn_studies.page import study_page

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 def reproduce(options: argparse.Namespace) -> int:
     """Run a study; finished cells outlive an interruption, and the same command goes on from them."""
-    from convexbn.cli.progress_bar import counter
+    from convexbn.estimators.counter import counter
     from convexbn_studies import study
     from convexbn_studies.runner import Run, check_needs
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
 from convexbn._types import Bool, Float, Index
+from convexbn.data.warn import warn
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Columns:
                 "give at least one feature that varies over the rows of positive weight."
             )
         if (near := constant & varies).any():
-            _warn(f"feature {near.argmax()} varies by no more than rounding around its mean: treated as constant.")
+            warn(f"feature {near.argmax()} varies by no more than rounding around its mean: treated as constant.")
         kept = np.flatnonzero(~constant)
         offsets = np.abs(mean[kept]) / deviation[kept]
         worst = int(np.argmax(offsets))
         if offsets[worst] > 1 / np.sqrt(input_eps):
-            _warn(
+            warn(
                 f"feature {kept[worst]} has |mean| / deviation = {offsets[worst]:.1e}: most digits of its variation "
                 "are lost in the input; subtract the offset before storing the data."
             )
@@ -72,8 +72,3 @@ class Columns:
         padded = np.zeros((len(self.mean), array.shape[1]))
         padded[self.kept] = array
         return padded
-
-
-def _warn(message: str) -> None:
-    """Warn at the place that called ``whiten``."""
-    warnings.warn(message, stacklevel=6)

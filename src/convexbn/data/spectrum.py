@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 
 from convexbn._types import Float
+from convexbn.data.warn import warn
 
 #: Directions that the spectral filter shrinks below this are left out, as a truncation.
 FAINTEST = 2.0**-26
@@ -50,13 +50,15 @@ class Directions(NamedTuple):
 
 
 def numerical_rank(values: Float, cut: float) -> int:
-    """Number of singular values above ``cut``, relative to the largest; warns if one is close to it."""
+    """Number of singular values above ``cut``, relative to the largest; warns if one is close to it.
+
+    Below it lie those of columns that are exactly collinear, as all columns of a dummy coding are.
+    """
     relative = values / values[0]
-    if np.any((relative > cut / 10) & (relative < 10 * cut)):
-        warnings.warn(
+    if np.any((relative > cut) & (relative < 10 * cut)):
+        warn(
             f"a singular value of the standardised data lies within a factor 10 of the rank cut {cut:.1e}: "
-            "columns are nearly collinear, and the numerical rank may change with rounding.",
-            stacklevel=5,
+            "columns are nearly collinear, and the numerical rank may change with rounding."
         )
     return int(np.count_nonzero(relative > cut))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -20,6 +19,7 @@ from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
+from convexbn.data.warn import one_warning, warn
 from convexbn.estimators import persistence
 from convexbn.estimators.parameters import Choices, NetworkParameters, parameters
 from convexbn.estimators.validation import check_finite, checked_data, checked_rows, refuse_containers
@@ -51,7 +51,7 @@ class BaseConvexBN(NetworkParameters):
         "weight_decay": [Choices({"auto"}), Interval(Real, 0, None, closed="neither")],
         "n_gates": [Interval(Integral, 1, None, closed="left")],
         "rank": [Interval(Integral, 1, None, closed="left"), Interval(Real, 0, 1, closed="right"), None],
-        "spectral_filter": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither"), None],
+        "spectral_filter": [Choices({"auto"}), Interval(Real, 0, None, closed="neither"), None],
         "callback": [callable, None],
     }
 
@@ -70,15 +70,20 @@ class BaseConvexBN(NetworkParameters):
         before = self.__dict__.copy()
         try:
             budget = Budget(self.time_limit, self.callback)
-            data, labels = self._prepare(X, y, sample_weight)
-            self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
-            proof = self.certificate_
-            if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
-                warnings.warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning, stacklevel=2)
+            with one_warning():
+                data, labels = self._prepare(X, y, sample_weight)
+                self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
+                self._warn_if_open()
         except BaseException:
             self.__dict__ = before
             raise
         return self
+
+    def _warn_if_open(self) -> None:
+        """Warn if the network is not certified."""
+        proof = self.certificate_
+        if proof.status not in (Status.CERTIFIED, Status.TRIVIAL):
+            warn(f"{proof.status.value}: {proof.sentence}", ConvergenceWarning)
 
     def transform(self, X: Any) -> Float:
         """Hidden activations, one a neuron (of a convolution one a neuron and region): (n, d) -> (n, n_neurons)."""

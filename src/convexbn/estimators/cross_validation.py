@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -11,15 +12,20 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import scipy.stats
 from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.model_selection import check_cv
-from sklearn.utils import _safe_indexing, indexable
+from sklearn.utils import indexable
+from sklearn.utils._metadata_requests import _routing_enabled
 from sklearn.utils._param_validation import Interval
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
+from sklearn.utils.validation import _check_method_params, check_is_fitted
 
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate
+from convexbn.data.warn import one_warning, warn
 from convexbn.estimators.classifier import ConvexBNClassifier
+from convexbn.estimators.fold import Fold
 from convexbn.estimators.parameters import (
     Choices,
     ClassificationParameters,
@@ -31,6 +37,10 @@ from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.estimators.regressor import ConvexBNRegressor
+from convexbn.estimators.selection import Selection, SelectionProgress, reporter
+
+#: Relative gap to which a search solves on the folds; the best candidate has the estimator's own.
+_SEARCH_TOL = 1e-2
 
 #: Fitted attributes of the best estimator that the selection shows as its own.
 _SHOWN = ["weight_decay_", "rank_", "certificate_", "network_", "n_iter_"]
@@ -48,6 +58,8 @@ class _SelectionCV(NetworkParameters):
     cv: Any = None
     scoring: str | Callable[..., float] | None = None
     n_jobs: int | None = None
+    verbose: int = 0
+    callback: Callable[[SelectionProgress], object] | None = None
 
     _estimator: ClassVar[Any]
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -59,22 +71,59 @@ class _SelectionCV(NetworkParameters):
         "cv": ["cv_object"],
         "scoring": [Choices(set(get_scorer_names())), callable, None],
         "n_jobs": [Integral, None],
+        "verbose": ["verbose"],
+        "callback": [callable, None],
     }
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Score every candidate on every fold, and train the best on all rows.
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
+        """Score candidates on every fold, and train the best on all rows.
+
+        A fold that fails, or has no score that is a number, is left out; a candidate that fails on another fold is not
+        chosen. One warning names them with the reason.
 
         Parameters
         ----------
         X, y : array-like (n, d), (n,) or (n, K)
             Features, and labels or targets.
         sample_weight : array-like (n,), optional
-            Weights of the rows, in training and in the scores.
-        """
-        from joblib import Parallel, delayed
+            Weights of the rows, in training and in the scores, if the scorer takes weights.
+        **params : array-like (n,)
+            ``groups`` for the splitter; with scikit-learn's metadata routing whatever splitter and scorer request.
 
+        Raises
+        ------
+        ValueError
+            For parameters and data that are refused, and if no candidate has a score that is a number on any fold.
+        """
         self._validate_params()
+        y = _plain(y)
+        with one_warning():
+            model, grid, data = self._candidates(X, y, sample_weight)
+            candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+            folds = self._folds(model, grid, (X, y, sample_weight), params)
+            with reporter(self.callback, verbose=bool(self.verbose)) as report:
+                found = Selection(candidates, folds, len(grid["weight_decay"]), self.n_jobs, report)
+                found.run(search=self.weight_decays is None)
+            _check_scores(found)
+            results = _results(candidates, found)
+            best = int(np.argmin(results["rank_test_score"]))
+            fitted = unfitted(model, **candidates[best])
+            if data is None or len(candidates) > len(grid["weight_decay"]):
+                fitted.fit(X, y, sample_weight)
+            else:  # whitened, and gates drawn, for the grid
+                fitted = RegularisationPath(fitted, data, [], []).follow(fitted.weight_decay, fitted.rank).model
+                fitted._warn_if_open()
+        self.__dict__ |= {name: value for name, value in vars(fitted).items() if name in _SHOWN} | {
+            "cv_results_": results, "best_index_": best, "best_params_": candidates[best], "best_estimator_": fitted,
+            "best_score_": float(results["mean_test_score"][best]), "n_gates_": candidates[best]["n_gates"],
+            "n_splits_": len(folds), "failures_": found.failures,
+        }  # fmt: skip
+        return self
+
+    def _candidates(self, X: Any, y: Any, sample_weight: Any) -> tuple[Any, dict[str, list[Any]], PathData | None]:
+        """An unfitted estimator, the values of the parameters to choose, and the rows if they were whitened for it."""
         settings, own = self._estimator().get_params(), self.get_params(deep=False)
+        own["callback"] = None  # the selection's own
         model = with_seed(self._estimator(**{name: own[name] for name in settings if name in own}))
         if not np.size(self.n_gates):
             raise ValueError("n_gates is empty: give a number, or several to choose from.")
@@ -82,27 +131,52 @@ class _SelectionCV(NetworkParameters):
         model.n_gates = max(grid["n_gates"])
         grid["spectral_filter"] = checked_values(model, "spectral_filter", self.spectral_filters)
         grid["rank"] = checked_values(model, "rank", self.ranks)
+        data = None
         if self.weight_decays is None:
             data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
-            grid["weight_decay"] = default_decays(data.model, data.largest)
+            grid["weight_decay"] = default_decays(data.max_weight_decay())
         else:
             model._checked_data(X, y, sample_weight, reset=True)
             grid["weight_decay"] = checked_decays(self.weight_decays)
-        candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        rows = indexable(X, y, sample_weight)
-        folds = check_cv(self.cv, rows[1], classifier=isinstance(self, ClassifierMixin)).split(*rows[:2])
-        scorer = check_scoring(model, self.scoring)
-        found = Parallel(n_jobs=self.n_jobs)(delayed(_fold)(model, grid, rows, fold, scorer) for fold in folds)
-        scores, gaps = np.array(found).transpose(2, 1, 0)  # (n_candidates, n_splits) each
-        results = _results(candidates, scores, gaps)
-        best = int(np.argmin(results["rank_test_score"]))
-        fitted = model.set_params(**candidates[best]).fit(X, y, sample_weight)
-        self.__dict__ |= {name: value for name, value in vars(fitted).items() if name in _SHOWN} | {
-            "cv_results_": results, "best_index_": best, "best_params_": candidates[best], "best_estimator_": fitted,
-            "best_score_": float(results["mean_test_score"][best]), "n_gates_": candidates[best]["n_gates"],
-            "n_splits_": scores.shape[1],
-        }  # fmt: skip
-        return self
+        return model, grid, data
+
+    def _folds(
+        self, model: Any, grid: dict[str, list[Any]], rows: tuple[Any, Any, Any], params: dict[str, Any]
+    ) -> list[Fold]:
+        """Folds of the splitter, with what it and the scorer request."""
+        X, y, sample_weight = rows = tuple(indexable(*rows))
+        scorer = self._scorer()
+        if _routing_enabled():
+            routed = process_routing(self, "fit", sample_weight=sample_weight, **params)
+            split, score = routed.splitter.split, routed.scorer.score
+        elif unknown := set(params) - {"groups"}:
+            raise TypeError(
+                f"fit() got an unexpected keyword argument {min(unknown)!r}: enable metadata routing for it."
+            )
+        else:
+            split = {"groups": _plain(params.get("groups"))}
+            score = {} if sample_weight is None or not _takes_weights(scorer) else {"sample_weight": sample_weight}
+        if self.weight_decays is None:
+            model = unfitted(model, tol=max(model.tol, _SEARCH_TOL))
+        cv, classifier = self.cv, isinstance(self, ClassifierMixin)
+        if cv is None and classifier:  # not more folds than rows of the largest class
+            cv = min(5, int(np.unique(np.asarray(y), return_counts=True)[1].max()))
+        splits = check_cv(cv, y, classifier=classifier).split(X, y, **split)
+        return [
+            Fold(model, grid, rows, train, test, scorer, _check_method_params(X, params=score, indices=test))
+            for train, test in splits
+        ]
+
+    def _scorer(self) -> Callable[..., float]:
+        """Scorer of the parameter ``scoring``; by default that of the estimator's ``score``."""
+        default = "accuracy" if self._task == "classification" else "r2"
+        return check_scoring(self._estimator(), self.scoring or default)
+
+    def get_metadata_routing(self) -> Any:
+        """Router of scikit-learn's metadata: ``fit`` passes to the splitter and to the scorer what they request."""
+        router = MetadataRouter(owner=self).add_self_request(self)
+        router.add(splitter=self.cv, method_mapping=MethodMapping().add(caller="fit", callee="split"))
+        return router.add(scorer=self._scorer(), method_mapping=MethodMapping().add(caller="fit", callee="score"))
 
     def transform(self, X: Any) -> Float:
         """Hidden activations of the best estimator."""
@@ -227,39 +301,42 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
     _estimator = ConvexBNRegressor
 
 
-def _fold(
-    model: Any, grid: dict[str, list[Any]], rows: Sequence[Any], fold: Sequence[Any], scorer: Callable[..., float]
-) -> list[tuple[float | None, float]]:
-    """Score on the test rows and certified gap on the training rows, for every candidate."""
-    parts = ([None if a is None else _safe_indexing(a, part) for a in rows] for part in fold)
-    (X, y, sample_weight), (X_test, y_test, test_weight) = parts
-    weighted = {} if test_weight is None else {"sample_weight": test_weight}
-    data = PathData.prepare(model, grid["rank"], X, y, sample_weight, grid["spectral_filter"])
-    found = []
-    for n_gates, spectral_filter in itertools.product(grid["n_gates"], grid["spectral_filter"]):
-        path = RegularisationPath(
-            unfitted(model, n_gates=n_gates, spectral_filter=spectral_filter),
-            data, grid["weight_decay"], grid["rank"],
-            score=lambda fitted: float(scorer(fitted, X_test, y_test, **weighted)),
-        )  # fmt: skip
-        for _ in path:
-            pass
-        found += [(point.score, point.certificate.relative_gap) for point in path.in_grid_order()]
-    return found
+def _check_scores(found: Selection) -> None:
+    """Warn of folds and candidates without a score; a ValueError if there is none at all."""
+    if not found.scored.any():
+        raise ValueError(
+            f"no candidate has a score that is a number on any fold ({found.failures[0].rstrip('.')}): "
+            "give other folds in cv, or another scoring."
+        )
+    if found.failures:
+        more = f"; {len(found.failures) - 3} more are in failures_" if len(found.failures) > 3 else ""
+        warn(f"without a score: {'; '.join(found.failures[:3])}{more}.", FitFailedWarning)
 
 
-def _results(candidates: list[dict[str, Any]], scores: Float, gaps: Float) -> dict[str, Any]:
+def _results(candidates: list[dict[str, Any]], found: Selection) -> dict[str, Any]:
     """Results as in ``GridSearchCV``; NaN ranks last."""
-    mean = scores.mean(axis=1)
+    kept, means = found.scores[:, found.scored], found.means
     return {
         **{f"param_{name}": _column([candidate[name] for candidate in candidates]) for name in candidates[0]},
         "params": candidates,
-        **{f"split{i}_test_score": column for i, column in enumerate(scores.T)},
-        "mean_test_score": mean,
-        "std_test_score": scores.std(axis=1),
-        "rank_test_score": scipy.stats.rankdata(-np.nan_to_num(mean, nan=-np.inf), method="min").astype(int),
-        "max_relative_gap": gaps.max(axis=1),
+        **{f"split{i}_test_score": column for i, column in enumerate(found.scores.T)},
+        "mean_test_score": means,
+        "std_test_score": kept.std(axis=1),
+        "rank_test_score": scipy.stats.rankdata(-np.nan_to_num(means, nan=-np.inf), method="min").astype(int),
+        "max_relative_gap": found.gaps[:, found.scored].max(axis=1),
     }
+
+
+def _plain(array: Any) -> Any:
+    """An array of numpy from arrays of other libraries, such as pandas' extension arrays, that are no series."""
+    return np.asarray(array) if hasattr(array, "dtype") and not hasattr(array, "iloc") else array
+
+
+def _takes_weights(scorer: Any) -> bool:
+    """Whether a scorer has use for sample weights."""
+    if hasattr(scorer, "_accept_sample_weight"):
+        return bool(scorer._accept_sample_weight())
+    return "sample_weight" in inspect.signature(scorer).parameters
 
 
 def _column(values: list[Any]) -> np.ma.MaskedArray:

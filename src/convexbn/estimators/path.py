@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from convexbn.certificate.certificate import Certificate
+from convexbn.data.warn import one_warning
 from convexbn.estimators import KINDS, path_checkpoint
 from convexbn.estimators.path_checkpoint import PathCheckpoint, question_of
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Budget
-from convexbn.training.training_set import TrainingSet
 from convexbn.training.warm_start import start_of
 
 
@@ -122,7 +123,8 @@ def fit_path(
     if checkpoint is not None and not isinstance(estimator.random_state, (int, np.integer)):
         raise ValueError("a path with a checkpoint needs an integer random_state: the same draws when it is resumed.")
     grid_of_ranks = checked_values(model, "rank", ranks)
-    data = PathData.prepare(model, grid_of_ranks, X, y, sample_weight)
+    with one_warning():
+        data = PathData.prepare(model, grid_of_ranks, X, y, sample_weight)
     if validation is not None:
         if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
             raise ValueError("validation must be a pair (X, y) of rows and targets.")
@@ -133,7 +135,7 @@ def fit_path(
         rows = {"X": X, "y": y, "sample_weight": sample_weight, "validation rows": validation}
         rows["feature names"] = data.labels.get("feature_names_in_")
         file = PathCheckpoint(checkpoint, question_of(model, given, grid_of_ranks, rows), KINDS)
-    decays = given or (file and file.weight_decays) or default_decays(model, data.largest)
+    decays = given or (file and file.weight_decays) or default_decays(data.max_weight_decay())
     score = None if validation is None else (lambda fitted: float(fitted.score(*validation)))
     return RegularisationPath(model, data, decays, grid_of_ranks, score=score, checkpoint=file)
 
@@ -177,7 +179,6 @@ class RegularisationPath(Iterator[PathPoint]):
         ]
         self._model, self._data, self._score, self._checkpoint = model, data, score, checkpoint
         self._weight_decays, self._given, self._written = weight_decays, 0, -1
-        self._last: tuple[Any, TrainingSet, Any] | None = None
         self.points = [PathPoint(*point) for point in checkpoint.points] if checkpoint is not None else []
         self._keep()
 
@@ -192,6 +193,15 @@ class RegularisationPath(Iterator[PathPoint]):
         self._keep()
         self._given += 1
         return self.points[self._given - 1]
+
+    def follow(self, weight_decay: float, rank: int | float | None) -> PathPoint:
+        """Solve one more point, at the end of the grid; an error leaves the path as it was."""
+        self.grid.append((weight_decay, rank))
+        try:
+            return next(self)
+        except BaseException:
+            self.grid.pop()
+            raise
 
     def _keep(self) -> None:
         """Write the finished points, if some are not written yet."""
@@ -214,14 +224,19 @@ class RegularisationPath(Iterator[PathPoint]):
         return [point for turn, line in enumerate(lines) for point in (line if turn % 2 == 0 else line[::-1])]
 
     def _solve(self, weight_decay: float, rank: int | float | None) -> PathPoint:
-        """Solve a point from the points before it; training rows and gates are kept while the rank stays."""
+        """Solve a point from those near it; training rows and gates are kept while the rank stays."""
         model = unfitted(self._model, weight_decay=weight_decay, rank=rank)
-        kind = type(rank), rank  # 1 is a direction, 1.0 the whole variance
-        if self._last is None or self._last[0] != kind:
-            data = self._data.at(model)
-            self._last = kind, data, None if model.activation == "relu" else model._draw_gates(data)
-        _, data, drawn = self._last
-        start = start_of(data, model, [point.model for point in self.points[-2:]])
+        data, drawn = self._data.drawn(model)
+        start = None
+        with suppress(np.linalg.LinAlgError):  # a start that cannot be computed is none
+            start = start_of(data, model, self._former(model))
         fitted = model._train(data, Budget(model.time_limit, model.callback), start, drawn)
         model.__dict__ |= fitted | self._data.labels
         return PathPoint(model, None if self._score is None else self._score(model))
+
+    def _former(self, model: Any) -> list[Any]:
+        """The two models of nearest weight decay at this rank, the nearest last, or one of another rank."""
+        models = [point.model for point in self.points]
+        models.sort(key=lambda other: -abs(np.log(other.weight_decay / model.weight_decay)))
+        same = [other for other in models if (type(other.rank), other.rank) == (type(model.rank), model.rank)]
+        return same[-2:] or models[-1:]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from convexbn._threads import blas_threads
 from convexbn.estimators.path_grid import Ranks, unfitted
 from convexbn.training.training_set import TrainingSet
 from convexbn.training.warm_start import draws_whitened
@@ -31,6 +32,7 @@ class PathData:
     model: Any
     alone: dict[Any, TrainingSet]
     labels: dict[str, Any]
+    _drawn: dict[Any, tuple[TrainingSet, Any]] = field(default_factory=dict, init=False)  # the last alone
 
     @classmethod
     def prepare(
@@ -63,6 +65,21 @@ class PathData:
         labels |= {k: value for k, value in vars(model).items() if k in ("n_features_in_", "feature_names_in_")}
         vars(model).update(labels, convolution=largest.convolution)  # to check validation rows against
         return cls(largest, model, alone, labels)
+
+    def drawn(self, model: Any) -> tuple[TrainingSet, Any]:
+        """Training set and gates of an estimator, drawn once as long as its rank, filter and number of gates stay."""
+        key = type(model.rank), model.rank, model.spectral_filter, model.n_gates  # 1 is a direction, 1.0 all variance
+        if key not in self._drawn:
+            data = self.at(model)
+            self._drawn.clear()
+            self._drawn[key] = data, None if model.activation == "relu" else model._draw_gates(data)
+        return self._drawn[key]
+
+    def max_weight_decay(self) -> float:
+        """Largest useful weight decay at the largest rank, of ReLU networks an estimate."""
+        data, drawn = self.drawn(self.model)
+        with blas_threads(len(data.X)):
+            return float(data.max_weight_decay_relu(proved=False)[0] if drawn is None else drawn[2].max_weight_decay())
 
     def at(self, model: Any) -> TrainingSet:
         """Training set at the rank and the spectral filter of an estimator."""

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from convexbn.estimators.base import own_random_state
-from convexbn.training.training_set import TrainingSet
 
 Ranks: TypeAlias = Sequence[int | float | None]
 
@@ -52,8 +51,7 @@ def checked_decays(weight_decays: Sequence[float]) -> list[float]:
     return kept.tolist()
 
 
-def default_decays(model: Any, data: TrainingSet) -> list[float]:
+def default_decays(largest: float) -> list[float]:
     """Geometric grid from the largest useful weight decay downwards."""
-    largest = model._max_weight_decay(data, proved=False)
-    value = largest[0] if isinstance(largest, tuple) else largest
-    return ((value if value > 0 else 1.0) * np.geomspace(1, _SMALLEST, _N_WEIGHT_DECAYS)).tolist()
+    decays: list[float] = ((largest if largest > 0 else 1.0) * np.geomspace(1, _SMALLEST, _N_WEIGHT_DECAYS)).tolist()
+    return decays

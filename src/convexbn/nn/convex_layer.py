@@ -55,7 +55,7 @@ class ConvexLayer(nn.Module):
     ValueError
         For patterns of another shape or that repeat, an unknown loss, rows and targets that do not fit, and a weight
         decay that is not positive.
-    FloatingPointError
+    FloatingPointError, numpy.linalg.LinAlgError
         From a call, if the program cannot be solved accurately enough to be differentiated.
 
     Warns

@@ -18,7 +18,7 @@ from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
-from convexbn.solvers.base import Budget, Progress, Solver
+from convexbn.solvers.base import Budget, Progress, Solution, Solver, nonzero
 from convexbn.solvers.closed_form import ClosedForm, NoFormulaError
 from convexbn.solvers.gated.conic import Conic
 from convexbn.solvers.gated.group_newton import GroupNewton
@@ -87,7 +87,7 @@ def fit_gated(
     """
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method = SOLVERS[choose_solver(solver, program)](**settings)
-    solution = method.solve(program, start, budget)
+    solution = _solve_somehow(method, program, start, budget, tol)
     index, values = solution.weights
     if not np.isfinite(values).all():
         solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
@@ -95,6 +95,20 @@ def fit_gated(
     network = replace(network, output_bias=data.output_bias(program.outputs(*solution.weights)))
     proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True)
     return Fit(network, proof, solution.history, solution.n_iter)
+
+
+def _solve_somehow(
+    method: Solver[GatedProgram, GateBlocks], program: GatedProgram, start: GateBlocks | None, budget: Budget | None,
+    tol: float,
+) -> Solution[GateBlocks]:  # fmt: skip
+    """Solution of a solver; where rounding breaks it, without the start, then by descent; at last the zero network."""
+    attempts = [(method, start)] if start is None else [(method, start), (method, None)]
+    if isinstance(program.operator, MaskedRows):
+        attempts.append((Subspace(tol), None))
+    for solver, begin in attempts:
+        with suppress(np.linalg.LinAlgError):
+            return solver.solve(program, begin, budget)
+    return Solution(nonzero(np.zeros((program.n_gates, *program.block_shape))), "numerical")
 
 
 def fit_relu(

@@ -68,7 +68,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fold:
+class Split:
     """Rows to train on and rows held out."""
 
     train: Index
@@ -91,20 +91,20 @@ def balanced_order(rows: Rows, loss: Loss) -> Index:
     return np.lexsort(keys)
 
 
-def folds_of(program: GatedProgram) -> list[Fold]:
+def folds_of(program: GatedProgram) -> list[Split]:
     """Folds of the cases of a program, among which targets are spread evenly."""
     n = len(program.loss.weights)
     place = np.empty(n, dtype=np.intp)
     place[balanced_order(program.operator.rows, program.loss)] = np.arange(n)
     if n <= _MOST_TRAINED:
         turns = [place % _FOLDS == k for k in range(min(_FOLDS, n, max(_ROWS // n, 1)))]
-        return [Fold(np.flatnonzero(~turn), np.flatnonzero(turn)) for turn in turns]
+        return [Split(np.flatnonzero(~turn), np.flatnonzero(turn)) for turn in turns]
     trained = min(n - n // _FOLDS, _MOST_TRAINED)
     held_out = min(n - trained, _MOST_HELD_OUT)
     chosen = place * (trained + held_out) // n  # equally spaced among rows in order
     first = np.unique(chosen, return_index=True)[1]
     turn = np.arange(len(first)) * held_out % (trained + held_out) < held_out
-    return [Fold(np.sort(first[~turn]), np.sort(first[turn]))]
+    return [Split(np.sort(first[~turn]), np.sort(first[turn]))]
 
 
 def held_out_choice(program: GatedProgram, solver: Solver[GatedProgram, GateBlocks], budget: Budget) -> Choice:
@@ -144,7 +144,7 @@ class HeldOutPoint(NamedTuple):
 
 
 def _path(
-    program: GatedProgram, fold: Fold, solver: Solver[GatedProgram, GateBlocks], largest: float
+    program: GatedProgram, fold: Split, solver: Solver[GatedProgram, GateBlocks], largest: float
 ) -> Iterator[HeldOutPoint]:
     """What the rows of a fold say of the held-out ones at falling weight decays."""
     trained, held_out = _of_cases(program, fold.train, scaled=True), _of_cases(program, fold.held_out)

@@ -14,6 +14,9 @@ from convexbn.solvers.base import nonzero
 from convexbn.training.relu_conversion import blocks_of
 from convexbn.training.training_set import TrainingSet
 
+#: Largest distance of an extrapolation, relative to the distance of the points that it takes.
+_FARTHEST = 2.0
+
 
 def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks | Neurons | None:
     """A point near the solution of an estimator; None if the former ones do not help.
@@ -23,7 +26,7 @@ def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks
     data, model : TrainingSet, estimator
         The estimator is not yet fitted.
     former : sequence of estimators
-        At most two, fitted at the points before.
+        At most two, fitted at other points, the nearest last.
     """
     if not former or (draws_whitened(model) and model.rank != former[-1].rank):
         return None  # whitened gates of another rank are other gates
@@ -32,7 +35,7 @@ def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks
     blocks = _blocks(data, former[-1])
     if len(former) == 2 and former[0].rank == former[1].rank == model.rank:
         before, last, now = former[0].weight_decay, former[1].weight_decay, model.weight_decay
-        if (last - before) * (now - last) > 0:  # solutions are nearly piecewise linear in the weight decay
+        if 0 < abs(now - last) <= _FARTHEST * abs(last - before):  # nearly piecewise linear in the weight decay
             blocks += (now - last) / (last - before) * (blocks - _blocks(data, former[0]))
     return nonzero(blocks)
 

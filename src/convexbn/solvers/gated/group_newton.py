@@ -25,13 +25,14 @@ from typing import ClassVar
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import Float, FloatMatrix, Index
+from convexbn._types import EPS, Float, FloatMatrix, Index
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, block_norms
 from convexbn.program.losses import SquaredLoss
 from convexbn.solvers.base import Budget, Progress, Solution, Solver, Solves, zero_solution
 from convexbn.solvers.box_qp import minimise_nonnegative
 
 _SMALL = 500  # below this many rows everything is factorised in float64
+_ROUNDING, _PATIENCE = 1e-14, 3  # relative change that is rounding, and iterations of no other before the end
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,19 @@ class GroupNewton(Solver[GatedProgram, GateBlocks]):
         scales = state.initial_scales(block_norms(program.correlations_at_zero) / state.unit, start)
         point = state.evaluate(scales, accuracy=1.0)
         history: list[Progress] = []
+        lowest, idle = np.full(3, np.inf), 0
         while True:
             gradients = state.program.correlations(point.alpha)
             norms = block_norms(gradients)
             history.append(state.report(len(history) + 1, point, norms))
+            values = np.array([point.value, history[-1].objective, -history[-1].lower_bound])
+            idle = 0 if (values < lowest - _ROUNDING * np.abs(values)).any() else idle + 1
+            lowest = np.minimum(lowest, values)
             # the certificate is taken at the residual, which differs from weight_decay * alpha by rounding
             reason = budget.stop_reason(history[-1], tol=0.8 * self.tol, max_iter=self.max_iter)
             following = None
-            if reason is None:
-                relative = max(history[-1].relative_gap ** 2, self.tol)  # what a Newton step may reach
+            if reason is None and idle < _PATIENCE:
+                relative = max(history[-1].relative_gap ** 2, self.tol, EPS)  # what a Newton step may reach
                 following = _newton_step(state, point, gradients, norms, relative)
             if following is None:
                 active = np.flatnonzero(point.scales)
@@ -185,7 +190,7 @@ class _Scaled:
                 return
             if self.rows.dtype == np.float32:
                 self._use(np.dtype(np.float64))
-        raise FloatingPointError("the kernel of the group scales could not be factorised; raise weight_decay.")
+        raise np.linalg.LinAlgError("the kernel of the group scales could not be factorised; raise weight_decay.")
 
     def _gates(self, index: Index) -> FloatMatrix:
         """Patterns of the gates ``index``, one a row, in the precision of the factorisation."""
@@ -242,8 +247,8 @@ class _Scaled:
         constant = self.trsm(1.0, self.factor, self.constant_row.astype(self.rows.dtype), lower=1)
         constant /= max(float(np.linalg.norm(constant)), 1e-30)
         solved -= (solved @ constant) * constant.T
-        stacked = solved.reshape(len(working), -1)
-        return self.beta * (stacked @ stacked.T).astype(np.float64)
+        stacked = solved.reshape(len(working), -1).astype(np.float64)  # of rounded columns too semidefinite to 1e-16
+        return self.beta * (stacked @ stacked.T)
 
 
 def _working_set(scales: Float, norms: Float) -> Index:

@@ -136,13 +136,14 @@ class _Descent:
     @property
     def gap(self) -> float:
         """Relative gap to the last certified bound."""
-        return (self.objective - self.bound) / self.objective
+        return (self.objective - self.bound) / self.objective if self.objective else 0.0
 
     def due(self, tol: float) -> bool:
         """Whether a certificate may end the solve, or new lengths may lower a stagnant gap."""
         wanted = max(tol, self.certified / 3) if np.isfinite(self.certified) else _EARLY * tol
         # as far as float32 and the output bias are right
-        estimate = (self.objective - self.loss.dual_value(self._feasible(0.0) * self.dual)) / self.objective
+        estimate = self.objective - self.loss.dual_value(self._feasible(0.0) * self.dual)
+        estimate /= self.objective or 1.0
         self.waiting += 1
         if estimate < 0.5 * self.halved:
             self.halved, self.waiting = estimate, 0
@@ -174,7 +175,7 @@ class _Descent:
 
     def _feasible(self, rounding: float) -> float:
         """Factor that makes the dual point feasible."""
-        return min(1.0, self.beta / (float(block_norms(self.correlations).max()) + rounding))
+        return self.beta / max(self.beta, float(block_norms(self.correlations).max()) + rounding)
 
     def _best_factors(self) -> Float:
         """Factors ``z >= 0`` of the blocks by a quadratic model with the sample's Hessian: (P,)."""
@@ -196,6 +197,8 @@ class _Descent:
         """Minimise over the preconditioned gradient and the last steps; whether the objective decreased."""
         before = self.objective
         self._admit()
+        if not self.norms.any():  # the loss is too large for its decrease to be seen
+            return False
         direction = self._precondition()
         shape, K = direction.shape, direction.shape[2]
         columns = np.hstack([direction.reshape(-1, K), self.steps])
