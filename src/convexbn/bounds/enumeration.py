@@ -13,12 +13,13 @@ to the end if that is not enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from convexbn._types import EPS, Bool, Float
+from convexbn._types import EPS, Bool, Float, is_over
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.local_search import concave_maximiser, hidden_norms, normalise
 from convexbn.data.blocks import BlockSize
@@ -46,10 +47,27 @@ class EveryCell:
     ----------
     A : ndarray (n, q)
         ``||A|| <= 1``, and ``few_cells(A)``.
+    deadline : float, optional
+        Of the enumeration, which is a ``TimeoutError`` afterwards, and of each maximisation, whose bound is less sharp.
     """
 
-    def __init__(self, A: Float) -> None:
-        self.A, self.patterns = A, enumerate_patterns(A, max_bytes=64 * _ENTRIES, tolerance=_THIN).patterns
+    def __init__(self, A: Float, deadline: float | None = None) -> None:
+        cells = enumerate_patterns(A, max_bytes=64 * _ENTRIES, tolerance=_THIN, deadline=deadline)
+        self.A, self.patterns, self.deadline = A, cells.patterns, deadline
+
+    @classmethod
+    def of_few(cls, A: Float, deadline: float | None = None) -> EveryCell | None:
+        """The cells, if they are few and the deadline leaves time to enumerate them; else None.
+
+        Parameters
+        ----------
+        A, deadline : ndarray (n, q) or groups of rows (n, G, q), float or None
+        """
+        if A.ndim > 2 or not few_cells(A):
+            return None
+        with suppress(TimeoutError):
+            return cls(A, deadline)
+        return None
 
     def maxima(self, V: Float, target: float = 0.0) -> Maxima:
         """Bound ``max over ||u|| <= 1 of |V'(A u)_+|``, sharply if above the target; ``work`` counts patterns.
@@ -92,11 +110,13 @@ class EveryCell:
         """Largest of the minima over ``s``, from above, and a maximiser for each."""
         upper = np.maximum(-v, 0)
         gradients = np.where(opened, np.maximum(v, 0), 0.0) @ self.A
-        slopes, subgradients = concave_maximiser(gradients, upper, np.where(opened, upper, 0.0), self.A)
+        slopes, subgradients = concave_maximiser(gradients, upper, np.where(opened, upper, 0.0), self.A, self.deadline)
         bounds = np.linalg.norm(gradients - subgradients @ self.A, axis=1)
         reached = np.maximum(hidden_norms(slopes, v[:, None], self.A) * (1 + _ACCURACY), target)
         bending = upper > 0
         for i in np.flatnonzero(bounds > reached):
+            if is_over(self.deadline):
+                break
             found = lsq_linear(self.A[bending].T, gradients[i], (0, upper[bending]), method="bvls", tol=1e-15)
             rest = gradients[i] - found.x @ self.A[bending]
             bounds[i], slopes[i] = np.linalg.norm(rest), rest

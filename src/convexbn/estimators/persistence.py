@@ -27,8 +27,8 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
 
 #: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs,
-#: h iterations with 4 numbers each, P gates of the program.
-_AXES = {"output": "mK", "weight": "dm", "gamma": "m", "shift": "m", "mean": "d", "history": "h4"}
+#: h iterations with 5 numbers each (4 before there were estimated bounds), P gates of the program.
+_AXES = {"output": "mK", "weight": "dm", "gamma": "m", "shift": "m", "mean": "d", "history": "h5"}
 _GATE_AXES = {"gate_offsets": "P", "gates": "dP", "gate_index": "m"}
 _MAY_BE_EMPTY = "mh"
 _NETWORK = ("weight", "gamma", "shift", "output", "mean")
@@ -36,6 +36,9 @@ _NETWORK = ("weight", "gamma", "shift", "output", "mean")
 #: Stand-ins for infinity and NaN: a file holds finite numbers alone, and a solver that broke down reports others.
 _INFINITY = np.finfo(np.float64).max
 _NAN = np.nextafter(_INFINITY, 0)
+
+#: Parameters that files of earlier versions lack, with the values that they had.
+_LATER_PARAMETERS: dict[str, Any] = {"proof_time": None}
 
 _ROUNDING = 1e-9
 
@@ -75,6 +78,7 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: 
     """
     headers.check(header, headers.RULES)
     model = _unfitted(header, arrays, kinds)
+    arrays = _with_estimates(arrays, relu=model.activation == "relu")
     _check_tensors(arrays, gated=model.activation == "gated")
     layer = model.convolution
     if layer is not None:
@@ -90,7 +94,7 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     """Estimator with the saved parameters, each checked by the estimator's own constraints."""
     known = {kind.__name__: kind for kind in kinds}
     require(header["estimator"] in known, "estimator")
-    kind, parameters = known[header["estimator"]], dict(header["parameters"])
+    kind, parameters = known[header["estimator"]], _LATER_PARAMETERS | header["parameters"]
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
     require(same_names(parameters, set(kind().get_params()) - {"callback", *given}), "parameters")
     require(given or isinstance(parameters["gates"], str), "parameters")
@@ -101,6 +105,18 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     except (TypeError, ValueError):
         require(False, "parameters")
     return model
+
+
+def _with_estimates(arrays: Mapping[str, np.ndarray], *, relu: bool) -> dict[str, np.ndarray]:
+    """Tensors with 5 numbers an iteration; of ReLU networks the earlier bounds were estimates."""
+    history = arrays.get("history", np.zeros(0))
+    if history.ndim != 2 or history.shape[1] != 4 or history.dtype != np.float64:
+        return dict(arrays)
+    missing = np.full((len(history), 1), _NAN)
+    history = np.hstack([history, history[:, 2:3] if relu else missing])
+    if relu:
+        history[:, 2] = 0.0  # no loss is negative
+    return {**arrays, "history": history}
 
 
 def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: Convolution | None) -> dict[str, Any]:
@@ -117,10 +133,14 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
         "network_": BatchNormNetwork(n_effective=header["n_effective"], convolution=layer, **network),
         "gates_": arrays.get("gates"),
         "gate_offsets_": arrays.get("gate_offsets"),
-        "history_": [Progress(int(i), objective, bound, int(size)) for i, objective, bound, size in history.tolist()],
+        "history_": [_progress(*values) for values in history.tolist()],
         "n_features_in_": len(arrays["mean"]) if layer is None else layer.geometry.n_features,
         **headers.attributes(header),
     }
+
+
+def _progress(iteration: float, objective: float, bound: float, size: float, estimate: float) -> Progress:
+    return Progress(int(iteration), objective, bound, int(size), None if math.isnan(estimate) else estimate)
 
 
 def _check_agreement(model: Any, fitted: Mapping[str, Any]) -> None:
@@ -167,7 +187,7 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
         arrays["gate_index"] = network.gate_index.astype(np.int64)
     if not isinstance(model.gates, str):
         arrays["given_gates"] = np.asarray(model.gates, dtype=np.float64)
-    history = np.array(model.history_, dtype=np.float64).reshape(-1, 4)
+    history = np.array(model.history_, dtype=np.float64).reshape(-1, 5)  # None becomes NaN
     arrays["history"] = np.nan_to_num(history, nan=_NAN, posinf=_INFINITY, neginf=-_INFINITY)
     return arrays
 
@@ -176,7 +196,7 @@ def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
     """Refuse missing and unknown tensors, other types and shapes, and impossible values."""
     axes = _AXES | (_GATE_AXES if gated else {})
     require(same_names(arrays, {*axes, *({"given_gates"} & set(arrays))}), "list of tensors")
-    sizes = {"4": 4}
+    sizes = {"5": 5}
     for name, letters in axes.items():
         require(arrays[name].dtype == (np.int64 if name == "gate_index" else np.float64), name)
         require(arrays[name].ndim == len(letters), name)

@@ -10,9 +10,9 @@ rows share, ``8 n q m + 8 n m K``.
 from __future__ import annotations
 
 import numpy as np
-import scipy.optimize
 
-from convexbn._types import Float, is_over
+from convexbn import _lbfgs
+from convexbn._types import Float
 from convexbn.data.row_matrix import row_matrix
 from convexbn.program import kernels
 from convexbn.program.neurons import Neurons
@@ -36,14 +36,8 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
         loss, ascent = _loss_and_ascent(program, split(x))
         return loss + 0.5 * decay * float(x @ x), decay * x - ascent
 
-    def stop_when_late(intermediate_result: object) -> None:
-        if is_over(deadline):
-            raise StopIteration
-
     start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
-    options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
-    found = scipy.optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options, callback=stop_when_late)
-    return split(found.x)
+    return split(_lbfgs.minimise(value, start, max_iter=max_iter, deadline=deadline, ftol=1e-13)[0])
 
 
 def _loss_and_ascent(program: ReluProgram, network: Neurons) -> tuple[float, Float]:
