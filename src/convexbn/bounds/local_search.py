@@ -12,6 +12,8 @@ The box least-squares problem has Hessian ``A A'``, a projector, so that project
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import scipy.linalg
 
@@ -233,7 +235,16 @@ def _onto_kinks(directions: Float, weights: Float, subgradients: Float, A: Float
     inside &= np.abs(directions @ A.T) < 1e-3 * np.linalg.norm(A, axis=1)
     gradients = np.where((directions @ A.T > 0) & ~inside, weights, 0.0) @ A
     for k in np.flatnonzero(inside.any(axis=1)):
-        face = A[inside[k]].T  # LAPACK's QR with pivots takes a fifth of the time of an SVD
-        along = scipy.linalg.lstsq(face, gradients[k], 1e-10, lapack_driver="gelsy", check_finite=False)[0]
-        gradients[k] -= face @ along
+        gradients[k] -= _projected(A[inside[k]], gradients[k])
     return normalise(gradients)
+
+
+def _projected(rows: Float, vector: Float) -> Float:
+    """Projection onto the span of rows; by a Cholesky factor of their Gram matrix, in a tenth of the time of an SVD."""
+    with suppress(scipy.linalg.LinAlgError):
+        return rows.T @ scipy.linalg.cho_solve(
+            scipy.linalg.cho_factor(rows @ rows.T, check_finite=False), rows @ vector
+        )
+    _, values, right = np.linalg.svd(rows, full_matrices=False)
+    basis = right[values > 1e-10 * values[0]]
+    return basis.T @ (basis @ vector)

@@ -25,7 +25,7 @@ from convexbn.program.neurons import Neurons, merge
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget, Progress, Solution, Solver
 from convexbn.solvers.relu.lbfgs import lbfgs, random_neurons
-from convexbn.solvers.relu.newton import MOST_SYSTEMS, polish
+from convexbn.solvers.relu.newton import MOST_SYSTEMS, MOST_VARIABLES, polish
 from convexbn.solvers.relu.pricing import Pricing
 from convexbn.solvers.relu.pruning import merged_in_cones, vertex
 from convexbn.solvers.relu.restricted_master import with_best_norms
@@ -36,7 +36,9 @@ _ENOUGH = 0.1  # relative number of new neurons that ends the search after one b
 _PATIENCE = 5  # rounds without progress that end the solve
 _POLISH_WORK, _ROUND_WORK = 2e10, 4e8  # cubed variables of the Newton systems of a polish, at most, and of a round
 _FEWEST_SYSTEMS = 5  # Newton systems of a polish, at least
+_POLISH_FLOPS = 4e11  # that these may take; beyond, L-BFGS polishes, to some 1e-4 of the objective
 _ITERATIONS = 2000  # of L-BFGS in a round without Newton's method
+_LARGE_ROUND = 40.0  # rounds that such a round counts as on large data: three win most of what there is to win
 
 
 class _Priced(NamedTuple):
@@ -213,6 +215,8 @@ class _NewtonRounds(_Rounds):
 
     def work(self, neurons: Neurons) -> float:
         """Number of rounds that a round counts as: Newton systems cost the cube of the variables."""
+        if self._too_large(neurons):
+            return _LARGE_ROUND
         return max(1.0, _variables(neurons) ** 3 / _ROUND_WORK)
 
     def reduced(self, neurons: Neurons) -> Neurons:
@@ -224,10 +228,18 @@ class _NewtonRounds(_Rounds):
         return fewer if self.program.objective(fewer) <= self.program.objective(neurons) * (1 + 1e-12) else neurons
 
     def _polish(self, neurons: Neurons, gap: float) -> Neurons:
-        """Newton's method, as carefully started and as accurate as a relative gap asks for."""
+        """Newton's method, as carefully started and as accurate as a relative gap asks for; L-BFGS if it is too dear."""
+        if self._too_large(neurons):
+            return self.cheaper(super().trained(neurons, gap), neurons)
         systems = np.clip(_POLISH_WORK / max(_variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, MOST_SYSTEMS)
         damping, tol = float(np.clip(gap, 1e-6, 0.1)), float(np.clip(1e-3 * gap**2, 1e-14, 1e-9))
         return polish(self.program, neurons, damping=damping, tol=tol, max_iter=int(systems), deadline=self.deadline)
+
+    def _too_large(self, neurons: Neurons) -> bool:
+        """Whether the fewest Newton systems of a polish take too long."""
+        entries, variables = self.program.loss.targets.size, _variables(neurons)
+        size = min(variables, MOST_VARIABLES)
+        return _FEWEST_SYSTEMS * variables * size * (2 * entries + size / 3) > _POLISH_FLOPS
 
 
 def _variables(neurons: Neurons) -> int:
