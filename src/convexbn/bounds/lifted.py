@@ -78,7 +78,14 @@ def _alternate(relaxed: LiftedSet, objective: Blocks, iterations: int, deadline:
 
 
 def settled(checked: list[float], value: float, target: float) -> bool:
-    """Note a value; whether the last two checks together brought it hardly nearer to the target."""
+    """Note a value; whether the last two checks together brought it hardly nearer to the target.
+
+    Parameters
+    ----------
+    checked : list of float
+        The values noted so far.
+    value, target : float
+    """
     checked.append(value)
     return len(checked) > 3 and checked[-3] - value < WORTHWHILE * (value - target)
 

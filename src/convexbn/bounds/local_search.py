@@ -242,9 +242,8 @@ def _onto_kinks(directions: Float, weights: Float, subgradients: Float, A: Float
 def _projected(rows: Float, vector: Float) -> Float:
     """Projection onto the span of rows; by a Cholesky factor of their Gram matrix, in a tenth of the time of an SVD."""
     with suppress(scipy.linalg.LinAlgError):
-        return rows.T @ scipy.linalg.cho_solve(
-            scipy.linalg.cho_factor(rows @ rows.T, check_finite=False), rows @ vector
-        )
+        factor = scipy.linalg.cho_factor(rows @ rows.T, check_finite=False)
+        return rows.T @ scipy.linalg.cho_solve(factor, rows @ vector, check_finite=False)
     _, values, right = np.linalg.svd(rows, full_matrices=False)
     basis = right[values > 1e-10 * values[0]]
     return basis.T @ (basis @ vector)

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn import _lbfgs
 from convexbn._types import EPS, Float, share_of
-from convexbn.bounds import trust_region
+from convexbn.bounds import descent, trust_region
 from convexbn.bounds.bound import Bound
 from convexbn.data.scaling import unit_scale
 
@@ -142,7 +141,7 @@ def stages(
     """
     point = start
     for k, eps in enumerate(SMOOTHING):
-        point, evaluations = _lbfgs.minimise(
+        point, evaluations = descent.minimise(
             functools.partial(objective, eps=eps), point, max_iter=max(steps // len(SMOOTHING), 1),
             deadline=share_of(deadline, 1 / (len(SMOOTHING) - k)), worthwhile=_WORTHWHILE,
         )  # fmt: skip

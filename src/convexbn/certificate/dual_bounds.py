@@ -23,7 +23,7 @@ _LIFTED_ROWS = 600
 _CONES, _MOST_CONES = 500_000, 5_000_000
 
 #: Shares of the time that all bounds may take (an estimate follows), and branch and bound (relaxations follow).
-_BOUNDS_SHARE, _BRANCHING_SHARE = 0.85, 0.6
+_BOUNDS_SHARE, _BRANCHING_SHARE = 0.75, 0.6
 
 #: Shares of what then remains: the relaxation before the chosen dual point, and that before the lifted dual point.
 _RELAXATION_SHARE, _CHOSEN_SHARE = 0.25, 0.5
@@ -146,9 +146,9 @@ class ReluDualBounds:
         if self._hurried:
             return (
                 " The time of the proof was over: more of it (proof_time, or certify with a time_limit) may tighten "
-                "the bound, and so does a larger weight_decay."
+                "the bound, and so may a larger weight_decay."
             )
-        return " The proof ended by itself: more time does not tighten the bound, a larger weight_decay does."
+        return " The proof ended by itself: more time does not tighten the bound, a larger weight_decay may."
 
     def dual_norm(self, dual: Float, *, proved: bool = True) -> tuple[float, float]:
         """Value of a local search and valid upper bound of the dual norm; it may be infinite unless ``proved``.

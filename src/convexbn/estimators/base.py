@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -39,6 +40,10 @@ OF_THE_SEARCH = {
     "callback", "gates", "max_iter", "n_gates", "n_starts", "proof_time", "random_state", "solver", "time_limit", "tol",
     "weight_decay", "width",
 }  # fmt: skip
+
+
+#: Questions about all patterns that fits of this process have answered, and their bounds: no file can alter these.
+_PROVED: WeakKeyDictionary[BaseConvexBN, tuple[Any, KnownBound]] = WeakKeyDictionary()
 
 
 @parameters
@@ -132,15 +137,9 @@ class BaseConvexBN(NetworkParameters):
         return data.fingerprint, data.whitening.rank, weight_decay, asked
 
     def _known_bound(self, data: TrainingSet) -> KnownBound:
-        """Bound that a fit in this process has proved for the same program."""
-        question, proof = self.__dict__.get("_proved", (None, None))
-        if self.gates_ is not None or proof is None or question != self._question(data, self.weight_decay_):
-            return NOTHING_KNOWN
-        return NOTHING_KNOWN if proof.status is Status.NUMERICAL else KnownBound(proof.lower_bound, proof.bound)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State without what only this process has proved: a file can be altered."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_proved"}
+        """Bound that a fit of this estimator has proved for the same program."""
+        question, known = _PROVED.get(self, (None, NOTHING_KNOWN))
+        return known if question == self._question(data, self.weight_decay_) else NOTHING_KNOWN
 
     def to_relu(self, X: Any, y: Any, sample_weight: Any = None, *, unrealisable: str = "refuse") -> Conversion:
         """Convert the gated network to a plain ReLU network with the same outputs on its training rows.
@@ -248,11 +247,13 @@ class BaseConvexBN(NetworkParameters):
                     data, program.with_weight_decay(weight_decay), (gates, offsets),
                     solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
                 )  # fmt: skip
+        if gates is None and fit.certificate.status is not Status.NUMERICAL:
+            known = KnownBound(fit.certificate.lower_bound, fit.certificate.bound)
+            _PROVED[self] = self._question(data, weight_decay), known
         return {
             "gates_": gates, "gate_offsets_": offsets, "weight_decay_": weight_decay, "network_": fit.network,
             "certificate_": fit.certificate, "history_": fit.history, "n_iter_": fit.n_iter,
             "rank_": data.whitening.rank, "fingerprint_": data.fingerprint,
-            "_proved": (self._question(data, weight_decay), fit.certificate),
         }  # fmt: skip
 
     def _max_weight_decay(self, data: TrainingSet, *, proved: bool) -> float | tuple[float, float]:

@@ -228,7 +228,7 @@ class _NewtonRounds(_Rounds):
         return fewer if self.program.objective(fewer) <= self.program.objective(neurons) * (1 + 1e-12) else neurons
 
     def _polish(self, neurons: Neurons, gap: float) -> Neurons:
-        """Newton's method, as carefully started and as accurate as a relative gap asks for; L-BFGS if it is too dear."""
+        """Newton's method, as carefully started and as accurate as a relative gap asks for; if too dear, L-BFGS."""
         if self._too_large(neurons):
             return self.cheaper(super().trained(neurons, gap), neurons)
         systems = np.clip(_POLISH_WORK / max(_variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, MOST_SYSTEMS)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from convexbn import _lbfgs
 from convexbn._types import Float
+from convexbn.bounds import descent
 from convexbn.data.row_matrix import row_matrix
 from convexbn.program import kernels
 from convexbn.program.neurons import Neurons
@@ -37,7 +37,7 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
         return loss + 0.5 * decay * float(x @ x), decay * x - ascent
 
     start = np.concatenate([neurons.first.ravel(), neurons.output.ravel()])
-    return split(_lbfgs.minimise(value, start, max_iter=max_iter, deadline=deadline, ftol=1e-13)[0])
+    return split(descent.minimise(value, start, max_iter=max_iter, deadline=deadline, ftol=1e-13)[0])
 
 
 def _loss_and_ascent(program: ReluProgram, network: Neurons) -> tuple[float, Float]:
