@@ -24,7 +24,7 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
     ----------
     activation, weight_decay, n_gates, gates, width, n_starts, rank, spectral_filter, convolution, solver
         As in :class:`ConvexBNClassifier`.
-    tol, max_iter, time_limit, random_state, callback
+    tol, max_iter, time_limit, proof_time, random_state, callback
         As in :class:`ConvexBNClassifier`.
     loss : {"squared", "huber"}, default="squared"
         Half the sum of squared errors, or of Huber's: linear beyond ``huber_delta``, so that outliers pull no harder.
