@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib.pyplot
 import numpy as np
 import pytest
+from scipy.optimize import rosen, rosen_der
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, bounds, load
 from convexbn.bounds import descent
@@ -32,11 +33,11 @@ def rows(n=80, d=9, seed=0):
 
 
 def values_of(X):
-    return np.tanh(X[:, 0]) * X[:, 1] + 0.1 * np.random.default_rng(1).standard_normal(len(X))
+    return np.tanh(2 * X[:, 0]) + np.abs(X[:, 1]) + 0.1 * np.random.default_rng(1).standard_normal(len(X))
 
 
 def regressor(**changes):
-    return ConvexBNRegressor(**{"activation": "relu", "weight_decay": 2.0, "random_state": 0, **changes})
+    return ConvexBNRegressor(**{"activation": "relu", "weight_decay": 1.0, "random_state": 0, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +129,13 @@ def test_lbfgs_looks_at_the_clock_in_every_evaluation():
 
 
 def test_lbfgs_ends_where_it_hardly_descends():
-    def crawl(x):
-        return 1 + 1e-9 * float(np.sum((x - np.arange(1, 51)) ** 4)), 4e-9 * (x - np.arange(1, 51)) ** 3
+    def valley(x):
+        return 1e4 + rosen(x), rosen_der(x)
 
-    _, all_of_them = descent.minimise(crawl, np.zeros(50), max_iter=1000, ftol=0)
-    _, few = descent.minimise(crawl, np.zeros(50), max_iter=1000, ftol=0, worthwhile=0.5)
-    assert few < all_of_them and few <= 25
+    start = np.tile([-1.2, 1.0], 10)
+    _, all_of_them = descent.minimise(valley, start, max_iter=1000)
+    _, few = descent.minimise(valley, start, max_iter=1000, worthwhile=0.5)
+    assert few <= 30 < 2 * few < all_of_them
 
 
 @pytest.mark.parametrize("K", [1, 2])
@@ -188,7 +190,7 @@ def test_only_bounds_that_this_process_proved_count(proved, tmp_path):
 
 def test_bounds_of_other_questions_do_not_count(proved):
     model, X, y = proved
-    for name, value in (("weight_decay_", 1.0), ("loss", "huber"), ("rank", 5), ("spectral_filter", 0.1)):
+    for name, value in (("weight_decay_", 1.5), ("loss", "huber"), ("rank", 5), ("spectral_filter", 0.1)):
         before = getattr(model, name)
         setattr(model, name, value)
         assert model.certify(X, y, time_limit=0).bound == "orthant", name
@@ -276,12 +278,12 @@ def test_a_network_that_was_cut_short_is_said_to_be_unfinished(stopped_by, remed
 
 
 def test_a_loose_bound_is_not_blamed_on_iterations():
-    proof = sentence(0.15, "max_iter")
+    proof = sentence(0.345, "max_iter")
     assert proof.status is Status.GAP_OPEN and 1e-6 < proof.estimated_gap < 0.5 * proof.relative_gap
     assert "the bound, which is loose" in proof.sentence and "raise max_iter" not in proof.sentence
     assert "the network is unfinished" in proof.sentence
-    assert "raise time_limit" in sentence(0.15, "time_limit").sentence
-    alone = sentence(0.15, "stalled").sentence
+    assert "raise time_limit" in sentence(0.345, "time_limit").sentence
+    alone = sentence(0.345, "stalled").sentence
     assert "loose" in alone and "raise" not in alone
 
 

@@ -27,9 +27,9 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
 
 #: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs,
-#: h iterations with 5 numbers each (4 before there were estimated bounds), P gates of the program.
+#: h iterations with 5 numbers each (4 with gates, which need no estimated bounds), P gates of the program.
 _AXES = {"output": "mK", "weight": "dm", "gamma": "m", "shift": "m", "mean": "d", "history": "h5"}
-_GATE_AXES = {"gate_offsets": "P", "gates": "dP", "gate_index": "m"}
+_GATE_AXES = {"history": "h4", "gate_offsets": "P", "gates": "dP", "gate_index": "m"}
 _MAY_BE_EMPTY = "mh"
 _NETWORK = ("weight", "gamma", "shift", "output", "mean")
 
@@ -78,7 +78,8 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: 
     """
     headers.check(header, headers.RULES)
     model = _unfitted(header, arrays, kinds)
-    arrays = _with_estimates(arrays, relu=model.activation == "relu")
+    if model.activation == "relu":
+        arrays = _with_estimates(arrays)
     _check_tensors(arrays, gated=model.activation == "gated")
     layer = model.convolution
     if layer is not None:
@@ -107,16 +108,12 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     return model
 
 
-def _with_estimates(arrays: Mapping[str, np.ndarray], *, relu: bool) -> dict[str, np.ndarray]:
-    """Tensors with 5 numbers an iteration; of ReLU networks the earlier bounds were estimates."""
+def _with_estimates(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Tensors with 5 numbers an iteration; the bounds of earlier files were estimates."""
     history = arrays.get("history", np.zeros(0))
-    if history.ndim != 2 or history.shape[1] != 4 or history.dtype != np.float64:
-        return dict(arrays)
-    missing = np.full((len(history), 1), _NAN)
-    history = np.hstack([history, history[:, 2:3] if relu else missing])
-    if relu:
-        history[:, 2] = 0.0  # no loss is negative
-    return {**arrays, "history": history}
+    if history.ndim != 2 or history.shape[1] != 4:
+        return arrays
+    return {**arrays, "history": np.insert(history, 2, 0.0, axis=1)[:, [0, 1, 2, 4, 3]]}  # no loss is negative
 
 
 def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: Convolution | None) -> dict[str, Any]:
@@ -139,7 +136,7 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
     }
 
 
-def _progress(iteration: float, objective: float, bound: float, size: float, estimate: float) -> Progress:
+def _progress(iteration: float, objective: float, bound: float, size: float, estimate: float = math.nan) -> Progress:
     return Progress(int(iteration), objective, bound, int(size), None if math.isnan(estimate) else estimate)
 
 
@@ -188,6 +185,8 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
     if not isinstance(model.gates, str):
         arrays["given_gates"] = np.asarray(model.gates, dtype=np.float64)
     history = np.array(model.history_, dtype=np.float64).reshape(-1, 5)  # None becomes NaN
+    if model.gates_ is not None:
+        history = history[:, :4]
     arrays["history"] = np.nan_to_num(history, nan=_NAN, posinf=_INFINITY, neginf=-_INFINITY)
     return arrays
 
@@ -196,7 +195,7 @@ def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
     """Refuse missing and unknown tensors, other types and shapes, and impossible values."""
     axes = _AXES | (_GATE_AXES if gated else {})
     require(same_names(arrays, {*axes, *({"given_gates"} & set(arrays))}), "list of tensors")
-    sizes = {"5": 5}
+    sizes = {"4": 4, "5": 5}
     for name, letters in axes.items():
         require(arrays[name].dtype == (np.int64 if name == "gate_index" else np.float64), name)
         require(arrays[name].ndim == len(letters), name)
