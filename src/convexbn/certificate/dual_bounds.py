@@ -176,7 +176,8 @@ class ReluDualBounds:
             return None
         V = dual / self._root
         if self._cells is not None:
-            return float(self._cells.maxima(self.program.readout.spread(V), self.program.weight_decay).value)
+            spread, target = self.program.readout.spread(V), self.program.weight_decay
+            return float(self._cells.maxima(spread, target, self.deadline).value)
         largest = float(self._local_maxima(V, None if quick else self.deadline)[0][0])
         return largest if quick or not is_over(self.deadline) else None
 
@@ -233,7 +234,7 @@ class ReluDualBounds:
         if self._over:
             return
         if self._cells is not None:
-            yield self._cells.maxima(V, target), "every cell"
+            yield self._cells.maxima(V, target, self._until), "every cell"
             return
         A = self.program.unit_rows
         if self.program.n_inputs <= bounds.MAX_RANK:

@@ -12,6 +12,7 @@ of single rows does not know: there L-BFGS alone trains, and ends at some 1e-4 o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -19,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from convexbn import bounds
-from convexbn._types import Float
+from convexbn._types import Float, share_of
 from convexbn.bounds.local_search import distinct, hidden_norms, hidden_units, normalise
 from convexbn.program.neurons import Neurons, merge
 from convexbn.program.relu import ReluProgram
@@ -169,8 +170,13 @@ class _NewtonRounds(_Rounds):
 
     def __post_init__(self) -> None:
         self.by_case, self.program = self.program, self.program.on_rows
-        one = self.program.n_outputs == 1
-        self.cells = bounds.EveryCell.of_few(self.program.unit_rows, self.deadline) if one else None
+
+    @functools.cached_property
+    def cells(self) -> bounds.EveryCell | None:
+        """All cells, if they are few, once there is a network; to enumerate them takes at most half of the time."""
+        if self.program.n_outputs > 1:
+            return None
+        return bounds.EveryCell.of_few(self.program.unit_rows, share_of(self.deadline, 0.5))
 
     def begin(self, random: Neurons, start: Neurons | None) -> tuple[Neurons, Neurons]:
         """The random neurons after L-BFGS, with clusters merged, and the best network so far."""
@@ -193,7 +199,7 @@ class _NewtonRounds(_Rounds):
         V, A = program.unit_dual(dual), program.unit_rows
         threshold = program.weight_decay * (1 + 0.1 * self.tol)
         if self.cells is not None:
-            maxima = self.cells.maxima(V, threshold)
+            maxima = self.cells.maxima(V, threshold, self.deadline)
             found = distinct(maxima.directions, hidden_norms(maxima.directions, V, A), _NEWCOMERS)
             yield _Priced(found, program.dual_bound(dual, maxima.value), None, last=True)
             return
