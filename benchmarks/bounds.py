@@ -74,7 +74,7 @@ def measure(n, q, fraction, seed):
     solution = ColumnGeneration().solve(program, rng=rng, budget=Budget(time_limit=60))
     seconds = time.process_time() - started
     objective = program.objective(solution.weights)
-    yield f"{objective:.6g}, est. {solution.history[-1].relative_gap:.0e} ({seconds:.1f})"
+    yield f"{objective:.6g}, est. {solution.history[-1].estimated_gap:.0e} ({seconds:.1f})"
     V = targets - program.outputs(solution.weights)
     found = dict([*residual_bounds(V, rows, beta), *chosen_points(targets, V, rows, beta)])
     for name in COLUMNS:

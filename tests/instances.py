@@ -6,7 +6,7 @@ import mpmath as mp
 import numpy as np
 
 from convexbn.certificate.certificate import Found, certify, judge
-from convexbn.certificate.dual_bounds import DualBound, GateDualBounds
+from convexbn.certificate.dual_bounds import NOTHING_KNOWN, DualBound, GateDualBounds
 from convexbn.certificate.question import Question
 from convexbn.certificate.status import Scope
 from convexbn.data.whitening import whiten
@@ -76,6 +76,8 @@ def proof_of_blocks(program, blocks, tol, stopped_by="tolerance"):
 
 class StatedBound:
     """A prover whose bound is what we say."""
+
+    known, remark = NOTHING_KNOWN, ""
 
     def __init__(self, bound, rounding, estimate):
         self.bound, self.rounding, self.estimated = bound, rounding, estimate

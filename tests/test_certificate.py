@@ -8,7 +8,7 @@ import pytest
 
 from convexbn.certificate import certificate
 from convexbn.certificate.certificate import Found, judge
-from convexbn.certificate.dual_bounds import DualBound
+from convexbn.certificate.dual_bounds import NOTHING_KNOWN, DualBound
 from convexbn.certificate.status import STOPPED_BY, Scope, Status
 from convexbn.data.whitening import whiten
 from convexbn.program.gated import GateBlocks, GatedProgram, gated_operator
@@ -268,6 +268,8 @@ def test_only_the_gradient_at_zero_proves_that_zero_is_optimal():
     points = [(loss.targets, 2 * norm, 1e-14, "orthant"), (0.99 * loss.targets, 0.99 * norm, 0.0, "chosen dual point")]
 
     class Points:
+        known, remark = NOTHING_KNOWN, ""
+
         def bounded(self, dual):
             return [DualBound(*point) for point in points]
 

@@ -66,7 +66,7 @@ def blocks_of(model, X, y, weights=None):
 
 def test_defaults_are_the_documented_ones():
     expected = {"activation": "gated", "loss": "squared", "weight_decay": "auto", "gates": "data", "rank": None}
-    expected |= {"solver": "auto", "tol": 1e-6, "time_limit": None, "random_state": None}
+    expected |= {"solver": "auto", "tol": 1e-6, "time_limit": None, "proof_time": None, "random_state": None}
     for model in (ConvexBNClassifier(), ConvexBNRegressor()):
         parameters = model.get_params()
         assert expected.items() <= parameters.items()

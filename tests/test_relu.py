@@ -102,7 +102,7 @@ def test_classification_by_every_loss(loss, n_classes):
 def test_iris_within_the_gaps_that_are_promised(fraction, gap):
     X, y = load_iris(return_X_y=True)
     largest = np.sqrt(50)  # max_weight_decay: a neuron that is open on one class
-    model = classifier(weight_decay=fraction * largest, tol=gap).fit(X, y)
+    model = classifier(weight_decay=fraction * largest, tol=gap, proof_time=300).fit(X, y)
     assert model.certificate_.status is Status.CERTIFIED, model.certificate_.sentence
 
 

@@ -19,3 +19,11 @@ EPS = float(np.finfo(np.float64).eps)
 def is_over(deadline: float | None) -> bool:
     """Whether ``time.monotonic()`` has reached the deadline; never without one."""
     return deadline is not None and time.monotonic() >= deadline
+
+
+def share_of(deadline: float | None, share: float) -> float | None:
+    """``time.monotonic()`` at which a share of the time that is left is over, None without a deadline."""
+    if deadline is None:
+        return None
+    now = time.monotonic()
+    return now + share * (deadline - now)

@@ -22,6 +22,7 @@ from convexbn.data.scaling import unit_scale
 
 MAX_RANK = 8  # the cones needed for a fixed accuracy grow geometrically with the rank
 _BATCH = 256  # cones that are split at a time
+_ENTRIES = 1 << 23  # of the rows on the cones that are bounded at a time: fewer cones are split if the rows are many
 _ATTEMPTS = 4  # bases whose orthants are tried while all open cones are too thin to split
 
 
@@ -76,8 +77,8 @@ def branch_and_bound(
     for attempt in range(_ATTEMPTS):
         # other orthants have other thin cones, and any bound is valid
         middle = None if attempt == 0 else normalise(rng.standard_normal((1, q)))[0]
-        search = _OpenCones(V, A, tol, target / scale, start, middle)
-        reason = search.run(max_nodes - work, deadline)
+        search = _OpenCones(V, A, tol, target / scale, start, middle, deadline)
+        reason = search.run(max_nodes - work)
         upper, work, start = min(upper, search.upper), work + search.nodes, search.best[None]
         if reason != "rounding":
             break
@@ -88,16 +89,21 @@ def branch_and_bound(
 class _OpenCones:
     """The open cones, their bounds, and the best value found so far."""
 
-    def __init__(self, V: Float, A: Float, tol: float, target: float, start: Float, middle: Float | None) -> None:
+    def __init__(
+        self, V: Float, A: Float, tol: float, target: float, start: Float, middle: Float | None, deadline: float | None
+    ) -> None:
         # one output: the two signs are two problems; several outputs: one problem of norms
         self.problems = [V, -V] if V.shape[1] == 1 else [V]
-        self.V, self.A, self.tol, self.target = V, A, tol, target
+        self.V, self.A, self.tol, self.target, self.deadline = V, A, tol, target, deadline
+        self.batch = int(np.clip(_ENTRIES // A.size, 1, _BATCH))
         self.lower, self.settled, self.nodes = 0.0, 0.0, 0
         self.best = normalise(start)[0]
         self.improve(normalise(start))
         self.frontier = Frontier(A.shape[-1])
         for problem in range(len(self.problems)):
-            self.bound(_rotated_orthants(self.best if middle is None else middle), problem, np.inf)
+            orthants = _rotated_orthants(self.best if middle is None else middle)
+            largest = np.linalg.norm(V) * np.linalg.norm(A.reshape(-1, A.shape[-1]), 2) * (1 + len(V) * EPS)
+            self.add(orthants, problem, np.full(len(orthants), largest))
 
     @property
     def upper(self) -> float:
@@ -109,28 +115,39 @@ class _OpenCones:
         """Bound asked for."""
         return max(self.lower * (1 + self.tol), self.target)
 
-    def run(self, max_nodes: int, deadline: float | None) -> str:
+    def run(self, max_nodes: int) -> str:
         """Split the cones of largest bound, many at a time; return the reason to stop."""
         while self.frontier.largest() > max(self.enough, self.settled):
             if self.nodes >= max_nodes:
                 return "nodes"
-            if is_over(deadline):
+            if is_over(self.deadline):
                 return "deadline"
-            halves = self.frontier.pop(_BATCH).children()
+            halves = self.frontier.pop(self.batch).children()
             for problem in np.unique(halves.problem):
                 mine = halves.problem == problem
-                self.bound(halves.generators[mine], problem, halves.bounds[mine])
-        return "tolerance" if self.upper <= self.enough else "rounding"
+                self.add(halves.generators[mine], problem, halves.bounds[mine])
+        if self.upper <= self.enough:
+            return "tolerance"
+        return "deadline" if is_over(self.deadline) else "rounding"
 
     def improve(self, directions: Float) -> None:
         """Ascend from the best of the directions if it beats the best value found."""
         values = hidden_norms(directions, self.V, self.A)
         top = int(values.argmax())
         if values[top] > self.lower:
-            climbed = ascend(directions[top : top + 1], self.V, self.A, 20)
+            climbed = ascend(directions[top : top + 1], self.V, self.A, 20, self.deadline)
             self.lower, self.best = float(hidden_norms(climbed, self.V, self.A)[0]), climbed[0]
 
-    def bound(self, generators: Float, problem: int, parents: Float | float) -> None:
+    def add(self, generators: Float, problem: int, parents: Float) -> None:
+        """Bound cones, some at a time; after the deadline the bounds of their parents are all that is known."""
+        for start in range(0, len(parents), 2 * self.batch):
+            part = slice(start, start + 2 * self.batch)
+            if is_over(self.deadline):
+                self.settled = max(self.settled, float(parents[part].max()))
+            else:
+                self._bound(generators[part], problem, parents[part])
+
+    def _bound(self, generators: Float, problem: int, parents: Float) -> None:
         """Bound cones, try the maximisers of their relaxations, and keep the cones that stay open."""
         self.nodes += len(generators)
         V = self.problems[problem]

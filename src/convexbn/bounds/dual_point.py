@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convexbn._types import Float
+from convexbn._types import Float, share_of
 from convexbn.bounds.bound import Bound
-from convexbn.bounds.relaxation import SMOOTHING, bound_at, minimise, relaxation, smoothed
+from convexbn.bounds.relaxation import Relaxed, bound_at, relaxation, smoothed, stages
 from convexbn.data.scaling import unit_scale
 
 _STEPS = 400  # of L-BFGS in all
+_FIRST_SHARE = 1 / 3  # of the time, for the relaxation that the ascent begins with
 _SATURATED = 2.0  # largest multiplier that a stage starts from; beyond, the substitution is flat and it would not move
 
 
@@ -32,7 +33,10 @@ class DualPoint(Bound):
     dual: Float
 
 
-def dual_point(targets: Float, V: Float, A: Float, weight_decay: float, *, deadline: float | None = None) -> DualPoint:
+def dual_point(
+    targets: Float, V: Float, A: Float, weight_decay: float, *, deadline: float | None = None,
+    first: Relaxed | None = None,
+) -> DualPoint:  # fmt: skip
     """Dual point for ``1/2 ||F - y||^2``, scaled to be feasible; of no smaller dual value than the scaled residual.
 
     Parameters
@@ -43,19 +47,22 @@ def dual_point(targets: Float, V: Float, A: Float, weight_decay: float, *, deadl
         Orthonormal columns.
     weight_decay : float
     deadline : float, optional
+    first : Relaxed, optional
+        ``relaxation(V, A)``, if it is known.
     """
     scale = unit_scale(targets)
     y, beta, n = targets[:, 0] / scale, weight_decay / scale, len(A)
-    first = relaxation(V / scale, A, steps=_STEPS // 3, deadline=deadline)
-    best = rescaled(V[:, 0] / scale, first, y, beta)
+    first = relaxation(V, A, deadline=share_of(deadline, _FIRST_SHARE)) if first is None else first
+    known = Bound(first.value / scale, first.rounding / scale, first.work)
+    best = rescaled(V[:, 0] / scale, known, y, beta)
     ascent, work = _Ascent(y, A, beta, best.dual[:, 0]), first.work
     # zero entries are moved off the stationary point z = 0
     point = np.concatenate([np.sqrt(ascent.size + 1e-6), *(x.ravel() for x in first.multipliers)])
-    for eps in SMOOTHING:
-        point[n:] = np.clip(point[n:], -_SATURATED, _SATURATED)
-        found = minimise(ascent.objective, point, eps, _STEPS, deadline)
-        point, work = found.x, work + 2 * int(found.nfev)
-        best = max(best, ascent.check(point), key=lambda candidate: dual_value(candidate.dual[:, 0], y))
+    point[n:] = np.clip(point[n:], -_SATURATED, _SATURATED)
+    for found, evaluations in stages(ascent.objective, point, _STEPS, deadline):
+        work += 2 * evaluations
+        best = max(best, ascent.check(found), key=lambda candidate: dual_value(candidate.dual[:, 0], y))
+        np.clip(found[n:], -_SATURATED, _SATURATED, out=found[n:])  # where the next stage begins
     return DualPoint(best.value * scale, best.rounding * scale, work, best.dual * scale)
 
 

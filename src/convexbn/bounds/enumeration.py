@@ -13,12 +13,13 @@ to the end if that is not enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from convexbn._types import EPS, Bool, Float
+from convexbn._types import EPS, Bool, Float, is_over
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.local_search import concave_maximiser, hidden_norms, normalise
 from convexbn.data.blocks import BlockSize
@@ -46,12 +47,29 @@ class EveryCell:
     ----------
     A : ndarray (n, q)
         ``||A|| <= 1``, and ``few_cells(A)``.
+    deadline : float, optional
+        Of the enumeration, which is a ``TimeoutError`` afterwards.
     """
 
-    def __init__(self, A: Float) -> None:
-        self.A, self.patterns = A, enumerate_patterns(A, max_bytes=64 * _ENTRIES, tolerance=_THIN).patterns
+    def __init__(self, A: Float, deadline: float | None = None) -> None:
+        cells = enumerate_patterns(A, max_bytes=64 * _ENTRIES, tolerance=_THIN, deadline=deadline)
+        self.A, self.patterns = A, cells.patterns
 
-    def maxima(self, V: Float, target: float = 0.0) -> Maxima:
+    @classmethod
+    def of_few(cls, A: Float, deadline: float | None = None) -> EveryCell | None:
+        """The cells, if they are few and the deadline leaves time to enumerate them; else None.
+
+        Parameters
+        ----------
+        A, deadline : ndarray (n, q) or groups of rows (n, G, q), float or None
+        """
+        if A.ndim > 2 or not few_cells(A):
+            return None
+        with suppress(TimeoutError):
+            return cls(A, deadline)
+        return None
+
+    def maxima(self, V: Float, target: float = 0.0, deadline: float | None = None) -> Maxima:
         """Bound ``max over ||u|| <= 1 of |V'(A u)_+|``, sharply if above the target; ``work`` counts patterns.
 
         Parameters
@@ -59,6 +77,8 @@ class EveryCell:
         V : ndarray (n, 1)
         target : float
             Cells with a bound of at most this are settled.
+        deadline : float, optional
+            After it the bound is less sharp.
         """
         n, q = self.A.shape
         scale = unit_scale(V)
@@ -68,7 +88,7 @@ class EveryCell:
                 continue
             for opened, bounds in self._groups(v):
                 unsettled = bounds > target / scale
-                bound, directions = self._least_squares(v, opened[unsettled], target / scale)
+                bound, directions = self._least_squares(v, opened[unsettled], target / scale, deadline)
                 largest = max(largest, bound, float(bounds[~unsettled].max(initial=0.0)))
                 found.append(directions)
         # a direction in a missed cell is within its width of one that was not missed, hyperplane by hyperplane
@@ -88,15 +108,17 @@ class EveryCell:
         for part in size.slices(len(smallest)):
             yield self.patterns[smallest[part]], gradients[smallest[part]]
 
-    def _least_squares(self, v: Float, opened: Bool, target: float) -> tuple[float, Float]:
+    def _least_squares(self, v: Float, opened: Bool, target: float, deadline: float | None) -> tuple[float, Float]:
         """Largest of the minima over ``s``, from above, and a maximiser for each."""
         upper = np.maximum(-v, 0)
         gradients = np.where(opened, np.maximum(v, 0), 0.0) @ self.A
-        slopes, subgradients = concave_maximiser(gradients, upper, np.where(opened, upper, 0.0), self.A)
+        slopes, subgradients = concave_maximiser(gradients, upper, np.where(opened, upper, 0.0), self.A, deadline)
         bounds = np.linalg.norm(gradients - subgradients @ self.A, axis=1)
         reached = np.maximum(hidden_norms(slopes, v[:, None], self.A) * (1 + _ACCURACY), target)
         bending = upper > 0
         for i in np.flatnonzero(bounds > reached):
+            if is_over(deadline):
+                break
             found = lsq_linear(self.A[bending].T, gradients[i], (0, upper[bending]), method="bvls", tol=1e-15)
             rest = gradients[i] - found.x @ self.A[bending]
             bounds[i], slopes[i] = np.linalg.norm(rest), rest

@@ -14,12 +14,13 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 
-from convexbn._types import EPS, Float, is_over
+from convexbn._types import EPS, Float, is_over, share_of
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
 from convexbn.data.scaling import unit_scale
 
 CHECK_EVERY = 25  # iterations between two bounds
+WORTHWHILE = 1e-3  # share of the distance to the target that two checks have to gain
 PENALTY, RELAXATION = 10.0, 1.8  # for an objective of unit norm and unit trace; over-relaxation
 
 
@@ -45,8 +46,10 @@ def lifted(V: Float, A: Float, *, iterations: int = 300, deadline: float | None 
     unit = scale * (float(np.linalg.norm(V / scale)) or 1.0)
     relaxed = LiftedSet(A, homogenised=V.shape[1] == 1)
     if V.shape[1] == 1:
-        signs = [relaxed.weights(sign * V[:, 0] / unit) for sign in (1.0, -1.0)]
-        sides = [_alternate(relaxed, objective, iterations, deadline, target / unit) for objective in signs]
+        sides = []
+        for sign, share in ((1.0, 0.5), (-1.0, 1.0)):
+            side = relaxed.weights(sign * V[:, 0] / unit)
+            sides.append(_alternate(relaxed, side, iterations, share_of(deadline, share), target / unit))
         best = max(sides, key=lambda side: side.value)
         return Bound(best.value * unit, best.rounding * unit, sum(side.work for side in sides))
     gram = Blocks((V / unit) @ (V / unit).T, *np.zeros((2, len(A), len(A))))
@@ -60,6 +63,7 @@ def _alternate(relaxed: LiftedSet, objective: Blocks, iterations: int, deadline:
     multiplier = Z = Blocks.zeros(relaxed.size)
     drift = relaxed.adjoint(objective) / PENALTY
     best, work = relaxed.bound(objective, multiplier), 1
+    checked = [best[0]]
     for k in range(1, iterations + 1):
         factor = _spectraplex(relaxed.adjoint(Z.plus(multiplier, -1.0)) + drift)
         shifted = relaxed.lift(factor).times(RELAXATION).plus(Z, 1 - RELAXATION).plus(multiplier)
@@ -68,9 +72,22 @@ def _alternate(relaxed: LiftedSet, objective: Blocks, iterations: int, deadline:
         late = is_over(deadline)
         if k % CHECK_EVERY == 0 or k == iterations or late:
             best, work = min(best, relaxed.bound(objective, multiplier.times(-PENALTY))), work + 1
-            if late or best[0] <= target:
+            if late or best[0] <= target or settled(checked, best[0], target):
                 break
     return Bound(*best, work)
+
+
+def settled(checked: list[float], value: float, target: float) -> bool:
+    """Note a value; whether the last two checks together brought it hardly nearer to the target.
+
+    Parameters
+    ----------
+    checked : list of float
+        The values noted so far.
+    value, target : float
+    """
+    checked.append(value)
+    return len(checked) > 3 and checked[-3] - value < WORTHWHILE * (value - target)
 
 
 def _spectraplex(matrix: Float) -> Float:

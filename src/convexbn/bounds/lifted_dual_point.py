@@ -19,7 +19,7 @@ import scipy.linalg
 from convexbn._types import Float, is_over
 from convexbn.bounds.bound import Bound
 from convexbn.bounds.dual_point import DualPoint, dual_value, rescaled
-from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION
+from convexbn.bounds.lifted import CHECK_EVERY, PENALTY, RELAXATION, settled
 from convexbn.bounds.lifted_set import Blocks, LiftedSet, completed
 from convexbn.data.scaling import unit_scale
 
@@ -42,14 +42,14 @@ def lifted_dual_point(
     """
     scale = unit_scale(targets)
     search = _AlternatingDirections(targets[:, 0] / scale, V[:, 0] / scale, A, weight_decay / scale)
-    best = search.candidate()
+    best, checked = search.candidate(), list[float]()
     for k in range(1, iterations + 1):
         search.step()
         late = is_over(deadline)
         if k % CHECK_EVERY == 0 or k == iterations or late:
             best = max(best, search.candidate(), key=lambda point: dual_value(point.dual[:, 0], search.y))
-        if late:
-            break
+            if late or settled(checked, -dual_value(best.dual[:, 0], search.y), -search.objective):
+                break
     return DualPoint(best.value * scale, best.rounding * scale, search.work, best.dual * scale)
 
 
@@ -63,6 +63,7 @@ class _AlternatingDirections:
         self.relaxed = LiftedSet(A, homogenised=True)
         size = float(np.linalg.norm(v)) or 1.0
         trace = float(v @ (y - v)) / beta  # the penalty of the network of residual v, over beta
+        self.objective = float(0.5 * v @ v + v @ (y - v))  # of that network
         self.penalty = PENALTY * size / (trace if trace > 0 else size / beta)
         zero = Blocks.zeros(self.relaxed.size)
         self.lifted, self.multipliers = [zero, zero], [zero, zero]

@@ -12,9 +12,12 @@ The box least-squares problem has Hessian ``A A'``, a projector, so that project
 
 from __future__ import annotations
 
-import numpy as np
+from contextlib import suppress
 
-from convexbn._types import Float
+import numpy as np
+import scipy.linalg
+
+from convexbn._types import Float, is_over
 from convexbn.data.blocks import BlockSize
 from convexbn.data.scaling import unit_scale
 
@@ -27,8 +30,9 @@ _HIDDEN_ENTRIES = 1 << 23  # of the hidden layer in memory at a time
 
 
 def local_maxima(
-    V: Float, A: Float, n_starts: int, rng: np.random.Generator, *, start: Float | None = None, rounds: int = 30
-) -> tuple[Float, Float]:
+    V: Float, A: Float, n_starts: int, rng: np.random.Generator, *, start: Float | None = None, rounds: int = 30,
+    deadline: float | None = None,
+) -> tuple[Float, Float]:  # fmt: skip
     """Distinct local maxima, best first: values (m,) and unit vectors (m, q), ``m <= 30``.
 
     ``start`` and the random directions are thinned separately: near an optimum the neurons all have the largest value,
@@ -45,12 +49,16 @@ def local_maxima(
         Further directions to ascend from, and from around them: the present neurons.
     rounds : int
         Largest number of convex-concave steps.
+    deadline : float, optional
+        ``time.monotonic()`` after which nothing climbs further.
     """
     scale = unit_scale(V)
     V = V / scale
     raw = normalise(rng.standard_normal((n_starts, A.shape[-1])))
     moved, outputs = raw, normalise(rng.standard_normal((n_starts, V.shape[1])))
     for _ in range(_FIXED_POINT_STEPS):
+        if is_over(deadline):
+            break
         moved = normalise(linear_parts(moved, outputs @ V.T, A))
         outputs = normalise(hidden_units(moved, A) @ V)
     keep = max(_FOLLOWED, _FOLLOWED_ENTRIES // A.size)
@@ -60,7 +68,7 @@ def local_maxima(
         known = normalise(start)
         followed.append(distinct(known, hidden_norms(known, V, A), keep))
         followed += [scattered(known[:n_starts], n_starts // 2, spread, rng) for spread in _SPREADS]
-    directions = ascend(np.vstack(followed), V, A, rounds)
+    directions = ascend(np.vstack(followed), V, A, rounds, deadline)
     directions = distinct(directions, hidden_norms(directions, V, A), _FOLLOWED)
     return hidden_norms(directions, V, A) * scale, directions
 
@@ -137,7 +145,7 @@ def distinct(directions: Float, values: Float, keep: int) -> Float:
     return ordered[chosen]
 
 
-def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
+def ascend(directions: Float, V: Float, A: Float, rounds: int, deadline: float | None = None) -> Float:
     """Ascend by convex-concave steps from every row, with a step onto the face of kinks that each iterate lies on.
 
     On groups of rows the steps are those of the fixed point, as far as they rise.
@@ -146,18 +154,21 @@ def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
     ----------
     directions, V, A : ndarray (m, q), (n, K), (n, q) or (n, G, q)
     rounds : int
+    deadline : float, optional
     """
     if A.ndim == 3:
-        return _risen(directions, V, A, rounds)
+        return _risen(directions, V, A, rounds, deadline)
     directions, values = directions.copy(), hidden_norms(directions, V, A)
     subgradients = np.zeros((len(directions), len(A)))
     rising, rests = np.arange(len(directions)), np.zeros(len(directions), dtype=int)
     for _ in range(rounds):
+        if not len(rising) or is_over(deadline):
+            break
         at = directions[rising]
         hidden = np.maximum(at @ A.T, 0)
         weights = normalise(hidden @ V) @ V.T
         linear = np.where((hidden > 0) & (weights > 0), weights, 0.0) @ A
-        moved, subgradients = concave_maximiser(linear, np.maximum(-weights, 0), subgradients, A)
+        moved, subgradients = concave_maximiser(linear, np.maximum(-weights, 0), subgradients, A, deadline)
         candidates = np.stack([moved, _onto_kinks(moved, weights, subgradients, A), at])
         heights = np.stack([*(hidden_norms(steps, V, A) for steps in candidates[:2]), values[rising]])
         best, places = heights.argmax(axis=0), np.arange(len(rising))
@@ -167,15 +178,15 @@ def ascend(directions: Float, V: Float, A: Float, rounds: int) -> Float:
         rests = np.where(rose, 0, rests + 1)  # the dual variables of a step that failed begin the next one
         kept = rests < _RESTS
         rising, subgradients, rests = rising[kept], subgradients[kept], rests[kept]
-        if len(rising) == 0:
-            break
     return directions
 
 
-def _risen(directions: Float, V: Float, A: Float, rounds: int) -> Float:
+def _risen(directions: Float, V: Float, A: Float, rounds: int, deadline: float | None) -> Float:
     """Steps of the fixed point from every row, halved each time that the value would fall."""
     values, length = hidden_norms(directions, V, A), np.ones((len(directions), 1))
     for _ in range(rounds):
+        if is_over(deadline):
+            break
         outputs = normalise(hidden_units(directions, A) @ V)
         ahead = normalise(linear_parts(directions, outputs @ V.T, A))
         moved = normalise(directions + length * (ahead - directions))
@@ -186,7 +197,9 @@ def _risen(directions: Float, V: Float, A: Float, rounds: int) -> Float:
     return directions
 
 
-def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float) -> tuple[Float, Float]:
+def concave_maximiser(
+    linear: Float, upper: Float, start: Float, A: Float, deadline: float | None = None
+) -> tuple[Float, Float]:
     """Maximise ``p'u - sum w_i (a_i'u)_+`` over the sphere by accelerated projected gradients on its dual.
 
     Parameters
@@ -195,6 +208,7 @@ def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float) -> tu
         ``p``, ``w >= 0`` and a first ``s``, one row a problem.
     A : ndarray (n, q)
         ``||A|| <= 1``.
+    deadline : float, optional
 
     Returns
     -------
@@ -203,6 +217,8 @@ def concave_maximiser(linear: Float, upper: Float, start: Float, A: Float) -> tu
     """
     point = previous = np.minimum(start, upper)
     for k in range(_CONCAVE_STEPS):
+        if is_over(deadline):
+            break
         following = np.clip(point + (linear - point @ A) @ A.T, 0, upper)
         point = following + (k / (k + 3)) * (following - previous)
         previous = following
@@ -219,7 +235,15 @@ def _onto_kinks(directions: Float, weights: Float, subgradients: Float, A: Float
     inside &= np.abs(directions @ A.T) < 1e-3 * np.linalg.norm(A, axis=1)
     gradients = np.where((directions @ A.T > 0) & ~inside, weights, 0.0) @ A
     for k in np.flatnonzero(inside.any(axis=1)):
-        _, values, right = np.linalg.svd(A[inside[k]], full_matrices=False)
-        basis = right[values > 1e-10 * values[0]]
-        gradients[k] -= basis.T @ (basis @ gradients[k])
+        gradients[k] -= _projected(A[inside[k]], gradients[k])
     return normalise(gradients)
+
+
+def _projected(rows: Float, vector: Float) -> Float:
+    """Projection onto the span of rows; by a Cholesky factor of their Gram matrix, in a tenth of the time of an SVD."""
+    with suppress(scipy.linalg.LinAlgError):
+        factor = scipy.linalg.cho_factor(rows @ rows.T, check_finite=False)
+        return rows.T @ scipy.linalg.cho_solve(factor, rows @ vector, check_finite=False)
+    _, values, right = np.linalg.svd(rows, full_matrices=False)
+    basis = right[values > 1e-10 * values[0]]
+    return basis.T @ (basis @ vector)

@@ -12,19 +12,20 @@ substitution the bound is convex in them. An evaluation costs ``O(n q^2 + q^3)``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.optimize
 
-from convexbn._types import EPS, Float, is_over
-from convexbn.bounds import trust_region
+from convexbn._types import EPS, Float, share_of
+from convexbn.bounds import descent, trust_region
 from convexbn.bounds.bound import Bound
 from convexbn.data.scaling import unit_scale
 
 SMOOTHING = (1e-2, 1e-3, 1e-4)  # relative, from coarse to fine: of the trust-region problem, of the larger sign
 _EXPONENT = 40.0
+_WORTHWHILE = 1e-4  # relative decrease of the bound that 20 steps have to reach: more than the smoothing leaves open
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def relaxation(V: Float, A: Float, *, steps: int = 150, deadline: float | None =
     """
     scale = unit_scale(V)
     signed = (V[:, 0] / scale, -V[:, 0] / scale)
-    values, slacks, work, multipliers = zip(*(_optimise(v, A, steps, deadline) for v in signed), strict=True)
+    sides = (_optimise(v, A, steps, share_of(deadline, share)) for v, share in zip(signed, (0.5, 1.0), strict=True))
+    values, slacks, work, multipliers = zip(*sides, strict=True)
     return Relaxed(max(values) * scale, max(slacks) * scale, sum(work), multipliers)
 
 
@@ -118,32 +120,29 @@ def _optimise(v: Float, A: Float, steps: int, deadline: float | None) -> tuple[f
         value, _, gradient = smoothed(v / scale, A, flat.reshape(-1, 2), eps)
         return value, gradient.ravel()
 
-    for eps in SMOOTHING:
-        found = minimise(objective, point.ravel(), eps, steps, deadline)
-        point, work = found.x.reshape(-1, 2), work + int(found.nfev) + 1
+    for flat, evaluations in stages(objective, point.ravel(), steps, deadline):
+        point, work = flat.reshape(-1, 2), work + evaluations + 1
         best = min(best, (*bound_at(v, A, point), point), key=lambda side: side[0])
     return best[0], best[1], work, best[2]
 
 
-def minimise(
-    objective: Callable[..., tuple[float, Float]], start: Float, eps: float, steps: int, deadline: float | None
-) -> scipy.optimize.OptimizeResult:
-    """Minimise at one smoothing by L-BFGS until a deadline.
+def stages(
+    objective: Callable[..., tuple[float, Float]], start: Float, steps: int, deadline: float | None
+) -> Iterator[tuple[Float, int]]:
+    """Minimisers at smoothings that fall, each from the one before it as it is left, and the evaluations of each.
 
     Parameters
     ----------
     objective : callable
         ``(point, eps) -> value, gradient``.
-    start, eps, deadline : ndarray, float, float or None
+    start, deadline : ndarray, float or None
     steps : int
-        Steps of all smoothings together.
+        Steps of L-BFGS of all stages together.
     """
-
-    def watch(_: Float) -> None:
-        if is_over(deadline):
-            raise StopIteration
-
-    options = {"maxiter": max(steps // len(SMOOTHING), 1), "maxcor": 20, "ftol": 1e-10, "gtol": 1e-9}
-    return scipy.optimize.minimize(
-        objective, start, args=(eps,), jac=True, method="L-BFGS-B", callback=watch, options=options
-    )
+    point = start
+    for k, eps in enumerate(SMOOTHING):
+        point, evaluations = descent.minimise(
+            functools.partial(objective, eps=eps), point, max_iter=max(steps // len(SMOOTHING), 1),
+            deadline=share_of(deadline, 1 / (len(SMOOTHING) - k)), worthwhile=_WORTHWHILE,
+        )  # fmt: skip
+        yield point, evaluations

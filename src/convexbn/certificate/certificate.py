@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from convexbn._types import EPS, Float
-from convexbn.certificate.dual_bounds import DualBound, ReluDualBounds
+from convexbn.certificate.dual_bounds import NOTHING_KNOWN, DualBound, KnownBound, ReluDualBounds
 from convexbn.certificate.gated import GatedCase
 from convexbn.certificate.question import Question
 from convexbn.certificate.relu import ReluCase
@@ -82,7 +82,7 @@ class Certificate:
 
 def certify(
     question: Question, network: BatchNormNetwork, *, stopped_by: str = "tolerance", own_rows: bool = False,
-    deadline: float | None = None,
+    deadline: float | None = None, known: KnownBound = NOTHING_KNOWN,
 ) -> Certificate:  # fmt: skip
     """Judge a gated network by the exact dual of its gates, a ReLU network over all widths and patterns.
 
@@ -97,6 +97,8 @@ def certify(
         else the status is NUMERICAL.
     deadline : float or None
         ``time.monotonic()`` after which no further bound over all patterns is tried; None: each does its stated work.
+    known : KnownBound
+        Lower bound over all patterns of this very program that was proved before, and its name.
     """
     program, mean, rank = question.program, network.mean if own_rows else None, question.rows.shape[1]
     bias = network.output_bias - question.target_offset
@@ -109,7 +111,8 @@ def certify(
         case = GatedCase.examine(question, program, network, responses)
     else:
         directions = np.vstack([network.gamma * coordinates, network.shift]).T
-        case = ReluCase(question, network, responses, ReluDualBounds(program, directions, question.tol, deadline))
+        prover = ReluDualBounds(program, directions, question.tol, deadline, known)
+        case = ReluCase(question, network, responses, prover)
     outputs = case.outputs(np.vstack([network.gamma * responses.coefficients, network.shift]))
     found = Found(outputs, case.penalty(coordinates), network.weight_decay_penalty, bias)
     proof = judge(
@@ -134,6 +137,14 @@ class Found:
 
 class Prover(Protocol):
     """Source of dual points with bounds of their dual norms."""
+
+    @property
+    def known(self) -> KnownBound:
+        """A lower bound of the program that was proved before."""
+
+    @property
+    def remark(self) -> str:
+        """What more time would buy, in a sentence, once the bounds have been made."""
 
     def bounded(self, dual: Float) -> Iterable[DualBound]:
         """Dual points found from ``-grad L(F)``, cheap bounds first."""
@@ -166,10 +177,10 @@ def judge(
         lower, gap = objective, 0.0
     relative = gap / objective if objective != 0 else 0.0
     status = status_of(relative, tol, trivial=best.trivial, stopped_by=stopped_by, estimated=best.estimated)
-    sentence = message(status, objective, relative, tol, best.floor, scope, stopped_by)
+    sentence = message(status, objective, relative, tol, best.floor, scope, stopped_by, best.estimated)
     return Certificate(
         objective=objective, lower_bound=lower, tolerance=tol, scope=scope.name, status=status,
-        sentence=sentence + bound_note(status, best.estimated, best.bound), stopped_by=stopped_by,
+        sentence=sentence + bound_note(status, best.estimated, best.bound, prover.remark), stopped_by=stopped_by,
         weight_decay_objective=value + weight_decay * found.plain, bound=best.bound, estimated_gap=best.estimated,
     )  # fmt: skip
 
@@ -191,7 +202,7 @@ def _best_bound(
     loss: Loss, dual: Float, weight_decay: float, prover: Prover, objective: float, tol: float, *, at_zero: bool
 ) -> _Best:
     """Best of the prover's bounds, up to one that closes the gap; ``at_zero``: ``F`` is of the zero network."""
-    best, trivial, closed = _Best(), False, False
+    best, trivial, closed = _Best(*prover.known), False, False
     for point in prover.bounded(dual):
         found = lower_bound(loss, point.dual, point.bound, weight_decay)
         if found > best.lower:

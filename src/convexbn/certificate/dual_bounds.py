@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convexbn import bounds
-from convexbn._types import Float, is_over
+from convexbn._types import Float, is_over, share_of
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.relu import ReluProgram
@@ -23,14 +22,20 @@ _LIFTED_ROWS = 600
 #: Most cones of branch and bound, without and with a deadline (a cone takes 8 q^2 bytes).
 _CONES, _MOST_CONES = 500_000, 5_000_000
 
-#: Share of the remaining time that branch and bound may take; the relaxations follow.
-_BRANCHING_SHARE = 0.6
+#: Shares of the time that all bounds may take (an estimate follows), and branch and bound (relaxations follow).
+_BOUNDS_SHARE, _BRANCHING_SHARE = 0.75, 0.6
+
+#: Shares of what then remains: the relaxation before the chosen dual point, and that before the lifted dual point.
+_RELAXATION_SHARE, _CHOSEN_SHARE = 0.25, 0.5
+
+#: Seconds of a step of a lifted relaxation, about, for matrices of order 1: the cube counts.
+_LIFTED_STEP = 2e-9
 
 #: Relative distance of the bounds at which the dual norm of a point counts as known.
 _ENCLOSED = 1e-5
 
-#: Entries ``n q`` up to which a local search takes at most a second.
-_QUICK_ENTRIES = 1 << 14
+#: Entries ``n q`` up to which a local search takes a fraction of a second, and is made even if the time is over.
+_QUICK_ENTRIES = 1 << 12
 
 #: Entries of a dual point on rows, regions and outputs above which only the orthant bound is computed.
 _SPREAD_ENTRIES = 1 << 24
@@ -51,11 +56,22 @@ class DualBound(NamedTuple):
     name: str
 
 
+class KnownBound(NamedTuple):
+    """Lower bound of a program, and the name of the bound that it rests on."""
+
+    lower: float
+    name: str
+
+
+NOTHING_KNOWN = KnownBound(-np.inf, "none")
+
+
 @dataclass(frozen=True)
 class GateDualBounds:
     """The exact dual norm of a gated program: one product with the rows."""
 
     program: GatedProgram
+    known: KnownBound = NOTHING_KNOWN
 
     def bounded(self, dual: Float) -> Iterator[DualBound]:
         """Yield the dual point itself with its dual norm."""
@@ -65,8 +81,13 @@ class GateDualBounds:
         """None: the bound is exact."""
         return None
 
+    @property
+    def remark(self) -> str:
+        """Nothing: more time buys nothing."""
+        return ""
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class ReluDualBounds:
     """Bounds of ``max over ||u|| <= 1 of ||V'(A u)_+||``, lazily and in order of cost.
 
@@ -79,27 +100,55 @@ class ReluDualBounds:
     tol : float
         Relative gap that counts as optimal; bounds are no sharper than it needs.
     deadline : float or None
-        ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work.
+        ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work. The
+        last part of the time is left for ``estimate``.
+    known : KnownBound
+        Lower bound of the program that was proved before.
     """
 
     program: ReluProgram
     directions: Float
     tol: float = 1e-6
     deadline: float | None = None
+    known: KnownBound = NOTHING_KNOWN
+
+    def __post_init__(self) -> None:
+        self._until, self._hurried = share_of(self.deadline, _BOUNDS_SHARE), False
 
     def bounded(self, dual: Float) -> Iterator[DualBound]:
         """Yield the dual point with each bound in turn; for a squared loss of one output also chosen dual points."""
-        program, V = self.program, dual / self._root
+        program, V, relaxed = self.program, dual / self._root, None
         chooses = program.readout.rows_per_case == V.shape[1] == 1 and isinstance(program.loss, SquaredLoss)
         lifted = () if chooses else self._lifted(V, program.weight_decay)
-        for bound, name in itertools.chain(self._cheap(V, program.weight_decay), lifted):
+        for bound, name in itertools.chain(self._cheap(V, program.weight_decay, followed=chooses), lifted):
+            relaxed = bound if isinstance(bound, bounds.Relaxed) else relaxed
             yield DualBound(dual, bound.value, bound.rounding, name)
-        for choose, name in ((bounds.dual_point, "chosen dual point"), (bounds.lifted_dual_point, "lifted dual point")):
-            if not chooses or is_over(self.deadline) or (choose is bounds.lifted_dual_point and len(V) > _LIFTED_ROWS):
-                return
-            targets = self._root * program.loss.targets
-            chosen = choose(targets, V, program.unit_rows, program.weight_decay, deadline=self.deadline)
-            yield DualBound(self._root * chosen.dual, chosen.value, chosen.rounding, name)
+        if chooses and not self._over:
+            yield from self._chosen(V, relaxed)
+        self._hurried = self._over
+
+    def _chosen(self, V: Float, relaxed: bounds.Relaxed | None) -> Iterator[DualBound]:
+        """Dual points that are chosen to maximise the bounds, from the scaled residual."""
+        program, A = self.program, self.program.unit_rows
+        targets, beta, lifts = self._root * program.loss.targets, program.weight_decay, len(V) <= _LIFTED_ROWS
+        until = share_of(self._until, _CHOSEN_SHARE) if lifts else self._until
+        found = bounds.dual_point(targets, V, A, beta, deadline=until, first=relaxed)
+        yield DualBound(self._root * found.dual, found.value, found.rounding, "chosen dual point")
+        if lifts and self._has_time_to_lift:
+            found = bounds.lifted_dual_point(targets, V, A, beta, deadline=self._until)
+            yield DualBound(self._root * found.dual, found.value, found.rounding, "lifted dual point")
+
+    @property
+    def remark(self) -> str:
+        """What more time would buy, in words."""
+        if self._too_many:
+            return " On so many rows no other bound is made: more time buys none."
+        if self._hurried:
+            return (
+                " The time of the proof was over: more of it (proof_time, or certify with a time_limit) may tighten "
+                "the bound, and so may a larger weight_decay."
+            )
+        return " The proof ended by itself: more time does not tighten the bound, a larger weight_decay may."
 
     def dual_norm(self, dual: Float, *, proved: bool = True) -> tuple[float, float]:
         """Value of a local search and valid upper bound of the dual norm; it may be infinite unless ``proved``.
@@ -109,7 +158,7 @@ class ReluDualBounds:
         V = dual / self._root
         if self._too_many:
             return self._of_some_rows(dual), next(self._cheap(V, 0.0))[0].value
-        values, found = self._local_maxima(V)
+        values, found = self._local_maxima(V, self.deadline)
         lower, upper = float(values[0]), np.inf
         if not proved:
             return lower, upper
@@ -122,20 +171,21 @@ class ReluDualBounds:
 
     def estimate(self, dual: Float) -> float | None:
         """Largest value that a local search finds; None if there are too many rows, or no time to search them."""
-        if self._too_many:
+        quick = self.program.rows.size <= _QUICK_ENTRIES
+        if self._too_many or (is_over(self.deadline) and not quick):
             return None
         V = dual / self._root
         if self._cells is not None:
-            return float(self._cells.maxima(self.program.readout.spread(V), self.program.weight_decay).value)
-        if is_over(self.deadline) and self.program.rows.size > _QUICK_ENTRIES:
-            return None
-        return float(self._local_maxima(V)[0][0])
+            spread, target = self.program.readout.spread(V), self.program.weight_decay
+            return float(self._cells.maxima(spread, target, self.deadline).value)
+        largest = float(self._local_maxima(V, None if quick else self.deadline)[0][0])
+        return largest if quick or not is_over(self.deadline) else None
 
-    def _local_maxima(self, V: Float) -> tuple[Float, Float]:
+    def _local_maxima(self, V: Float, deadline: float | None) -> tuple[Float, Float]:
         spread, A, size = self.program.readout.spread(V), self.program.unit_rows, self.program.rows.size
         starts, rounds = (30, 0) if size > _MANY_ENTRIES else (300, min(_ROUNDS, _ROUNDS * _ROUNDS_ENTRIES // size))
         rng = np.random.default_rng(0)
-        return bounds.local_maxima(spread, A, starts, rng, start=self.directions, rounds=rounds)
+        return bounds.local_maxima(spread, A, starts, rng, start=self.directions, rounds=rounds, deadline=deadline)
 
     def _of_some_rows(self, dual: Float) -> float:
         """Estimate of the dual norm: the local search on the first cases, extrapolated to all in proportion."""
@@ -144,7 +194,7 @@ class ReluDualBounds:
         count = min(n, max(1, _MANY_ENTRIES // (together * max(program.n_inputs, program.n_outputs))))
         rows, loss = program.rows[: count * together], program.loss.of_rows(slice(0, count))
         some = replace(self, program=replace(program, rows=rows, loss=loss))
-        return n / count * float(some._local_maxima(dual[:count] / some._root)[0][0])
+        return n / count * float(some._local_maxima(dual[:count] / some._root, self.deadline)[0][0])
 
     @property
     def _too_many(self) -> bool:
@@ -159,36 +209,46 @@ class ReluDualBounds:
     @functools.cached_property
     def _cells(self) -> bounds.EveryCell | None:
         """All cells, if they can be enumerated."""
-        program = self.program
-        few = program.n_outputs == 1 and program.unit_rows.ndim == 2 and bounds.few_cells(program.unit_rows)
-        return bounds.EveryCell(program.unit_rows) if few else None
+        return bounds.EveryCell.of_few(self.program.unit_rows, self._until) if self.program.n_outputs == 1 else None
 
-    def _cheap(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
-        """Orthant, then every cell if there are few; else branch and bound at low rank, then the relaxation."""
+    @property
+    def _over(self) -> bool:
+        return is_over(self._until)
+
+    @property
+    def _has_time_to_lift(self) -> bool:
+        """Whether a step of a lifted relaxation fits into the time that is left."""
+        return self._until is None or not is_over(self._until - _LIFTED_STEP * float(sum(self.program.rows.shape)) ** 3)
+
+    def _cheap(self, V: Float, target: float, *, followed: bool = False) -> Iterator[tuple[bounds.Bound, str]]:
+        """Orthant, then every cell if there are few; else branch and bound at low rank, then the relaxation.
+
+        ``followed``: chosen dual points will need the larger part of the time.
+        """
         value, rounding = bounds.orthant(V)
         largest = self.program.readout.norm
         yield bounds.Bound(largest * value, largest * rounding, 1), "orthant"
         if self._too_many:
             return
         V = self.program.readout.spread(V)
-        if self._cells is not None:
-            yield self._cells.maxima(V, target), "every cell"
+        if self._over:
             return
-        if is_over(self.deadline):
+        if self._cells is not None:
+            yield self._cells.maxima(V, target, self._until), "every cell"
             return
         A = self.program.unit_rows
         if self.program.n_inputs <= bounds.MAX_RANK:
-            now = time.monotonic()
-            until = None if self.deadline is None else now + _BRANCHING_SHARE * (self.deadline - now)
+            until = share_of(self._until, _BRANCHING_SHARE)
             yield bounds.branch_and_bound(
                 V, A, tol=0.1 * self.tol, target=target, start=self.directions,
                 max_nodes=_CONES if until is None else _MOST_CONES, deadline=until,
             ), "branch and bound"  # fmt: skip
-        if V.shape[1] == 1 and A.ndim == 2 and not is_over(self.deadline):
-            yield bounds.relaxation(V, A, deadline=self.deadline), "relaxation"
+        if V.shape[1] == 1 and A.ndim == 2 and not self._over:
+            until = share_of(self._until, _RELAXATION_SHARE) if followed else self._until
+            yield bounds.relaxation(V, A, deadline=until), "relaxation"
 
     def _lifted(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """Doubly nonnegative relaxation, for a moderate number of rows."""
         rows, spread = self.program.rows, self.program.readout.spread
-        if len(rows) <= _LIFTED_ROWS and (A := self.program.unit_rows).ndim == 2 and not is_over(self.deadline):
-            yield bounds.lifted(spread(V), A, deadline=self.deadline, target=target), "lifted relaxation"
+        if len(rows) <= _LIFTED_ROWS and (A := self.program.unit_rows).ndim == 2 and self._has_time_to_lift:
+            yield bounds.lifted(spread(V), A, deadline=self._until, target=target), "lifted relaxation"

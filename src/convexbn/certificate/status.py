@@ -23,9 +23,9 @@ class Status(StrEnum):
 STOPPED_BY = {
     "tolerance": "",
     "formula": "",
-    "max_iter": "the iteration limit was reached; raise max_iter",
-    "time_limit": "the time limit was reached; raise time_limit",
-    "callback": "the callback asked to stop",
+    "max_iter": "the network is unfinished, as the iteration limit was reached; raise max_iter",
+    "time_limit": "the network is unfinished, as the time limit was reached; raise time_limit",
+    "callback": "the network is unfinished, as the callback asked to stop",
     "stalled": "no further progress was possible in this precision; raise tol or weight_decay",
     "outside": "the weights use directions that the rank cut left out, or rounding in nearly collinear columns "
     "moved them there; certify with rank=None, or lower rank",
@@ -33,6 +33,10 @@ STOPPED_BY = {
     "the features keeps them from it; subtract the offsets from the data",
     "numerical": "a value that is not finite appeared; rescale y or raise weight_decay",
 }
+
+
+#: Estimated share of a gap below which the bound is said to be loose, not the network to be far from its optimum.
+_LOOSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -78,26 +82,29 @@ def status_of(relative: float, tol: float, *, trivial: bool, stopped_by: str, es
     return Status.GAP_OPEN if estimated is None or estimated > tol else Status.RESTRICTED
 
 
-def bound_note(status: Status, estimated: float | None, bound: str) -> str:
-    """Sentence on the source of the valid bound and the estimated gap; empty for gates.
+def bound_note(status: Status, estimated: float | None, bound: str, remark: str) -> str:
+    """Sentences on the source of the valid bound, the estimated gap, and more time; empty for gates.
 
     Parameters
     ----------
     status : Status
     estimated, bound : float or None, str
         See ``Certificate``.
+    remark : str
+        What more time for the proof would buy.
     """
     if bound in ("gates", "none"):
         return ""
     note = f" The bound is valid ({bound})."
     if estimated is not None and status in (Status.RESTRICTED, Status.GAP_OPEN):
         note += f" A local search over patterns estimates a gap of {estimated:.1g}: an estimate, not a bound."
-    return note
+    return note + remark if status in (Status.RESTRICTED, Status.GAP_OPEN, Status.INTERRUPTED) else note
 
 
 def message(
-    status: Status, objective: float, relative: float, tol: float, floor: float, scope: Scope, stopped_by: str
-) -> str:
+    status: Status, objective: float, relative: float, tol: float, floor: float, scope: Scope, stopped_by: str,
+    estimated: float | None = None,
+) -> str:  # fmt: skip
     """Status, cause and remedy in words.
 
     Parameters
@@ -109,6 +116,8 @@ def message(
         Relative gap that counts as optimal, and the smallest that float64 can prove.
     stopped_by : str
         A key of ``STOPPED_BY``.
+    estimated : float or None
+        See ``Certificate``.
     """
     reason = STOPPED_BY[stopped_by]
     if status is Status.TRIVIAL:
@@ -126,9 +135,15 @@ def message(
     if status is Status.RESTRICTED:
         return (
             "Optimal for its own patterns, and a local search found no better neuron; proved is only that the "
-            f"objective {objective:.9g} is at most {relative:.2g} (relative) above the best among {scope}; allow more "
-            "time for the proof, or raise weight_decay."
+            f"objective {objective:.9g} is at most {relative:.2g} (relative) above the best among {scope}."
         )
+    if not reason and scope.name == "all patterns" and estimated is None:
+        reason = "no time was left to estimate whether that is the network or the bound"
+    if estimated is not None and estimated < _LOOSE * relative:
+        cause, _, remedy = reason.partition("; ")
+        reason = "most of that is the bound, which is loose"
+        if cause:  # more iterations tighten no bound, more time may
+            reason += f", but {cause}" + (f"; {remedy}" if stopped_by == "time_limit" else "")
     if tol < floor:
         reason = f"{reason}; tol={tol:.1g} is below what float64 can prove here ({floor:.1g})".lstrip("; ")
     return (

@@ -127,7 +127,8 @@ def _proof(subject: Subject) -> Iterator[Html]:
     yield facts(told)
     if len(subject.model.history_) > 1:
         display = CertificateDisplay.from_estimator(subject.model)
-        yield _draw("Objective and lower bound over iterations", display, height=5.6)
+        bound = "estimated bound" if display.estimated else "lower bound"
+        yield _draw(f"Objective and {bound} over iterations", display, height=5.6)
 
 
 def _data(subject: Subject) -> Iterator[Html]:

@@ -62,7 +62,8 @@ def network_parser() -> argparse.ArgumentParser:
     option("--image", type=_image_shape, metavar="HxWxC", help="shape of the images of a file, such as 28x28x1")
     option("--tol", type=float, default=1e-6, help="relative gap that counts as optimal")
     option("--max-iter", type=int, metavar="N")
-    option("--time-limit", type=float, metavar="SECONDS")
+    option("--time-limit", type=float, metavar="SECONDS", help="for the whole fit")
+    option("--proof-time", type=float, metavar="SECONDS", help="for the bounds over all patterns (relu)")
     option("--task", choices=["auto", "classification", "regression"], default="auto")
     option("--seed", type=int, default=0, help="of the split and the gates")
     return parser

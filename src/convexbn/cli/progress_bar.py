@@ -28,5 +28,7 @@ def reporter(stream: TextIO) -> Iterator[Callable[[base.Progress], None]]:
 
 
 def _line(progress: base.Progress) -> str:
-    told = f"iteration {progress.iteration}   objective {progress.objective:.6g}   gap {progress.relative_gap:.1e}"
-    return f"{told}   working set {progress.working_set}"
+    told, word = f"iteration {progress.iteration}   objective {progress.objective:.6g}", "gap"
+    if progress.estimated_bound is not None:  # by a search for neurons, which proves nothing
+        word = "estimated gap"
+    return f"{told}   {word} {progress.estimated_gap:.1e}   working set {progress.working_set}"

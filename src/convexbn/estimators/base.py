@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -16,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from convexbn._threads import blas_threads
 from convexbn._types import Float, FloatMatrix
 from convexbn.certificate.certificate import Certificate
+from convexbn.certificate.dual_bounds import NOTHING_KNOWN, KnownBound
 from convexbn.certificate.status import Status
 from convexbn.data.canonical import canonical_rows, fingerprint
 from convexbn.data.convolution import Convolution
@@ -26,7 +28,14 @@ from convexbn.estimators.validation import check_finite, checked_data, checked_r
 from convexbn.program.gated import GatedProgram
 from convexbn.program.losses import LOSSES, LossKind
 from convexbn.solvers.base import Budget, Progress
-from convexbn.training.fit import ReluSettings, chosen_weight_decay, fit_gated, fit_relu, judge_on
+from convexbn.training.fit import (
+    GATES_SHARE,
+    ReluSettings,
+    chosen_weight_decay,
+    fit_gated,
+    fit_relu,
+    judge_on,
+)  # fmt: skip
 from convexbn.training.training_set import TrainingSet
 
 if TYPE_CHECKING:
@@ -34,6 +43,17 @@ if TYPE_CHECKING:
 
 #: ``spectral_filter="auto"`` of gated networks on rows.
 AUTO_FILTER = 0.3
+
+
+#: Parameters that choose a network of a ReLU program and the effort, not the program.
+OF_THE_SEARCH = {
+    "callback", "gates", "max_iter", "n_gates", "n_starts", "proof_time", "random_state", "solver", "time_limit", "tol",
+    "weight_decay", "width",
+}  # fmt: skip
+
+
+#: Questions about all patterns that fits of this process have answered, and their bounds: no file can alter these.
+_PROVED: WeakKeyDictionary[BaseConvexBN, tuple[Any, KnownBound]] = WeakKeyDictionary()
 
 
 @parameters
@@ -112,17 +132,24 @@ class BaseConvexBN(NetworkParameters):
         with np.errstate(all="ignore"):
             return fitted["network_"].predict(rows)
 
-    def certify(self, X: Any, y: Any, sample_weight: Any = None) -> Certificate:
+    def certify(self, X: Any, y: Any, sample_weight: Any = None, *, time_limit: float | None = None) -> Certificate:
         """Judge the stored network on its training rows or others.
 
         Only the question comes from the model (gates, loss, weight decay, rank, spectral filter). Statistics, objective
-        and bound are recomputed from the given rows. ReLU networks are judged over all patterns, by bounds that are
-        tried for ``time_limit`` seconds, or without a limit for a stated amount of work.
+        and bound are recomputed from the given rows. ReLU networks are judged over all patterns. On the rows of a fit
+        in this process the bound is at least that of the fit; a certificate that a file claims counts for nothing.
 
         Parameters
         ----------
         X, y, sample_weight : array-like
+        time_limit : float, optional
+            Seconds for the bounds over all patterns. By default ``proof_time``, else the ``time_limit`` of the model,
+            and without either a stated amount of work.
         """
+        limits = (time_limit, self.proof_time, self.time_limit)
+        seconds = next((limit for limit in limits if limit is not None), None)
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"time_limit must not be negative, got {seconds}.")
         data = self._training_rows(X, y, sample_weight)
         with blas_threads(len(data.X)):
             if self.gates_ is None:
@@ -131,8 +158,19 @@ class BaseConvexBN(NetworkParameters):
                 program = data.gated_program(self.gates_, self.gate_offsets_, self.weight_decay_)
             return judge_on(
                 data, self.network_, program, tol=self.tol, own_rows=data.fingerprint == self.fingerprint_,
-                deadline=Budget(self.time_limit).deadline,
+                deadline=Budget(seconds).deadline, known=self._known_bound(data),
             )  # fmt: skip
+
+    def _question(self, data: TrainingSet, weight_decay: float) -> tuple[Any, ...]:
+        """Everything that the program of all patterns depends on, in a form that can be compared."""
+        values = self.get_params(deep=False)
+        asked = [(name, values[name]) for name in sorted(values.keys() - OF_THE_SEARCH)]
+        return data.fingerprint, data.whitening.rank, weight_decay, asked
+
+    def _known_bound(self, data: TrainingSet) -> KnownBound:
+        """Bound that a fit of this estimator has proved for the same program."""
+        question, known = _PROVED.get(self, (None, NOTHING_KNOWN))
+        return known if question == self._question(data, self.weight_decay_) else NOTHING_KNOWN
 
     def to_relu(self, X: Any, y: Any, sample_weight: Any = None, *, unrealisable: str = "refuse") -> Conversion:
         """Convert the gated network to a plain ReLU network with the same outputs on its training rows.
@@ -226,17 +264,25 @@ class BaseConvexBN(NetworkParameters):
         gates, offsets = None, None
         with blas_threads(len(data.X)):
             if self.activation == "relu":
-                weight_decay, temperature = self._resolve_weight_decay(lambda: self._draw_gates(data)[2], budget)
+                weight_decay, temperature = self._resolve_weight_decay(
+                    lambda: self._draw_gates(data, budget.until(GATES_SHARE))[2], budget
+                )
                 settings = ReluSettings(self.width, self.n_starts, self.max_iter)
                 rng = np.random.default_rng(own_random_state(self.random_state).randint(2**31))
-                fit = fit_relu(data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start)
+                fit = fit_relu(
+                    data, weight_decay, solver=settings, tol=self.tol, budget=budget, rng=rng, start=start,
+                    proof_time=self.proof_time,
+                )  # fmt: skip
             else:
-                gates, offsets, program = drawn or self._draw_gates(data)
+                gates, offsets, program = drawn or self._draw_gates(data, budget.until(GATES_SHARE))
                 weight_decay, temperature = self._resolve_weight_decay(lambda: program, budget)
                 fit = fit_gated(
                     data, program.with_weight_decay(weight_decay), (gates, offsets),
                     solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
                 )  # fmt: skip
+        if gates is None and fit.certificate.status is not Status.NUMERICAL:
+            known = KnownBound(fit.certificate.lower_bound, fit.certificate.bound)
+            _PROVED[self] = self._question(data, weight_decay), known
         return {
             "gates_": gates, "gate_offsets_": offsets, "weight_decay_": weight_decay, "network_": fit.network,
             "temperature_": temperature,
@@ -251,10 +297,11 @@ class BaseConvexBN(NetworkParameters):
                 return data.max_weight_decay_relu(proved=proved)
             return self._draw_gates(data)[2].max_weight_decay()
 
-    def _draw_gates(self, data: TrainingSet) -> tuple[Float, Float, GatedProgram]:
+    def _draw_gates(self, data: TrainingSet, deadline: float | None = None) -> tuple[Float, Float, GatedProgram]:
         """Gates, their offsets and program; equal each time if ``random_state`` is an integer."""
         with blas_threads(len(data.X)):
-            return data.draw_gates(self.gates, self.n_gates, own_random_state(self.random_state), linear=self.linear)
+            rng = own_random_state(self.random_state)
+            return data.draw_gates(self.gates, self.n_gates, rng, linear=self.linear, deadline=deadline)
 
     def _resolve_weight_decay(self, program: Callable[[], GatedProgram], budget: Budget) -> tuple[float, float | None]:
         """Weight decay of the parameter; for ``"auto"`` held-out rows choose one for a gated program.

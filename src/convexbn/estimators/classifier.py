@@ -87,13 +87,18 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
     max_iter : int or None, default=None
         Limit of the solver's iterations; None for the solver's own.
     time_limit : float or None, default=None
-        Seconds for the solver and, with ``activation="relu"``, the proof: at most half of them for the solver.
-        None: a stated amount of work.
+        Seconds for the whole fit, by the clock: whitening (which cannot be cut short), gates, solver and proof. With
+        ``activation="relu"`` the solver takes at most half of them, the proof the rest. The certificate says so when
+        the network is unfinished. None: a stated amount of work.
+    proof_time : float or None, default=None
+        Seconds for the bounds over all patterns, with ``activation="relu"``. None: the rest of a ``time_limit``, or
+        else as long as the solver took and a second. The network does not depend on it. The certificate says what more
+        would buy; ``certify(X, y, time_limit=...)`` takes it later.
     random_state : int, RandomState or None, default=None
         For the gates, or the starting neurons.
     callback : callable or None, default=None
         Called after each iteration with a ``Progress`` (iteration, objective, lower_bound, working_set,
-        relative_gap); a true return value stops the solver with status INTERRUPTED.
+        estimated_bound, relative_gap, estimated_gap); a true return value stops the solver with status INTERRUPTED.
 
     Attributes
     ----------
@@ -108,7 +113,8 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
     feature_importances_ : ndarray (d,)
         Shares of the features in the outputs, whatever their units; not for convolutions.
     history_ : list of Progress
-        Objective and lower bound after each iteration, as the solver computed them.
+        Objective and lower bound after each iteration, as the solver computed them. The search for ReLU networks
+        has crude bounds, and an ``estimated_bound`` that proves nothing.
     fingerprint_ : str
         Hash of the training rows in canonical order.
     temperature_ : float or None

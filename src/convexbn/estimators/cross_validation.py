@@ -228,7 +228,7 @@ class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _Selection
         Number of gates, or candidates.
     activation, loss, gates, width, n_starts, convolution, solver, class_weight
         As in :class:`ConvexBNClassifier`. The weights of classes do not enter the scores; see ``scoring``.
-    tol, max_iter, time_limit, random_state
+    tol, max_iter, time_limit, proof_time, random_state
         As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
     cv : int, splitter, iterable of (train, test) or None, default=None
         As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
@@ -279,7 +279,7 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
         As in :class:`ConvexBNClassifierCV`.
     loss, huber_delta
         As in :class:`ConvexBNRegressor`.
-    tol, max_iter, time_limit, random_state, cv, scoring, n_jobs
+    tol, max_iter, time_limit, proof_time, random_state, cv, scoring, n_jobs
         As in :class:`ConvexBNClassifierCV`.
 
     Attributes

@@ -38,7 +38,7 @@ class _Display:
 
 
 class CertificateDisplay(_Display):
-    """Objective and lower bound over the iterations of a fit.
+    """Objective and lower bound over the iterations of a fit; of a ReLU fit the estimated bound, dashed.
 
     Parameters
     ----------
@@ -60,20 +60,38 @@ class CertificateDisplay(_Display):
         """Draw objective and bound (first of two axes) and the relative gap (second); returns self."""
         axes = self._on(axes, 1, 2, (9, 3.6))
         iterations = [p.iteration for p in self.history]
-        lower, upper = [p.lower_bound for p in self.history], [p.objective for p in self.history]
+        upper = [p.objective for p in self.history]
         axes[0].plot(iterations, upper, "o-", color="#b2182b", label="objective of the network")
-        axes[0].plot(iterations, lower, "o-", color="#2166ac", label="lower bound of the best network")
-        axes[0].fill_between(iterations, lower, upper, color="0.9")
-        gaps = [max(p.relative_gap, 1e-16) for p in self.history]
-        axes[1].semilogy(iterations, gaps, "o-", color="0.2", label="relative gap")
+        gaps = [max(p.estimated_gap, 1e-16) for p in self.history]
+        if self.estimated:
+            estimates = [p.lower_bound if p.estimated_bound is None else p.estimated_bound for p in self.history]
+            axes[0].plot(iterations, estimates, "o:", color="0.5", mfc="none", label="estimated bound: no bound")
+            axes[1].semilogy(iterations, gaps, "o:", color="0.5", mfc="none", label="estimated gap: no bound")
+        else:
+            lower = [p.lower_bound for p in self.history]
+            axes[0].plot(iterations, lower, "o-", color="#2166ac", label="lower bound of the best network")
+            axes[0].fill_between(iterations, lower, upper, color="0.9")
+            axes[1].semilogy(iterations, gaps, "o-", color="0.2", label="relative gap")
         if (proof := self.certificate) is not None:
-            axes[1].axhline(proof.tolerance, color="0.6", ls="--", label="tolerance")
-            axes[0].set_title(f"{proof.status.value}: certified gap {proof.relative_gap:.1e}", fontsize=10)
+            self._draw_proof(axes, proof)
         for axis, unit in zip(axes, ("objective", "relative gap"), strict=False):
             axis.set(xlabel="iteration", ylabel=unit)
             axis.legend(frameon=False)
             axis.xaxis.get_major_locator().set_params(integer=True)
         return self
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the history has estimates in place of bounds."""
+        return any(p.estimated_bound is not None for p in self.history)
+
+    def _draw_proof(self, axes: Any, proof: Certificate) -> None:
+        """Certified gap and tolerance, and beside estimates the bound that was proved."""
+        axes[1].axhline(proof.tolerance, color="0.6", ls="--", label="tolerance")
+        axes[0].set_title(f"{proof.status.value}: certified gap {proof.relative_gap:.1e}", fontsize=10)
+        if self.estimated and np.isfinite(proof.lower_bound):
+            axes[0].axhline(proof.lower_bound, color="#2166ac", label="lower bound of the best network")
+            axes[1].axhline(max(proof.relative_gap, 1e-16), color="#2166ac", label="certified gap")
 
 
 #: Panels of a ``CollapseDisplay``: title, scale, unit, and measures with their labels.

@@ -48,6 +48,7 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     tol: float = 1e-6
     max_iter: int | None = None
     time_limit: float | None = None
+    proof_time: float | None = None
     random_state: Any = None
 
     _task: ClassVar[str]  # "classification" or "regression": selects the losses
@@ -65,6 +66,7 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         "tol": [Interval(Real, 0, None, closed="left")],
         "max_iter": [Interval(Integral, 0, None, closed="left"), None],
         "time_limit": [Interval(Real, 0, None, closed="left"), None],
+        "proof_time": [Interval(Real, 0, None, closed="left"), None],
         "random_state": ["random_state"],
         "huber_delta": [Interval(Real, 0, None, closed="neither")],  # of regression alone
         "class_weight": [dict, Choices({"balanced"}), None],  # of classification alone

@@ -27,7 +27,7 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn.solvers.base import Progress
 
 #: Axes by letter; the first tensor to name an axis sets its size: d features, m neurons, K outputs, C columns of the
-#: output layer, h iterations with 4 numbers each, P gates of the program.
+#: output layer, h iterations with 5 numbers each (4 with gates: no estimated bounds), P gates of the program.
 _AXES = {
     "output": "mC",
     "output_bias": "K",
@@ -36,11 +36,11 @@ _AXES = {
     "shift": "m",
     "mean": "d",
     "deviations": "d",
-    "history": "h4",
+    "history": "h5",
 }
 #: Tensors that files of former versions, or of some models, do not have.
 _OPTIONAL = {"given_gates", "output_bias", "deviations"}
-_GATE_AXES = {"gate_offsets": "P", "gates": "dP", "gate_index": "m"}
+_GATE_AXES = {"history": "h4", "gate_offsets": "P", "gates": "dP", "gate_index": "m"}
 _MAY_BE_EMPTY = "mh"
 _NETWORK = ("weight", "gamma", "shift", "output", "output_bias", "mean")
 
@@ -104,6 +104,8 @@ def restore(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], kinds: 
     header = {**headers.FORMER_FIELDS, **header}
     headers.check(header, headers.RULES)
     model = _unfitted(header, arrays, kinds)
+    if model.activation == "relu":
+        arrays = _with_estimates(arrays)
     _check_tensors(arrays, gated=model.activation == "gated")
     layer = model.convolution
     if layer is not None:
@@ -135,6 +137,14 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     return model
 
 
+def _with_estimates(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Tensors with 5 numbers an iteration; the bounds of earlier files were estimates."""
+    history = arrays.get("history", np.zeros(0))
+    if history.ndim != 2 or history.shape[1] != 4:
+        return arrays
+    return {**arrays, "history": np.insert(history, 2, 0.0, axis=1)[:, [0, 1, 2, 4, 3]]}  # no loss is negative
+
+
 def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: Convolution | None) -> dict[str, Any]:
     """Attributes of the fitted estimator; a gated neuron has the gate of the program at its index."""
     network: dict[str, Any] = {name: arrays[name] for name in _NETWORK if name in arrays}
@@ -149,10 +159,14 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
         "network_": BatchNormNetwork(n_effective=header["n_effective"], convolution=layer, **network),
         "gates_": arrays.get("gates"),
         "gate_offsets_": arrays.get("gate_offsets"),
-        "history_": [Progress(int(i), objective, bound, int(size)) for i, objective, bound, size in history.tolist()],
+        "history_": [_progress(*values) for values in history.tolist()],
         "n_features_in_": len(arrays["mean"]) if layer is None else layer.geometry.n_features,
         **headers.attributes(header),
     }
+
+
+def _progress(iteration: float, objective: float, bound: float, size: float, estimate: float = math.nan) -> Progress:
+    return Progress(int(iteration), objective, bound, int(size), None if math.isnan(estimate) else estimate)
 
 
 def _check_agreement(model: Any, fitted: Mapping[str, Any]) -> None:
@@ -203,7 +217,9 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
         arrays["given_gates"] = np.asarray(model.gates, dtype=np.float64)
     if hasattr(model, "_deviations"):
         arrays["deviations"] = model._deviations
-    history = np.array(model.history_, dtype=np.float64).reshape(-1, 4)
+    history = np.array(model.history_, dtype=np.float64).reshape(-1, 5)  # None becomes NaN
+    if model.gates_ is not None:
+        history = history[:, :4]
     arrays["history"] = np.nan_to_num(history, nan=_NAN, posinf=_INFINITY, neginf=-_INFINITY)
     return arrays
 
@@ -215,7 +231,7 @@ def _check_tensors(arrays: Mapping[str, np.ndarray], *, gated: bool) -> None:
         require(np.all(arrays["deviations"] >= 0), "deviations")
     axes = {name: letters for name, letters in axes.items() if name in arrays or name not in _OPTIONAL}
     require(same_names(arrays, {*axes, *(_OPTIONAL & set(arrays))}), "list of tensors")
-    sizes = {"4": 4}
+    sizes = {"4": 4, "5": 5}
     for name, letters in axes.items():
         require(arrays[name].dtype == (np.int64 if name == "gate_index" else np.float64), name)
         require(arrays[name].ndim == len(letters), name)

@@ -23,7 +23,7 @@ SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
 #: Fields, and parameters, that files of former versions do not have, with the values that they had in effect.
 FORMER_FIELDS = {"temperature": None}
-FORMERLY = {"linear": False, "fit_intercept": False, "standardize": False}
+FORMERLY: dict[str, Any] = {"linear": False, "fit_intercept": False, "standardize": False, "proof_time": None}
 
 #: Rules of the certificate's fields by their declared type, and narrower ones of some fields.
 _OF_TYPE: dict[Any, schema.Rule] = {

@@ -26,7 +26,7 @@ class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
         As in :class:`ConvexBNClassifier`.
     rank, spectral_filter, convolution, solver
         As in :class:`ConvexBNClassifier`.
-    tol, max_iter, time_limit, random_state, callback
+    tol, max_iter, time_limit, proof_time, random_state, callback
         As in :class:`ConvexBNClassifier`.
     loss : {"squared", "huber"}, default="squared"
         Half the sum of squared errors, or of Huber's: linear beyond ``huber_delta``, so that outliers pull no harder.

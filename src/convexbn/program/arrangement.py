@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convexbn._types import Bool, Float, Index
+from convexbn._types import Bool, Float, Index, is_over
 from convexbn.data.blocks import BlockSize
 
 #: Distance up to which a unit direction lies on the hyperplane of a unit normal: ten times its rounding.
@@ -49,7 +49,9 @@ def count_bound(n: int, q: int) -> int:
     return 2 * sum(math.comb(n - 1, k) for k in range(min(q, n)))
 
 
-def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: float = 1e-12) -> Cells:
+def enumerate_patterns(
+    rows: Float, *, max_bytes: int = 1 << 30, tolerance: float = 1e-12, deadline: float | None = None
+) -> Cells:
     """Enumerate the patterns ``1[A s >= 0]`` of all directions ``s`` that lie on no hyperplane.
 
     Directions on hyperplanes need no pattern of their own: such an ``s`` is in the closure of a cell, and the gates of
@@ -67,6 +69,8 @@ def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: floa
     tolerance : float, default=1e-12
         Angle between normals up to which hyperplanes are one, with the columns of ``A`` made orthonormal. On a flat
         where normals are nearly dependent it grows with their rounding.
+    deadline : float, optional
+        ``time.monotonic()`` after which a ``TimeoutError`` ends the enumeration.
 
     Examples
     --------
@@ -90,7 +94,7 @@ def enumerate_patterns(rows: Float, *, max_bytes: int = 1 << 30, tolerance: floa
     _check_budget(n, q, normals, max_bytes)
     leader, sign = _coincident(normals, np.full(len(normals), 0.5 * tolerance))
     first = np.flatnonzero(leader == np.arange(len(leader)))
-    points = _cells(normals[first], np.full(len(first), 0.5 * tolerance))
+    points = _cells(normals[first], np.full(len(first), 0.5 * tolerance), deadline)
     patterns = np.ones((2 * len(points), n), dtype=bool)
     half, opposite = np.split(patterns, 2)
     for part in BlockSize(n, _BLOCK_ENTRIES).slices(len(points)):
@@ -206,7 +210,7 @@ def _coincident(normals: Float, doubt: Float) -> tuple[Index, Float]:
     return leader, sign
 
 
-def _cells(normals: Float, doubt: Float) -> Float:
+def _cells(normals: Float, doubt: Float, deadline: float | None) -> Float:
     """Unit vectors inside one of each pair of opposite cells, (P / 2, q); ``doubt`` (m,) bounds the normals' errors."""
     q = normals.shape[1]
     if q == 1:
@@ -217,6 +221,8 @@ def _cells(normals: Float, doubt: Float) -> Float:
         return np.column_stack([np.cos(middles), np.sin(middles)])
     found = [normals[:1]]
     for i in range(1, len(normals)):
+        if is_over(deadline):
+            raise TimeoutError("the time was over before all cells were found.")
         # all columns but the first of the normal's Householder reflector: a basis of its hyperplane
         mirror = normals[i] + np.where(normals[i, 0] < 0, -1.0, 1.0) * np.eye(1, q)[0]
         basis = (np.eye(q) - np.outer(mirror, mirror) * (2 / (mirror @ mirror)))[:, 1:]
@@ -225,7 +231,7 @@ def _cells(normals: Float, doubt: Float) -> Float:
         traces, uncertain = traces / lengths[:, None], (doubt[:i] + doubt[i]) / lengths
         leader, _ = _coincident(traces, uncertain)
         first = np.flatnonzero(leader == np.arange(i))
-        cut = _cells(traces[first], uncertain[first]) @ basis.T
+        cut = _cells(traces[first], uncertain[first], deadline) @ basis.T
         found.append(_both_sides(cut, normals[:i], normals[i]))
     return _one_a_cell(np.vstack(found), normals)
 

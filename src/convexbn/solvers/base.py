@@ -19,17 +19,37 @@ Weights = TypeVar("Weights")
 
 
 class Progress(NamedTuple):
-    """State after one iteration; bounds are the solver's own, the certificate recomputes them."""
+    """State after one iteration; bounds are the solver's own, the certificate recomputes them.
+
+    Attributes
+    ----------
+    iteration, objective : int, float
+    lower_bound : float
+        No network has a lower objective; of ReLU networks a crude bound.
+    working_set : int
+        Gates or neurons in use.
+    estimated_bound : float or None
+        The bound, had a local search found the worst neuron: no bound; None where ``lower_bound`` is the solver's own.
+    """
 
     iteration: int
     objective: float
     lower_bound: float
     working_set: int
+    estimated_bound: float | None = None
 
     @property
     def relative_gap(self) -> float:
-        """Gap relative to the objective, 0 when the objective is 0."""
-        return (self.objective - self.lower_bound) / self.objective if self.objective else 0.0
+        """Gap to the lower bound relative to the objective, 0 when the objective is 0."""
+        return self._gap_to(self.lower_bound)
+
+    @property
+    def estimated_gap(self) -> float:
+        """Gap that the solver goes by: to the estimated bound, if there is one, else ``relative_gap``."""
+        return self._gap_to(self.lower_bound if self.estimated_bound is None else self.estimated_bound)
+
+    def _gap_to(self, bound: float) -> float:
+        return (self.objective - bound) / self.objective if self.objective else 0.0
 
 
 @dataclass(frozen=True)
@@ -57,18 +77,23 @@ class Budget:
         """``time.monotonic()`` at which a share of the time limit is over, None without one."""
         return None if self.time_limit is None else self.started + share * self.time_limit
 
+    def sooner(self, seconds: float | None) -> float | None:
+        """``time.monotonic()`` at which so many seconds (none and infinity: no limit) or the time limit are over."""
+        limits = [] if seconds is None or np.isinf(seconds) else [time.monotonic() + seconds]
+        return min([*limits, *([] if self.deadline is None else [self.deadline])], default=None)
+
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:
         """Why to stop now (a key of ``status.STOPPED_BY``), or None to go on.
 
         Parameters
         ----------
         progress, tol, max_iter : Progress, float, int
-            State after the last iteration, relative gap to reach, and largest number of iterations.
+            State after the last iteration, relative (estimated) gap to reach, and largest number of iterations.
         """
         asked = self.callback is not None and bool(self.callback(progress))
         if not np.isfinite(progress.objective):
             return "numerical"
-        if progress.relative_gap <= tol:
+        if progress.estimated_gap <= tol:
             return "tolerance"
         if asked:
             return "callback"

@@ -123,7 +123,7 @@ def _search(case: _Case, budget: Budget, random_state: int) -> _Found:
     reached = min(program.objective(further), alone.objective)
     rest = Budget(None if budget.time_limit is None else (1 - _FURTHER_SHARE) * budget.time_limit)
     rng = np.random.default_rng(np.random.RandomState(random_state).randint(2**31))
-    ours = fit_relu(data, program.weight_decay, tol=case.tol, budget=rest, rng=rng)
+    ours = fit_relu(data, program.weight_decay, tol=case.tol, budget=rest, rng=rng, proof_time=np.inf)
     best, n_neurons = min(
         (alone.objective, case.n_neurons),
         (reached, len(merge(further).output)),

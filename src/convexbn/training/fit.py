@@ -13,6 +13,7 @@ import numpy as np
 from convexbn._threads import single_scipy_blas
 from convexbn._types import Float
 from convexbn.certificate.certificate import Certificate, certify
+from convexbn.certificate.dual_bounds import NOTHING_KNOWN, KnownBound
 from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
@@ -44,6 +45,11 @@ CRUDE = 1e-2  # relative gap of the solutions by which held-out rows choose a we
 PRICING_ENTRIES = 1 << 20  # n q of the whitened rows up to which column generation trains ReLU networks
 PRICING_TOL = 0.1  # fraction of the tolerance that pricing aims at: the valid bounds need the rest
 SOLVER_SHARE = 0.5  # of a time limit that the ReLU solver may take before the proof begins
+LEAST_PROOF = 1.0  # seconds of a proof beyond the time of the solver: in low dimension it is exact by then
+
+#: Shares of a time limit by which the search for "auto" weight decay and the training of gates end, and the solver of a
+#: gated program: the judge takes the rest.
+SEARCH_SHARE, GATES_SHARE, GATED_SHARE = 0.15, 0.4, 0.9
 
 #: Solvers of gated programs by their public names.
 SOLVERS: dict[str, Callable[..., Solver[GatedProgram, GateBlocks]]] = {
@@ -87,7 +93,9 @@ def fit_gated(
     """
     settings: dict[str, Any] = {"tol": tol} if max_iter is None else {"tol": tol, "max_iter": max_iter}
     method = SOLVERS[choose_solver(solver, program)](**settings)
-    solution = _solve_somehow(method, program, start, budget, tol)
+    budget = budget or Budget()
+    limit = None if budget.time_limit is None else GATED_SHARE * budget.time_limit
+    solution = _solve_somehow(method, program, start, replace(budget, time_limit=limit), tol)
     index, values = solution.weights
     if not np.isfinite(values).all():
         solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
@@ -114,6 +122,7 @@ def _solve_somehow(
 def fit_relu(
     data: TrainingSet, weight_decay: float, *, solver: ReluSettings | None = None, tol: float = 1e-6,
     budget: Budget | None = None, rng: np.random.Generator | None = None, start: Neurons | None = None,
+    proof_time: float | None = None,
 ) -> Fit:  # fmt: skip
     """Train over all patterns, by formula if there is one and else by search, and have the network judged.
 
@@ -125,10 +134,13 @@ def fit_relu(
     data, weight_decay, solver : TrainingSet, float, ReluSettings
     tol : float
         Relative gap that counts as optimal.
+    proof_time : float, optional
+        Seconds for the proof, within the time limit; infinity: a stated amount of work. By default the rest of a time
+        limit, without one as long as the solver took and ``LEAST_PROOF`` more.
     budget, rng, start : Budget, numpy.random.Generator, Neurons, optional
         Limits of time, the source of random neurons and batches, and a warm start.
     """
-    program, budget = data.relu_program(weight_decay), budget or Budget()
+    program, budget, began = data.relu_program(weight_decay), budget or Budget(), time.monotonic()
     solution = None
     if data.has_orthogonal_rows:
         with suppress(NoFormulaError):
@@ -139,9 +151,11 @@ def fit_relu(
         solution = method.solve(program, start, replace(budget, time_limit=share), rng)
     network = BatchNormNetwork.from_neurons(data.whitening, solution.weights, data.convolution)
     network = replace(network, output_bias=data.output_bias(program.outputs(solution.weights)))
-    deadline = time.monotonic() if solution.stopped_by == "callback" else budget.deadline
+    if proof_time is None and budget.time_limit is None:
+        proof_time = time.monotonic() - began + LEAST_PROOF
+    deadline = time.monotonic() if solution.stopped_by == "callback" else budget.sooner(proof_time)
     proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True, deadline=deadline)
-    history = solution.history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]
+    history = solution.history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]  # by formula
     return Fit(network, proof, history, len(history))
 
 
@@ -183,6 +197,7 @@ def chosen_weight_decay(program: GatedProgram, budget: Budget) -> Choice:
 def judge_on(
     data: TrainingSet, network: BatchNormNetwork, program: GatedProgram | ReluProgram, *, tol: float = 1e-6,
     stopped_by: str = "tolerance", own_rows: bool = False, deadline: float | None = None,
+    known: KnownBound = NOTHING_KNOWN,
 ) -> Certificate:  # fmt: skip
     """Judge a network from the raw rows of a training set, for the gates of a program or as a ReLU network.
 
@@ -190,12 +205,12 @@ def judge_on(
     ----------
     data, network, program : TrainingSet, BatchNormNetwork, GatedProgram or ReluProgram
         The program is on the rows of ``data``.
-    tol, stopped_by, own_rows, deadline
+    tol, stopped_by, own_rows, deadline, known
         As in ``certificate.certify``, ``tol`` in its question.
     """
     with single_scipy_blas():
         question = data.question(program, tol)
-        return certify(question, network, stopped_by=stopped_by, own_rows=own_rows, deadline=deadline)
+        return certify(question, network, stopped_by=stopped_by, own_rows=own_rows, deadline=deadline, known=known)
 
 
 def choose_solver(solver: str, program: GatedProgram) -> str:

@@ -146,8 +146,9 @@ class TrainingSet:
         return self.loss.best_bias(outputs) + self.target_offset
 
     def draw_gates(
-        self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState, *, linear: bool = False
-    ) -> tuple[Float, Float, GatedProgram]:
+        self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState, *, linear: bool = False,
+        deadline: float | None = None,
+    ) -> tuple[Float, Float, GatedProgram]:  # fmt: skip
         """Sampled or given gates with their offsets, (d, P) and (P,), and their program; of equal patterns the first.
 
         Sampled gates keep their distance from the rows, see ``program.gate_margins``; given ones stay as they are.
@@ -160,12 +161,14 @@ class TrainingSet:
             Number and source of draws.
         linear : bool, default=False
             Whether the first gate is open everywhere: its block is a linear model on the whitened rows.
+        deadline : float, optional
+            ``time.monotonic()`` by which the training of gates ends.
         """
         (n, d), drawn = self.inputs.shape, isinstance(gates, str)
         if isinstance(gates, str):
             _check_memory(n, d, n_gates)
             if gates == "trained":
-                directions, offsets = self._trained_gates(n_gates, random_state)
+                directions, offsets = self._trained_gates(n_gates, random_state, deadline)
             else:
                 directions, offsets = sample_gates(gates, n_gates, self.whitening, random_state)
         else:
@@ -182,7 +185,9 @@ class TrainingSet:
             directions, offsets = apart_from_rows(self.inputs, self.whitening, directions, offsets, patterns)
         return directions, offsets, program
 
-    def _trained_gates(self, n_gates: int, random_state: np.random.RandomState) -> tuple[Float, Float]:
+    def _trained_gates(
+        self, n_gates: int, random_state: np.random.RandomState, deadline: float | None
+    ) -> tuple[Float, Float]:
         """First layers of ReLU neurons after a short mini-batch descent: directions (d, P) and offsets (P,)."""
         directions = sample_directions(n_gates, self.whitening, random_state)
         untrained = self.gated_program(*gates_along(self.whitening, directions))
@@ -196,19 +201,21 @@ class TrainingSet:
             inner = self.loss.without_bias.reweighted(order, self.loss.weights[order])
             loss = inner if self.loss.without_bias is self.loss else WithOutputBias.with_decay(inner, 0.0)
             program = ReluProgram(row_matrix(program.rows).of_cases(order), loss, program.weight_decay)
-        neurons, _ = deque(descent.run(program, random_start(program, directions, rng), rng), maxlen=1).pop()
+        start = random_start(program, directions, rng)
+        neurons, _ = deque(descent.run(program, start, rng, deadline), maxlen=1).pop()
         return gates_along(self.whitening, neurons.first)
 
-    def max_weight_decay_relu(self, *, proved: bool = True) -> tuple[float, float]:
+    def max_weight_decay_relu(self, *, proved: bool = True, deadline: float | None = None) -> tuple[float, float]:
         """Smallest weight decay at which the zero ReLU network is optimal: local-search value and valid upper bound.
 
-        The two are equal at rank n - 1 if the targets have a formula. Else the bound is infinite unless ``proved``.
+        The two are equal at rank n - 1 if the targets have a formula. Else the bound is infinite unless ``proved``,
+        and at a deadline both are what has been found by then.
         """
         if self.has_orthogonal_rows:
             with suppress(closed_form.NoFormulaError):
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
         program = self.relu_program(weight_decay=0.0)
-        prover = ReluDualBounds(program, directions=np.zeros((0, program.n_inputs)))
+        prover = ReluDualBounds(program, directions=np.zeros((0, program.n_inputs)), deadline=deadline)
         return prover.dual_norm(self.loss.negative_gradient(np.zeros_like(self.loss.targets)), proved=proved)
 
 

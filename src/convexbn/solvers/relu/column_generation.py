@@ -12,6 +12,7 @@ of single rows does not know: there L-BFGS alone trains, and ends at some 1e-4 o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -19,13 +20,13 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from convexbn import bounds
-from convexbn._types import Float
+from convexbn._types import Float, share_of
 from convexbn.bounds.local_search import distinct, hidden_norms, hidden_units, normalise
 from convexbn.program.neurons import Neurons, merge
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers.base import Budget, Progress, Solution, Solver
 from convexbn.solvers.relu.lbfgs import lbfgs, random_neurons
-from convexbn.solvers.relu.newton import MOST_SYSTEMS, polish
+from convexbn.solvers.relu.newton import MOST_SYSTEMS, MOST_VARIABLES, polish
 from convexbn.solvers.relu.pricing import Pricing
 from convexbn.solvers.relu.pruning import merged_in_cones, vertex
 from convexbn.solvers.relu.restricted_master import with_best_norms
@@ -36,14 +37,17 @@ _ENOUGH = 0.1  # relative number of new neurons that ends the search after one b
 _PATIENCE = 5  # rounds without progress that end the solve
 _POLISH_WORK, _ROUND_WORK = 2e10, 4e8  # cubed variables of the Newton systems of a polish, at most, and of a round
 _FEWEST_SYSTEMS = 5  # Newton systems of a polish, at least
+_POLISH_FLOPS = 4e11  # that these may take; beyond, L-BFGS polishes, to some 1e-4 of the objective
 _ITERATIONS = 2000  # of L-BFGS in a round without Newton's method
+_LARGE_ROUND = 40.0  # rounds that such a round counts as on large data: three win most of what there is to win
 
 
 class _Priced(NamedTuple):
-    """Violators (m, q), best first, the estimated bound, and whether the search is over."""
+    """Violators (m, q), best first, valid and estimated bound (None if it is valid), and whether the search is over."""
 
     violators: Float
     bound: float
+    estimate: float | None
     last: bool
 
 
@@ -51,8 +55,8 @@ class _Priced(NamedTuple):
 class ColumnGeneration(Solver[ReluProgram, Neurons]):
     """L-BFGS, restricted master problem, Newton's method, pricing, until nothing better is found.
 
-    A warm start joins the random neurons, and the solution is never worse. Bounds in the history rest on a search and
-    prove nothing.
+    A warm start joins the random neurons, and the solution is never worse. Estimated bounds in the history rest on a
+    search and prove nothing; lower bounds are valid and crude, but exact where every cell is searched.
 
     Parameters
     ----------
@@ -81,11 +85,12 @@ class ColumnGeneration(Solver[ReluProgram, Neurons]):
         history: list[Progress] = []
         work = 0.0
         while True:
-            neurons = rounds.trained(neurons, history[-1].relative_gap if history else 1.0)
+            neurons = rounds.trained(neurons, history[-1].estimated_gap if history else 1.0)
             best = rounds.cheaper(neurons, best)
             record = rounds.program.objective(best)
             for priced in rounds.price(neurons, record):
-                progress = Progress(len(history) + 1, record, priced.bound, len(neurons.output))
+                lower = max(priced.bound, history[-1].lower_bound if history else 0.0)  # no loss is negative
+                progress = Progress(len(history) + 1, record, lower, len(neurons.output), priced.estimate)
                 reason = budget.stop_reason(progress, tol=self.tol if priced.last else -np.inf, max_iter=most)
                 if reason is not None:
                     break
@@ -129,9 +134,16 @@ class _Rounds:
         """Directions of a local search that would lower the objective."""
         dual = self.program.dual(neurons)
         V, A = self.program.unit_dual(dual), self.program.unit_rows
-        values, found = bounds.local_maxima(V, A, self.n_starts, self.rng, start=neurons.first.T)
+        values, found = bounds.local_maxima(
+            V, A, self.n_starts, self.rng, start=neurons.first.T, deadline=self.deadline
+        )
         violators = found[values > self.program.weight_decay * (1 + self.tol)]
-        yield _Priced(violators, self.program.dual_bound(dual, float(values[0])), last=True)
+        yield self._priced(dual, violators, float(values[0]), last=True)
+
+    def _priced(self, dual: Float, violators: Float, largest: float, *, last: bool) -> _Priced:
+        """Result of a search whose largest value is known; the spectral norm bounds what it did not see."""
+        valid = self.program.dual_bound(dual, float(np.linalg.norm(self.program.unit_dual(dual), 2)))
+        return _Priced(violators, valid, self.program.dual_bound(dual, largest), last)
 
     def work(self, neurons: Neurons) -> float:
         """Number of rounds that a round counts as."""
@@ -158,8 +170,13 @@ class _NewtonRounds(_Rounds):
 
     def __post_init__(self) -> None:
         self.by_case, self.program = self.program, self.program.on_rows
-        few = self.program.n_outputs == 1 and bounds.few_cells(self.program.unit_rows)
-        self.cells = bounds.EveryCell(self.program.unit_rows) if few else None
+
+    @functools.cached_property
+    def cells(self) -> bounds.EveryCell | None:
+        """All cells, if they are few, once there is a network; to enumerate them takes at most half of the time."""
+        if self.program.n_outputs > 1:
+            return None
+        return bounds.EveryCell.of_few(self.program.unit_rows, share_of(self.deadline, 0.5))
 
     def begin(self, random: Neurons, start: Neurons | None) -> tuple[Neurons, Neurons]:
         """The random neurons after L-BFGS, with clusters merged, and the best network so far."""
@@ -175,16 +192,16 @@ class _NewtonRounds(_Rounds):
 
         If there are few cells, all of them are searched. Otherwise starts are followed batch by batch until enough of
         them leave a gap to the best objective so far. If the first batch finds none, branch and bound searches in low
-        rank, and ends the search if it has covered everything. A search cut short by time estimates nothing: a valid
-        bound takes its place.
+        rank, and ends the search if it has covered everything. A search cut short by time estimates nothing: the
+        spectral norm takes its place.
         """
         program, dual = self.program, self.program.dual(neurons)
         V, A = program.unit_dual(dual), program.unit_rows
         threshold = program.weight_decay * (1 + 0.1 * self.tol)
         if self.cells is not None:
-            maxima = self.cells.maxima(V, threshold)
+            maxima = self.cells.maxima(V, threshold, self.deadline)
             found = distinct(maxima.directions, hidden_norms(maxima.directions, V, A), _NEWCOMERS)
-            yield _Priced(found, program.dual_bound(dual, maxima.value), last=True)
+            yield _Priced(found, program.dual_bound(dual, maxima.value), None, last=True)
             return
         search = Pricing(V, A, self.n_starts, self.rng, self.deadline)
         search.from_neurons(neurons.first.T)
@@ -193,19 +210,19 @@ class _NewtonRounds(_Rounds):
             found, bound = search.above(threshold, _NEWCOMERS), program.dual_bound(dual, search.largest)
             gap = record - bound > self.tol * record
             enough = gap and len(found) * batch > _ENOUGH * len(neurons.output)
-            if search.late:
-                bound = program.dual_bound(dual, float(np.linalg.norm(V, 2)))
             last = enough or search.late or batch == _BATCHES
-            yield _Priced(found, bound, last)
+            yield self._priced(dual, found, float(np.linalg.norm(V, 2)) if search.late else search.largest, last=last)
             if last:
                 return
             if batch == 1 and not (gap and len(found)) and search.by_branch_and_bound(threshold, self.tol):
                 found = search.above(threshold, _NEWCOMERS)
-                yield _Priced(found, program.dual_bound(dual, search.largest), last=True)
+                yield self._priced(dual, found, search.largest, last=True)
                 return
 
     def work(self, neurons: Neurons) -> float:
         """Number of rounds that a round counts as: Newton systems cost the cube of the variables."""
+        if self._too_large(neurons):
+            return _LARGE_ROUND
         return max(1.0, _variables(neurons) ** 3 / _ROUND_WORK)
 
     def reduced(self, neurons: Neurons) -> Neurons:
@@ -217,10 +234,18 @@ class _NewtonRounds(_Rounds):
         return fewer if self.program.objective(fewer) <= self.program.objective(neurons) * (1 + 1e-12) else neurons
 
     def _polish(self, neurons: Neurons, gap: float) -> Neurons:
-        """Newton's method, as carefully started and as accurate as a relative gap asks for."""
+        """Newton's method, as carefully started and as accurate as a relative gap asks for; if too dear, L-BFGS."""
+        if self._too_large(neurons):
+            return self.cheaper(super().trained(neurons, gap), neurons)
         systems = np.clip(_POLISH_WORK / max(_variables(neurons), 1) ** 3, _FEWEST_SYSTEMS, MOST_SYSTEMS)
         damping, tol = float(np.clip(gap, 1e-6, 0.1)), float(np.clip(1e-3 * gap**2, 1e-14, 1e-9))
         return polish(self.program, neurons, damping=damping, tol=tol, max_iter=int(systems), deadline=self.deadline)
+
+    def _too_large(self, neurons: Neurons) -> bool:
+        """Whether the fewest Newton systems of a polish take too long."""
+        entries, variables = self.program.loss.targets.size, _variables(neurons)
+        size = min(variables, MOST_VARIABLES)
+        return _FEWEST_SYSTEMS * variables * size * (2 * entries + size / 3) > _POLISH_FLOPS
 
 
 def _variables(neurons: Neurons) -> int:

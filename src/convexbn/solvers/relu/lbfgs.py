@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 
-from convexbn._types import Float, is_over
+from convexbn._types import Float
+from convexbn.bounds import descent
 from convexbn.data.row_matrix import row_matrix
 from convexbn.program import kernels
 from convexbn.program.neurons import Neurons
@@ -47,13 +47,7 @@ def lbfgs(program: ReluProgram, neurons: Neurons, max_iter: int = 400, deadline:
         ascent[ends[1] :] *= unit
         return found + 0.5 * float(decays @ x**2), decays * x - ascent
 
-    def stop_when_late(intermediate_result: object) -> None:
-        if is_over(deadline):
-            raise StopIteration
-
-    options = {"maxiter": max_iter, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9}
-    found = scipy.optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options, callback=stop_when_late)
-    return split(found.x)
+    return split(descent.minimise(value, start, max_iter=max_iter, deadline=deadline, ftol=1e-13)[0])
 
 
 def _loss_and_ascent(program: ReluProgram, network: Neurons, bias: Float) -> tuple[Any, ...]:

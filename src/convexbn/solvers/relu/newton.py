@@ -21,7 +21,7 @@ from convexbn.solvers.relu.newton_model import NewtonModel, NewtonStep
 
 _DROPPED = 1e-9  # relative to the largest norm: smaller ones are dropped
 _LEAST_DAMPING, _MOST_DAMPING = 1e-8, 1e6
-_MOST_VARIABLES = 3000  # of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix
+MOST_VARIABLES = 3000  # of one Newton system; more are taken in blocks, which keeps memory at some 100 MB a matrix
 MOST_SYSTEMS = 100  # Newton systems that a polish may take by default
 
 
@@ -44,7 +44,7 @@ def polish(
     deadline : float, optional
     """
     neurons = neurons.select(np.argsort(-neurons.norms)).balanced()
-    most = max(1, _MOST_VARIABLES // (program.n_inputs + program.n_outputs))
+    most = max(1, MOST_VARIABLES // (program.n_inputs + program.n_outputs))
     blocks = [neurons.select(slice(start, start + most)) for start in range(0, len(neurons.output), most)]
     for k, block in enumerate(blocks):
         others = (program.outputs(other) for other in blocks[:k] + blocks[k + 1 :])

@@ -66,7 +66,10 @@ class Pricing:
             self._climb(scattered(self.neurons, self.followed // 3, spread, self.rng))
         self._climb(self.rng.standard_normal((self.followed // 3, self.A.shape[1])))
         if self.followed == self.starts and not self.late:
-            self._add(bounds.local_maxima(self.V, self.A, self.starts // 3, self.rng, rounds=_ROUNDS)[1])
+            _, found = bounds.local_maxima(
+                self.V, self.A, self.starts // 3, self.rng, rounds=_ROUNDS, deadline=self.deadline
+            )
+            self._add(found)
 
     def by_branch_and_bound(self, threshold: float, tolerance: float) -> bool:
         """Search everywhere in low rank; True when no cone is open any more, or only those too thin to split."""
@@ -84,7 +87,8 @@ class Pricing:
         for start in range(0, len(directions), batch):
             if self.late:
                 break
-            self._add(ascend(normalise(directions[start : start + batch]), self.V / scale, self.A, _ROUNDS))
+            some = normalise(directions[start : start + batch])
+            self._add(ascend(some, self.V / scale, self.A, _ROUNDS, self.deadline))
 
     def _add(self, directions: Float) -> None:
         self.found = np.vstack([self.found, directions])
