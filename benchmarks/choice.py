@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits, make_classification
 
-from convexbn import ConvexBNClassifier
+from convexbn import ConvexBNClassifier, max_weight_decay
 from convexbn.files.datasets import fashion_mnist
 from convexbn.program.gated import GatedProgram, gated_operator
 from convexbn.program.losses import LOSSES
 from convexbn.training.fit import choose_solver
+from convexbn_studies.study import PAPER
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 GATES = 100
+FRACTION = 0.02  # of the largest weight decay
 
 
 def made_up(n, d, classes):
@@ -59,8 +61,10 @@ def choice_for(loss, X, y, rank):
 
 def fitted(solver, loss, X, y, rank):
     """Seconds, iterations and status of a fit."""
+    program = PAPER | {"loss": loss, "rank": rank, "n_gates": GATES, "random_state": 0}
+    weight_decay = FRACTION * max_weight_decay(X, y, **program)
     before = time.perf_counter()
-    model = ConvexBNClassifier(loss=loss, solver=solver, rank=rank, n_gates=GATES, random_state=0).fit(X, y)
+    model = ConvexBNClassifier(solver=solver, weight_decay=weight_decay, **program).fit(X, y)
     return {
         "seconds": time.perf_counter() - before,
         "iterations": model.n_iter_,

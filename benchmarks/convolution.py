@@ -122,13 +122,15 @@ def fitted(settings, shape, X, y, X_test, y_test, **parameters):
     import warnings
 
     from convexbn import ConvexBNClassifier
+    from convexbn_studies.study import PAPER
 
     warnings.simplefilter("ignore")
     trace, layer = [], layer_of(settings, shape)
     model = ConvexBNClassifier(
         convolution=layer, weight_decay=settings["decay"] * (len(X) / layer.geometry.n_locations) ** 0.5,
-        rank=settings.get("rank"), spectral_filter=settings.get("filter"),
-        callback=lambda report: trace.append((time.perf_counter() - STARTED, report.objective)), **parameters,
+        rank=settings.get("rank"),
+        callback=lambda report: trace.append((time.perf_counter() - STARTED, report.objective)),
+        **PAPER | {"spectral_filter": settings.get("filter")} | parameters,
     )  # fmt: skip
     started = time.perf_counter()
     model.fit(X, y)

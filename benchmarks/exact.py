@@ -31,6 +31,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from convexbn import ConvexBNRegressor, Status
 from convexbn.program.arrangement import enumerate_patterns
+from convexbn_studies.study import PAPER
 from descent import TRAINERS, train
 from gated import processor
 from instances import RELU_SHAPES, relu_instance
@@ -137,7 +138,7 @@ def ours(instance, time_limit):
     reports = []
     model = ConvexBNRegressor(
         activation="relu", weight_decay=instance.weight_decay, tol=TOLERANCE, time_limit=time_limit, random_state=0,
-        callback=lambda progress: reports.append((time.process_time() - started, float(progress.objective))),
+        callback=lambda progress: reports.append((time.process_time() - started, float(progress.objective))), **PAPER,
     )  # fmt: skip
     model.fit(instance.X, instance.Y[:, 0])
     seconds = first_at(reports, reports[-1][1])

@@ -7,6 +7,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are loaded
 import resource
 
 from convexbn import ConvexBNRegressor, max_weight_decay
+from convexbn_studies.study import PAPER
 from instances import planted
 
 
@@ -18,7 +19,7 @@ def peak():
 def main():
     """Fit at 0.01 of the largest weight decay with 1,000 gates, and print the peaks."""
     X, y = planted(2000, 100, seed=0)
-    options = {"gates": "whitened", "n_gates": 1000, "random_state": 0}
+    options = PAPER | {"gates": "whitened", "n_gates": 1000, "random_state": 0}
     largest = max_weight_decay(X, y.ravel(), **options)
     before = peak()
     model = ConvexBNRegressor(weight_decay=0.01 * largest, **options).fit(X, y.ravel())

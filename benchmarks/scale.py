@@ -176,11 +176,13 @@ def few_2000(seed, folder):
 
 def path(seed, folder):
     """A certified path of 20 weight decays with validation, Fashion-MNIST 10,000 rows, relative to one fit."""
-    from convexbn import ConvexBNClassifier, fit_path
+    from convexbn import ConvexBNClassifier, fit_path, max_weight_decay
+    from convexbn_studies.study import PAPER
 
     data = fashion_mnist_in(folder)
     X, y, validation = data.X[:10_000], data.y[:10_000], (data.X[-2000:], data.y[-2000:])
-    model = ConvexBNClassifier(rank=100, n_gates=100, tol=1e-3, random_state=seed)
+    program = PAPER | {"rank": 100, "n_gates": 100, "random_state": seed}
+    model = ConvexBNClassifier(weight_decay=0.02 * max_weight_decay(X, y, **program), tol=1e-3, **program)
     before = time.process_time()
     fitted = model.fit(X, y)
     alone = time.process_time() - before
@@ -232,12 +234,13 @@ def relu_fit(data, seed, decay, **settings):
 def gated_fit(seed, folder, loss, **settings):
     """Fit gates on some directions of Fashion-MNIST at a share of the largest decay; return the figures."""
     from convexbn import max_weight_decay
+    from convexbn_studies.study import PAPER
 
     data = fashion_mnist_in(folder)
     program = {"loss": loss, "gates": "trained", "n_gates": 250, "rank": 150, "spectral_filter": 0.05} | settings
     asked = {name: program[name] for name in ("loss", "gates", "n_gates", "rank", "spectral_filter")}
     before = time.perf_counter()
-    weight_decay = FRACTION * max_weight_decay(data.X, data.y, random_state=seed, **asked)
+    weight_decay = FRACTION * max_weight_decay(data.X, data.y, random_state=seed, **PAPER | asked)
     outside = time.perf_counter() - before  # given to the job as a number
     return fit(data, seed, decay=weight_decay / len(data.X) ** 0.5, outside=outside, **program)
 
@@ -245,6 +248,7 @@ def gated_fit(seed, folder, loss, **settings):
 def fit(data, seed, decay, outside=0.0, **settings):
     """Train a classifier at a decay of the mean loss; return the figures, without some seconds before."""
     from convexbn import ConvexBNClassifier
+    from convexbn_studies.study import PAPER
 
     started, trace = time.perf_counter(), []
 
@@ -252,7 +256,7 @@ def fit(data, seed, decay, outside=0.0, **settings):
         trace.append((seconds() - outside, report.objective, report.relative_gap))
 
     model = ConvexBNClassifier(
-        weight_decay=decay * len(data.X) ** 0.5, random_state=seed, callback=record, **settings
+        weight_decay=decay * len(data.X) ** 0.5, random_state=seed, callback=record, **PAPER | settings
     ).fit(data.X, data.y)  # fmt: skip
     fitted, proof = time.perf_counter(), model.certificate_
     accuracy = model.score(data.X_test, data.y_test)
@@ -292,10 +296,11 @@ def few(folder, seed, n):
 def convex_of_few(name, training, validation, test, seed, treatments):
     """Networks of 1,000 gates, six weight decays a treatment, certified to 1e-3; the best on the validation rows."""
     from convexbn import ConvexBNClassifier, fit_path, max_weight_decay
+    from convexbn_studies.study import PAPER
 
     before, points = time.process_time(), []
     for treatment in treatments:
-        treatment = treatment | {"n_gates": FEW_WIDTH, "random_state": seed}
+        treatment = PAPER | treatment | {"n_gates": FEW_WIDTH, "random_state": seed}
         model, largest = ConvexBNClassifier(tol=1e-3, **treatment), max_weight_decay(*training, **treatment)
         decays = [share * largest for share in (0.3, 0.15, 0.08, 0.04, 0.02, 0.01)]
         points += list(fit_path(model, *training, weight_decays=decays, validation=validation))

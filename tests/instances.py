@@ -69,7 +69,9 @@ def proof_of_blocks(program, blocks, tol, stopped_by="tolerance"):
     index, values = blocks
     finite = bool(np.isfinite(values).all())
     plain = float(np.linalg.svd(values, compute_uv=False).sum()) if finite else np.nan
-    found = Found(program.outputs(index, values), float(program.norm.of(values).sum()), plain)
+    outputs = program.outputs(index, values)
+    bias = program.loss.best_bias(outputs) if finite else 0.0
+    found = Found(outputs, float(program.norm.of(values).sum()), plain, bias)
     scope = Scope("these gates")
     return judge(program.loss, found, program.weight_decay, GateDualBounds(program), scope, tol, stopped_by)
 
@@ -101,7 +103,7 @@ def proof_of_outputs(
 
 def neuron_arrays(network):
     """The arrays of a network that belong to neurons, by name."""
-    others = ("mean", "n_effective", "convolution")
+    others = ("mean", "n_effective", "convolution", "output_bias")
     return {name: value for name, value in vars(network).items() if value is not None and name not in others}
 
 

@@ -67,8 +67,9 @@ def adam(X, y, weight_decay, seed):
 @pytest.mark.parametrize("fraction", [0.1, 0.02])
 def test_no_run_of_adam_ends_below(fraction):
     X, y = instance()
-    weight_decay = fraction * max_weight_decay(X, y, activation="relu")[0]
-    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, tol=5e-6, time_limit=10, random_state=0)
+    paper = {"activation": "relu", "fit_intercept": False}
+    weight_decay = fraction * max_weight_decay(X, y, **paper)[0]
+    model = ConvexBNRegressor(weight_decay=weight_decay, tol=5e-6, time_limit=10, random_state=0, **paper)
     network = model.fit(X, y).network_
     ours = objective(X, y, weight_decay, network.weight, network.gamma, network.shift, network.output[:, 0])
     runs = [adam(X, y, weight_decay, seed) for seed in range(2)]

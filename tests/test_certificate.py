@@ -511,4 +511,6 @@ def test_a_loss_moves_at_most_by_its_bound(kind, size):
         step = size * rng.standard_normal((8, 3))
         moved = abs(loss.value(outputs + step) - loss.value(outputs))
         distance = np.linalg.norm(np.sqrt(weights)[:, None] * step)
-        assert moved <= certificate._loss_moves_at_most(loss, outputs, distance) + 1e-13 * loss.value(outputs)
+        assert moved <= certificate._loss_moves_at_most(loss, Found(outputs, 0.0, 0.0), distance) + 1e-13 * loss.value(
+            outputs
+        )

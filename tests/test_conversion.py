@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from convexbn import ConvexBNClassifier, ConvexBNRegressor
+from convexbn import ConvexBNClassifier, ConvexBNRegressor, max_weight_decay
 from convexbn.data.whitening import whiten
 from convexbn.program.gates import gate_patterns
 from convexbn.program.losses import SquaredLoss
@@ -15,7 +15,7 @@ from convexbn.solvers.cone_decomposition import difference_in_cones
 from convexbn.solvers.relu.newton import polish
 from convexbn.training.relu_conversion import neurons_of, to_relu
 from convexbn.training.training_set import TrainingSet
-from instances import network_outputs
+from instances import PAPER, network_outputs
 
 
 def drawn(n=60, d=4, seed=0):
@@ -38,7 +38,10 @@ def converted(model, X, y, weights=None, **options):
 
 
 def regressor(X, y, weights=None, **changes):
-    return ConvexBNRegressor(**{"n_gates": 20, "random_state": 0, **changes}).fit(X, y, weights)
+    settings = {**PAPER, "n_gates": 20, "random_state": 0, **changes}
+    if "weight_decay" not in settings:
+        settings["weight_decay"] = 0.02 * max_weight_decay(X, y, sample_weight=weights, **settings)
+    return ConvexBNRegressor(**settings).fit(X, y, weights)
 
 
 def gap_between(model, conversion, X):
@@ -117,6 +120,18 @@ def test_a_zero_network_stays_one():
     assert conversion.objective_after == pytest.approx(conversion.objective_before, rel=1e-12)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_the_intercept_and_the_linear_gate_are_converted(shift):
+    X = drawn()
+    y = shift + X[:, 0] + np.abs(X[:, 1])
+    model = regressor(X, y, fit_intercept=True, linear=True)
+    assert 0 in model.network_.gate_index  # the gate that is always open
+    conversion = converted(model, X, y)
+    assert np.array_equal(conversion.network.output_bias, model.network_.output_bias)
+    assert gap_between(model, conversion, X) <= 1e-10
+    assert conversion.objective_before == pytest.approx(model.certificate_.objective, rel=1e-9)
+
+
 # -- objectives --
 
 
@@ -142,7 +157,7 @@ def test_no_conversion_beats_the_best_relu_network():
     X = drawn(12, 15)
     y = np.random.default_rng(1).standard_normal(12)
     model = regressor(X, y, weight_decay=0.3)
-    best = ConvexBNRegressor(activation="relu", weight_decay=0.3).fit(X, y).certificate_.objective
+    best = regressor(X, y, activation="relu", weight_decay=0.3).certificate_.objective
     conversion = converted(model, X, y)
     assert conversion.certificate.lower_bound <= best <= conversion.objective_after
 

@@ -10,6 +10,7 @@ from convexbn.data.patches import Geometry, PatchMatrix
 from convexbn.data.pooling import Regions
 from convexbn.data.preactivations import PreActivations
 from convexbn.data.row_matrix import ProjectedRows
+from convexbn.data.spectrum import Kept
 from convexbn.data.whitening import whiten
 from convexbn.program.losses import CrossEntropyLoss, LogisticLoss, SquaredLoss
 from convexbn.program.readout import AveragePooling, MaxPooling
@@ -134,7 +135,7 @@ def test_patches_are_whitened_in_blocks_as_the_matrix_that_they_stand_for(dtype,
     found = whiten(X, weights, **settings)
     assert isinstance(found.rows, ProjectedRows) is not kept
     dense = np.asarray(X, dtype=np.float64)
-    directions = qr.by_qr(dense, weights, settings.get("rank"), settings.get("spectral_filter"), 2.0**-52)
+    directions = qr.by_qr(dense, weights, Kept(**settings), 2.0**-52)
     expected = whitening_module._filtered(dense, *directions)
     rows = found.rows[:]
     gram = rows.T @ (weights[:, None] * rows)

@@ -58,8 +58,8 @@ def by_hand(model, X):
             rows.append(opened * response)
         hidden = np.array(rows)
         pooled = [(hidden[m].mean(0) if layer.pooling == "average" else hidden[m].max(0)) for m in pool.members]
-        weights = network.output.reshape(network.n_neurons, pool.n_regions, -1)
-        outputs.append(np.einsum("rm,mrk->k", np.array(pooled), weights))
+        weights = network.output.reshape(network.n_neurons, pool.n_regions, network.n_outputs)
+        outputs.append(np.einsum("rm,mrk->k", np.array(pooled), weights) + network.output_bias)
     return np.array(outputs)
 
 
@@ -222,7 +222,8 @@ def test_many_patches_take_the_path_of_many_rows(images, monkeypatch, pooling, d
     assert models[1].certify(X, y).objective == pytest.approx(mapped.objective, rel=1e-8)
 
 
-def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(images, monkeypatch):
+@pytest.mark.parametrize("intercept", [False, True])
+def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(images, monkeypatch, intercept):
     X, y, reads = images[0].astype(np.uint8), images[1], []
     read = PatchMatrix.of_cases
     monkeypatch.setattr(
@@ -232,13 +233,14 @@ def test_bytes_are_read_once_for_the_whitening_and_twice_for_the_certificate(ima
     monkeypatch.setattr(qr, "BLOCK_ROWS", 256)
     monkeypatch.setattr(row_matrix, "_KEPT_ENTRIES", 1000)
     monkeypatch.setattr(fit, "PRICING_ENTRIES", 1000)
-    epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5}
+    epochs, settings = 3, {"activation": "relu", "loss": "cross_entropy", "width": 5, "fit_intercept": intercept}
     model = fitted((X, y), **settings, weight_decay=1.0, max_iter=epochs)
     data = model._prepare(X, y, None)[0]
     assert isinstance(data.whitening.rows, row_matrix.ProjectedRows) and data.whitening.departure < 1e-11
     reads.clear()
     model.fit(X, y)
-    assert sum(reads) / len(data.inputs) == pytest.approx(1 + epochs + 2, rel=0.05)  # and a few single rows
+    passes = 1 + epochs + 2 + intercept  # the best output bias is read off the outputs of all images
+    assert sum(reads) / len(data.inputs) == pytest.approx(passes, rel=0.05)  # and a few single rows
 
 
 def test_a_gated_network_on_mapped_rows_is_the_same(images, monkeypatch):

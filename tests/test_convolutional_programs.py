@@ -62,7 +62,7 @@ class Instance:
         return self.loss.value(self.outputs(neurons)) + self.beta * neurons.norms.sum()
 
     def proof(self, neurons, tol=1e-5):
-        network = BatchNormNetwork.from_neurons(self.whitening, neurons)
+        network = BatchNormNetwork.from_neurons(self.whitening, neurons, self.layer)
         return certify(Question(self.X, self.whitening.mean, self.program, tol), network)
 
 

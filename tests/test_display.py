@@ -50,19 +50,24 @@ def test_an_unfinished_path_can_be_drawn():
     assert len(PathDisplay(path.points).plot().axes_) == 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"rank": 2}, {"spectral_filter": 0.1}, {"rank": 3, "spectral_filter": 0.1}])
-def test_energies_are_those_of_the_first_layer_on_the_whitened_data(changes):
-    model = regressor(**changes).fit(X, Y)
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"rank": 2}, {"spectral_filter": None}, {"rank": 3, "spectral_filter": 0.1}], ids=str
+)
+def test_energies_are_those_of_the_first_layer_on_the_whitened_data(changes, standardize):
+    model = regressor(standardize=standardize, **changes).fit(X, Y)
     display = SpectrumDisplay.from_estimator(model, X)
     centred = X - X.mean(axis=0)
-    left, values, _ = np.linalg.svd(centred, full_matrices=False)
+    unit = np.linalg.norm(centred, axis=0) if standardize else 1.0
+    left, values, _ = np.linalg.svd(centred / unit, full_matrices=False)
     assert np.allclose(display.singular_values, values, rtol=1e-12)
     network = model.network_
     images = left.T @ (centred @ network.weight) / np.sqrt(60) * network.gamma  # unit variance: ||C X w||^2 = n
     energies = np.sum(images**2 * np.sum(network.output**2, axis=1), axis=1)
     assert np.allclose(display.energies, energies / energies.sum(), atol=1e-12)
     assert display.rank == model.rank_ == changes.get("rank", 5)
-    assert display.tau == (pytest.approx(0.1 * values[0]) if "spectral_filter" in changes else None)
+    tau = changes.get("spectral_filter", 0.3)
+    assert display.tau == (None if tau is None else pytest.approx(tau * values[0]))
 
 
 def test_a_spectrum_is_drawn_with_its_cut_and_filter():
@@ -70,9 +75,9 @@ def test_a_spectrum_is_drawn_with_its_cut_and_filter():
     axes = SpectrumDisplay.from_estimator(model, X).plot().axes_
     told = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert told == ["filter: directions below are shrunk", "cut: 2 of 5 directions"]
-    assert axes[1].get_xlabel() == "singular direction" and "units of the data" in axes[0].get_ylabel()
-    whole = SpectrumDisplay.from_estimator(regressor().fit(X, Y), X).plot().axes_
-    assert whole[0].get_legend() is None and len(whole[1].lines[0].get_xdata()) == 5
+    assert axes[1].get_xlabel() == "singular direction" and "standardised columns" in axes[0].get_ylabel()
+    whole = SpectrumDisplay.from_estimator(regressor(spectral_filter=None, standardize=False).fit(X, Y), X).plot().axes_
+    assert "units of the data" in whole[0].get_ylabel() and whole[0].get_legend() is None and len(whole[1].lines[0].get_xdata()) == 5
 
 
 def test_weights_of_rows_are_repetition():

@@ -95,7 +95,6 @@ def test_a_network_prints_one_line():
         (Convolution((1, 2), input_shape=(2, 3, 1)), "inputs of 2 x 3 x 1, filters of 1 x 2"),
     ]:
         network = regressor(convolution=layer, n_gates=4, tol=1e-2).fit(X, X[:, 0]).network_
-        gates = len(set(network.gate_index))
-        assert repr(network) == (
-            f"<gated convolutional network: {words}, {network.n_neurons} neurons, 1 output, {gates} gates>"
-        )
+        counts = [(network.n_neurons, "neuron"), (1, "output"), (len(set(network.gate_index)), "gate")]
+        told = ", ".join(f"{count} {word}{'s' * (count > 1)}" for count, word in counts)
+        assert repr(network) == f"<gated convolutional network: {words}, {told}>"

@@ -63,11 +63,13 @@ def cases():
     yield "outputs of all gates", kernels.masked_outputs, (block, patterns, normal(7, 2, 5))
     yield "correlations", kernels.masked_correlations, (block, patterns, normal(24, 2), index)
     for name, readout in READOUTS.items():
-        first, output, dual = normal(5, 4), normal(4, readout.n_regions * 3), normal(24 // readout.rows_per_case, 3)
+        first, output, bias = normal(5, 4), normal(4, readout.n_regions * 3), normal(3)
+        hidden, regional, dual = positive_part(block @ first), readout.by_region(output), normal(len(block), 3)
+        dual = dual[: len(block) // readout.rows_per_case]
         yield f"relu, {name}", kernels.relu_outputs, (block, first, output, readout)
-        yield f"ascent, {name}", kernels.ascent, (block, dual, first, output, readout)
+        yield f"ascent, {name}", kernels.relu_ascent, (block, hidden, readout.pool(hidden), dual, regional, readout)
         loss = loss_of("squared", 24 // readout.rows_per_case)
-        yield f"loss and ascent, {name}", kernels.loss_and_ascent, (block, loss, first, output, readout)
+        yield f"loss and ascent, {name}", kernels.loss_and_ascent, (block, loss, first, output, bias, readout)
 
 
 CASES = {name: (kernel, arguments) for name, kernel, arguments in cases()}

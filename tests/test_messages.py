@@ -50,7 +50,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("activation", "settings", "told"),
     [
-        ("relu", {"gates": "trained"}, "'relu' does not use gates: leave the default"),
+        ("relu", {"gates": "data"}, "'relu' does not use gates: leave the default"),
         ("relu", {"gates": np.eye(3)}, "'relu' does not use gates:"),
         ("relu", {"gates": "whitened", "solver": "conic"}, "'relu' does not use gates, solver:"),
         ("gated", {"width": 5, "n_starts": 2}, "'gated' does not use width, n_starts:"),
@@ -61,7 +61,7 @@ def refused(capsys, *arguments):
 )
 def test_parameters_that_are_not_used_are_one_warning(activation, settings, told):
     few = X[:4] if activation == "relu" else X
-    model = ConvexBNRegressor(activation=activation, tol=1e-2, **settings)
+    model = ConvexBNRegressor(activation=activation, tol=1e-2, weight_decay=1.0, **settings)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         model.fit(few, few[:, 0])
@@ -139,7 +139,7 @@ def test_options_that_do_not_fit(data, tmp_path, capsys):
     counts, words, out = data("count", COUNTS), data("word", WORDS), ["--out", tmp_path / "m"]
     of_words = ["fit", words, "--target", "word", *out]
     for arguments, told in (
-        ([*of_words, "--activation", "relu", "--gates", "trained"], "--gates is for --activation gated"),
+        ([*of_words, "--activation", "relu", "--gates", "data"], "--gates is for --activation gated"),
         ([*of_words, "--width", "5"], "--width is for --activation relu"),
         ([*of_words, "--loss", "huber"], "--loss huber is for regression, and this is classification: choose among"),
         (

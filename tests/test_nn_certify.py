@@ -80,9 +80,9 @@ def problem(name, n=12, d=20, seed=0):
 PROBLEMS = ("one output", "one-hot", "huber", "squared_hinge", "logistic", "cross_entropy")
 
 
-def optimum(name, weight_decay=0.5):
+def optimum(name, weight_decay=0.5, **settings):
     X, loss, kind, y = problem(name)
-    model = kind(activation="relu", loss=loss, weight_decay=weight_decay).fit(X, y)
+    model = kind(activation="relu", loss=loss, weight_decay=weight_decay, **settings).fit(X, y)
     return X, y, loss, model
 
 
@@ -90,8 +90,9 @@ def optimum(name, weight_decay=0.5):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_network_at_the_known_optimum_is_certified(name):
-    X, y, loss, model = optimum(name)
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_a_network_at_the_known_optimum_is_certified(name, fit_intercept):
+    X, y, loss, model = optimum(name, fit_intercept=fit_intercept)
     found = certify(to_module(model.network_, dtype=torch.float64), X, y, loss=loss, weight_decay=0.5)
     assert found.status is Status.CERTIFIED and found.cause is Cause.NONE and 0 <= found.relative_gap <= 1e-6
     assert found.balanced_objective == pytest.approx(model.certificate_.objective, rel=1e-12)
@@ -112,13 +113,15 @@ def test_a_network_at_the_known_optimum_is_certified(name):
     ],
     ids=str,
 )
-def test_decay_of_an_optimiser_is_that_of_the_program(name, loss, factor):
-    """beta = lam / (factor sqrt n): the optimum of our program is that of torch's objective."""
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_decay_of_an_optimiser_is_that_of_the_program(name, loss, factor, fit_intercept):
+    """beta = lam / (factor sqrt n): the optimum of our program is that of torch's objective, its output bias free."""
     lam = 0.01
-    X, y, _, model = optimum(name, lam / (factor * np.sqrt(12)))
+    X, y, _, model = optimum(name, lam / (factor * np.sqrt(12)), fit_intercept=fit_intercept)
     y = (y + 1) / 2 if name == "logistic" else y
     module = to_module(model.network_, dtype=torch.float64)
-    found = certify(module, X, y, loss=loss, optimizer=torch.optim.SGD(module.parameters(), weight_decay=lam))
+    groups = [{"params": [p], "weight_decay": 0.0 if p is module[-1].bias else lam} for p in module.parameters()]
+    found = certify(module, X, y, loss=loss, optimizer=torch.optim.SGD(groups))
     assert found.factor == pytest.approx(factor) and found.status is Status.CERTIFIED
     assert found.weight_decay == pytest.approx(model.weight_decay_)
     assert found.balanced_objective == pytest.approx(factor * model.certificate_.objective, rel=1e-10)
@@ -726,7 +729,7 @@ def run(capsys, *arguments):
 
 
 def test_the_command_line_certifies_files_of_torch(tmp_path, capsys):
-    X, y, _, model = optimum("cross_entropy", 0.01 * np.sqrt(12))
+    X, y, _, model = optimum("cross_entropy", 0.01 * np.sqrt(12), fit_intercept=False)
     names = np.array(["red", "green", "blue"])[y]
     np.savez(tmp_path / "data.npz", X=X, y=y, names=np.char.add([f"{label} " for label in y], names))
     module = to_module(model.network_, dtype=torch.float64)

@@ -116,19 +116,28 @@ def test_windows_are_regions():
         assert convexbn.nn.from_module(module, X).convolution.regions == (2, 2)
 
 
-def trained(layer, weight_decay, epochs=300):
+def test_the_bias_of_the_last_linear_is_the_output_bias():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+    module, X = nn.Sequential(*layers).double(), torch.randn(15, 1, 6, 6, dtype=torch.float64)
+    outputs = module(X).detach().numpy()
+    back = convexbn.nn.from_module(module, X, statistics="batch")
+    assert np.array_equal(back.output_bias, layers[-1].bias.detach().numpy())
+    np.testing.assert_allclose(back.predict(back.convolution.rows(X.numpy())), outputs, rtol=1e-9, atol=1e-11)
+
+
+def trained(layer, weight_decay, *, bias, epochs=300):
     """A module trained by Adam on all images at once: mean squared error halved, decay on batch norm and output."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     X = torch.tensor(rng.standard_normal((10, 1, 4)))
     y = torch.tensor(rng.standard_normal((10, 1)))
     module = nn.Sequential(
-        nn.Conv1d(1, 12, 2), nn.BatchNorm1d(12), nn.ReLU(), layer, nn.Flatten(), nn.Linear(12, 1, bias=False)
+        nn.Conv1d(1, 12, 2), nn.BatchNorm1d(12), nn.ReLU(), layer, nn.Flatten(), nn.Linear(12, 1, bias=bias)
     ).double()
-    decayed = [*module[1].parameters(), *module[5].parameters()]
-    optimizer = torch.optim.Adam(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": module[0].parameters()}], lr=0.02
-    )
+    decayed = [*module[1].parameters(), module[5].weight]
+    free = [*module[0].parameters(), *([module[5].bias] if bias else [])]
+    optimizer = torch.optim.Adam([{"params": decayed, "weight_decay": weight_decay}, {"params": free}], lr=0.02)
     for _ in range(epochs):
         optimizer.zero_grad()
         nn.functional.mse_loss(module(X), y).backward()
@@ -137,13 +146,14 @@ def trained(layer, weight_decay, epochs=300):
 
 
 @pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool1d(1), nn.AdaptiveMaxPool1d(1)], ids=["average", "max"])
-def test_audits_count_the_locations_in_the_weight_decay_and_bound_the_module(pool):
+@pytest.mark.parametrize("bias", [False, True])
+def test_audits_count_the_locations_in_the_weight_decay_and_bound_the_module(pool, bias):
     decay = 0.02
-    module, X, y, optimizer = trained(pool, decay)
+    module, X, y, optimizer = trained(pool, decay, bias=bias)
     found = convexbn.nn.certify(module, X, y, loss=nn.MSELoss(), optimizer=optimizer, time_limit=None, tol=1e-2)
     module.train()
     with torch.no_grad():
-        squares = sum(float((p**2).sum()) for p in [*module[1].parameters(), *module[5].parameters()])
+        squares = sum(float((p**2).sum()) for p in [*module[1].parameters(), module[5].weight])
         objective = float(nn.functional.mse_loss(module(X), y)) + 0.5 * decay * squares
     assert found.objective == pytest.approx(objective, rel=1e-4)  # eps of batch norm
     n, N = 10, 30
@@ -173,10 +183,6 @@ def test_what_cannot_be_converted_is_refused():
         convexbn.nn.from_module(module(nn.Conv2d(2, 4, 3, dilation=2)), batch)
     with pytest.raises(ValueError, match="windows that overlap"):
         convexbn.nn.from_module(module(pool=nn.MaxPool2d(3, stride=1), last=nn.Linear(8, 2, bias=False)), batch)
-    with pytest.raises(ValueError, match="has a bias"):
-        convexbn.nn.from_module(module(last=nn.Linear(4, 2)), batch)
-    with pytest.raises(ValueError, match="has a bias"):
-        convexbn.nn.certify(module(last=nn.Linear(4, 2)), batch, batch[:, :, 0, 0], loss="MSELoss", weight_decay=1.0)
     with pytest.raises(ValueError, match="must have 2 channels"):
         convexbn.nn.from_module(module(), torch.randn(8, 3, 6, 5))
     with pytest.raises(ValueError, match="other layers before"):

@@ -29,6 +29,11 @@ def unit_weights(program):
     return replace(program, loss=loss)
 
 
+def paper_layer(program):
+    """The layer of the paper's program, which has no output bias."""
+    return ConvexLayer(program.operator.patterns, fit_intercept=False)
+
+
 def draw(name="squared", K=1, **settings):
     return unit_weights(program_of(name, K, **settings))
 
@@ -38,16 +43,18 @@ def draw(name="squared", K=1, **settings):
 
 @pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("name", ["squared", "logistic"])
-def test_gradcheck(name, K):
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_gradcheck(name, K, fit_intercept):
     program = draw(name, K, n=12, d=2, P=5, seed=2)
-    layer = ConvexLayer(program.operator.patterns, name)
+    layer = ConvexLayer(program.operator.patterns, name, fit_intercept=fit_intercept)
     assert torch.autograd.gradcheck(layer, tensors(program), rtol=1e-5, atol=1e-7)
 
 
-def test_gradcheck_of_cross_entropy():
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_gradcheck_of_cross_entropy(fit_intercept):
     """In logits of the targets, which stay in the simplex."""
     program = draw("cross_entropy", 3, n=12, d=2, P=5, seed=2)
-    layer = ConvexLayer(program.operator.patterns, "cross_entropy")
+    layer = ConvexLayer(program.operator.patterns, "cross_entropy", fit_intercept=fit_intercept)
     rows, targets, weight_decay = tensors(program)
     logits = targets.detach().log().requires_grad_()
     assert torch.autograd.gradcheck(
@@ -120,7 +127,7 @@ def test_against_cvxpylayers(n, d, P):
     )
     gradients = []
     for layer in (lambda *leaves: torch.stack(theirs(*leaves, solver_args=exact)),
-                  lambda A, y, b: ConvexLayer(program.operator.patterns)(A, y, b)[1][:, :, 0]):  # fmt: skip
+                  lambda A, y, b: paper_layer(program)(A, y, b)[1][:, :, 0]):  # fmt: skip
         A, Y, b = tensors(program)
         y = Y.detach()[:, 0].requires_grad_()
         layer(A, y, b).square().sum().backward()
@@ -134,17 +141,32 @@ def test_against_cvxpylayers(n, d, P):
 @pytest.mark.parametrize("K", [1, 3])
 def test_outputs_are_those_of_the_weights(K):
     program = draw(K=K)
-    layer = ConvexLayer(program.operator.patterns)
     rows, targets, _ = tensors(program)
-    outputs, weights = layer(rows, targets, program.weight_decay)
-    assert weights.shape == (program.n_gates, 5, K)
-    assert torch.allclose(gated_outputs(rows, layer.patterns, weights), outputs, rtol=0, atol=1e-12)
+    for layer in (paper_layer(program), ConvexLayer(program.operator.patterns)):
+        outputs, weights = layer(rows, targets, program.weight_decay)
+        assert weights.shape == (program.n_gates, 5, K)
+        expected = gated_outputs(rows, layer.patterns, weights) + torch.tensor(layer.optimum.bias)
+        assert torch.allclose(expected, outputs, rtol=0, atol=1e-12)
+        assert layer.optimum.bias.any() == layer.fit_intercept
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_the_bias_takes_shifts_of_the_targets(K):
+    """And the residuals sum to zero: no bias is better."""
+    program = draw(K=K)
+    layer, (rows, targets, weight_decay) = ConvexLayer(program.operator.patterns), tensors(program)
+    outputs, weights = layer(rows, targets, weight_decay)
+    shift = torch.arange(1.0, K + 1, dtype=torch.float64)
+    moved, same = layer(rows, targets + shift, weight_decay)
+    assert torch.allclose(moved, outputs + shift, rtol=0, atol=1e-11)
+    assert torch.allclose(same, weights, rtol=0, atol=1e-11)
+    assert float((targets - outputs).detach().sum(dim=0).abs().max()) < 1e-11
 
 
 def test_a_planted_optimum():
     truth = planted(K=2, n_active=3, seed=1)
     rows, targets, weight_decay = tensors(truth.program)
-    _, weights = ConvexLayer(truth.program.operator.patterns)(rows, targets, weight_decay)
+    _, weights = paper_layer(truth.program)(rows, targets, weight_decay)
     assert np.allclose(weights.detach().numpy()[truth.gate_index], truth.blocks, rtol=1e-10)
 
 
@@ -175,9 +197,19 @@ def test_float32_is_rounded_last():
 def test_above_the_largest_weight_decay_nothing_moves():
     program = draw(fraction=1.2)
     leaves = tensors(program)
-    outputs, weights = ConvexLayer(program.operator.patterns)(*leaves)
+    outputs, weights = paper_layer(program)(*leaves)
     (outputs.sum() + weights.sum()).backward()
     assert not weights.any() and not any(leaf.grad.any() for leaf in leaves)
+
+
+def test_above_the_largest_weight_decay_the_bias_alone_follows_the_targets():
+    """Every output is the mean of the targets."""
+    leaves = tensors(draw(fraction=1.2))
+    outputs, weights = ConvexLayer(draw().operator.patterns)(*leaves)
+    (outputs.sum() + weights.sum()).backward()
+    assert not weights.any() and torch.allclose(outputs, leaves[1].mean(dim=0), rtol=0, atol=1e-14)
+    assert torch.allclose(leaves[1].grad, torch.ones_like(leaves[1])) and not leaves[0].grad.any()
+    assert leaves[2].grad == 0
 
 
 def test_only_what_is_asked_for_has_a_gradient():
@@ -242,7 +274,7 @@ def test_a_group_on_the_edge_is_told():
     truth = planted(n_active=2, seed=1)
     leaving = truth.program.outputs(truth.gate_index[1:], truth.blocks[1:])
     rows, targets, weight_decay = tensors(truth.program)
-    outputs, _ = ConvexLayer(truth.program.operator.patterns)(rows, targets - torch.tensor(leaving), weight_decay)
+    outputs, _ = paper_layer(truth.program)(rows, targets - torch.tensor(leaving), weight_decay)
     with pytest.warns(RuntimeWarning, match="that of one side"):
         outputs.sum().backward()
 

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,7 +144,8 @@ def test_weighted_statistics_are_stored_in_the_module():
 @pytest.mark.parametrize("kind", [relu_network, gated_network])
 def test_a_module_shares_no_memory_with_the_network(kind):
     _, network = kind()
-    arrays = {"mean": network.mean, **neuron_arrays(network)}
+    network = replace(network, output_bias=np.ones(network.n_outputs))
+    arrays = {"mean": network.mean, "output_bias": network.output_bias, **neuron_arrays(network)}
     copies = {name: array.copy() for name, array in arrays.items()}
     for fold in (False, True):
         module = to_module(network, dtype=torch.float64, fold=fold)
@@ -356,6 +358,28 @@ def test_a_network_that_was_read_is_normalised_on_its_rows(statistics, settings,
     assert difference(expected, outputs_of(again, rows, train=True)) < 1e-12
 
 
+@pytest.mark.parametrize("statistics", ["stored", "batch"])
+def test_the_bias_of_the_last_linear_is_the_output_bias(statistics):
+    X, layers = trained(dtype=torch.float64)
+    layers[3] = nn.Linear(8, 2).double()
+    network = from_module(nn.Sequential(*layers), X, statistics=statistics)
+    assert network.output_bias.any() and np.array_equal(network.output_bias, layers[3].bias.detach().numpy())
+    expected = expected_outputs(copy.deepcopy(layers), X, train=statistics == "batch")
+    assert difference(expected, network.predict(X.numpy())) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [relu_network, gated_network])
+@pytest.mark.parametrize("fold", [False, True])
+def test_an_output_bias_becomes_that_of_the_last_linear(kind, fold):
+    X, network = kind()
+    bias = np.arange(1.0, network.n_outputs + 1)
+    module = to_module(replace(network, output_bias=bias), dtype=torch.float64, fold=fold)
+    assert difference(network.predict(X) + bias, outputs_of(module, X)) < 1e-13
+    if kind is relu_network and not fold:
+        for given in ({"X": X}, {"X": X, "statistics": "batch"}, {"n_effective": 50}):
+            assert np.array_equal(from_module(module, **given).output_bias, bias)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("eps", [1e-5, 1e-1])
 def test_round_trips_give_the_network_back(seed, eps):
@@ -399,7 +423,7 @@ def test_the_module_is_left_as_it_was(nesting):
     state, rng = copy.deepcopy(module.state_dict()), torch.get_rng_state()
     grads = [copy.deepcopy(parameter.grad) for parameter in module.parameters()]
     network = from_module(module, X)
-    for array in neuron_arrays(network).values():
+    for array in (network.output_bias, *neuron_arrays(network).values()):
         array[...] = 0  # no memory is shared
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     for parameter, grad in zip(module.parameters(), grads, strict=True):
@@ -509,7 +533,6 @@ REFUSALS = {
         replaced(1, lambda layer: nn.BatchNorm1d(8, track_running_stats=False)),
         "BatchNorm1d '1' has no stored statistics",
     ),
-    "output bias": (replaced(3, lambda layer: nn.Linear(8, 2)), r"Linear '3' has a bias \(up to"),
     "layer norm": (replaced(1, lambda layer: nn.LayerNorm(8)), "layer '1' is a LayerNorm where a BatchNorm1d is"),
     "sync": (replaced(1, nn.SyncBatchNorm.convert_sync_batchnorm), "layer '1' is a SyncBatchNorm"),
     "tanh": (replaced(2, lambda layer: nn.Tanh()), "layer '2' is a Tanh where a BatchNorm1d is expected"),

@@ -14,6 +14,7 @@ import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
 from convexbn.certificate.certificate import certify
 from convexbn.program.losses import SquaredLoss
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.program.relu import ReluProgram
 from convexbn.training.training_set import TrainingSet
 from instances import neuron_arrays
@@ -53,7 +54,7 @@ def own_objective(model, X, y, weights=1.0):
     weights = np.broadcast_to(weights, len(X))
     response = response - weights @ response / n
     response *= np.sqrt(n / (weights @ response**2))
-    outputs = np.maximum((N.gamma * response + N.shift) / np.sqrt(n), 0) @ N.output
+    outputs = np.maximum((N.gamma * response + N.shift) / np.sqrt(n), 0) @ N.output + N.output_bias
     loss = 0.5 * weights @ np.sum((outputs - y.reshape(len(X), -1)) ** 2, axis=1)
     return loss + 0.5 * model.weight_decay_ * (N.gamma @ N.gamma + N.shift @ N.shift + np.sum(N.output**2))
 
@@ -144,20 +145,24 @@ def test_after_a_callback_no_bound_is_tried_but_the_cheapest():
 
 
 @pytest.mark.parametrize("K", [1, 2])
-def test_zero_is_optimal_above_the_largest_weight_decay(K):
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_zero_is_optimal_above_the_largest_weight_decay(K, fit_intercept):
+    """Without neurons the network predicts zero, or the mean of the targets."""
     X = rows()
     Y = values_of(X, K)
-    largest, upper = max_weight_decay(X, Y, activation="relu")
-    model = regressor(weight_decay=upper * (1 + 1e-6)).fit(X, Y)
+    largest, upper = max_weight_decay(X, Y, activation="relu", fit_intercept=fit_intercept)
+    model = regressor(weight_decay=upper * (1 + 1e-6), fit_intercept=fit_intercept).fit(X, Y)
     assert model.certificate_.status is Status.TRIVIAL and model.network_.n_neurons == 0
-    assert not model.predict(X).any() and model.transform(X).shape == (40, 0)
-    below = regressor(weight_decay=0.99 * largest).fit(X, Y)
+    mean = Y.mean(axis=0) if fit_intercept else np.zeros(Y.shape[1:])
+    assert np.abs(model.predict(X) - mean).max() < 1e-14 and model.transform(X).shape == (40, 0)
+    below = regressor(weight_decay=0.99 * largest, fit_intercept=fit_intercept).fit(X, Y)
     assert below.certificate_.status is Status.CERTIFIED and below.network_.n_neurons > 0
 
 
-def test_acute_targets_at_rank_n_minus_1_have_a_network_too():
+@pytest.mark.parametrize("fit_intercept", [False, True])
+def test_acute_targets_at_rank_n_minus_1_have_a_network_too(fit_intercept):
     X, Y = rows(6, 8), np.abs(rows(6, 2, seed=1)) + 0.1
-    model = regressor(weight_decay=0.1).fit(X, Y)
+    model = regressor(weight_decay=0.1, fit_intercept=fit_intercept).fit(X, Y)
     assert model.certificate_.relative_gap <= 1e-4, model.certificate_.sentence
     assert own_objective(model, X, Y) == pytest.approx(model.certificate_.objective, rel=1e-9)
 
@@ -232,17 +237,17 @@ def test_no_wrong_relu_network_is_certified(capsys):
     rng = np.random.default_rng(0)
     runs = refused = false = 0
     for seed in range(6):
-        X = rows(20, 2, seed)
+        X, fit_intercept = rows(20, 2, seed), bool(seed % 2)
         Y = values_of(X, 1 + seed % 3).reshape(20, -1)
-        data = TrainingSet.prepare(
-            X, Y, np.ones(20), loss=SquaredLoss, rank=None, input_eps=np.finfo(float).eps, merge_features=True
-        )
+        data = TrainingSet.prepare(X, Y, np.ones(20), loss=SquaredLoss, fit_intercept=fit_intercept)
         beta = 0.2 * data.max_weight_decay_relu()[0]
-        model = regressor(weight_decay=beta, time_limit=4).fit(X, Y)
+        other = SquaredLoss(data.loss.targets[::-1], np.ones(20))
+        other = WithOutputBias.with_decay(other, 0.0) if fit_intercept else other
+        model = regressor(weight_decay=beta, time_limit=4, fit_intercept=fit_intercept).fit(X, Y)
         assert model.certificate_.relative_gap <= 1e-4, model.certificate_.sentence
         optimum = model.certificate_.lower_bound
         for network in _wrong(model.network_, rng):
-            for loss in (data.loss, SquaredLoss(data.loss.targets[::-1], np.ones(20))):
+            for loss in (data.loss, other):
                 question = data.question(ReluProgram(data.whitening.rows, loss, beta), 1e-6)
                 proof = certify(question, network, deadline=time.monotonic() + 0.1)
                 runs += 1
@@ -250,7 +255,7 @@ def test_no_wrong_relu_network_is_certified(capsys):
                 refused += not certified
                 false += certified and loss is data.loss and proof.objective > optimum * (1 + 1e-4)
                 false += loss is data.loss and proof.lower_bound > model.certificate_.objective * (1 + 1e-9)
-        short = regressor(weight_decay=beta, max_iter=1).fit(X, Y).certificate_
+        short = regressor(weight_decay=beta, max_iter=1, fit_intercept=fit_intercept).fit(X, Y).certificate_
         false += short.lower_bound > model.certificate_.objective * (1 + 1e-9)
         runs += 1
     with capsys.disabled():
@@ -267,3 +272,5 @@ def _wrong(network, rng):
     yield replace(network, shift=network.shift + 0.03)
     yield replace(network, **{k: v[:, 1:] if k == "weight" else v[1:] for k, v in neuron_arrays(network).items()})
     yield replace(network, output=-network.output)
+    if network.output_bias.any():
+        yield replace(network, output_bias=network.output_bias + 0.05)

@@ -8,6 +8,7 @@ import pytest
 from convexbn.data.whitening import whiten
 from convexbn.program.gated import GateBlocks, GatedProgram, gated_operator
 from convexbn.program.losses import LOSSES, SquaredLoss
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.solvers.gated.active_groups import ActiveGroups
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.implicit_differentiation import optimum_of
@@ -18,12 +19,14 @@ SMOOTH = ("squared", "logistic", "cross_entropy")
 CASES = [(name, K) for name in SMOOTH for K in (1, 3) if (name, K) != ("cross_entropy", 1)]
 
 
-def program_of(name="squared", K=1, n=30, d=4, P=12, fraction=0.1, seed=0):
+def program_of(name="squared", K=1, n=30, d=4, P=12, fraction=0.1, seed=0, intercept=False):
     """Whitened Gaussian rows, random gates, and a weight decay as a fraction of the largest."""
     rng = np.random.default_rng(seed)
     rows = whiten(rng.standard_normal((n, d))).rows
     patterns = np.unique(rows @ rng.standard_normal((d + 1, P)) >= 0, axis=1)
     loss = LOSSES[name](targets_for(name, n, K, rng, soft=True), rng.uniform(0.5, 2, n))
+    if intercept:
+        loss = WithOutputBias.with_decay(loss, 0.0)
     program = GatedProgram(gated_operator(rows, patterns), loss, 1.0)
     return program.with_weight_decay(fraction * program.max_weight_decay())
 
@@ -89,17 +92,22 @@ def test_a_start_far_away_does_not_matter():
 # --- the linear system ---
 
 
+@pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize(("name", "K"), CASES)
-def test_systems_against_the_dense_hessian(name, K):
-    program = program_of(name, K)
+def test_systems_against_the_dense_hessian(name, K, intercept):
+    program = program_of(name, K, intercept=intercept)
     optimum = optimum_of(program)
     (m, q, _), n = optimum.groups.blocks.shape, len(program.operator.rows)
     size = q * K
     # J of the active groups: outputs (n, K) from blocks (m, q, K)
     opened = program.operator.patterns[:, optimum.gate_index].astype(float)
     J = np.einsum("nm,nq,kl->nkmql", opened, program.operator.rows, np.eye(K)).reshape(n * K, m * size)
-    half = program.loss.hessian_root(optimum.outputs)
+    half = program.loss.without_bias.hessian_root(optimum.outputs)
     curvature = np.einsum("njl,nkl,nm->njmk", half, half, np.eye(n)).reshape(n * K, n * K)
+    if intercept:  # the best bias follows: the Schur complement of its K variables
+        ones = np.tile(np.eye(K), (n, 1))
+        pulled = curvature @ ones
+        curvature -= pulled @ np.linalg.pinv(ones.T @ pulled, rcond=1e-12) @ pulled.T
     H = J.T @ curvature @ J
     for i, block in enumerate(optimum.groups.blocks):
         s, norm = block.ravel() / np.linalg.norm(block), np.linalg.norm(block)
@@ -115,8 +123,9 @@ def test_systems_against_the_dense_hessian(name, K):
 
 @pytest.mark.parametrize(("name", "K"), CASES)
 @pytest.mark.parametrize("fraction", [0.3, 0.05])
-def test_derivatives_against_central_differences(name, K, fraction):
-    program = program_of(name, K, fraction=fraction, seed=3)
+@pytest.mark.parametrize("intercept", [False, True])
+def test_derivatives_against_central_differences(name, K, fraction, intercept):
+    program = program_of(name, K, fraction=fraction, seed=3, intercept=intercept)
     in_outputs, in_blocks = random_scalar(program)
     optimum = optimum_of(program)
     found = optimum.pullback(outputs=in_outputs, blocks=in_blocks)
@@ -127,7 +136,9 @@ def test_derivatives_against_central_differences(name, K, fraction):
     rows = rng.standard_normal(program.operator.rows.shape)
 
     def targets_moved(h):
-        return replace(program, loss=replace(program.loss, targets=program.loss.targets + h * along))
+        inner = program.loss.without_bias
+        moved = replace(inner, targets=inner.targets + h * along)
+        return replace(program, loss=WithOutputBias.with_decay(moved, 0.0) if intercept else moved)
 
     curves = {
         "targets": (targets_moved, np.vdot(found.targets, along)),
@@ -142,10 +153,11 @@ def test_derivatives_against_central_differences(name, K, fraction):
         assert derivative == pytest.approx(expected, rel=1e-6), what
 
 
+@pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize("K", [1, 3])
-def test_homogeneity(K):
+def test_homogeneity(K, intercept):
     """Targets and weight decay times t give blocks and outputs times t: Euler's identity, for every scalar."""
-    program = program_of(K=K)
+    program = program_of(K=K, intercept=intercept)
     optimum = optimum_of(program)
     in_outputs, in_blocks = random_scalar(program)
     found = optimum.pullback(outputs=in_outputs, blocks=in_blocks)
@@ -154,10 +166,11 @@ def test_homogeneity(K):
     assert euler == pytest.approx(value, rel=1e-10)
 
 
+@pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize(("name", "K"), CASES)
-def test_scale_and_rotations_of_the_rows(name, K):
+def test_scale_and_rotations_of_the_rows(name, K, intercept):
     """Outputs depend on ``A A' / weight_decay^2`` alone: no change along ``A Omega``, nor along (A, weight_decay)."""
-    program = program_of(name, K)
+    program = program_of(name, K, intercept=intercept)
     found = optimum_of(program).pullback(outputs=random_scalar(program)[0])
     Omega = np.random.default_rng(0).standard_normal((program.operator.rows.shape[1],) * 2)
     size = np.linalg.norm(found.rows) * np.linalg.norm(program.operator.rows)
@@ -191,6 +204,26 @@ def test_the_zero_network_does_not_move():
     assert len(optimum.gate_index) == 0 and optimum.unique and 0.3 < optimum.margin < 0.4
     found = optimum.pullback(outputs=np.ones((30, 1)), blocks=np.ones((program.n_gates, *program.block_shape)))
     assert not (found.rows.any() or found.targets.any() or found.weight_decay)
+
+
+@pytest.mark.parametrize(("name", "K"), CASES)
+def test_the_bias_of_the_zero_network_follows_the_targets(name, K):
+    program = program_of(name, K, fraction=1.5, intercept=True)
+    optimum, (in_outputs, in_blocks) = optimum_of(program), random_scalar(program)
+    assert len(optimum.gate_index) == 0 and optimum.unique
+    assert np.ptp(optimum.outputs, axis=0).max() == 0 and np.array_equal(optimum.outputs[0], optimum.bias)
+    found = optimum.pullback(outputs=in_outputs, blocks=in_blocks)
+    assert not found.rows.any() and found.weight_decay == 0
+    along = np.random.default_rng(2).standard_normal(program.loss.targets.shape)
+    along -= along.mean(axis=1, keepdims=True) * (name == "cross_entropy")
+    inner = program.loss.without_bias
+
+    def bias(h):
+        moved = replace(inner, targets=inner.targets + h * along)
+        return WithOutputBias.with_decay(moved, 0.0).best_bias(np.zeros_like(along))
+
+    expected = in_outputs.sum(axis=0) @ (bias(1e-5) - bias(-1e-5)) / 2e-5
+    assert np.vdot(found.targets, along) == pytest.approx(expected, rel=1e-6)
 
 
 def test_repeated_gates_leave_the_derivatives_of_the_outputs():

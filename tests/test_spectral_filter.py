@@ -17,7 +17,7 @@ from convexbn.nn import to_module
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.relu import ReluProgram
 from convexbn_studies.peers.conic_relu import ConicRelu
-from instances import THRESHOLD, residual
+from instances import PAPER, THRESHOLD, residual
 
 TAU = 0.1
 
@@ -56,7 +56,7 @@ def penalty_of_weights(network, tau_s1):
 
 
 def fitted(y=Y, kind=ConvexBNRegressor, **settings):
-    settings = {"weight_decay": 0.5, "random_state": 0, "spectral_filter": TAU, "n_gates": 30} | settings
+    settings = PAPER | {"weight_decay": 0.5, "random_state": 0, "spectral_filter": TAU, "n_gates": 30} | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind(**settings).fit(X, y)
@@ -133,8 +133,8 @@ def test_relu_optimum_is_that_of_all_patterns_by_an_independent_solver(seed):
     y = targets(X, seed)
     rows, _, _ = filtered_rows(X, 0.3)
     reference = ConicRelu().solve(ReluProgram(rows, SquaredLoss(y[:, None], np.ones(len(X))), 0.3))
-    model = ConvexBNRegressor(activation="relu", weight_decay=0.3, spectral_filter=0.3, random_state=0).fit(X, y)
-    proof = model.certificate_
+    program = PAPER | {"activation": "relu", "weight_decay": 0.3, "spectral_filter": 0.3}
+    proof = ConvexBNRegressor(**program, random_state=0).fit(X, y).certificate_
     assert proof.status == "CERTIFIED"
     assert abs(proof.objective / reference.value - 1) < 1e-6 and proof.lower_bound <= reference.value * (1 + 1e-8)
 
@@ -235,7 +235,7 @@ def test_chosen_dual_points_are_feasible_on_filtered_rows_and_better_than_scalin
 
 @pytest.mark.parametrize("activation", ["gated", "relu"])
 def test_save_load_certify(activation, tmp_path):
-    model = fitted(activation=activation, time_limit=1)
+    model = fitted(activation=activation, time_limit=1, proof_time=0)  # a file keeps no bound that was proved
     model.time_limit = None if activation == "gated" else 0.0
     model.save(tmp_path / "model")
     loaded = convexbn.load(tmp_path / "model")

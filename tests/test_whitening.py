@@ -11,9 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from convexbn import ConvexBNRegressor
 from convexbn.data import qr
 from convexbn.data.preactivations import PreActivations
+from convexbn.data.warn import one_warning
 from convexbn.data.whitening import whiten
 from instances import EPS, THRESHOLD, conditioned, residual
 
@@ -336,6 +341,31 @@ def test_a_singular_value_near_the_cut_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whiten(X)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_exact_collinearity_is_silent(seed):
+    """All columns of two dummy codings, as OneHotEncoder gives them: nothing is ambiguous about their rank."""
+    rng = np.random.default_rng(seed)
+    X = np.hstack([rng.normal(size=(200, 2)), np.eye(4)[rng.integers(0, 4, 200)], np.eye(3)[rng.integers(0, 3, 200)]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert whiten(X).rank == 7
+
+
+def test_warnings_are_one_at_the_line_of_the_caller():
+    X = normal(50, 3) + np.array([0, 1e10, 1e12])
+    X[:, 0] = 1e17 + 16 * (X[:, 0] > 0)
+    with warnings.catch_warnings(record=True) as caught, one_warning():
+        warnings.simplefilter("always")
+        whiten(X)
+        whiten(X)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert "feature 0 varies" in str(caught[0].message) and "feature 2 has" in str(caught[0].message)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_pipeline(StandardScaler(with_std=False), ConvexBNRegressor(max_iter=0)).fit(X[:, 1:], X[:, 1])
+    assert [(w.category, w.filename) for w in caught] == [(ConvergenceWarning, __file__)]
 
 
 @pytest.mark.parametrize("redundant", ["duplicate", "sum", "one-hot"])

@@ -12,7 +12,7 @@ from convexbn.program.network import BatchNormNetwork
 from convexbn_studies import drawing
 from convexbn_studies.data import draw, planted
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn_studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.study import PAPER, Cell, Finding, Picture, Row, Study
 
 #: Relative gap that counts as closed, in these trainings of a few thousand steps.
 CLOSED = 1e-2
@@ -71,14 +71,14 @@ def _rows(given: Any) -> tuple[Float, Float]:
 def _weight_decay(problem: str, X: Float, Y: Float) -> float:
     from convexbn import max_weight_decay
 
-    largest: Any = max_weight_decay(X, Y if Y.shape[1] > 1 else Y[:, 0], activation="relu")
+    largest: Any = max_weight_decay(X, Y if Y.shape[1] > 1 else Y[:, 0], activation="relu", **PAPER)
     return float(f"{_FRACTION * largest[0]:.4g}")
 
 
 def _optimum(given: Any, X: Float, Y: Float, weight_decay: float) -> Row:
     from convexbn import ConvexBNRegressor
 
-    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, random_state=0)
+    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, random_state=0, **PAPER)
     proof = model.fit(X, Y if Y.shape[1] > 1 else Y[:, 0]).certificate_
     title = "planted network, 60 rows of 2 features" if given["problem"] == "planted" else (
         f"{given['data']}, {len(X)} rows, {X.shape[1]} pixels"

@@ -11,7 +11,7 @@ from convexbn._types import Float
 from convexbn_studies import drawing
 from convexbn_studies.data import draw
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn_studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.study import PAPER, Cell, Finding, Picture, Row, Study
 
 #: Share of the largest useful weight decay.
 _FRACTION = 0.05
@@ -73,7 +73,7 @@ def _formula(cell: Cell, X: Float, labels: np.ndarray) -> list[Row]:
     from convexbn import ConvexBNClassifier
 
     started = time.process_time()
-    model = ConvexBNClassifier(activation="relu", weight_decay=_weight_decay(len(X))).fit(X, labels)
+    model = ConvexBNClassifier(activation="relu", weight_decay=_weight_decay(len(X)), **PAPER).fit(X, labels)
     seconds, proof = time.process_time() - started, model.certificate_
     settings = {key: cell[key] for key in ("data", "n", "method")}
     return [

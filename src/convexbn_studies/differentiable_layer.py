@@ -111,7 +111,7 @@ class _Problem:
 def _layer(problem: _Problem) -> Any:
     from convexbn.nn import ConvexLayer
 
-    return ConvexLayer(problem.patterns[0])
+    return ConvexLayer(problem.patterns[0], fit_intercept=False)
 
 
 def _with_constant(rows: torch.Tensor, n: int) -> torch.Tensor:

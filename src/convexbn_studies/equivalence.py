@@ -11,7 +11,7 @@ from convexbn._types import Float
 from convexbn_studies import drawing
 from convexbn_studies.data import draw, planted
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column, distinct
-from convexbn_studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.study import PAPER, Cell, Finding, Picture, Row, Study
 
 #: Relative excess that counts as touching.
 TOUCHING = 1e-3
@@ -70,7 +70,7 @@ def _problem(cell: Cell) -> tuple[Float, Float, float]:
     from convexbn import max_weight_decay
 
     X, Y = planted(60, 2, seed=0, neurons=5) if cell["problem"] == "planted" else _images(str(cell["data"]))
-    largest = cast(tuple[float, float], max_weight_decay(X, _targets(Y), activation="relu"))[0]
+    largest = cast(tuple[float, float], max_weight_decay(X, _targets(Y), activation="relu", **PAPER))[0]
     return X, Y, float(f"{_FRACTIONS[str(cell['problem'])] * largest:.4g}")
 
 
@@ -90,7 +90,7 @@ def _targets(Y: Float) -> Float:
 def _optimum(cell: Cell, X: Float, Y: Float, weight_decay: float) -> Row:
     from convexbn import ConvexBNRegressor
 
-    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, tol=1e-5, random_state=0)
+    model = ConvexBNRegressor(activation="relu", weight_decay=weight_decay, tol=1e-5, random_state=0, **PAPER)
     proof = model.fit(X, _targets(Y)).certificate_
     source = "planted network" if cell["problem"] == "planted" else f"{cell['data']}, three classes"
     return {

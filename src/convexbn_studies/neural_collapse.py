@@ -11,7 +11,7 @@ from convexbn._types import Float
 from convexbn_studies import drawing
 from convexbn_studies.data import draw
 from convexbn_studies.drawing import BLUE, ORANGE, chosen, column
-from convexbn_studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.study import PAPER, Cell, Finding, Picture, Row, Study
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,8 +95,8 @@ def _optimum(labels: np.ndarray, loss: str, weight_decay: float) -> Row:
     from convexbn import ConvexBNClassifier
     from convexbn.training.neural_collapse import optimal_collapse
 
-    model = ConvexBNClassifier(activation="relu", loss=loss, weight_decay=weight_decay).fit(np.eye(len(labels)), labels)
-    proof = model.certificate_
+    model = ConvexBNClassifier(activation="relu", loss=loss, weight_decay=weight_decay, **PAPER)
+    proof = model.fit(np.eye(len(labels)), labels).certificate_
     measures = asdict(optimal_collapse(np.bincount(labels).tolist(), weight_decay, loss=loss))
     return {
         "what": "formula", "epoch": None, "objective": proof.objective, "lower_bound": proof.lower_bound,

@@ -24,7 +24,7 @@ from convexbn_studies import drawing
 from convexbn_studies.data import planted
 from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, chosen, column, distinct
 from convexbn_studies.peers import pyscnn_driver
-from convexbn_studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.study import PAPER, Cell, Finding, Picture, Row, Study
 
 #: Environment variable with the interpreter of an environment that has pyscnn.
 PYSCNN = "CONVEXBN_PYSCNN"
@@ -142,7 +142,7 @@ def _ours_relu(instance: _Instance, given: Any) -> list[Row]:
         told.append(_line(time.process_time() - started, progress.objective))
 
     model = ConvexBNRegressor(
-        activation="relu", weight_decay=instance.weight_decay, time_limit=20, random_state=0, callback=report
+        activation="relu", weight_decay=instance.weight_decay, time_limit=20, random_state=0, callback=report, **PAPER
     )
     proof = model.fit(instance.X, instance.Y[:, 0]).certificate_
     return [*told, _line(time.process_time() - started, proof.objective, lower_bound=proof.lower_bound)]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: Parameters of the estimators that give the program of the paper, on all directions of the data.
+PAPER: dict[str, Any] = {
+    "fit_intercept": False, "linear": False, "gates": "data", "spectral_filter": None, "standardize": False,
+}  # fmt: skip
 
 #: A value of a table: what CSV and JSON hold.
 Value = str | int | float | bool | None

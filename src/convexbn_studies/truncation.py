@@ -17,7 +17,7 @@ from convexbn_studies import drawing
 from convexbn_studies.data import leading, split
 from convexbn_studies.drawing import BLUE, GREEN, ORANGE, PINK, YELLOW, chosen, column, distinct
 from convexbn_studies.minibatch import MiniBatch, Rows
-from convexbn_studies.study import Cell, Finding, Picture, Row, Study
+from convexbn_studies.study import PAPER, Cell, Finding, Picture, Row, Study
 
 #: Methods: name on the page, colour, marker.
 _METHODS = {
@@ -141,7 +141,7 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
         "truncated": _tries(given, (50, 100, 25, 200) if gated else (200, 100), decays[:2]),
         "filtered": _tries(given, (0.1, 0.3, 0.03, 1.0) if gated else (0.05, 0.1), decays[:2]),
     }
-    shared: dict[str, Any] = {"random_state": given["seed"], "tol": 1e-3}
+    shared: dict[str, Any] = PAPER | {"random_state": given["seed"], "tol": 1e-3}
     shared |= {"n_gates": 60} if gated else {"activation": "relu", "width": 300}
     if not gated and given["method"] == "truncated":
         shared["time_limit"] = _TRUNCATED_SECONDS
@@ -150,7 +150,7 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
         decay = np.sqrt(len(X)) * (one if given["method"] == "convex" else other)
         rank = one if given["method"] == "truncated" else None
         tau = one if given["method"] == "filtered" else None
-        model = ConvexBNClassifier(spectral_filter=tau, **shared)
+        model = ConvexBNClassifier(**shared | {"spectral_filter": tau})
         if (rank, tau) not in whitened:
             whitened = {(rank, tau): PathData.prepare(model, [rank], X, y, None)}
         score = functools.partial(_score, validation)

@@ -21,6 +21,7 @@ from convexbn.bounds.bound import Bound
 from convexbn.bounds.relaxation import Relaxed, bound_at, relaxation, smoothed, stages
 from convexbn.data.scaling import unit_scale
 
+_CONSTANT = 100.0  # penalty on a dual point along the constant, which is taken out in the end
 _STEPS = 400  # of L-BFGS in all
 _FIRST_SHARE = 1 / 3  # of the time, for the relaxation that the ascent begins with
 _SATURATED = 2.0  # largest multiplier that a stage starts from; beyond, the substitution is flat and it would not move
@@ -35,7 +36,7 @@ class DualPoint(Bound):
 
 def dual_point(
     targets: Float, V: Float, A: Float, weight_decay: float, *, deadline: float | None = None,
-    first: Relaxed | None = None,
+    first: Relaxed | None = None, constant: Float | None = None,
 ) -> DualPoint:  # fmt: skip
     """Dual point for ``1/2 ||F - y||^2``, scaled to be feasible; of no smaller dual value than the scaled residual.
 
@@ -49,13 +50,16 @@ def dual_point(
     deadline : float, optional
     first : Relaxed, optional
         ``relaxation(V, A)``, if it is known.
+    constant : ndarray (n,), optional
+        Unit vector to which dual points are orthogonal, as ``V`` is: with an output bias that of ``sqrt(w)``.
     """
     scale = unit_scale(targets)
     y, beta, n = targets[:, 0] / scale, weight_decay / scale, len(A)
     first = relaxation(V, A, deadline=share_of(deadline, _FIRST_SHARE)) if first is None else first
     known = Bound(first.value / scale, first.rounding / scale, first.work)
     best = rescaled(V[:, 0] / scale, known, y, beta)
-    ascent, work = _Ascent(y, A, beta, best.dual[:, 0]), first.work
+    constant = np.zeros(n) if constant is None else constant
+    ascent, work = _Ascent(y, A, beta, best.dual[:, 0], constant), first.work
     # zero entries are moved off the stationary point z = 0
     point = np.concatenate([np.sqrt(ascent.size + 1e-6), *(x.ravel() for x in first.multipliers)])
     point[n:] = np.clip(point[n:], -_SATURATED, _SATURATED)
@@ -86,8 +90,8 @@ def rescaled(v: Float, bound: Bound, y: Float, beta: float) -> DualPoint:
 class _Ascent:
     """Scaled dual value as a function of ``(z, multipliers of +v, multipliers of -v)``, ``v = sign z^2``."""
 
-    def __init__(self, y: Float, A: Float, beta: float, v: Float) -> None:
-        self.y, self.A, self.beta = y, A, beta
+    def __init__(self, y: Float, A: Float, beta: float, v: Float, constant: Float) -> None:
+        self.y, self.A, self.beta, self.constant = y, A, beta, constant
         self.signs = np.where(v >= 0, 1.0, -1.0)
         self.unit = float(np.linalg.norm(v)) or 1.0
         self.size = np.abs(v) / self.unit
@@ -100,7 +104,8 @@ class _Ascent:
         values, slopes, inner = zip(*sides, strict=True)
         larger, shares = _soft_maximum(np.array(values), eps)
         t = self.beta / larger
-        along, square = float(v @ self.y), float(v @ v)
+        shift = _CONSTANT * float(self.constant @ v)
+        along, square = float(v @ self.y), float(v @ v) + shift**2 / _CONSTANT
         free = along / square
         by_t = along - t * square
         if t > free:  # the bound does not bind
@@ -108,7 +113,7 @@ class _Ascent:
         unit = float(self.y @ self.y)
         by_bound = -by_t * t / larger
         by_size = by_bound * (shares[0] * slopes[0] + shares[1] * slopes[1])
-        by_v = t * self.y - t**2 * v
+        by_v = t * self.y - t**2 * (v + shift * self.constant)
         by_multipliers = (by_bound * s * g.ravel() for s, g in zip(shares, inner, strict=True))
         gradient = np.concatenate([2 * z * (by_size + self.signs * by_v), *by_multipliers])
         return -(t * along - 0.5 * t**2 * square) / unit, -gradient / unit
@@ -117,6 +122,7 @@ class _Ascent:
         """Dual point with its rigorous bound."""
         z, (plus, minus) = self._parts(point)
         v = self.unit * self.signs * z**2
+        v -= self.constant * (self.constant @ v)
         values, slacks = zip(bound_at(v, self.A, plus), bound_at(-v, self.A, minus), strict=True)
         return rescaled(v, Bound(max(values), max(slacks), 2), self.y, self.beta)
 

@@ -118,8 +118,10 @@ class ReluDualBounds:
     def bounded(self, dual: Float) -> Iterator[DualBound]:
         """Yield the dual point with each bound in turn; for a squared loss of one output also chosen dual points."""
         program, V, relaxed = self.program, dual / self._root, None
-        chooses = program.readout.rows_per_case == V.shape[1] == 1 and isinstance(program.loss, SquaredLoss)
-        lifted = () if chooses else self._lifted(V, program.weight_decay)
+        chooses = program.readout.rows_per_case == V.shape[1] == 1 and isinstance(
+            program.loss.without_bias, SquaredLoss
+        )
+        lifted = () if chooses and not self._biased else self._lifted(V, program.weight_decay)
         for bound, name in itertools.chain(self._cheap(V, program.weight_decay, followed=chooses), lifted):
             relaxed = bound if isinstance(bound, bounds.Relaxed) else relaxed
             yield DualBound(dual, bound.value, bound.rounding, name)
@@ -130,13 +132,20 @@ class ReluDualBounds:
     def _chosen(self, V: Float, relaxed: bounds.Relaxed | None) -> Iterator[DualBound]:
         """Dual points that are chosen to maximise the bounds, from the scaled residual."""
         program, A = self.program, self.program.unit_rows
-        targets, beta, lifts = self._root * program.loss.targets, program.weight_decay, len(V) <= _LIFTED_ROWS
+        targets, beta = self._root * program.loss.targets, program.weight_decay
+        lifts = len(V) <= _LIFTED_ROWS and not self._biased
+        constant = self._root[:, 0] / np.linalg.norm(self._root) if self._biased else None
         until = share_of(self._until, _CHOSEN_SHARE) if lifts else self._until
-        found = bounds.dual_point(targets, V, A, beta, deadline=until, first=relaxed)
+        found = bounds.dual_point(targets, V, A, beta, deadline=until, first=relaxed, constant=constant)
         yield DualBound(self._root * found.dual, found.value, found.rounding, "chosen dual point")
         if lifts and self._has_time_to_lift:
             found = bounds.lifted_dual_point(targets, V, A, beta, deadline=self._until)
             yield DualBound(self._root * found.dual, found.value, found.rounding, "lifted dual point")
+
+    @property
+    def _biased(self) -> bool:
+        """Whether dual points have to sum to zero."""
+        return self.program.loss is not self.program.loss.without_bias and self.program.loss.bias_decay == 0
 
     @property
     def remark(self) -> str:

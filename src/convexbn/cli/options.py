@@ -123,11 +123,11 @@ def estimator_from(options: argparse.Namespace, task: str, image_shape: tuple[in
     return estimator
 
 
-def _check_loss(loss: str, task: str) -> None:
+def _check_loss(loss: str | None, task: str) -> None:
     """Refuse a loss of the other task."""
     from convexbn.program.losses import losses_for
 
-    if loss not in losses_for(task):
+    if loss is not None and loss not in losses_for(task):
         other = "regression" if task == "classification" else "classification"
         raise ValueError(
             f"--loss {loss} is for {other}, and this is {task}: choose among {', '.join(losses_for(task))}, or give "

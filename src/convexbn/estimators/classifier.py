@@ -42,7 +42,7 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the *sum* of
         the losses: ``beta = lam * sqrt(n)`` for a torch optimiser's ``weight_decay`` lam with a mean loss. ``"auto"``
         is the one of least loss on held-out rows, among halvings of :func:`max_weight_decay`: five folds up to 500
-        rows, then fewer, and at most 8,000 rows to train on and 4,000 held out; for ReLU networks that of a gated one.
+        rows, then fewer, and at most 1,500 rows to train on and 1,000 held out; for ReLU networks that of a gated one.
     n_gates : int, default=100
         Number of gates to draw; of gates with equal training patterns one is kept. ReLU networks have none.
     gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="trained"
@@ -57,9 +57,10 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         Whether ``rank`` and ``spectral_filter`` refer to columns divided by their deviations, so that units do not
         matter. False: columns in their own units, as gradient descent sees them.
     width : int or None, default=None
-        Neurons that ReLU training starts with: None for 200, or for 1000 if the whitened rows have more than a million
-        entries. Then mini-batch descent trains them, and ``max_iter`` is the number of epochs (20). Set for a gated
-        network it is a warning, as is ``n_starts``.
+        Neurons that ReLU training starts with: None for 200. If the whitened rows have more than a million entries,
+        None is for twice the inputs, from 100 to 1000, and for 1000 with a convolution; then mini-batch descent trains
+        them, and ``max_iter`` is the number of epochs (20). Set for a gated network it is a warning, as is
+        ``n_starts``.
     n_starts : int, default=1
         Mini-batch descents, each of ``width`` neurons from a random start, whose mean is the network: the program is
         convex, so its objective is at most the mean of theirs. Two take twice the time.

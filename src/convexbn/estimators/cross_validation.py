@@ -37,7 +37,7 @@ from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
 from convexbn.estimators.regressor import ConvexBNRegressor
-from convexbn.estimators.selection import Selection, SelectionProgress, reporter
+from convexbn.estimators.selection import FoldScores, SelectionProgress, reporter
 
 #: Relative gap to which a search solves on the folds; the best candidate has the estimator's own.
 _SEARCH_TOL = 1e-2
@@ -78,8 +78,8 @@ class _SelectionCV(NetworkParameters):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
         """Score candidates on every fold, and train the best on all rows.
 
-        A fold that fails, or has no score that is a number, is left out; a candidate that fails on another fold is not
-        chosen. One warning names them with the reason.
+        A fold without any score that is a number is left out; a candidate that lacks one on another fold is not chosen.
+        One warning names them with the reason.
 
         Parameters
         ----------
@@ -102,7 +102,7 @@ class _SelectionCV(NetworkParameters):
             candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
             folds = self._folds(model, grid, (X, y, sample_weight), params)
             with reporter(self.callback, verbose=bool(self.verbose)) as report:
-                found = Selection(candidates, folds, len(grid["weight_decay"]), self.n_jobs, report)
+                found = FoldScores(candidates, folds, len(grid["weight_decay"]), self.n_jobs, report)
                 found.run(search=self.weight_decays is None)
             _check_scores(found)
             results = _results(candidates, found)
@@ -213,13 +213,14 @@ class _SelectionCV(NetworkParameters):
 class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _SelectionCV):
     """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
-    Each training fold is whitened once, and warm-started paths go over all candidates. The scores equal those of
+    Each training fold is whitened once, and warm-started paths go over the candidates. The scores equal those of
     separate fits up to the certified gaps. The best candidate is fitted on all rows.
 
     Parameters
     ----------
     weight_decays : array-like or None, default=None
-        Candidates. None: 20 in geometric steps from the largest useful weight decay on all rows to 0.01 of it.
+        Candidates, all scored. None: 20 in geometric steps from the largest useful weight decay on all rows to 0.01 of
+        it, of which a search scores a few, on folds solved to a relative gap of 1e-2 (or ``tol``, if larger).
     ranks : array-like or None, default=None
         Candidates of ``rank``, such as ``[25, 50, 100, None]``. None: all directions.
     spectral_filters : array-like or None, default=None
@@ -231,17 +232,27 @@ class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _Selection
     tol, max_iter, time_limit, proof_time, random_state
         As in :class:`ConvexBNClassifier`; ``time_limit`` is for each fit. The draws are the same in all folds.
     cv : int, splitter, iterable of (train, test) or None, default=None
-        As in scikit-learn; None is 5 folds. ``ShuffleSplit(1)`` or ``PredefinedSplit`` hold one set of rows out.
+        As in scikit-learn; None is 5 folds, or fewer if no class has so many rows. ``ShuffleSplit(1)`` or
+        ``PredefinedSplit`` hold one set of rows out.
     scoring : str, callable or None, default=None
         As in scikit-learn; None is the estimator's ``score``.
     n_jobs : int or None, default=None
         Number of folds to run at once, by joblib.
+    verbose : int, default=0
+        Whether to show the count of fits and the time left on standard error: a bar on a terminal, else a line a second
+        at most. Workers of joblib are silent.
+    callback : callable or None, default=None
+        Called after each fit of a fold with a ``SelectionProgress``: ``finished``, ``total`` (at most), ``seconds``,
+        ``seconds_left`` and ``best_score``.
 
     Attributes
     ----------
     cv_results_ : dict of arrays
         As in ``GridSearchCV``: ``params``, ``param_*``, ``split*_test_score``, ``mean_test_score``,
         ``std_test_score``, ``rank_test_score``; and ``max_relative_gap``, the largest certified gap over the folds.
+        Of candidates without a score all are NaN, and they rank last.
+    failures_ : list of str
+        Folds and candidates that failed, and why. Means are over the folds that have scores.
     best_estimator_ : ConvexBNClassifier
         Fitted on all rows; the methods of this class call its methods.
     best_params_, best_score_, best_index_, n_splits_
@@ -281,10 +292,12 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
         As in :class:`ConvexBNRegressor`.
     tol, max_iter, time_limit, proof_time, random_state, cv, scoring, n_jobs
         As in :class:`ConvexBNClassifierCV`.
+    verbose, callback
+        As in :class:`ConvexBNClassifierCV`.
 
     Attributes
     ----------
-    cv_results_, best_estimator_, best_params_, best_score_, best_index_, n_splits_
+    cv_results_, failures_, best_estimator_, best_params_, best_score_, best_index_, n_splits_
         As in :class:`ConvexBNClassifierCV`.
     weight_decay_, rank_, n_gates_, certificate_, network_, n_iter_, feature_importances_
         Of ``best_estimator_``.
@@ -301,7 +314,7 @@ class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
     _estimator = ConvexBNRegressor
 
 
-def _check_scores(found: Selection) -> None:
+def _check_scores(found: FoldScores) -> None:
     """Warn of folds and candidates without a score; a ValueError if there is none at all."""
     if not found.scored.any():
         raise ValueError(
@@ -310,10 +323,11 @@ def _check_scores(found: Selection) -> None:
         )
     if found.failures:
         more = f"; {len(found.failures) - 3} more are in failures_" if len(found.failures) > 3 else ""
-        warn(f"without a score: {'; '.join(found.failures[:3])}{more}.", FitFailedWarning)
+        told = "; ".join(failure.rstrip(".") for failure in found.failures[:3])
+        warn(f"without a score: {told}{more}.", FitFailedWarning)
 
 
-def _results(candidates: list[dict[str, Any]], found: Selection) -> dict[str, Any]:
+def _results(candidates: list[dict[str, Any]], found: FoldScores) -> dict[str, Any]:
     """Results as in ``GridSearchCV``; NaN ranks last."""
     kept, means = found.scores[:, found.scored], found.means
     return {

@@ -207,13 +207,15 @@ class SpectrumDisplay(_Display):
     Parameters
     ----------
     singular_values : ndarray (r,)
-        Of the centred data, in the units of the data, largest first.
+        Of the centred data, largest first, in the units of the data, or of its standardised columns.
     energies : ndarray (r,)
         Share of the energy of every direction.
     rank : int
         Number of directions that the model keeps.
     tau : float or None, default=None
-        Singular value at which the spectral filter is ``sqrt(1/2)``, in the units of the data; None without a filter.
+        Singular value at which the spectral filter is ``sqrt(1/2)``; None without a filter.
+    standardized : bool, default=False
+        Whether the columns were standardised.
 
     Examples
     --------
@@ -225,8 +227,11 @@ class SpectrumDisplay(_Display):
     ((4,), True)
     """
 
-    def __init__(self, singular_values: Float, energies: Float, rank: int, tau: float | None = None) -> None:
+    def __init__(
+        self, singular_values: Float, energies: Float, rank: int, tau: float | None = None, standardized: bool = False
+    ) -> None:
         self.singular_values, self.energies, self.rank, self.tau = singular_values, energies, rank, tau
+        self.standardized = standardized
 
     @classmethod
     def from_estimator(cls, model: Any, X: Any, sample_weight: Any = None) -> SpectrumDisplay:
@@ -250,14 +255,15 @@ class SpectrumDisplay(_Display):
         total = energies.sum()
         found = whitening.singular_values[: whitening.rank]
         tau = None if model._tau is None else model._tau * found[0]
-        return cls(found, energies / total if total > 0 else energies, model.rank_, tau)
+        return cls(found, energies / total if total > 0 else energies, model.rank_, tau, model.standardize)
 
     def plot(self, axes: Any = None) -> Self:
         """Draw the spectrum with the cut, and the energies, on two axes; returns self."""
         axes, (spectrum, energy) = self._on(axes, 2, 1, (6, 4.8)), _COLOURS
         index = np.arange(1, len(self.singular_values) + 1)
         axes[0].plot(index, self.singular_values, color=spectrum)
-        axes[0].set(yscale="log", ylabel="singular value\n(units of the data)")
+        of = "standardised columns" if self.standardized else "units of the data"
+        axes[0].set(yscale="log", ylabel=f"singular value\n({of})")
         if self.tau is not None:
             axes[0].axhline(self.tau, color="0.5", ls=":", label="filter: directions below are shrunk")
         shown = self.energies > _ZERO

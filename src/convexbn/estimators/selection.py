@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from joblib import Parallel, delayed, effective_n_jobs
 
 from convexbn._types import Bool, Float
 from convexbn.estimators.counter import counter
 from convexbn.estimators.fold import Fold, Score
 
-#: Steps of a search along the weight decays, in candidates, and how many it takes a line at most, as a rule.
+#: Steps of a search along the weight decays, in candidates, and how many candidates it scores a line, as a rule.
 _STEPS, _TAKEN = (6, 3), 6
 
 
@@ -63,7 +62,7 @@ def reporter(callback: Report | None, *, verbose: bool) -> Iterator[Report]:
 
 
 @dataclass
-class Selection:
+class FoldScores:
     """Candidates and their scores on all folds.
 
     Parameters
@@ -118,17 +117,14 @@ class Selection:
             best = self._search(start, best, self._finished + total)
 
     def _search(self, start: int, best: int, total: int) -> int:
-        """Pattern search along a line: move to a better neighbour while there is one, then halve the step."""
-
-        def mean(i: int) -> float:
-            self._score([start + i], total)
-            return float(np.nan_to_num(self.means[start + i], nan=-np.inf))
-
+        """Pattern search along a line: move to the better neighbour while there is one, then halve the step."""
         for step in _STEPS:
-            near = [best + step, best - step]
-            while near:
-                if 0 <= (other := near.pop(0)) < self.n_decays and mean(other) > mean(best):
-                    near, best = [2 * other - best], other
+            former = None
+            while best != former:
+                former = best
+                near = [i for i in (best, best - step, best + step) if 0 <= i < self.n_decays]
+                self._score([start + i for i in sorted(near)], total)  # from large to small is fastest
+                best = near[int(np.argmax(np.nan_to_num(self.means[[start + i for i in near]], nan=-np.inf)))]
         return best
 
     def _score(self, asked: Sequence[int], total: int, *, last: bool = False) -> None:
@@ -153,6 +149,8 @@ class Selection:
 
     def _found(self, candidates: list[dict[str, Any]], *, last: bool) -> Iterator[Iterable[Score]]:
         """Scores of candidates on each fold, as they come."""
+        from joblib import Parallel, delayed, effective_n_jobs
+
         if effective_n_jobs(self.n_jobs) > 1:
             work = (delayed(_scores)(fold, candidates, last) for fold in self.folds)
             for split, (fold, found) in enumerate(Parallel(n_jobs=self.n_jobs, return_as="generator")(work)):

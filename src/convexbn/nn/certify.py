@@ -23,8 +23,8 @@ def certify(
     """Certify a network that torch trained: objective, lower bound over all widths, gap and its cause.
 
     The network ends in Linear, BatchNorm1d, ReLU, Linear, which are judged on the features that earlier layers compute
-    in eval mode. Or it consists of Conv, BatchNorm, ReLU, pooling, Linear, the last without a bias; its batch norm
-    counts a row for every location, so that ``n`` of the weight decay is then ``N``.
+    in eval mode. Or it consists of Conv, BatchNorm, ReLU, pooling, Linear; its batch norm counts a row for every
+    location, so that ``n`` of the weight decay is then ``N``.
 
     The batch norm that is judged has the statistics of all rows of ``X``, as in train mode on one batch. The audit also
     reports the loss in eval mode, with the stored statistics (averages over batches, of unbiased variances). The module

@@ -67,9 +67,10 @@ class ConvexLayer(nn.Module):
 
     Notes
     -----
-    Derivatives are zero if the weight decay makes the zero network optimal. They are not differentiable again. The work
-    is done in float64 on the CPU; results have the type and device of the rows. There is no layer for the ReLU program:
-    its tight cone constraints would be further unknowns, and its optimum holds for the given patterns alone.
+    If the weight decay makes the zero network optimal, only the bias still follows the targets, and all else has the
+    derivative zero. Derivatives are not differentiable again. The work is done in float64 on the CPU; results have the
+    type and device of the rows. There is no layer for the ReLU program: its tight cone constraints would be further
+    unknowns, and its optimum holds for the given patterns alone.
 
     References
     ----------

@@ -72,6 +72,7 @@ def audit(
             data = replace(data, loss=WithOutputBias.with_decay(data.loss, objective.bias_decay))
         network = replace(batch.network(seen), convolution=convolution)
         program, neurons = data.relu_program(objective.weight_decay), neurons_of(data, network).balanced()
+        network = replace(network, output_bias=data.output_bias(lambda: program.outputs(neurons)))
         alone = judge_on(data, network, program, tol=tol, deadline=0.0)
         case = _Case(data, program, objective, neurons, alone, tol)
         found = _Found(None, True, alone.objective, case.n_neurons, alone.lower_bound, alone.bound)

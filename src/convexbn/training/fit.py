@@ -33,12 +33,14 @@ from convexbn.training.training_set import IMAGES_DESCENT, TrainingSet
 
 #: ``solver="auto"`` factorises n x n matrices up to ``NEWTON_ROWS`` rows; beyond ``FEW_ROWS`` only if a factorisation
 #: has no more flops than ``PRODUCTS`` pairs of products with the rows.
-NEWTON_ROWS, FEW_ROWS, PRODUCTS = 6000, 2500, 20
+NEWTON_ROWS, FEW_ROWS, PRODUCTS = 6000, 4500, 20
 
 #: Beyond ``FEW_STEPS_ROWS`` rows the polish takes at most a fifth of the descent's time: one iteration for every
 #: ``EPOCHS_A_POLISH`` epochs. On CIFAR-10 two iterations lower the objective by .4 per cent in the time of two and a
 #: half epochs; the last three of 15 epochs lower it by 1.7.
 FEW_STEPS_ROWS, EPOCHS_A_POLISH = 20_000, 8
+
+WIDTHS = 100, 1000  # fewest and most neurons by default on many rows: twice the inputs
 
 CRUDE = 1e-2  # relative gap of the solutions by which held-out rows choose a weight decay
 
@@ -100,7 +102,7 @@ def fit_gated(
     if not np.isfinite(values).all():
         solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
     network = BatchNormNetwork.from_blocks(data.whitening, solution.weights, *gates, data.convolution)
-    network = replace(network, output_bias=data.output_bias(program.outputs(*solution.weights)))
+    network = replace(network, output_bias=data.output_bias(lambda: program.outputs(*solution.weights)))
     proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True)
     return Fit(network, proof, solution.history, solution.n_iter)
 
@@ -150,7 +152,7 @@ def fit_relu(
         method = (solver or ReluSettings()).solver_for(data, tol)
         solution = method.solve(program, start, replace(budget, time_limit=share), rng)
     network = BatchNormNetwork.from_neurons(data.whitening, solution.weights, data.convolution)
-    network = replace(network, output_bias=data.output_bias(program.outputs(solution.weights)))
+    network = replace(network, output_bias=data.output_bias(lambda: program.outputs(solution.weights)))
     if proof_time is None and budget.time_limit is None:
         proof_time = time.monotonic() - began + LEAST_PROOF
     deadline = time.monotonic() if solution.stopped_by == "callback" else budget.sooner(proof_time)
@@ -180,6 +182,8 @@ class ReluSettings:
         given: dict[str, Any] = {} if self.width is None else {"width": self.width}
         if data.whitening.rows.size <= PRICING_ENTRIES:
             return ColumnGeneration(tol=PRICING_TOL * tol, max_iter=self.max_iter, **given)
+        if data.convolution is None:  # more neurons than a table needs take more passes over it
+            given = {"width": int(np.clip(2 * data.whitening.rows.shape[1], *WIDTHS))} | given
         descent = SGD() if data.convolution is None else IMAGES_DESCENT
         epochs = descent.epochs if self.max_iter is None else self.max_iter
         if data.convolution is not None:  # on all patches an iteration of the polish takes as long as an epoch

@@ -28,7 +28,7 @@ from convexbn.solvers.base import Budget, Solver
 #: Folds, and rows of all paths together: as many folds are held out in turn as they allow, at least one.
 _FOLDS, _ROWS = 5, 2500
 #: Most rows that a path is fitted on, and held out.
-_MOST_TRAINED, _MOST_HELD_OUT = 8000, 4000
+_MOST_TRAINED, _MOST_HELD_OUT = 1500, 1000
 #: Factor between weight decays of a path, the smallest one relative to the largest, and rising losses that end it.
 _STEP, _SMALLEST, _PATIENCE = 0.5, 2.0**-10, 2
 #: Share of the largest for a single row, which leaves nothing to hold out.
@@ -68,7 +68,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Split:
+class HoldOut:
     """Rows to train on and rows held out."""
 
     train: Index
@@ -91,20 +91,20 @@ def balanced_order(rows: Rows, loss: Loss) -> Index:
     return np.lexsort(keys)
 
 
-def folds_of(program: GatedProgram) -> list[Split]:
+def folds_of(program: GatedProgram) -> list[HoldOut]:
     """Folds of the cases of a program, among which targets are spread evenly."""
     n = len(program.loss.weights)
     place = np.empty(n, dtype=np.intp)
     place[balanced_order(program.operator.rows, program.loss)] = np.arange(n)
     if n <= _MOST_TRAINED:
         turns = [place % _FOLDS == k for k in range(min(_FOLDS, n, max(_ROWS // n, 1)))]
-        return [Split(np.flatnonzero(~turn), np.flatnonzero(turn)) for turn in turns]
+        return [HoldOut(np.flatnonzero(~turn), np.flatnonzero(turn)) for turn in turns]
     trained = min(n - n // _FOLDS, _MOST_TRAINED)
     held_out = min(n - trained, _MOST_HELD_OUT)
     chosen = place * (trained + held_out) // n  # equally spaced among rows in order
     first = np.unique(chosen, return_index=True)[1]
     turn = np.arange(len(first)) * held_out % (trained + held_out) < held_out
-    return [Split(np.sort(first[~turn]), np.sort(first[turn]))]
+    return [HoldOut(np.sort(first[~turn]), np.sort(first[turn]))]
 
 
 def held_out_choice(program: GatedProgram, solver: Solver[GatedProgram, GateBlocks], budget: Budget) -> Choice:
@@ -126,14 +126,14 @@ def held_out_choice(program: GatedProgram, solver: Solver[GatedProgram, GateBloc
     losses: list[float] = []
     best, outputs = 0, none
     for points in zip(*(_path(program, fold, solver, largest) for fold in folds), strict=True):
-        losses.append(sum(point.loss for point in points))
-        if losses[-1] <= losses[best]:
+        losses.append(float(np.nan_to_num(sum(point.loss for point in points), nan=np.inf)))
+        if losses[-1] <= losses[best] and np.isfinite(losses[-1]):
             best, outputs = len(losses) - 1, np.concatenate([point.outputs for point in points])
         if len(losses) > best + _PATIENCE or is_over(budget.until(0.5)):
             break
     # noise in the targets correlates with rows by the root of their number
     share = len(folds[0].train) / len(program.loss.weights)
-    return Choice(largest * _STEP ** (1 + best) * float(np.sqrt(share)), outputs, held_out)
+    return Choice(largest * _STEP ** (1 + best) * float(np.sqrt(share)), outputs, held_out[: len(outputs)])
 
 
 class HeldOutPoint(NamedTuple):
@@ -144,7 +144,7 @@ class HeldOutPoint(NamedTuple):
 
 
 def _path(
-    program: GatedProgram, fold: Split, solver: Solver[GatedProgram, GateBlocks], largest: float
+    program: GatedProgram, fold: HoldOut, solver: Solver[GatedProgram, GateBlocks], largest: float
 ) -> Iterator[HeldOutPoint]:
     """What the rows of a fold say of the held-out ones at falling weight decays."""
     trained, held_out = _of_cases(program, fold.train, scaled=True), _of_cases(program, fold.held_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,9 +142,10 @@ class TrainingSet:
         truncated, offset = self.whitening.truncated, self.target_offset
         return Question(self.inputs, self.whitening.mean, program, tol, truncated, phi, offset)
 
-    def output_bias(self, outputs: Float) -> Float:
-        """Output bias (K,) of a network whose outputs without it are given on these rows."""
-        return self.loss.best_bias(outputs) + self.target_offset
+    def output_bias(self, outputs: Callable[[], Float]) -> Float:
+        """Output bias (K,) of a network; its outputs without it on these rows are asked for only if it has one."""
+        has_none = self.loss.without_bias is self.loss
+        return self.target_offset if has_none else self.loss.best_bias(outputs()) + self.target_offset
 
     def draw_gates(
         self, gates: str | FloatMatrix, n_gates: int, random_state: np.random.RandomState, *, linear: bool = False,

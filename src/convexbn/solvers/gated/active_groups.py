@@ -198,5 +198,5 @@ class ActiveGroups:
 
     def _without_constant(self, columns: Float) -> Float:
         """Arrays (..., n, coupled, copies) without their part along ``R'1``."""
-        flat = columns.reshape(*columns.shape[:-3], -1, columns.shape[-1])
+        flat = columns.reshape(*columns.shape[:-3], len(self._constant), columns.shape[-1])
         return (flat - self._constant @ (self._constant.T @ flat)).reshape(columns.shape)
