@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
+from instances import PAPER
 
 RECORD = Path(__file__).with_name("golden.json")
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
@@ -41,15 +42,18 @@ def iris(d):
 
 
 def models():
-    """Name, estimator and data of every model, one of each solver and kind of program."""
-    gated, relu = {"random_state": 0}, {"activation": "relu", "random_state": 0}
+    """Name, estimator and data of every model, one of each solver and kind of program: the paper's."""
+    gated = {**PAPER, "random_state": 0}
+    relu = {"activation": "relu", "random_state": 0, "fit_intercept": False}
     classify, regress, conv = ConvexBNClassifier, ConvexBNRegressor, Convolution(4, stride=2, regions=1)
     return {
         "group newton": (classify(**gated, n_gates=60), digits(600)),
         "subspace": (classify(**gated, n_gates=40, loss="cross_entropy", weight_decay=1.0), digits(500)),
         "proximal": (regress(**gated, n_gates=40, solver="proximal", weight_decay=3.0, tol=1e-5), diabetes(442, 10)),
         "huber": (regress(**gated, n_gates=40, loss="huber"), diabetes(442, 10)),
-        "rank, filter": (classify(**gated, n_gates=60, rank=20, spectral_filter=0.1, gates="whitened"), digits(600)),
+        "rank, filter": (
+            classify(**gated | {"n_gates": 60, "rank": 20, "spectral_filter": 0.1, "gates": "whitened"}), digits(600)
+        ),
         "formula": (classify(**relu), digits(40)),
         "pricing": (classify(**relu), iris(2)),
         "every cell": (regress(**relu, weight_decay=0.5), diabetes(30, 2)),
@@ -66,6 +70,9 @@ def measured(names):
     known, found = models(), {}
     for name in names:
         model, (X, y) = known[name]
+        if model.weight_decay == "auto":
+            largest = model._max_weight_decay(model._prepare(X, y, None)[0], proved=False)
+            model.weight_decay = 0.02 * np.atleast_1d(largest)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.fit(X, y)

@@ -60,7 +60,7 @@ def test_arrays_are_contiguous_copies(kind):
     strided = {k: v[..., ::-1][..., ::-1] if isinstance(v, np.ndarray) else v for k, v in strided.items()}
     for copied in (network, BatchNormNetwork(**strided)):
         arrays = [value for value in vars(copied).values() if isinstance(value, np.ndarray)]
-        assert len(arrays) == (8 if kind == "gated" else 5)
+        assert len(arrays) == (9 if kind == "gated" else 6)
         assert all(array.flags.c_contiguous and array.flags.owndata for array in arrays)
     assert not np.shares_memory(network.mean, case[1].mean)
 

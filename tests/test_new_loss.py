@@ -49,7 +49,7 @@ def registered(monkeypatch):
 
 @pytest.mark.parametrize("solver", ["auto", "subspace", "proximal"])
 def test_gated_fits_are_those_of_half_the_weight_decay(solver):
-    settings = {"n_gates": 20, "random_state": 0, "tol": 1e-8}
+    settings = {"n_gates": 20, "gates": "whitened", "random_state": 0, "tol": 1e-8}
     half = ConvexBNRegressor(weight_decay=0.1, **settings).fit(X, Y)
     model = ConvexBNRegressor(loss="sum_of_squares", weight_decay=0.2, solver=solver, **settings).fit(X, Y)
     assert model.certificate_.status is Status.CERTIFIED

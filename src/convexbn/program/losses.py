@@ -134,8 +134,10 @@ class Loss:
         raise NoFormulaError(f"there is no formula for {type(self).__name__}.")
 
     def shifted(self, bias: Float) -> Loss:
-        """Loss of outputs to which a bias (K,) is added, or NoFormulaError if it is no loss of this kind."""
-        raise NoFormulaError(f"there is no formula for {type(self).__name__} with an output bias.")
+        """Loss of outputs to which a bias (K,) is added, or NoFormulaError; losses of regression are of residuals."""
+        if "regression" not in self.tasks:
+            raise NoFormulaError(f"there is no formula for {type(self).__name__} with an output bias.")
+        return replace(self, targets=self.targets - bias)
 
     def reweighted(self, index: Index, weights: Float) -> Loss:
         """Loss of some of the rows with other weights."""
@@ -193,9 +195,6 @@ class SquaredLoss(Loss):
     def _root(self, outputs: Float) -> Float:
         return np.eye(outputs.shape[1])
 
-    def shifted(self, bias: Float) -> SquaredLoss:
-        return replace(self, targets=self.targets - bias)
-
     def _left_behind(self, means: Float) -> float:
         return SquaredLoss(self.targets, self.weights).value(means)
 
@@ -248,9 +247,6 @@ class HuberLoss(Loss):
 
     def _root(self, outputs: Float) -> Float:
         return _diagonals(np.where(np.abs(outputs - self.targets) < self.delta, 1.0, 0.0))
-
-    def shifted(self, bias: Float) -> HuberLoss:
-        return replace(self, targets=self.targets - bias)
 
     def full_rank(self, weight_decay: float) -> Formula:
         """One neuron for the positive targets, one for the negative ones."""
