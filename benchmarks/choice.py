@@ -61,7 +61,7 @@ def choice_for(loss, X, y, rank):
 
 def fitted(solver, loss, X, y, rank):
     """Seconds, iterations and status of a fit."""
-    program = PAPER | {"loss": loss, "rank": rank, "n_gates": GATES, "random_state": 0}
+    program = PAPER | {"loss": loss, "rank": rank, "gates": "data", "n_gates": GATES, "random_state": 0}
     weight_decay = FRACTION * max_weight_decay(X, y, **program)
     before = time.perf_counter()
     model = ConvexBNClassifier(solver=solver, weight_decay=weight_decay, **program).fit(X, y)

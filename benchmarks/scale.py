@@ -181,7 +181,7 @@ def path(seed, folder):
 
     data = fashion_mnist_in(folder)
     X, y, validation = data.X[:10_000], data.y[:10_000], (data.X[-2000:], data.y[-2000:])
-    program = PAPER | {"rank": 100, "n_gates": 100, "random_state": seed}
+    program = PAPER | {"rank": 100, "gates": "data", "n_gates": 100, "random_state": seed}
     model = ConvexBNClassifier(weight_decay=0.02 * max_weight_decay(X, y, **program), tol=1e-3, **program)
     before = time.process_time()
     fitted = model.fit(X, y)
@@ -300,7 +300,7 @@ def convex_of_few(name, training, validation, test, seed, treatments):
 
     before, points = time.process_time(), []
     for treatment in treatments:
-        treatment = PAPER | treatment | {"n_gates": FEW_WIDTH, "random_state": seed}
+        treatment = PAPER | treatment | {"gates": "data", "n_gates": FEW_WIDTH, "random_state": seed}
         model, largest = ConvexBNClassifier(tol=1e-3, **treatment), max_weight_decay(*training, **treatment)
         decays = [share * largest for share in (0.3, 0.15, 0.08, 0.04, 0.02, 0.01)]
         points += list(fit_path(model, *training, weight_decays=decays, validation=validation))

@@ -77,7 +77,11 @@ def test_a_spectrum_is_drawn_with_its_cut_and_filter():
     assert told == ["filter: directions below are shrunk", "cut: 2 of 5 directions"]
     assert axes[1].get_xlabel() == "singular direction" and "standardised columns" in axes[0].get_ylabel()
     whole = SpectrumDisplay.from_estimator(regressor(spectral_filter=None, standardize=False).fit(X, Y), X).plot().axes_
-    assert "units of the data" in whole[0].get_ylabel() and whole[0].get_legend() is None and len(whole[1].lines[0].get_xdata()) == 5
+    assert (
+        "units of the data" in whole[0].get_ylabel()
+        and whole[0].get_legend() is None
+        and len(whole[1].lines[0].get_xdata()) == 5
+    )
 
 
 def test_weights_of_rows_are_repetition():

@@ -435,7 +435,7 @@ def test_of_gates_with_equal_patterns_the_first_is_kept():
     doubled = np.hstack([gates, 3 * gates[:, ::-1], gates])
     for linear in (False, True):  # the linear gate is the first
         model = regressor(gates=doubled, linear=linear).fit(X, values_of(X))
-        np.testing.assert_array_equal(model.gates_, np.hstack([np.zeros((4, linear)), gates]))
+        np.testing.assert_array_equal(model.gates_, np.hstack([np.zeros((4, int(linear))), gates]))
         np.testing.assert_array_equal(model.gate_offsets_, [1] * linear + [0] * 6)
 
 
@@ -536,7 +536,7 @@ def test_digits_certificate_is_confirmed_by_independent_arithmetic():
     loss = 0.5 * np.sum((model.decision_function(X) - np.eye(10)[y]) ** 2)
     varying = X[:, X.std(axis=0) > 0]
     U, S, _ = np.linalg.svd((varying - varying.mean(axis=0)) / varying.std(axis=0), full_matrices=False)
-    U, S = U[:, S > 1e-10 * S[0]], S[S > 1e-10 * S[0]]
+    U, S = U[:, 1e-10 * S[0] < S], S[1e-10 * S[0] < S]
     phi = S / np.hypot(S, 0.3 * S[0])
     normalized = (X - X.mean(axis=0)) @ N.weight
     normalized /= np.linalg.norm(normalized, axis=0)

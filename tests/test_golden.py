@@ -52,7 +52,8 @@ def models():
         "proximal": (regress(**gated, n_gates=40, solver="proximal", weight_decay=3.0, tol=1e-5), diabetes(442, 10)),
         "huber": (regress(**gated, n_gates=40, loss="huber"), diabetes(442, 10)),
         "rank, filter": (
-            classify(**gated | {"n_gates": 60, "rank": 20, "spectral_filter": 0.1, "gates": "whitened"}), digits(600)
+            classify(**gated | {"n_gates": 60, "rank": 20, "spectral_filter": 0.1, "gates": "whitened"}),
+            digits(600),
         ),
         "formula": (classify(**relu), digits(40)),
         "pricing": (classify(**relu), iris(2)),

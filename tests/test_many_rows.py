@@ -223,7 +223,9 @@ def test_estimators_take_it_on_many_rows(monkeypatch):
     X = rng.standard_normal((700, 10))
     y = np.maximum(X @ rng.standard_normal(10), 0)
     with pytest.warns(match="GAP_OPEN"):
-        model = ConvexBNRegressor(activation="relu", weight_decay=0.5, width=30, random_state=0, proof_time=60).fit(X, y)
+        model = ConvexBNRegressor(activation="relu", weight_decay=0.5, width=30, random_state=0, proof_time=60).fit(
+            X, y
+        )
     assert model.n_iter_ == 21
     assert model.network_.n_neurons <= 30
     assert model.score(X, y) > 0.9

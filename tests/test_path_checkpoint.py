@@ -24,7 +24,7 @@ FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def classifier(**changes):
-    return ConvexBNClassifier(**{"n_gates": 30, "random_state": 0, **changes})
+    return ConvexBNClassifier(**{"n_gates": 30, "random_state": 0, "gates": "data", "linear": False, **changes})
 
 
 def start(file, model=None, **changes):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from convexbn.path import load_path
 from sklearn.datasets import load_iris
 
 import convexbn
 from convexbn import fit_path
 from convexbn.cli import _parser
+from instances import PAPER
 
 #: Models and a path, written by the first format.
 SAVED = Path(__file__).with_name("saved")
@@ -42,7 +44,9 @@ MODULES = {
 DATA = "--data-home --target"
 NETWORK = (
     "--columns --drop --activation --loss --class-weight --huber-delta --n-gates --width --n-starts --gates "
-    "--spectral-filter --filter --stride --padding --pool --regions --image --tol --max-iter --time-limit --task --seed"
+    "--no-linear --no-intercept --no-standardize --spectral-filter --filter --stride --padding --pool --regions "
+    "--image --tol --max-iter --time-limit "
+    "--proof-time --task --seed"
 )
 OPTIONS = {
     "fit": f"{DATA} {NETWORK} --out --weight-decay --rank --test-size --json",
@@ -102,7 +106,7 @@ def test_saved_files_have_the_same_header(tmp_path):
     assert seal["format"] == "2" and sorted(seal) == ["format", "header", "sha256"]
     assert sorted(json.loads(seal["header"])) == [
         "certificate", "classes", "estimator", "feature_names", "fingerprint", "n_effective", "n_iter", "parameters",
-        "rank", "single_output", "source", "version", "weight_decay",
+        "rank", "single_output", "source", "temperature", "version", "weight_decay",
     ]  # fmt: skip
 
 
@@ -120,8 +124,10 @@ def test_files_of_the_first_format_are_read_and_written_again(name, tmp_path):
 def test_a_path_of_the_first_format_goes_on(tmp_path):
     file, X = tmp_path / "path", np.random.default_rng(0).standard_normal((30, 3))
     shutil.copy(SAVED / "path.safetensors", file)
-    found = fit_path(
-        convexbn.ConvexBNClassifier(n_gates=6, random_state=0), X, np.array(["a", "b", "c"])[np.arange(30) % 3],
-        weight_decays=[2.0, 1.0], checkpoint=file,
-    )  # fmt: skip
-    assert len(found.points) == 2 and file.read_bytes() == (SAVED / "path.safetensors").read_bytes()
+    labels, model = np.array(["a", "b", "c"])[np.arange(30) % 3], convexbn.ConvexBNClassifier(n_gates=6, **PAPER)
+    model.random_state = 0
+    found = fit_path(model, X, labels, weight_decays=[2.0, 1.0], checkpoint=file)
+    assert len(found.points) == 2
+    for before, now in zip(load_path(SAVED / "path.safetensors"), found, strict=True):
+        assert now.certificate == before.certificate and now.score == before.score
+        assert np.array_equal(now.model.predict(X), before.model.predict(X))

@@ -82,7 +82,7 @@ def test_several_outputs_are_certified(K):
     Y = values_of(X, K)
     largest, upper = max_weight_decay(X, Y, activation="relu")
     assert largest <= upper <= largest * (1 + 1e-4)
-    model = regressor(weight_decay=0.3 * largest, tol=1e-5).fit(X, Y)
+    model = regressor(weight_decay=0.3 * largest, tol=1e-5, proof_time=60).fit(X, Y)
     assert model.certificate_.status is Status.CERTIFIED, model.certificate_.sentence
     assert own_objective(model, X, Y) == pytest.approx(model.certificate_.objective, rel=1e-9)
     assert model.predict(X).shape == Y.shape

@@ -57,6 +57,8 @@ def penalty_of_weights(network, tau_s1):
 
 def fitted(y=Y, kind=ConvexBNRegressor, **settings):
     settings = PAPER | {"weight_decay": 0.5, "random_state": 0, "spectral_filter": TAU, "n_gates": 30} | settings
+    if settings.get("activation") == "relu":
+        del settings["gates"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind(**settings).fit(X, y)
@@ -133,8 +135,10 @@ def test_relu_optimum_is_that_of_all_patterns_by_an_independent_solver(seed):
     y = targets(X, seed)
     rows, _, _ = filtered_rows(X, 0.3)
     reference = ConicRelu().solve(ReluProgram(rows, SquaredLoss(y[:, None], np.ones(len(X))), 0.3))
-    program = PAPER | {"activation": "relu", "weight_decay": 0.3, "spectral_filter": 0.3}
-    proof = ConvexBNRegressor(**program, random_state=0).fit(X, y).certificate_
+    model = ConvexBNRegressor(
+        activation="relu", weight_decay=0.3, spectral_filter=0.3, fit_intercept=False, standardize=False, random_state=0
+    ).fit(X, y)
+    proof = model.certificate_
     assert proof.status == "CERTIFIED"
     assert abs(proof.objective / reference.value - 1) < 1e-6 and proof.lower_bound <= reference.value * (1 + 1e-8)
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Parameters of the estimators that give the program of the paper, on all directions of the data.
-PAPER: dict[str, Any] = {
-    "fit_intercept": False, "linear": False, "gates": "data", "spectral_filter": None, "standardize": False,
-}  # fmt: skip
+#: Parameters of the estimators that give the program of the paper, on all directions of the data. Gated programs name
+#: their gates besides.
+PAPER: dict[str, Any] = {"fit_intercept": False, "linear": False, "spectral_filter": None, "standardize": False}
 
 #: A value of a table: what CSV and JSON hold.
 Value = str | int | float | bool | None

@@ -142,7 +142,7 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
         "filtered": _tries(given, (0.1, 0.3, 0.03, 1.0) if gated else (0.05, 0.1), decays[:2]),
     }
     shared: dict[str, Any] = PAPER | {"random_state": given["seed"], "tol": 1e-3}
-    shared |= {"n_gates": 60} if gated else {"activation": "relu", "width": 300}
+    shared |= {"gates": "data", "n_gates": 60} if gated else {"activation": "relu", "width": 300}
     if not gated and given["method"] == "truncated":
         shared["time_limit"] = _TRUNCATED_SECONDS
     whitened: dict[Any, PathData] = {}

@@ -53,7 +53,8 @@ class PathCheckpoint:
         changes = [
             name if name in _HASHES else f"{name} (it was {before!r} and is {now!r})"
             for name in {**stored.question, **question}
-            if _text(before := stored.question.get(name)) != _text(now := question.get(name))
+            if _text(before := stored.question.get(name, headers.FORMERLY.get(name)))
+            != _text(now := question.get(name))
         ]
         if changes:
             raise ValueError(

@@ -161,6 +161,7 @@ def _fitted(arrays: Mapping[str, np.ndarray], header: Mapping[str, Any], layer: 
         "gate_offsets_": arrays.get("gate_offsets"),
         "history_": [_progress(*values) for values in history.tolist()],
         "n_features_in_": len(arrays["mean"]) if layer is None else layer.geometry.n_features,
+        "temperature_": None,
         **headers.attributes(header),
     }
 

@@ -8,6 +8,7 @@ is convex in ``F`` like every loss. Its negative gradient is that of ``L`` at th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -40,13 +41,11 @@ class WithOutputBias(Loss):
 
     inner: Loss = field(kw_only=True)
     decay: float = field(kw_only=True)
-    #: Last best bias, where the search for the next begins; overwritten.
-    recent: Float = field(kw_only=True, repr=False)
 
     @classmethod
     def with_decay(cls, inner: Loss, decay: float) -> WithOutputBias:
         """Loss with a bias of this decay."""
-        return cls(inner.targets, inner.weights, inner=inner, decay=decay, recent=np.zeros(inner.targets.shape[1]))
+        return cls(inner.targets, inner.weights, inner=inner, decay=decay)
 
     @property
     def without_bias(self) -> Loss:
@@ -142,7 +141,17 @@ class WithOutputBias(Loss):
         """Minimiser ``b`` (K,), by Newton's method with halved steps; exact for the squared loss."""
         if isinstance(self.inner, SquaredLoss):
             return self.weights @ (self.targets - outputs) / (self.weights.sum() + self.decay)
-        bias = min(0 * self.recent, self.recent.copy(), key=lambda start: self.value_at(outputs, start))
+        return self._newton(outputs, np.zeros(outputs.shape[1]), self._alone)
+
+    @functools.cached_property
+    def _alone(self) -> Float:
+        """Best bias of outputs of zero, where the search for others may begin."""
+        outputs = np.zeros_like(self.targets)
+        return np.nan_to_num(self._newton(outputs, outputs[0]))
+
+    def _newton(self, outputs: Float, *starts: Float) -> Float:
+        """Newton's method from the best of some biases (K,)."""
+        bias = min(starts, key=lambda start: self.value_at(outputs, start))
         value = self.value_at(outputs, bias)
         for _ in range(_MOST_STEPS):
             dual = self.inner.negative_gradient(outputs + bias)
@@ -158,7 +167,6 @@ class WithOutputBias(Loss):
             bias, value = bias + step, following
             if np.abs(step).max() <= 4 * EPS * (1 + np.abs(bias).max()):
                 break
-        self.recent[:] = np.nan_to_num(bias)
         return bias
 
     def _far(self, outputs: Float, bias: Float, step: Float) -> Float:
