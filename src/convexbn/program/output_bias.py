@@ -57,7 +57,7 @@ class WithOutputBias(Loss):
         """Weight decay of the bias."""
         return self.decay
 
-    @property
+    @functools.cached_property
     def output_scale(self) -> float:
         """That of the targets about their mean."""
         if "regression" not in self.inner.tasks:
@@ -118,8 +118,10 @@ class WithOutputBias(Loss):
         except NoFormulaError:
             return self._balanced_formula(weight_decay)
         if len(start) == 1:
-            low, high = (float(end) for end in (self.targets.min() - 1, self.targets.max() + 1))
-            bias = np.atleast_1d(scipy.optimize.brentq(lambda b: with_bias(np.array([b]))[2][0], low, high, xtol=EPS))
+            unit = float(np.ptp(self.targets)) or 1.0
+            low, high = (float(end) for end in (self.targets.min() - unit, self.targets.max() + unit))
+            root = scipy.optimize.brentq(lambda b: with_bias(np.array([b]))[2][0], low, high, xtol=EPS * unit)
+            bias = np.atleast_1d(root)
         else:
             unit = self.weights.sum()
             bias = scipy.optimize.minimize(
@@ -165,7 +167,7 @@ class WithOutputBias(Loss):
             while (following := self.value_at(outputs, bias + step)) > value + 4 * EPS * abs(value):
                 step = 0.5 * step
             bias, value = bias + step, following
-            if np.abs(step).max() <= 4 * EPS * (1 + np.abs(bias).max()):
+            if np.abs(step).max() <= 4 * EPS * (self.output_scale + np.abs(bias).max()):
                 break
         return bias
 

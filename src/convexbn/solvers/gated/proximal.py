@@ -52,7 +52,7 @@ class Proximal(Solver[GatedProgram, GateBlocks]):
             active = nonzero(new)
             history.append(Progress(len(history) + 1, objective, bound, len(active.gate_index)))
             # the certificate takes its dual point at the new outputs: leave it room
-            if reason := budget.stop_reason(history[-1], tol=0.5 * self.tol, max_iter=self.max_iter):
+            if reason := budget.stop_reason(history[-1], tol=0.2 * self.tol, max_iter=self.max_iter):
                 return Solution(active, reason, history)
             if np.vdot(y - new, new - x) > 0:
                 momentum = 1.0
