@@ -42,7 +42,7 @@ MODULES = {
 DATA = "--data-home --target"
 NETWORK = (
     "--activation --loss --huber-delta --n-gates --width --n-starts --gates --spectral-filter --filter --stride "
-    "--padding --pool --regions --image --tol --max-iter --time-limit --task --seed"
+    "--padding --pool --regions --image --tol --max-iter --time-limit --proof-time --task --seed"
 )
 OPTIONS = {
     "fit": f"{DATA} {NETWORK} --out --weight-decay --rank --test-size --json",

@@ -37,9 +37,6 @@ _NETWORK = ("weight", "gamma", "shift", "output", "mean")
 _INFINITY = np.finfo(np.float64).max
 _NAN = np.nextafter(_INFINITY, 0)
 
-#: Parameters that files of earlier versions lack, with the values that they had.
-_LATER_PARAMETERS: dict[str, Any] = {"proof_time": None}
-
 _ROUNDING = 1e-9
 
 
@@ -95,7 +92,7 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     """Estimator with the saved parameters, each checked by the estimator's own constraints."""
     known = {kind.__name__: kind for kind in kinds}
     require(header["estimator"] in known, "estimator")
-    kind, parameters = known[header["estimator"]], _LATER_PARAMETERS | header["parameters"]
+    kind, parameters = known[header["estimator"]], headers.LATER_PARAMETERS | header["parameters"]
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
     require(same_names(parameters, set(kind().get_params()) - {"callback", *given}), "parameters")
     require(given or isinstance(parameters["gates"], str), "parameters")
