@@ -34,8 +34,8 @@ _LIFTED_STEP = 2e-9
 #: Relative distance of the bounds at which the dual norm of a point counts as known.
 _ENCLOSED = 1e-5
 
-#: Entries ``n q`` up to which a local search takes a fraction of a second, and is made even if the time is over.
-_QUICK_ENTRIES = 1 << 12
+#: Entries ``n q`` up to which a local search takes at most half a second, and is made even if the time is over.
+_QUICK_ENTRIES = 1 << 13
 
 #: Entries of a dual point on rows, regions and outputs above which only the orthant bound is computed.
 _SPREAD_ENTRIES = 1 << 24
