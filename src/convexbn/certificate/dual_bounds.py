@@ -22,8 +22,8 @@ _LIFTED_ROWS = 600
 #: Most cones of branch and bound, without and with a deadline (a cone takes 8 q^2 bytes).
 _CONES, _MOST_CONES = 500_000, 5_000_000
 
-#: Shares of the time that all bounds may take (an estimate follows), and branch and bound (relaxations follow).
-_BOUNDS_SHARE, _BRANCHING_SHARE = 0.75, 0.6
+#: Share of the remaining time that branch and bound may take; the relaxations follow.
+_BRANCHING_SHARE = 0.6
 
 #: Shares of what then remains: the relaxation before the chosen dual point, and that before the lifted dual point.
 _RELAXATION_SHARE, _CHOSEN_SHARE = 0.25, 0.5
@@ -34,8 +34,8 @@ _LIFTED_STEP = 2e-9
 #: Relative distance of the bounds at which the dual norm of a point counts as known.
 _ENCLOSED = 1e-5
 
-#: Entries ``n q`` up to which a local search takes a fraction of a second, and is made even if the time is over.
-_QUICK_ENTRIES = 1 << 12
+#: Entries ``n q`` up to which a local search takes at most half a second, and is made even if the time is over.
+_QUICK_ENTRIES = 1 << 13
 
 #: Entries of a dual point on rows, regions and outputs above which only the orthant bound is computed.
 _SPREAD_ENTRIES = 1 << 24
@@ -100,8 +100,7 @@ class ReluDualBounds:
     tol : float
         Relative gap that counts as optimal; bounds are no sharper than it needs.
     deadline : float or None
-        ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work. The
-        last part of the time is left for ``estimate``.
+        ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work.
     known : KnownBound
         Lower bound of the program that was proved before.
     """
@@ -113,10 +112,13 @@ class ReluDualBounds:
     known: KnownBound = NOTHING_KNOWN
 
     def __post_init__(self) -> None:
-        self._until, self._hurried = share_of(self.deadline, _BOUNDS_SHARE), False
+        self._hurried, self._searched = False, list[tuple[Float, float | None]]()
 
     def bounded(self, dual: Float) -> Iterator[DualBound]:
-        """Yield the dual point with each bound in turn; for a squared loss of one output also chosen dual points."""
+        """Yield the dual point with each bound in turn; for a squared loss of one output also chosen dual points.
+
+        ``estimate`` is made before the bounds that may take all the time.
+        """
         program, V, relaxed = self.program, dual / self._root, None
         chooses = program.readout.rows_per_case == V.shape[1] == 1 and isinstance(
             program.loss.without_bias, SquaredLoss
@@ -125,6 +127,8 @@ class ReluDualBounds:
         for bound, name in itertools.chain(self._cheap(V, program.weight_decay, followed=chooses), lifted):
             relaxed = bound if isinstance(bound, bounds.Relaxed) else relaxed
             yield DualBound(dual, bound.value, bound.rounding, name)
+            if name == "orthant" and not (self._over or self._too_many or self._cells):
+                self._searched = [(dual, self.estimate(dual))]
         if chooses and not self._over:
             yield from self._chosen(V, relaxed)
         self._hurried = self._over
@@ -135,11 +139,11 @@ class ReluDualBounds:
         targets, beta = self._root * program.loss.targets, program.weight_decay
         lifts = len(V) <= _LIFTED_ROWS and not self._biased
         constant = self._root[:, 0] / np.linalg.norm(self._root) if self._biased else None
-        until = share_of(self._until, _CHOSEN_SHARE) if lifts else self._until
+        until = share_of(self.deadline, _CHOSEN_SHARE) if lifts else self.deadline
         found = bounds.dual_point(targets, V, A, beta, deadline=until, first=relaxed, constant=constant)
         yield DualBound(self._root * found.dual, found.value, found.rounding, "chosen dual point")
         if lifts and self._has_time_to_lift:
-            found = bounds.lifted_dual_point(targets, V, A, beta, deadline=self._until)
+            found = bounds.lifted_dual_point(targets, V, A, beta, deadline=self.deadline)
             yield DualBound(self._root * found.dual, found.value, found.rounding, "lifted dual point")
 
     @property
@@ -180,6 +184,8 @@ class ReluDualBounds:
 
     def estimate(self, dual: Float) -> float | None:
         """Largest value that a local search finds; None if there are too many rows, or no time to search them."""
+        if self._searched and self._searched[0][0] is dual:
+            return self._searched[0][1]
         quick = self.program.rows.size <= _QUICK_ENTRIES
         if self._too_many or (is_over(self.deadline) and not quick):
             return None
@@ -187,8 +193,9 @@ class ReluDualBounds:
         if self._cells is not None:
             spread, target = self.program.readout.spread(V), self.program.weight_decay
             return float(self._cells.maxima(spread, target, self.deadline).value)
-        largest = float(self._local_maxima(V, None if quick else self.deadline)[0][0])
-        return largest if quick or not is_over(self.deadline) else None
+        until = None if quick else self.deadline
+        largest = float(self._local_maxima(V, until)[0][0])
+        return None if is_over(until) else largest
 
     def _local_maxima(self, V: Float, deadline: float | None) -> tuple[Float, Float]:
         spread, A, size = self.program.readout.spread(V), self.program.unit_rows, self.program.rows.size
@@ -218,16 +225,18 @@ class ReluDualBounds:
     @functools.cached_property
     def _cells(self) -> bounds.EveryCell | None:
         """All cells, if they can be enumerated."""
-        return bounds.EveryCell.of_few(self.program.unit_rows, self._until) if self.program.n_outputs == 1 else None
+        return bounds.EveryCell.of_few(self.program.unit_rows, self.deadline) if self.program.n_outputs == 1 else None
 
     @property
     def _over(self) -> bool:
-        return is_over(self._until)
+        return is_over(self.deadline)
 
     @property
     def _has_time_to_lift(self) -> bool:
         """Whether a step of a lifted relaxation fits into the time that is left."""
-        return self._until is None or not is_over(self._until - _LIFTED_STEP * float(sum(self.program.rows.shape)) ** 3)
+        return self.deadline is None or not is_over(
+            self.deadline - _LIFTED_STEP * float(sum(self.program.rows.shape)) ** 3
+        )
 
     def _cheap(self, V: Float, target: float, *, followed: bool = False) -> Iterator[tuple[bounds.Bound, str]]:
         """Orthant, then every cell if there are few; else branch and bound at low rank, then the relaxation.
@@ -243,21 +252,21 @@ class ReluDualBounds:
         if self._over:
             return
         if self._cells is not None:
-            yield self._cells.maxima(V, target, self._until), "every cell"
+            yield self._cells.maxima(V, target, self.deadline), "every cell"
             return
         A = self.program.unit_rows
         if self.program.n_inputs <= bounds.MAX_RANK:
-            until = share_of(self._until, _BRANCHING_SHARE)
+            until = share_of(self.deadline, _BRANCHING_SHARE)
             yield bounds.branch_and_bound(
                 V, A, tol=0.1 * self.tol, target=target, start=self.directions,
                 max_nodes=_CONES if until is None else _MOST_CONES, deadline=until,
             ), "branch and bound"  # fmt: skip
         if V.shape[1] == 1 and A.ndim == 2 and not self._over:
-            until = share_of(self._until, _RELAXATION_SHARE) if followed else self._until
+            until = share_of(self.deadline, _RELAXATION_SHARE) if followed else self.deadline
             yield bounds.relaxation(V, A, deadline=until), "relaxation"
 
     def _lifted(self, V: Float, target: float) -> Iterator[tuple[bounds.Bound, str]]:
         """Doubly nonnegative relaxation, for a moderate number of rows."""
         rows, spread = self.program.rows, self.program.readout.spread
         if len(rows) <= _LIFTED_ROWS and (A := self.program.unit_rows).ndim == 2 and self._has_time_to_lift:
-            yield bounds.lifted(spread(V), A, deadline=self._until, target=target), "lifted relaxation"
+            yield bounds.lifted(spread(V), A, deadline=self.deadline, target=target), "lifted relaxation"

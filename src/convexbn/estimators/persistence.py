@@ -121,7 +121,7 @@ def _unfitted(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kinds
     """Estimator with the saved parameters, each checked by the estimator's own constraints."""
     known = {kind.__name__: kind for kind in kinds}
     require(header["estimator"] in known, "estimator")
-    kind, parameters = known[header["estimator"]], {**headers.FORMERLY, **header["parameters"]}
+    kind, parameters = known[header["estimator"]], headers.FORMERLY | header["parameters"]
     given = {"gates": arrays["given_gates"]} if "given_gates" in arrays else {}
     names = set(kind().get_params()) - {"callback", *given}
     require(same_names({*parameters, *(names & {"class_weight"})}, names), "parameters")

@@ -21,8 +21,9 @@ from convexbn.files.schema import NOT_FINITE, none_or, require
 #: Scope of the certificate, by activation.
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
-#: Fields, and parameters, that files of former versions do not have, with the values that they had in effect.
+#: Fields that files of former versions do not have.
 FORMER_FIELDS = {"temperature": None}
+#: Parameters that they do not have, with the values that these had in effect; with them they are not written.
 FORMERLY: dict[str, Any] = {"linear": False, "fit_intercept": False, "standardize": False, "proof_time": None}
 
 #: Rules of the certificate's fields by their declared type, and narrower ones of some fields.
@@ -147,7 +148,9 @@ def check(header: Mapping[str, JSON], rules: Mapping[str, schema.Rule]) -> None:
 
 def parameters(model: Any) -> dict[str, Any]:
     """Parameters of an estimator that JSON can hold; given gates are a tensor."""
-    kept = {name: value for name, value in model.get_params().items() if name != "callback"}
+    unwritten = {"callback": model.callback, **FORMERLY}
+    values = model.get_params().items()
+    kept = {name: value for name, value in values if name not in unwritten or value != unwritten[name]}
     if kept["convolution"] is not None:  # with the shape of its inputs after a fit
         kept["convolution"] = asdict(getattr(model, "network_", model).convolution)
     if not isinstance(model.gates, str):
