@@ -140,7 +140,7 @@ def test_the_check_of_scikit_learn_for_balanced_classes():
     X_train, X_test, y_train, y_test = train_test_split(
         X[rare], y[rare], test_size=0.5, stratify=y[rare], random_state=0
     )
-    model = ConvexBNClassifier(random_state=0, gates="whitened", rank=5)
+    model = ConvexBNClassifier(random_state=0, gates="whitened", rank=5, weight_decay=4.0)
     check_class_weight_balanced_classifiers("ConvexBNClassifier", model, X_train, y_train, X_test, y_test, None)
 
 
