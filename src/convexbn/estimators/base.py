@@ -30,13 +30,14 @@ from convexbn.program.losses import LOSSES, LossKind
 from convexbn.solvers.base import Budget, Progress
 from convexbn.training.fit import (
     GATES_SHARE,
+    SEARCH_SHARE,
     ReluSettings,
     chosen_weight_decay,
     fit_gated,
     fit_relu,
     judge_on,
 )  # fmt: skip
-from convexbn.training.training_set import TrainingSet
+from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
 
 if TYPE_CHECKING:
     from convexbn.training.relu_conversion import Conversion
@@ -264,9 +265,7 @@ class BaseConvexBN(NetworkParameters):
         gates, offsets = None, None
         with blas_threads(len(data.X)):
             if self.activation == "relu":
-                weight_decay, temperature = self._resolve_weight_decay(
-                    lambda: self._draw_gates(data, budget.until(GATES_SHARE))[2], budget
-                )
+                weight_decay, temperature = self._weight_decay_relu(data, budget)
                 settings = ReluSettings(self.width, self.n_starts, self.max_iter)
                 rng = np.random.default_rng(own_random_state(self.random_state).randint(2**31))
                 fit = fit_relu(
@@ -302,6 +301,13 @@ class BaseConvexBN(NetworkParameters):
         with blas_threads(len(data.X)):
             rng = own_random_state(self.random_state)
             return data.draw_gates(self.gates, self.n_gates, rng, linear=self.linear, deadline=deadline)
+
+    def _weight_decay_relu(self, data: TrainingSet, budget: Budget) -> tuple[float, float | None]:
+        """Weight decay and temperature of a ReLU network: those of a gated one, which max pooling does not have."""
+        if data.readout.linear or not isinstance(self.weight_decay, str):
+            return self._resolve_weight_decay(lambda: self._draw_gates(data, budget.until(GATES_SHARE))[2], budget)
+        largest, _ = data.max_weight_decay_relu(proved=False, deadline=budget.until(SEARCH_SHARE))
+        return AUTO_FRACTION * largest or 1.0, None
 
     def _resolve_weight_decay(self, program: Callable[[], GatedProgram], budget: Budget) -> tuple[float, float | None]:
         """Weight decay of the parameter; for ``"auto"`` held-out rows choose one for a gated program.
