@@ -12,9 +12,11 @@ import pytest
 from convexbn.certificate.certificate import certify
 from convexbn.certificate.question import Question
 from convexbn.certificate.status import Status
-from convexbn.program.gated import GateBlocks
+from convexbn.program.gated import GateBlocks, GatedProgram, gated_operator
+from convexbn.program.gates import gate_patterns
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.network import BatchNormNetwork
+from convexbn.program.output_bias import WithOutputBias
 from convexbn.solvers.gated.group_newton import GroupNewton
 from convexbn.solvers.gated.proximal import Proximal
 from convexbn.solvers.gated.subspace import Subspace
@@ -29,11 +31,26 @@ def problems():
         yield planted(n=30, d=4, K=1 + seed % 3, n_gates=25, seed=seed)
     for seed, loss in enumerate(("huber", "huber", "squared_hinge", "squared_hinge")):
         yield planted(n=30, d=4, K=1 + seed % 2, n_gates=25, loss=loss, seed=seed)
+    for seed, loss in enumerate(("squared", "squared", "huber", "squared_hinge")):
+        yield with_intercept(planted(n=30, d=4, K=1 + seed % 2, n_gates=25, loss=loss, seed=10 + seed))
+
+
+def with_intercept(problem):
+    """The same with an output bias, and one more gate that is always open."""
+    gates, offsets = np.insert(problem.gates, 0, 0.0, axis=1), np.append(1.0, problem.offsets)
+    patterns = gate_patterns(problem.X, problem.whitening.mean, gates, offsets)
+    loss = WithOutputBias.with_decay(problem.program.loss, 0.0)
+    program = GatedProgram(gated_operator(problem.whitening.rows, patterns), loss, 1.0)
+    return dataclasses.replace(problem, program=program, gates=gates, offsets=offsets)
+
+
+def is_squared(program):
+    return isinstance(program.loss.without_bias, SquaredLoss)
 
 
 def reference(program):
     """Optimum to 1e-11, or 1e-9 for the first-order method."""
-    newton = isinstance(program.loss, SquaredLoss)
+    newton = is_squared(program)
     return (GroupNewton(tol=1e-11) if newton else Proximal(tol=1e-9, max_iter=20000)).solve(program)
 
 
@@ -55,7 +72,7 @@ def lies(program, solution, rng):
 
 def cut_short(program):
     for iterations in (0, 1, 2, 3):
-        method = GroupNewton if isinstance(program.loss, SquaredLoss) else Subspace
+        method = GroupNewton if is_squared(program) else Subspace
         yield method(tol=TOLERANCE, max_iter=iterations).solve(program)
     for iterations in (1, 3, 10, 30):
         yield Proximal(tol=TOLERANCE, max_iter=iterations).solve(program)
@@ -93,6 +110,19 @@ def test_no_wrong_result_is_certified(capsys):
     assert false == 0
 
 
+def network_of(problem, program, blocks):
+    network = BatchNormNetwork.from_blocks(problem.whitening, blocks, problem.gates, problem.offsets)
+    return dataclasses.replace(network, output_bias=program.loss.best_bias(program.outputs(*blocks)))
+
+
+def with_swapped_targets(program):
+    inner = program.loss.without_bias
+    swapped = dataclasses.replace(inner, targets=inner.targets[::-1])
+    if inner is not program.loss:
+        swapped = WithOutputBias.with_decay(swapped, program.loss.bias_decay)
+    return dataclasses.replace(program, loss=swapped)
+
+
 def perturbed_networks(network, rng):
     replace = dataclasses.replace
     yield "weight", replace(network, weight=network.weight + 0.03 * rng.standard_normal(network.weight.shape))
@@ -101,6 +131,9 @@ def perturbed_networks(network, rng):
     yield "shift", replace(network, shift=network.shift + 0.03)
     half = {k: (v[:, ::2] if k in ("weight", "gates") else v[::2]) for k, v in neuron_arrays(network).items()}
     yield "neurons dropped", replace(network, **half)
+    if network.output_bias.any():
+        yield "output bias", replace(network, output_bias=network.output_bias + 0.03)
+        yield "no output bias", replace(network, output_bias=0 * network.output_bias)
 
 
 def test_no_perturbed_network_is_certified(capsys):
@@ -110,18 +143,15 @@ def test_no_perturbed_network_is_certified(capsys):
     for problem in problems():
         program = problem.program.with_weight_decay(0.05 * problem.program.max_weight_decay())
         best = reference(program)
-        network = BatchNormNetwork.from_blocks(problem.whitening, best.weights, problem.gates, problem.offsets)
+        network = network_of(problem, program, best.weights)
         proof = _judge(program, problem, network)
         assert proof.status is Status.CERTIFIED, proof.sentence
-        swapped = dataclasses.replace(
-            program, loss=dataclasses.replace(program.loss, targets=program.loss.targets[::-1])
-        )
         for name, wrong in perturbed_networks(network, rng):
             runs += 1
             proof = _judge(program, problem, wrong)
             assert proof.status is Status.GAP_OPEN, (name, proof.sentence)
             false += is_false(proof, best.history[-1].lower_bound)
-        for question in (swapped, program.with_weight_decay(0.5 * program.weight_decay)):
+        for question in (with_swapped_targets(program), program.with_weight_decay(0.5 * program.weight_decay)):
             runs += 1
             proof = _judge(question, problem, network)
             false += is_false(proof, reference(question).history[-1].lower_bound)

@@ -42,7 +42,8 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the *sum* of
         the losses: ``beta = lam * sqrt(n)`` for a torch optimiser's ``weight_decay`` lam with a mean loss. ``"auto"``
         is the one of least loss on held-out rows, among halvings of :func:`max_weight_decay`: five folds up to 500
-        rows, then fewer, and at most 1,500 rows to train on and 1,000 held out; for ReLU networks that of a gated one.
+        rows, then fewer, and at most 1,500 rows to train on and 1,000 held out; for ReLU networks that of a gated one,
+        and with max pooling .02 of the largest.
     n_gates : int, default=100
         Number of gates to draw; of gates with equal training patterns one is kept. ReLU networks have none.
     gates : {"data", "whitened", "trained"} or array (d, n_gates) or (d + 1, n_gates), default="trained"
