@@ -39,7 +39,7 @@ def max_weight_decay(X: Any, y: Any, *, sample_weight: Any = None, **parameters:
     >>> import numpy as np
     >>> value, upper = max_weight_decay(np.eye(5), [0, 0, 0, 1, 2], activation="relu")
     >>> round(value, 6), round(upper, 6)
-    (1.732051, 1.732051)
+    (1.03923, 1.03923)
     """
     is_class = np.asarray(y).ndim == 1 and np.asarray(y).dtype.kind != "f"
     model: Any = ConvexBNClassifier(**parameters) if is_class else ConvexBNRegressor(**parameters)

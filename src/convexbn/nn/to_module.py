@@ -61,7 +61,7 @@ def to_module(
     Sequential(
       (0): Linear(in_features=30, out_features=2, bias=True)
       (1): ReLU()
-      (2): Linear(in_features=2, out_features=1, bias=False)
+      (2): Linear(in_features=2, out_features=1, bias=True)
     )
     """
     dtype = torch.get_default_dtype() if dtype is None else dtype
