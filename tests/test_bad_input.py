@@ -530,7 +530,7 @@ def test_targets_of_zero_are_trivial(activation):
 
 def test_a_constant_target_is_an_ordinary_program():
     data, largest = X[:5], 3 * np.sqrt(5)
-    for activation, gates in (("relu", "data"), ("gated", np.r_[np.zeros(4), 1.0][:, None])):
+    for activation, gates in (("relu", "trained"), ("gated", np.r_[np.zeros(4), 1.0][:, None])):
         options = PAPER | {"activation": activation, "gates": gates}
         for factor, status in ((1 + 1e-12, Status.TRIVIAL), (0.99, Status.CERTIFIED)):
             model = regressor(weight_decay=factor * largest, **options).fit(data, np.full(5, 3.0))

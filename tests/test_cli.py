@@ -246,6 +246,30 @@ def test_losses_through_the_command_line(tmp_path, capsys):
     refused(capsys, "fit", data, *wrong, match="which is for regression")
 
 
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ([], {"linear": True, "fit_intercept": True, "standardize": True, "spectral_filter": "auto"}),
+        (["--no-linear"], {"linear": False}),
+        (["--no-intercept"], {"fit_intercept": False}),
+        (["--no-standardize"], {"standardize": False}),
+        (["--spectral-filter", "none"], {"spectral_filter": None}),
+        (["--spectral-filter", "0.1"], {"spectral_filter": 0.1}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_program_is_chosen_by_options(options, parameters, tmp_path, capsys):
+    data = write_csv(tmp_path / "data.csv", y=NUMBERS)
+    result = fit_json(capsys, data, "--target", "y", "--out", tmp_path / "m", "--weight-decay", 1, *options)
+    assert result["status"] == "CERTIFIED"
+    model = convexbn.load(tmp_path / "m")
+    assert parameters.items() <= model.get_params().items()
+    assert run("certify", tmp_path / "m", data, "--json") == 0
+    found = last_json(capsys)
+    assert found["training_rows"] is True and found["status"] == "CERTIFIED"
+    assert found["spectral_filter"] == model._tau == (parameters["spectral_filter"] if len(options) == 2 else 0.3)
+
+
 @pytest.mark.skipif(not os.path.isdir(FASHION), reason="the Fashion-MNIST files are not on this machine")
 def test_fashion_mnist_with_its_official_test_set(tmp_path, capsys):
     options = ("--rank", 20, "--max-iter", 3, "--out", tmp_path / "m")

@@ -157,7 +157,7 @@ def test_no_conversion_beats_the_best_relu_network():
     X = drawn(12, 15)
     y = np.random.default_rng(1).standard_normal(12)
     model = regressor(X, y, weight_decay=0.3)
-    best = regressor(X, y, activation="relu", weight_decay=0.3).certificate_.objective
+    best = regressor(X, y, activation="relu", gates="trained", weight_decay=0.3).certificate_.objective
     conversion = converted(model, X, y)
     assert conversion.certificate.lower_bound <= best <= conversion.objective_after
 

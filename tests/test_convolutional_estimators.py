@@ -30,7 +30,7 @@ def images():
 
 
 def fitted(images, layer=LAYER, **settings):
-    settings = {"n_gates": 12, "random_state": 0, "tol": 1e-3, **settings}
+    settings = {"n_gates": 12, "weight_decay": 0.02, "random_state": 0, "tol": 1e-3, **settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ConvexBNClassifier(convolution=layer, **settings).fit(*images[:2])
@@ -294,7 +294,8 @@ def test_one_location_is_dense_data(images, monkeypatch, pooling, settings):
 
 def test_a_report_tells_of_filters(tmp_path):
     file = tmp_path / "model.safetensors"
-    line = ["--filter", "3", "--regions", "2", "--rank", "5", "--n-gates", "5", "--tol", "1e-2", "--out", str(file)]
+    line = ["--filter", "3", "--regions", "2", "--rank", "5", "--n-gates", "5", "--tol", "1e-2"]
+    line += ["--weight-decay", "1", "--out", str(file)]
     assert main(["fit", "digits", *line]) == 0
     assert main(["report", str(file), "digits", "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
