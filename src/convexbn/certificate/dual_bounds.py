@@ -117,7 +117,7 @@ class ReluDualBounds:
     def bounded(self, dual: Float) -> Iterator[DualBound]:
         """Yield the dual point with each bound in turn; for a squared loss of one output also chosen dual points.
 
-        ``estimate`` is made before the bounds that may take all the time.
+        ``estimate`` is made before the bounds that may take all the time, unless it is quick and made in any case.
         """
         program, V, relaxed = self.program, dual / self._root, None
         chooses = program.readout.rows_per_case == V.shape[1] == 1 and isinstance(
@@ -127,7 +127,7 @@ class ReluDualBounds:
         for bound, name in itertools.chain(self._cheap(V, program.weight_decay, followed=chooses), lifted):
             relaxed = bound if isinstance(bound, bounds.Relaxed) else relaxed
             yield DualBound(dual, bound.value, bound.rounding, name)
-            if name == "orthant" and not (self._over or self._too_many or self._cells):
+            if name == "orthant" and not (self._quick or self._over or self._too_many or self._cells):
                 self._searched = [(dual, self.estimate(dual))]
         if chooses and not self._over:
             yield from self._chosen(V, relaxed)
@@ -186,14 +186,13 @@ class ReluDualBounds:
         """Largest value that a local search finds; None if there are too many rows, or no time to search them."""
         if self._searched and self._searched[0][0] is dual:
             return self._searched[0][1]
-        quick = self.program.rows.size <= _QUICK_ENTRIES
-        if self._too_many or (is_over(self.deadline) and not quick):
+        if self._too_many or (is_over(self.deadline) and not self._quick):
             return None
         V = dual / self._root
         if self._cells is not None:
             spread, target = self.program.readout.spread(V), self.program.weight_decay
             return float(self._cells.maxima(spread, target, self.deadline).value)
-        until = None if quick else self.deadline
+        until = None if self._quick else self.deadline
         largest = float(self._local_maxima(V, until)[0][0])
         return None if is_over(until) else largest
 
@@ -226,6 +225,11 @@ class ReluDualBounds:
     def _cells(self) -> bounds.EveryCell | None:
         """All cells, if they can be enumerated."""
         return bounds.EveryCell.of_few(self.program.unit_rows, self.deadline) if self.program.n_outputs == 1 else None
+
+    @property
+    def _quick(self) -> bool:
+        """Whether a local search is made even if the time is over."""
+        return self.program.rows.size <= _QUICK_ENTRIES
 
     @property
     def _over(self) -> bool:
