@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from convexbn.onnx import export
 
 import convexbn
 from convexbn.data.whitening import whiten
-from convexbn.files.onnx import export
 from convexbn.program.gated import GateBlocks
 from convexbn.program.gates import sample_gates
 from convexbn.program.network import BatchNormNetwork

@@ -73,7 +73,7 @@ def export(
     ...     convexbn.onnx.export(model, pathlib.Path(folder, "iris.onnx"), X=X)
     """
     if isinstance(model, BatchNormNetwork):
-        files.export(model, path, dtype=dtype, X=X, tol=tol)
+        files.write(model, path, dtype=dtype, X=X, tol=tol)
         return
     steps, estimator = _parts(model)
     network = estimator.network_

@@ -22,54 +22,6 @@ _EPS = float(np.float32(1e-5))
 _OPSET, _IR_VERSION = 17, 8
 
 
-def export(
-    network: BatchNormNetwork,
-    path: str | os.PathLike[str],
-    *,
-    dtype: str = "float32",
-    X: FloatMatrix | None = None,
-    tol: float | None = None,
-) -> None:
-    """Write a network as an ONNX file, in one step: input ``X`` (rows, d), output ``outputs`` (rows, K).
-
-    A gated network has five nodes in place of Relu; its gates are computed in float64.
-
-    Parameters
-    ----------
-    network : BatchNormNetwork
-        ``network_`` of a fitted estimator.
-    path : str or os.PathLike
-    dtype : {"float32", "float64"}
-        Type of the weights, the input and the output.
-    X : ndarray (n, d), optional
-        Rows on which the outputs are compared before the file is written, besides random ones: those of the network
-        in float64 with those of the file for rows of ``dtype``. Training rows show errors that random rows miss if some
-        features vary far more than others.
-    tol : float, optional
-        Largest difference of the outputs, relative to the largest output; by default 1e-12 in float64, 1e-5 in float32.
-
-    Raises
-    ------
-    ImportError
-        When onnx is not installed.
-    TypeError
-        When ``network`` is not a fully connected network.
-    ValueError
-        When ``dtype`` is another type, or the outputs differ by more than ``tol``; the message has the measured error.
-    OSError
-        When the file cannot be written; a former file is then intact.
-
-    Examples
-    --------
-    >>> import pathlib, tempfile, numpy as np, convexbn
-    >>> X = np.random.default_rng(0).standard_normal((20, 30))
-    >>> model = convexbn.ConvexBNRegressor(activation="relu").fit(X, X[:, 0])
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     convexbn.onnx.export(model.network_, pathlib.Path(folder, "model.onnx"))
-    """
-    write(network, path, dtype=dtype, X=X, tol=tol)
-
-
 @dataclass(frozen=True, eq=False)
 class Classes:
     """What a classifier makes of its outputs.
@@ -95,7 +47,7 @@ def write(
     Parameters
     ----------
     network, path, dtype, X, tol
-        As in ``export``.
+        As in ``convexbn.onnx.export``. A gated network has five nodes in place of Relu, and gates in float64.
     classes : Classes, optional
         Adds the outputs ``label`` (rows,) and ``probabilities`` (rows, n_classes).
     expected : callable, optional
