@@ -37,7 +37,8 @@ from convexbn.training.fit import (
     fit_relu,
     judge_on,
 )  # fmt: skip
-from convexbn.training.training_set import AUTO_FRACTION, TrainingSet
+from convexbn.training.held_out import AUTO_FRACTION
+from convexbn.training.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from convexbn.training.relu_conversion import Conversion

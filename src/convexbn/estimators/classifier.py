@@ -120,7 +120,8 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
     fingerprint_ : str
         Hash of the training rows in canonical order.
     temperature_ : float or None
-        Divisor of the outputs in ``predict_proba``, calibrated on held-out rows; None if there were none.
+        Divisor of the outputs in ``predict_proba``, calibrated on held-out rows (which trained gates have seen); None
+        if there were none.
     classes_ : ndarray (n_classes,)
         Class labels.
 

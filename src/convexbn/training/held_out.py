@@ -3,8 +3,8 @@
 The whitened rows have orthonormal columns, so noise in the targets correlates with them by an amount that does not
 depend on the number of rows, while the largest useful weight decay grows with it: no fixed share of the largest suits
 two sizes of data (mathematics, section 5). Held-out rows know. Few rows are cut into folds that are held out in turn;
-of many, a fold or less. Folds keep the gates and the whitening of all rows, which do not see the
-targets.
+of many, a fold or less. Folds keep the whitening of all rows and their gates, of which trained ones have seen the
+held-out targets too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _FOLDS, _ROWS = 5, 2500
 _MOST_TRAINED, _MOST_HELD_OUT = 1500, 1000
 #: Factor between weight decays of a path, the smallest one relative to the largest, and rising losses that end it.
 _STEP, _SMALLEST, _PATIENCE = 0.5, 2.0**-10, 2
-#: Share of the largest for a single row, which leaves nothing to hold out.
-_ALONE = 0.02
+#: Share of the largest weight decay where no rows can be held out: of a single row, of max pooling, for training gates.
+AUTO_FRACTION = 0.02
 #: Entries of the rows whose norms are computed at a time.
 _BLOCK_ENTRIES = 1 << 19
 #: Logarithms of the smallest and the largest temperature.
@@ -122,7 +122,7 @@ def held_out_choice(program: GatedProgram, solver: Solver[GatedProgram, GateBloc
     largest, folds = program.max_weight_decay(), folds_of(program)
     held_out, none = np.concatenate([fold.held_out for fold in folds]), np.zeros((0, program.loss.targets.shape[1]))
     if largest == 0 or len(folds[0].train) == 0:
-        return Choice(_ALONE * largest or 1.0, none, held_out[:0])
+        return Choice(AUTO_FRACTION * largest or 1.0, none, held_out[:0])
     losses: list[float] = []
     best, outputs = 0, none
     for points in zip(*(_path(program, fold, solver, largest) for fold in folds), strict=True):

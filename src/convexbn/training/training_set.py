@@ -28,9 +28,8 @@ from convexbn.program.readout import Readout, readout_of
 from convexbn.program.relu import ReluProgram
 from convexbn.solvers import closed_form
 from convexbn.solvers.relu.sgd import SGD, random_start
-from convexbn.training.held_out import balanced_order
+from convexbn.training.held_out import AUTO_FRACTION, balanced_order
 
-AUTO_FRACTION = 0.02  # of the largest useful weight decay: weight_decay="auto"
 GATES_DESCENT, GATES_STEPS = SGD(epochs=8, learning_rate=0.2), 1000  # trains gates; takes at least so many steps
 IMAGES_DESCENT = SGD(batch_size=100)  # small batches, because an image is many patches that agree on a class
 
