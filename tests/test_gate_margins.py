@@ -39,9 +39,15 @@ def test_patterns_stay_and_rounded_rows_have_them_too(seed, d, touched, offset, 
     with np.errstate(over="ignore"):
         rounded = X.astype(np.float32).astype(np.float64)
     if unit in (1.0, 1e3) and offset < 1e4:
-        before = gate_patterns(rounded, whitening.mean, gates, offsets) != patterns
-        after = gate_patterns(rounded, whitening.mean, new, shifts) != patterns
-        assert before.any() and not after.any()
+        assert np.array_equal(gate_patterns(rounded, whitening.mean, new, shifts), patterns)
+
+
+def test_rounded_rows_would_have_other_patterns():
+    """Without the distance: the property above has something to find."""
+    X = np.random.default_rng(0).standard_normal((60, 5))
+    whitening, gates, offsets = touching(X, 8, 3, 0)
+    patterns = [gate_patterns(rows, whitening.mean, gates, offsets) for rows in (X, X.astype(np.float32).astype(float))]
+    assert not np.array_equal(*patterns)
 
 
 def test_gates_that_touch_no_row_stay_as_they_are():

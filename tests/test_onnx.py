@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 from convexbn.onnx import export
+from sklearn.linear_model import LinearRegression
 
 import convexbn
 from convexbn.data.whitening import whiten
@@ -114,7 +115,12 @@ def test_what_cannot_be_exported_leaves_the_former_file(tmp_path):
         (network, {"dtype": "float16"}, ValueError, "dtype must be 'float32' or 'float64', got 'float16'"),
         (network, {"tol": 0.0}, ValueError, "in float32 the outputs on probe rows differ by"),
         (network, {"X": X[:, :2]}, ValueError, r"X must have shape \(n, 6\), got \(60, 2\)"),
-        (convexbn.ConvexBNRegressor(), {}, TypeError, "such as model.network_; got ConvexBNRegressor"),
+        (
+            LinearRegression().fit(X, X),
+            {},
+            TypeError,
+            "must be a network, an estimator of convexbn or",
+        ),
     ]:
         with pytest.raises(error, match=words):
             export(given, path, **settings)

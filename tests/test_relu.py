@@ -227,7 +227,7 @@ def test_the_seed_decides_and_the_global_one_is_left_alone():
     X = rows(60, 4)
     y = values_of(X)
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    first, second = (regressor(time_limit=3).fit(X, y) for _ in range(2))
+    first, second = (regressor(max_iter=3, proof_time=0).fit(X, y) for _ in range(2))
     np.testing.assert_array_equal(first.network_.weight, second.network_.weight)
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
