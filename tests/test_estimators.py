@@ -65,12 +65,12 @@ def blocks_of(model, X, y, weights=None):
 
 
 def test_defaults_are_the_documented_ones():
-    expected = {"activation": "gated", "loss": "squared", "weight_decay": "auto", "gates": "trained", "rank": None}
+    expected = {"activation": "gated", "weight_decay": "auto", "gates": "trained", "rank": None}
     expected |= {"linear": True, "fit_intercept": True, "standardize": True, "spectral_filter": "auto"}
     expected |= {"solver": "auto", "tol": 1e-6, "time_limit": None, "proof_time": None, "random_state": None}
-    for model in (ConvexBNClassifier(), ConvexBNRegressor()):
+    for model, loss in ((ConvexBNClassifier(), "auto"), (ConvexBNRegressor(), "squared")):
         parameters = model.get_params()
-        assert expected.items() <= parameters.items()
+        assert (expected | {"loss": loss}).items() <= parameters.items()
         assert {"n_gates", "max_iter"} <= set(parameters)
 
 
@@ -150,7 +150,7 @@ def test_neurons_are_balanced_and_their_norms_are_the_penalty(K, tau, standardiz
 
 def test_two_classes_are_one_output_and_three_are_one_hot():
     X = rows()
-    two, three = classifier().fit(X, classes_of(X, 2)), classifier().fit(X, classes_of(X, 3))
+    two, three = (classifier(loss="squared").fit(X, classes_of(X, k)) for k in (2, 3))
     assert two.network_.output.shape[1] == 1 and two.decision_function(X).shape == (60,)
     assert three.network_.output.shape[1] == 3 and three.decision_function(X).shape == (60, 3)
     signs = ConvexBNRegressor(n_gates=20, random_state=0).fit(X, np.where(classes_of(X, 2) == 1, 1.0, -1.0))
@@ -300,8 +300,9 @@ def test_max_weight_decay_takes_integers_for_classes_and_floats_for_targets():
     X = rows()
     y = classes_of(X, 2)
     signs = np.where(y == 1, 1.0, -1.0)
-    assert max_weight_decay(X, y, random_state=0) == max_weight_decay(X, signs, random_state=0)
-    assert max_weight_decay(X, np.array(["a", "b"])[y], random_state=0) == max_weight_decay(X, y, random_state=0)
+    settings = {"loss": "squared", "random_state": 0}
+    assert max_weight_decay(X, y, **settings) == max_weight_decay(X, signs, **settings)
+    assert max_weight_decay(X, np.array(["a", "b"])[y], **settings) == max_weight_decay(X, y, **settings)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def iris(d):
 def models():
     """Name, estimator and data of every model, one of each solver and kind of program: the paper's."""
     gated = {**PAPER, "random_state": 0}
-    relu = {"activation": "relu", "random_state": 0, "fit_intercept": False}
+    relu = {"activation": "relu", "loss": "squared", "random_state": 0, "fit_intercept": False}
     classify, regress, conv = ConvexBNClassifier, ConvexBNRegressor, Convolution(4, stride=2, regions=1)
     return {
         "group newton": (classify(**gated, n_gates=60), digits(600)),

@@ -73,7 +73,7 @@ def test_parameters_that_are_not_used_are_one_warning(activation, settings, told
 def test_messages_of_parameters_are_sorted():
     with pytest.raises(ValueError, match=r"\{'auto', 'conic', 'group_newton', 'proximal', 'subspace'\}"):
         ConvexBNClassifier(solver="best").fit(X, WORDS)
-    with pytest.raises(ValueError, match=r"\{'cross_entropy', 'logistic', 'squared', 'squared_hinge'\}"):
+    with pytest.raises(ValueError, match=r"\{'auto', 'cross_entropy', 'logistic', 'squared', 'squared_hinge'\}"):
         ConvexBNClassifierCV(loss="huber").fit(X, WORDS)
 
 

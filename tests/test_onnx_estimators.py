@@ -55,7 +55,7 @@ def check_classes(path, model, X, dtype):
         (3, {"gates": "trained"}),
         (2, {"loss": "cross_entropy"}),
         (3, {"loss": "cross_entropy"}),
-        (2, {"loss": "squared_hinge"}),
+        (2, {"loss": "squared_hinge", "weight_decay": 0.02}),
         (3, {"activation": "relu", "max_iter": 1, "time_limit": 5}),
     ],
     ids=str,

@@ -24,7 +24,8 @@ FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def classifier(**changes):
-    return ConvexBNClassifier(**{"n_gates": 30, "random_state": 0, "gates": "data", "linear": False, **changes})
+    options = {"loss": "squared", "n_gates": 30, "random_state": 0, "gates": "data", "linear": False}
+    return ConvexBNClassifier(**options | changes)
 
 
 def start(file, model=None, **changes):

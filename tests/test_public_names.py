@@ -124,7 +124,10 @@ def test_files_of_the_first_format_are_read_and_written_again(name, tmp_path):
 def test_a_path_of_the_first_format_goes_on(tmp_path):
     file, X = tmp_path / "path", np.random.default_rng(0).standard_normal((30, 3))
     shutil.copy(SAVED / "path.safetensors", file)
-    labels, model = np.array(["a", "b", "c"])[np.arange(30) % 3], convexbn.ConvexBNClassifier(n_gates=6, **PAPER)
+    labels, model = (
+        np.array(["a", "b", "c"])[np.arange(30) % 3],
+        convexbn.ConvexBNClassifier(loss="squared", n_gates=6, **PAPER),
+    )
     model.random_state = 0
     found = fit_path(model, X, labels, weight_decays=[2.0, 1.0], checkpoint=file)
     assert len(found.points) == 2

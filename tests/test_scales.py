@@ -20,7 +20,7 @@ UNITS = {
 
 
 def classifier(**changes):
-    return ConvexBNClassifier(**{"n_gates": 20, "random_state": 0, **changes})
+    return ConvexBNClassifier(**{"loss": "squared", "n_gates": 20, "random_state": 0, **changes})
 
 
 def regressor(**changes):

@@ -176,11 +176,12 @@ def test_the_plain_optimum_is_not_certified_under_the_filter_nor_the_filtered_on
 
 def test_the_formula_of_orthogonal_rows_is_not_taken():
     few, y = X[:5], np.array([0, 1, 2, 0, 1])
-    model = ConvexBNClassifier(activation="relu", weight_decay=0.2, spectral_filter=0.3, random_state=0, tol=1e-4)
+    shared = {"activation": "relu", "loss": "squared", "weight_decay": 0.2, "random_state": 0}
+    model = ConvexBNClassifier(spectral_filter=0.3, tol=1e-4, **shared)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         proof = model.fit(few, y).certificate_
-    plain = ConvexBNClassifier(activation="relu", weight_decay=0.2, random_state=0).fit(few, y).certificate_
+    plain = ConvexBNClassifier(**shared).fit(few, y).certificate_
     assert plain.stopped_by == "formula" and proof.stopped_by != "formula"
     assert plain.objective < proof.objective and proof.lower_bound <= proof.objective
     value, upper = max_weight_decay(few, y, activation="relu", spectral_filter=0.3)
@@ -255,7 +256,7 @@ def test_save_load_certify(activation, tmp_path):
 
 
 def test_predictions_are_those_of_ordinary_weights():
-    model = fitted(LABELS, ConvexBNClassifier, activation="relu", time_limit=1)
+    model = fitted(LABELS, ConvexBNClassifier, activation="relu", loss="squared", time_limit=1)
     new = rows_of_decreasing_size(40, 5, seed=9)
     outputs = to_module(model.network_).double()(_tensor(new)).detach().numpy()
     assert np.allclose(outputs, model.decision_function(new), atol=1e-9 * np.abs(outputs).max())

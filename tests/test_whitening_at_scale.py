@@ -235,7 +235,7 @@ def test_estimators_do_not_see_the_type(dtype, n):
     if dtype == np.int8:
         X = (X.astype(int) * 2 - 128).astype(np.int8)  # all of the range
     y = (X[:, 8].astype(int) > X[:, 2]).astype(int) + (X[:, 11].astype(int) > 50)
-    settings = {"n_gates": 5, "rank": 6, "random_state": 0, "tol": 1e-2, "max_iter": 50}
+    settings = {"loss": "squared", "n_gates": 5, "rank": 6, "random_state": 0, "tol": 1e-2, "max_iter": 50}
     small, large = ConvexBNClassifier(**settings), ConvexBNClassifier(**settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

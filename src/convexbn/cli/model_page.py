@@ -150,7 +150,7 @@ def _program(subject: Subject) -> Iterator[Html]:
     cut = model.rank_ if model.rank is None else f"{model.rank_} (asked for: {model.rank})"
     tau = "none" if model._tau is None else f"{model._tau:g} of the largest"
     told = {
-        "activation": model.activation, "loss": model.loss, "weight decay": f"{model.weight_decay_:.6g}",
+        "activation": model.activation, "loss": model.loss_, "weight decay": f"{model.weight_decay_:.6g}",
         "directions kept": cut, "spectral filter": tau, "tolerance": f"{model.tol:g}",
     }  # fmt: skip
     if (layer := subject.layer) is not None:

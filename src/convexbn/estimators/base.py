@@ -275,7 +275,7 @@ class BaseConvexBN(NetworkParameters):
                 )  # fmt: skip
             else:
                 gates, offsets, program = drawn or self._draw_gates(data, budget.until(GATES_SHARE))
-                weight_decay, temperature = self._resolve_weight_decay(lambda: program, budget)
+                weight_decay, temperature = self._resolve_weight_decay(data, lambda: program, budget)
                 fit = fit_gated(
                     data, program.with_weight_decay(weight_decay), (gates, offsets),
                     solver=self.solver, tol=self.tol, max_iter=self.max_iter, budget=budget, start=start,
@@ -306,20 +306,27 @@ class BaseConvexBN(NetworkParameters):
     def _weight_decay_relu(self, data: TrainingSet, budget: Budget) -> tuple[float, float | None]:
         """Weight decay and temperature of a ReLU network: those of a gated one, which max pooling does not have."""
         if data.readout.linear or not isinstance(self.weight_decay, str):
-            return self._resolve_weight_decay(lambda: self._draw_gates(data, budget.until(GATES_SHARE))[2], budget)
+
+            def gated() -> GatedProgram:
+                return self._draw_gates(data, budget.until(GATES_SHARE))[2]
+
+            return self._resolve_weight_decay(data, gated, budget)
         largest, _ = data.max_weight_decay_relu(proved=False, deadline=budget.until(SEARCH_SHARE))
         return AUTO_FRACTION * largest or 1.0, None
 
-    def _resolve_weight_decay(self, program: Callable[[], GatedProgram], budget: Budget) -> tuple[float, float | None]:
+    def _resolve_weight_decay(
+        self, data: TrainingSet, program: Callable[[], GatedProgram], budget: Budget
+    ) -> tuple[float, float | None]:
         """Weight decay of the parameter; for ``"auto"`` held-out rows choose one for a gated program.
 
         They also tell the temperature of the outputs of a classifier whose loss does not model probabilities.
         """
         if not isinstance(self.weight_decay, str):
             return float(self.weight_decay), None
-        choice, loss = chosen_weight_decay(on_rows := program(), budget), LOSSES[self.loss]
-        calibrated = self._task == "classification" and not loss.models_probabilities
-        return choice.weight_decay, choice.temperature(on_rows.loss) if calibrated else None
+        choice, loss = chosen_weight_decay(on_rows := program(), budget), LOSSES[self.loss_]
+        if self._task == "regression" or loss.models_probabilities:
+            return choice.weight_decay, None
+        return choice.weight_decay, choice.temperature(on_rows.loss, data.target_offset)
 
     @property
     def _tau(self) -> float | None:

@@ -12,7 +12,7 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.data.canonical import canonical_rows
 from convexbn.estimators.base import BaseConvexBN
 from convexbn.estimators.class_weight import class_weighted
-from convexbn.estimators.parameters import ClassificationParameters, parameters
+from convexbn.estimators.parameters import ClassificationParameters, parameters, trained_loss
 from convexbn.program.losses import LOSSES, LossKind, class_loss, softmax
 from convexbn.program.targets import class_targets
 
@@ -34,10 +34,12 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         ``"gated"``: fixed gates are part of the model, and the optimum for those gates is certified. ``"relu"``: all
         patterns and widths, by formula if the distinct rows are affinely independent (rank n - 1). Else training
         searches for neurons, and the certificate bounds what the search did not see.
-    loss : {"squared", "squared_hinge", "logistic", "cross_entropy"}, default="squared"
-        ``"squared"`` is half the sum of squared errors. ``"squared_hinge"`` is ``1/2 sum (1 - y f)_+^2``, for more
-        than two classes summed over the outputs, each of which tells one class from all others. ``"cross_entropy"``
-        is the softmax cross-entropy (for two classes the logistic loss); ``"logistic"`` is for two classes.
+    loss : {"auto", "squared", "squared_hinge", "logistic", "cross_entropy"}, default="auto"
+        ``"cross_entropy"`` is the softmax cross-entropy (for two classes the logistic loss); ``"logistic"`` is for two
+        classes. ``"squared"`` is half the sum of squared errors, which is trained several times as fast.
+        ``"squared_hinge"`` is ``1/2 sum (1 - y f)_+^2``, for more than two classes summed over the outputs, each of
+        which tells one class from all others. ``"auto"`` is the cross-entropy for at most 60 columns, the squared loss
+        for more, where it is as accurate (docs/tables.md), and for convolutions; ``loss_`` names it.
     weight_decay : float or "auto", default="auto"
         Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the *sum* of
         the losses: ``beta = lam * sqrt(n)`` for a torch optimiser's ``weight_decay`` lam with a mean loss. ``"auto"``
@@ -117,6 +119,8 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
     history_ : list of Progress
         Objective and lower bound after each iteration, as the solver computed them. The search for ReLU networks
         has crude bounds, and an ``estimated_bound`` that proves nothing.
+    loss_ : str
+        Name of the loss that was trained.
     fingerprint_ : str
         Hash of the training rows in canonical order.
     temperature_ : float or None
@@ -165,14 +169,14 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
         return _temperature(self.__dict__)
 
     def _loss_kind(self, Y: Float) -> LossKind:
-        return class_loss(self.loss, Y.shape[1])
+        return class_loss(self.loss_, Y.shape[1])
 
     def _encode_new(self, y: Any) -> tuple[Float, dict[str, Any]]:
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
             raise ValueError(f"The classifier needs at least 2 classes; all rows are of class {classes.tolist()[0]!r}.")
-        if len(classes) > 2 and not LOSSES[self.loss].takes_outputs(len(classes)):
+        if len(classes) > 2 and not LOSSES[self.loss_].takes_outputs(len(classes)):
             raise ValueError(f"loss={self.loss!r} is for two classes, not {len(classes)}: use loss='cross_entropy'.")
         return self._encode(y, classes), {"classes_": classes}
 
@@ -193,11 +197,11 @@ class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN
 
     def _encode(self, y: np.ndarray, classes: np.ndarray) -> Float:
         n_outputs = 1 if len(classes) == 2 else len(classes)
-        return class_targets(np.searchsorted(classes, y), n_outputs, self.loss)
+        return class_targets(np.searchsorted(classes, y), n_outputs, self.loss_)
 
 
 def _temperature(fitted: dict[str, Any]) -> float:
     """Divisor of the outputs of one fit in the softmax or sigmoid."""
     if (calibrated := fitted.get("temperature_")) is not None:
         return float(calibrated)
-    return 0.5 if len(fitted["classes_"]) == 2 and not LOSSES[fitted["loss"]].models_probabilities else 1.0
+    return 0.5 if len(fitted["classes_"]) == 2 and not LOSSES[trained_loss(fitted)].models_probabilities else 1.0

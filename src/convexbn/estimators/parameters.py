@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -20,6 +21,9 @@ from convexbn.training.fit import SOLVERS
 #: both.
 ONLY_FOR = {"gated": ("gates", "solver"), "relu": ("width", "n_starts")}
 
+#: Most columns of a table for which ``loss="auto"`` is the cross-entropy.
+AUTO_LOSS_COLUMNS = 60
+
 #: Dataclass decorator: fields are the keywords of an estimator; scikit-learn prints and compares it.
 parameters = dataclass(kw_only=True, eq=False, repr=False)
 
@@ -29,6 +33,14 @@ class Choices(StrOptions):
 
     def __str__(self) -> str:
         return f"a str among {{{', '.join(map(repr, sorted(self.options)))}}}"
+
+
+def trained_loss(values: Mapping[str, Any]) -> str:
+    """Name of the loss that parameters and fitted attributes stand for."""
+    if values["loss"] != "auto":
+        return str(values["loss"])
+    many = values["convolution"] is not None or values["n_features_in_"] > AUTO_LOSS_COLUMNS
+    return "squared" if many else "cross_entropy"
 
 
 @parameters
@@ -72,8 +84,14 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         "class_weight": [dict, Choices({"balanced"}), None],  # of classification alone
     }
 
+    @property
+    def loss_(self) -> str:
+        """Name of the loss that is trained: the parameter, or what ``"auto"`` is for the columns of the data."""
+        return trained_loss(self.__dict__)
+
     def _validate_params(self) -> None:
-        constraints = self._parameter_constraints | {"loss": [Choices(set(losses_for(self._task)))]}
+        automatic = {"auto"} if self._task == "classification" else set()
+        constraints = self._parameter_constraints | {"loss": [Choices(automatic | set(losses_for(self._task)))]}
         validate_parameter_constraints(constraints, self.get_params(deep=False), caller_name=type(self).__name__)
 
     @property
@@ -95,6 +113,7 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 class ClassificationParameters(NetworkParameters):
     """Parameters of classification."""
 
+    loss: str = "auto"
     class_weight: dict[Any, float] | str | None = None
 
     _task: ClassVar[str] = "classification"

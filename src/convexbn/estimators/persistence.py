@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from convexbn.certificate.status import Status
 from convexbn.data.convolution import Convolution
 from convexbn.estimators import persistence_header as headers
+from convexbn.estimators.parameters import trained_loss
 from convexbn.files import model_file
 from convexbn.files.model_file import FormatError
 from convexbn.files.schema import require, same_names
@@ -182,7 +183,7 @@ def _check_agreement(model: Any, fitted: Mapping[str, Any]) -> None:
     require(not has_classes or (1 if n_classes == 2 else n_classes) == K, "classes")
     require(has_classes != ("_single_output" in fitted), "single_output")
     require(K == 1 or not fitted.get("_single_output"), "single_output")
-    require(class_loss(model.loss, K).takes_outputs(K), "parameters")
+    require(class_loss(trained_loss(vars(model) | dict(fitted)), K).takes_outputs(K), "parameters")
     require(len(fitted.get("feature_names_in_", range(d))) == d, "feature_names")
     require(fitted["rank_"] <= len(network.mean), "rank")
     require(fitted["n_iter_"] == (history[-1].iteration if history else 0), "n_iter")

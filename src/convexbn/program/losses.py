@@ -98,9 +98,17 @@ class Loss:
         """Weight decay of the output bias."""
         return 0.0
 
-    def best_bias(self, outputs: Float) -> Float:
-        """Output bias (K,) that the loss adds to outputs; zeros for a loss that has none."""
+    def best_bias(self, outputs: Float, near: Float | None = None) -> Float:
+        """Output bias (K,) that the loss adds to outputs, begun ``near`` one; zeros for a loss that has none."""
         return np.zeros(outputs.shape[1])
+
+    def value_and_dual(self, outputs: Float) -> tuple[float, Float]:
+        """Value and negative gradient, which share their exponentials."""
+        return self.value(outputs), self.negative_gradient(outputs)
+
+    def dual_at(self, outputs: Float, bias: Float) -> Float:
+        """Negative gradient at the best output bias (K,), which is known."""
+        return self.negative_gradient(outputs)
 
     def value_at(self, outputs: Float, bias: Float | float) -> float:
         """Value of outputs with an output bias (K,)."""
@@ -339,8 +347,8 @@ class LogisticLoss(Loss):
         return float(self.weights @ xp.sum(losses, axis=1)) + self.constant
 
     def negative_gradient(self, outputs: Float) -> Float:
-        p = 0.5 * (1 + self.targets)
-        return self.weights[:, None] * (p * _sigmoid(-outputs) - (1 - p) * _sigmoid(outputs))
+        p, (above, below) = 0.5 * (1 + self.targets), _sigmoids(outputs)
+        return self.weights[:, None] * (p * below - (1 - p) * above)
 
     def dual_value(self, dual: Float) -> float:
         p, q = 0.5 * (1 + self.targets), dual / self.weights[:, None]
@@ -387,17 +395,22 @@ class CrossEntropyLoss(Loss):
 
     def value(self, outputs: Float) -> float:
         below, _, rest, _ = _shifted(outputs)
-        xp = namespace(outputs)
-        losses = xp.sum(self.targets * below, axis=1) + xp.log1p(rest[:, 0])
-        return float(self.weights @ losses) + self.constant
+        return self._value(below, rest)
 
     def negative_gradient(self, outputs: Float) -> Float:
+        return self.value_and_dual(outputs)[1]
+
+    def value_and_dual(self, outputs: Float) -> tuple[float, Float]:
         # y (1 - p) - (1 - y) p, where 1 - p of the largest is the sum of the others: no digits are lost
-        _, exponentials, rest, peak = _shifted(outputs)
+        below, exponentials, rest, peak = _shifted(outputs)
         total = rest + 1
         others = namespace(outputs).where(peak, rest, total - exponentials)
         dual = self.targets * others - (1 - self.targets) * exponentials
-        return dual * (self.weights[:, None] / total)
+        return self._value(below, rest), dual * (self.weights[:, None] / total)
+
+    def _value(self, below: Float, rest: Float) -> float:
+        losses = _row_sums(self.targets * below) + namespace(below).log1p(rest[:, 0])
+        return float(self.weights @ losses) + self.constant
 
     def dual_value(self, dual: Float) -> float:
         q = dual / self.weights[:, None]
@@ -517,21 +530,30 @@ def _entropy_downwards(y: Float, q: Float) -> Float:
     return xp.where(live, -p * logarithm, 0.0) - doubt * (2 - floored)
 
 
-def _sigmoid(outputs: Float) -> Float:
-    """``1 / (1 + exp(-f))`` to full relative accuracy, without overflow."""
+def _sigmoids(outputs: Float) -> tuple[Float, Float]:
+    """``1 / (1 + exp(-f))`` and ``1 / (1 + exp(f))`` to full relative accuracy, without overflow."""
     xp = namespace(outputs)
     small = xp.exp(-xp.abs(outputs))
-    return xp.where(outputs >= 0, 1.0, small) / (1 + small)
+    up, total = outputs >= 0, 1 + small
+    return xp.where(up, 1.0, small) / total, xp.where(up, small, 1.0) / total
 
 
 def _shifted(outputs: Float) -> tuple[Float, Float, Float, Bool]:
-    """``max f - f``, ``exp(f - max f)``, the sum of the latter without the first largest, and a mask of that one."""
+    """``max f - f``, ``exp(f - max f)``, the sum of the latter without one of the largest, and a mask of the largest.
+
+    Reductions go over the rows of contiguous transposes: over columns they are ten times as slow for few classes.
+    """
     xp = namespace(outputs)
-    below = xp.max(outputs, axis=1, keepdims=True) - outputs
-    exponentials = xp.exp(-below)
-    places = xp.arange(outputs.shape[1], device=device(outputs))
-    peak = places == xp.argmax(outputs, axis=1)[:, None]
-    return below, exponentials, xp.sum(xp.where(peak, 0.0, exponentials), axis=1, keepdims=True), peak
+    below = xp.max(xp.asarray(outputs.T, copy=True), axis=0)[:, None] - outputs
+    exponentials, peak = xp.exp(-below), below == 0
+    rest = _row_sums(xp.where(peak, 0.0, exponentials)) + (_row_sums(xp.where(peak, 1.0, 0.0)) - 1)
+    return below, exponentials, rest[:, None], peak
+
+
+def _row_sums(array: Float) -> Float:
+    """Sums over the columns, by a product."""
+    xp = namespace(array)
+    return array @ xp.ones(array.shape[1], dtype=array.dtype, device=device(array))
 
 
 def _diagonals(entries: Float) -> Float:

@@ -23,6 +23,8 @@ from convexbn.program.rays import Formula, NoFormulaError
 _MOST_STEPS = 60
 #: Relative size below which eigenvalues of the second derivative in the bias are 0: the softmax ignores a common bias.
 _FLAT = 1e-12
+#: Relative decrease of a loss that its rounded values tell.
+_TOLD = 1e-12
 #: Relative sum of a dual point that counts as zero where a formula does not move the bias.
 _BALANCED = 1e-12
 
@@ -75,7 +77,10 @@ class WithOutputBias(Loss):
 
     def negative_gradient(self, outputs: Float) -> Float:
         """``-grad L(F + 1 b')`` at the best bias; its sum over the rows is ``decay b`` up to rounding."""
-        bias = self.best_bias(outputs)
+        return self.dual_at(outputs, self.best_bias(outputs))
+
+    def dual_at(self, outputs: Float, bias: Float) -> Float:
+        """Negative gradient at the best bias, which is known."""
         dual = self.inner.negative_gradient(outputs + bias)
         excess = dual.sum(axis=0) - self.decay * bias
         return dual - np.outer(self.weights / self.weights.sum(), excess)
@@ -139,11 +144,12 @@ class WithOutputBias(Loss):
             raise NoFormulaError(f"no formula: {name} has one with an intercept for classes of equal weight only.")
         return hidden, output
 
-    def best_bias(self, outputs: Float) -> Float:
+    def best_bias(self, outputs: Float, near: Float | None = None) -> Float:
         """Minimiser ``b`` (K,), by Newton's method with halved steps; exact for the squared loss."""
         if isinstance(self.inner, SquaredLoss):
             return self.weights @ (self.targets - outputs) / (self.weights.sum() + self.decay)
-        return self._newton(outputs, np.zeros(outputs.shape[1]), self._alone)
+        starts = [np.zeros(outputs.shape[1]), self._alone] if near is None else [near]
+        return self._newton(outputs, *starts)
 
     @functools.cached_property
     def _alone(self) -> Float:
@@ -153,23 +159,30 @@ class WithOutputBias(Loss):
 
     def _newton(self, outputs: Float, *starts: Float) -> Float:
         """Newton's method from the best of some biases (K,)."""
-        bias = min(starts, key=lambda start: self.value_at(outputs, start))
-        value = self.value_at(outputs, bias)
+        bias = min(starts, key=lambda start: self.value_at(outputs, start)) if len(starts) > 1 else starts[0]
+        (value, dual), last = self._value_and_dual_at(outputs, bias), np.inf
         for _ in range(_MOST_STEPS):
-            dual = self.inner.negative_gradient(outputs + bias)
             slope = dual.sum(axis=0) - self.decay * bias
             hessian = self.inner.total_curvature(outputs + bias, dual) + self.decay * np.eye(len(bias))
             step = np.linalg.pinv(hessian, rcond=_FLAT, hermitian=True) @ slope  # without a common bias of the softmax
             if (straight := hessian.diagonal() == 0).any():
                 ahead = np.diag(slope / self.weights.sum())[straight]
                 step = np.sum([self._far(outputs, bias, one) for one in ahead], axis=0)
-            # where the value no longer tells, the slope still does
-            while (following := self.value_at(outputs, bias + step)) > value + 4 * EPS * abs(value):
+            told = slope @ step > _TOLD * abs(value)  # else the slope alone tells, and steps shrink down to rounding
+            following, dual = self._value_and_dual_at(outputs, bias + step)
+            while told and following > value:
                 step = 0.5 * step
-            bias, value = bias + step, following
-            if np.abs(step).max() <= 4 * EPS * (self.output_scale + np.abs(bias).max()):
+                following, dual = self._value_and_dual_at(outputs, bias + step)
+            bias, value, size = bias + step, following, np.abs(step).max()
+            if size <= 4 * EPS * (self.output_scale + np.abs(bias).max()) or not (told or size < 0.5 * last):
                 break
+            last = size
         return bias
+
+    def _value_and_dual_at(self, outputs: Float, bias: Float) -> tuple[float, Float]:
+        """Value with a bias (K,) and its weight decay, and the negative gradient of the loss there."""
+        value, dual = self.inner.value_and_dual(outputs + bias)
+        return value + 0.5 * self.decay * float(bias @ bias), dual
 
     def _far(self, outputs: Float, bias: Float, step: Float) -> Float:
         """Step in one output, where the loss is linear, doubled for as long as that lowers the value."""

@@ -42,7 +42,8 @@ FEW_STEPS_ROWS, EPOCHS_A_POLISH = 20_000, 8
 
 WIDTHS = 100, 1000  # fewest and most neurons by default on many rows: twice the inputs
 
-CRUDE = 1e-2  # relative gap of the solutions by which held-out rows choose a weight decay
+CRUDE = 1e-2  # relative gap of the solutions by which held-out rows choose a weight decay, and their most iterations
+CRUDE_STEPS = {"subspace": {"max_iter": 5}, "proximal": {"max_iter": 20}}
 
 PRICING_ENTRIES = 1 << 20  # n q of the whitened rows up to which column generation trains ReLU networks
 PRICING_TOL = 0.1  # fraction of the tolerance that pricing aims at: the valid bounds need the rest
@@ -195,7 +196,8 @@ class ReluSettings:
 
 def chosen_weight_decay(program: GatedProgram, budget: Budget) -> Choice:
     """Weight decay that held-out rows choose for a gated program, by crude solutions; 1 if none is useful."""
-    return held_out_choice(program, SOLVERS[choose_solver("auto", program)](tol=CRUDE), budget)
+    kind = choose_solver("auto", program)
+    return held_out_choice(program, SOLVERS[kind](tol=CRUDE, **CRUDE_STEPS.get(kind, {})), budget)
 
 
 def judge_on(

@@ -46,23 +46,24 @@ class Choice(NamedTuple):
     outputs: Float
     held_out: Index
 
-    def temperature(self, loss: Loss) -> float | None:
+    def temperature(self, loss: Loss, offset: Float) -> float | None:
         """Divisor of the outputs whose softmax (sigmoid) has the least cross-entropy on the rows; None without rows.
 
         Parameters
         ----------
-        loss : Loss
-            Of all rows, with classes as targets.
+        loss, offset : Loss, ndarray (K,)
+            Of all rows, with classes as targets, from which the offset was subtracted.
         """
         if not len(self.held_out):
             return None
-        targets, weights = loss.targets[self.held_out], loss.weights[self.held_out]
+        targets, weights = loss.targets[self.held_out] + offset, loss.weights[self.held_out]
+        outputs = self.outputs + offset
         of_probabilities: Loss = LogisticLoss(np.clip(targets, -1, 1), weights)
         if targets.shape[1] > 1:
             of_probabilities = CrossEntropyLoss((targets == targets.max(axis=1, keepdims=True)).astype(float), weights)
         sizes = _COLDEST, _HOTTEST
         found = scipy.optimize.minimize_scalar(
-            lambda size: of_probabilities.value(np.exp(-size) * self.outputs), bounds=sizes, method="bounded"
+            lambda size: of_probabilities.value(np.exp(-size) * outputs), bounds=sizes, method="bounded"
         )
         return float(np.exp(found.x))
 

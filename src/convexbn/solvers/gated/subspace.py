@@ -58,7 +58,7 @@ class Subspace(Solver[GatedProgram, GateBlocks]):
     """
 
     tol: float = 1e-6
-    max_iter: int = 500
+    max_iter: int = 2000
 
     solves: ClassVar[Solves] = Solves(operators=(MaskedRows,), norms=(Frobenius,))
 
@@ -100,7 +100,9 @@ class _Descent:
         self.certified = self.halved = self.judged = np.inf
         self.exhausted, self.waiting, self.penalty = False, 0, np.ones(program.n_gates)
         self.patience = _PATIENCE if start is None else _WARM_PATIENCE
-        self._move_to(blocks, self._with_bias(_outputs(self.kernels, blocks)))
+        outputs = _outputs(self.kernels, blocks)
+        self.bias = program.loss.best_bias(outputs)
+        self._move_to(blocks, outputs + self.bias)
         self._forget()
 
     @property
@@ -114,17 +116,14 @@ class _Descent:
             self.kernels = self.program
             self._forget()  # outputs of the last steps are in float32
 
-    def _with_bias(self, outputs: Float) -> Float:
-        """Outputs of blocks with the best output bias."""
-        return outputs + self.program.loss.best_bias(outputs)
-
     def _move_to(
         self, blocks: Float, outputs: Float, kernels: GatedProgram | None = None, dual: Float | None = None
     ) -> None:
         self.blocks, self.outputs = blocks, outputs
         self.norms = block_norms(blocks)
-        self.objective = self.loss.value(self.outputs) + self.beta * float(self.norms.sum())
-        self.dual = self.loss.negative_gradient(self.outputs) if dual is None else dual
+        loss, here = self.loss.value_and_dual(self.outputs)
+        self.objective = loss + self.beta * float(self.norms.sum())
+        self.dual = here if dual is None else dual
         self.correlations = _in_range((kernels or self.kernels).correlations, self.dual)
 
     @property
@@ -165,8 +164,9 @@ class _Descent:
         return self.certified
 
     def _judge(self, blocks: Float) -> None:
-        outputs = _outputs(self.program, blocks)
-        self._move_to(blocks, self._with_bias(outputs), self.program, self.program.loss.negative_gradient(outputs))
+        loss, outputs = self.program.loss, _outputs(self.program, blocks)
+        self.bias = loss.best_bias(outputs, self.bias)
+        self._move_to(blocks, outputs + self.bias, self.program, loss.dual_at(outputs, self.bias))
 
     def _forget(self) -> None:
         self.age = _STALE
@@ -206,6 +206,8 @@ class _Descent:
         if self.biased:
             columns, outputs = _joined(columns, 0.0), _joined(outputs, 1.0)
         combination = self._search(columns, outputs)
+        if self.biased:
+            self.bias = self.bias + combination[-1]
         moved, seen = columns @ combination, outputs @ combination
         self._move_to(self.blocks + moved.reshape(shape), self.outputs + seen)
         kept = max(1, _COLUMNS // K) * K
@@ -256,9 +258,9 @@ class _Descent:
             here = (blocks + columns @ combination).reshape(self.blocks.shape)
             seen = self.outputs + outputs @ combination
             norms = block_norms(here)
-            value = self.loss.value(seen) + self.beta * float(norms.sum())
+            loss, dual = self.loss.value_and_dual(seen)
+            value = loss + self.beta * float(norms.sum())
             here /= np.where(norms > 0, norms, 1.0)[:, None, None]
-            dual = self.loss.negative_gradient(seen)
             slope = self.beta * columns.T @ here.reshape(len(columns), -1) - outputs.T @ dual
             return value, slope
 
