@@ -97,7 +97,7 @@ def fit_gated(
     method = SOLVERS[choose_solver(solver, program)](**settings)
     budget = budget or Budget()
     limit = None if budget.time_limit is None else GATED_SHARE * budget.time_limit
-    solution = _solve_somehow(method, program, start, replace(budget, time_limit=limit), tol)
+    solution = _Unbroken(method, tol).solve(program, start, replace(budget, time_limit=limit))
     index, values = solution.weights
     if not np.isfinite(values).all():
         solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
@@ -107,18 +107,23 @@ def fit_gated(
     return Fit(network, proof, solution.history, solution.n_iter)
 
 
-def _solve_somehow(
-    method: Solver[GatedProgram, GateBlocks], program: GatedProgram, start: GateBlocks | None, budget: Budget | None,
-    tol: float,
-) -> Solution[GateBlocks]:  # fmt: skip
-    """Solution of a solver; where rounding breaks it, without the start, then by descent; at last the zero network."""
-    attempts = [(method, start)] if start is None else [(method, start), (method, None)]
-    if isinstance(program.operator, MaskedRows):
-        attempts.append((Subspace(tol), None))
-    for solver, begin in attempts:
-        with suppress(np.linalg.LinAlgError):
-            return solver.solve(program, begin, budget)
-    return Solution(nonzero(np.zeros((program.n_gates, *program.block_shape))), "numerical")
+@dataclass(frozen=True)
+class _Unbroken(Solver[GatedProgram, GateBlocks]):
+    """A solver; where rounding breaks it, the same without the start, then descent; at last the zero network."""
+
+    method: Solver[GatedProgram, GateBlocks]
+    tol: float
+
+    def _solve(
+        self, program: GatedProgram, start: GateBlocks | None, budget: Budget, rng: np.random.Generator
+    ) -> Solution[GateBlocks]:
+        attempts = [(self.method, start)] if start is None else [(self.method, start), (self.method, None)]
+        if isinstance(program.operator, MaskedRows):
+            attempts.append((Subspace(self.tol), None))
+        for solver, begin in attempts:
+            with suppress(np.linalg.LinAlgError):
+                return solver.solve(program, begin, budget)
+        return Solution(nonzero(np.zeros((program.n_gates, *program.block_shape))), "numerical")
 
 
 def fit_relu(
@@ -195,7 +200,8 @@ class ReluSettings:
 
 def chosen_weight_decay(program: GatedProgram, budget: Budget) -> Choice:
     """Weight decay that held-out rows choose for a gated program, by crude solutions; 1 if none is useful."""
-    return held_out_choice(program, SOLVERS[choose_solver("auto", program)](tol=CRUDE), budget)
+    solver = _Unbroken(SOLVERS[choose_solver("auto", program)](tol=CRUDE), CRUDE)
+    return held_out_choice(program, solver, budget)
 
 
 def judge_on(
