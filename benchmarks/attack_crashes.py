@@ -229,6 +229,8 @@ def main(first: int, end: int) -> int:
         if wrong is not None:
             faults.append(f"seed {seed}, {result.split()[0]}: {wrong}")
             print(faults[-1], flush=True)
+        if (seed + 1 - first) % 500 == 0:
+            print(f"{seed + 1 - first} fits, {len(faults)} faults so far", flush=True)
     for result, count in sorted(outcomes.items()):
         print(f"{count:6d}  {result}")
     print(f"{end - first} fits, {len(faults)} faults")

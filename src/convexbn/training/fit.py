@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._threads import single_scipy_blas
-from convexbn._types import Float
+from convexbn._types import Float, now
 from convexbn.certificate.certificate import Certificate, certify
 from convexbn.certificate.dual_bounds import NOTHING_KNOWN, KnownBound
 from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows
@@ -147,7 +146,7 @@ def fit_relu(
     budget, rng, start : Budget, numpy.random.Generator, Neurons, optional
         Limits of time, the source of random neurons and batches, and a warm start.
     """
-    program, budget, began = data.relu_program(weight_decay), budget or Budget(), time.monotonic()
+    program, budget, began = data.relu_program(weight_decay), budget or Budget(), now()
     solution = None
     if data.has_orthogonal_rows:
         with suppress(NoFormulaError):
@@ -159,8 +158,8 @@ def fit_relu(
     network = BatchNormNetwork.from_neurons(data.whitening, solution.weights, data.convolution)
     network = replace(network, output_bias=data.output_bias(lambda: program.outputs(solution.weights)))
     if proof_time is None and budget.time_limit is None:
-        proof_time = time.monotonic() - began + LEAST_PROOF
-    deadline = time.monotonic() if solution.stopped_by == "callback" else budget.sooner(proof_time)
+        proof_time = now() - began + LEAST_PROOF
+    deadline = now() if solution.stopped_by == "callback" else budget.sooner(proof_time)
     proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True, deadline=deadline)
     history = solution.history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]  # by formula
     return Fit(network, proof, history, len(history))
