@@ -235,12 +235,11 @@ def test_large_tables_need_little_memory(path, table):
     assert peak < 5 * len(table)
 
 
-def test_ten_million_tensors_are_refused_fast(path):
+def test_ten_million_tensors_are_refused_before_they_are_parsed(path, monkeypatch):
     path.write_bytes(hostile.frame(b"{" + b'"":0,' * 10**7))
-    began = time.process_time()
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the table was parsed"))
     with pytest.raises(FormatError, match="over 32 levels or 1000000 items"):
         read(path)
-    assert time.process_time() - began < 5
 
 
 def test_a_large_sealed_header_costs_little(path):

@@ -118,13 +118,14 @@ def test_valid_and_estimated_gap_are_told_apart():
     assert "an estimate, not a bound" in proof.sentence and "valid" in proof.sentence
 
 
+@pytest.mark.cpu_clock
 def test_a_time_limit_is_obeyed_by_solver_and_proof():
     X = rows(300, 15)
     Y = values_of(X, 3)
     for limit in (0, 2):
         started = time.process_time()
         model = regressor(time_limit=limit).fit(X, Y)
-        assert time.process_time() - started <= limit + 1
+        assert time.process_time() - started <= limit + 1  # for steps that nothing cuts short
         assert model.certificate_.status in (Status.GAP_OPEN, Status.RESTRICTED)
         assert 0 <= model.certificate_.relative_gap <= 1
 
@@ -183,7 +184,7 @@ def test_invariance_to_units_mixing_and_order_of_rows(seed):
     rng = np.random.default_rng(seed)
     X = rows(30, 3, seed)
     y = values_of(X)
-    model = regressor(weight_decay=0.5, time_limit=2)
+    model = regressor(weight_decay=0.5, time_limit=20)
     expected = clone(model).fit(X, y)
     order = rng.permutation(30)
     for changed, targets in ((X * [1e-3, 1.0, 1e4], y), (X @ rng.standard_normal((3, 3)), y), (X[order], y[order])):

@@ -14,7 +14,6 @@ from convexbn._version import __version__
 from convexbn.cli import certify, fit, path, predict, report, reproduce
 from convexbn.cli.output import Terminated, broken_off, say
 
-
 #: What Python's own MemoryError leaves out.
 _WITHOUT_WORDS = "out of memory: raise the limit of this process, or give it fewer rows or gates"
 
