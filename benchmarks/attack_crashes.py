@@ -12,11 +12,6 @@ parameters; a part are paths, cross-validations and convolutions. A fault is
 - a network with numbers that are not finite, or a certificate that contradicts its own status.
 """
 
-import os
-
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are loaded, below
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import linecache
 import sys
 import traceback

@@ -401,6 +401,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(out, tmp_path
     refused(capsys, "predict", "no model", data, "--out", tmp_path / out, match="--out")
 
 
+def test_memory_that_ran_out_has_words(tmp_path, capsys, monkeypatch):
+    def allocate(*_):
+        raise MemoryError  # as Python's own, without an argument
+
+    monkeypatch.setattr("convexbn.cli.data_sources.read_columns", allocate)
+    refused(capsys, "fit", "data.csv", "--out", tmp_path / "m", match="out of memory: raise the limit")
+
+
 def test_models_that_are_none_are_refused(digits, tmp_path, capsys):
     data = write_csv(tmp_path / "data.csv", y=NUMBERS)
     (tmp_path / "html").write_text("<!doctype html>")

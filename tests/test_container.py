@@ -271,6 +271,12 @@ def test_folders_pipes_and_devices_are_not_read(tmp_path, make):
     assert caught.value.filename == str(tmp_path / "given")
 
 
+def test_a_name_with_nul_is_no_name(path):
+    for attempt in (lambda: read(f"{path}\0"), lambda: write(f"{path}\0", *content(0))):
+        with pytest.raises(OSError, match="cannot hold a NUL character"):
+            attempt()
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         read(tmp_path / "given")
