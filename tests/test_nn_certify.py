@@ -292,10 +292,10 @@ def test_asgd_decays_by_its_lambd_too():
     X, y = torch.tensor(rng.standard_normal((30, 3))), torch.tensor(rng.standard_normal((30, 1)))
     module = two_layers(3, 4, 1)
     optimizer = torch.optim.ASGD(module.parameters(), lr=0.05, weight_decay=1e-2, lambd=3e-2, t0=1e9)
-    trained(module, X, y, nn.MSELoss(), optimizer, 8000)
+    trained(module, X, y, nn.MSELoss(), optimizer, 5000)
     last = module[3].weight
     slope = torch.autograd.grad(nn.MSELoss()(module(X), y), last)[0]
-    at_work = -float((slope * last).sum() / last.detach().square().sum())  # where the gradient and all decay cancel
+    at_work = -float((slope * last.detach()).sum() / last.detach().square().sum())  # where the gradient and all decay cancel
     found = certify(module, X, y, loss=nn.MSELoss(), optimizer=optimizer, time_limit=0)
     assert found.weight_decay * 2 / 30 * np.sqrt(30) == pytest.approx(at_work, rel=2e-2)  # of an unfinished descent
     assert at_work == pytest.approx(4e-2, rel=2e-2)

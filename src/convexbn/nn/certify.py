@@ -159,7 +159,7 @@ def _decays(last: LastLayers | ConvolutionalLayers, optimizer: Any) -> dict[str,
                     f"the optimiser does not hold {key} of {type(module).__name__} '{layer}': give the one that "
                     "trained it, or weight_decay."
                 )
-            if not tensor.requires_grad:
+            if not tensor.requires_grad and (layer, key) != (last.output, "bias"):  # the bias may be held
                 raise ValueError(
                     f"{key} of {type(module).__name__} '{layer}' is frozen, so that no weight decay acts on it, and "
                     "certificates need one for all: give the weight_decay that you mean."
