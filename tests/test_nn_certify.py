@@ -295,7 +295,7 @@ def test_asgd_decays_by_its_lambd_too():
     trained(module, X, y, nn.MSELoss(), optimizer, 5000)
     last = module[3].weight
     slope = torch.autograd.grad(nn.MSELoss()(module(X), y), last)[0]
-    at_work = -float((slope * last.detach()).sum() / last.detach().square().sum())  # where the gradient and all decay cancel
+    at_work = -float((slope * last.detach()).sum() / last.detach().square().sum())  # gradient and decay cancel
     found = certify(module, X, y, loss=nn.MSELoss(), optimizer=optimizer, time_limit=0)
     assert found.weight_decay * 2 / 30 * np.sqrt(30) == pytest.approx(at_work, rel=2e-2)  # of an unfinished descent
     assert at_work == pytest.approx(4e-2, rel=2e-2)
