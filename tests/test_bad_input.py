@@ -592,11 +592,11 @@ def test_formulas_at_a_tiny_weight_decay_do_not_overflow(loss, weight_decay):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("weight_decay", [0, 0.0, -1, np.nan, np.inf, "large", np.array([1.0]), None]),
+        ("weight_decay", [0, 0.0, -1, 10**400, np.nan, np.inf, "large", np.array([1.0]), None]),
         ("tol", [-1e-6, np.nan, "small", None]),
         ("max_iter", [-1, 1.5, "many"]),
-        ("time_limit", [-1, np.nan, "long"]),
-        ("n_gates", [0, -1, 1.5, "many", None]),
+        ("time_limit", [-1, np.nan, "long", 10**400]),
+        ("n_gates", [0, -1, 10**400, 1.5, "many", None]),
         ("rank", [0, -1, 0.0, 1.5, np.nan, "full"]),
         ("activation", ["tanh", None, 1]),
         ("loss", ["hinge", None]),

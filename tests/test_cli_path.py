@@ -145,6 +145,6 @@ def test_a_signal_keeps_what_is_finished_and_says_how_to_go_on(number, code, wor
 def test_without_a_checkpoint_a_signal_says_what_is_lost(tmp_path):
     with long_path(tmp_path) as process:
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "2 of 3 points are finished; with --checkpoint FILE they would have been kept." in err

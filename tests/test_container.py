@@ -235,12 +235,11 @@ def test_large_tables_need_little_memory(path, table):
     assert peak < 5 * len(table)
 
 
-def test_ten_million_tensors_are_refused_fast(path):
+def test_ten_million_tensors_are_refused_before_they_are_parsed(path, monkeypatch):
     path.write_bytes(hostile.frame(b"{" + b'"":0,' * 10**7))
-    began = time.process_time()
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the table was parsed"))
     with pytest.raises(FormatError, match="over 32 levels or 1000000 items"):
         read(path)
-    assert time.process_time() - began < 5
 
 
 def test_a_large_sealed_header_costs_little(path):
@@ -270,6 +269,12 @@ def test_folders_pipes_and_devices_are_not_read(tmp_path, make):
     with pytest.raises(OSError, match="Not a regular file") as caught:
         read(tmp_path / "given")
     assert caught.value.filename == str(tmp_path / "given")
+
+
+def test_a_name_with_nul_is_no_name(path):
+    for attempt in (lambda: read(f"{path}\0"), lambda: write(f"{path}\0", *content(0))):
+        with pytest.raises(OSError, match="cannot hold a NUL character"):
+            attempt()
 
 
 def test_missing_files_are_named(tmp_path):

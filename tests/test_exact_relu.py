@@ -6,7 +6,6 @@ The reference is Clarabel on the program of all cells. For one output a second b
 
 import functools
 import itertools
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import scipy.optimize
 
 from convexbn import bounds
+from convexbn._types import now
 from convexbn.certificate.certificate import certify, lower_bound
 from convexbn.certificate.question import Question
 from convexbn.data.whitening import whiten
@@ -133,7 +133,7 @@ def certificate(problem, neurons, seconds):
     network = BatchNormNetwork.from_neurons(problem.whitening, neurons)
     program = ReluProgram(problem.rows, problem.loss, problem.weight_decay)
     question = Question(problem.X, problem.whitening.mean, program, 1e-9)
-    return certify(question, network, deadline=time.monotonic() + seconds)
+    return certify(question, network, deadline=now() + seconds)
 
 
 def objective_from_raw_data(problem, neurons):

@@ -277,6 +277,7 @@ def test_a_limit_of_memory_ends_in_a_memory_error():
     assert done.stdout.split() == ["MemoryError", "True", "False"], done.stderr[-500:]
 
 
+@pytest.mark.cpu_clock
 @pytest.mark.parametrize(("solver", "options"), [("proximal", {}), ("group_newton", {"tol": 1e-300})])
 def test_a_time_limit_is_kept(solver, options):
     rng = np.random.default_rng(0)
@@ -445,16 +446,18 @@ def test_other_processes_give_the_same_bits(method):
 
 
 def test_a_fork_while_another_thread_fits_does_not_hang():
-    thread = threading.Thread(target=lambda: fit_quietly(slow(time_limit=2.0)))
+    started, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: fit_quietly(slow(callback=lambda _: started.set() or done.is_set())))
     thread.start()
-    time.sleep(0.2)
+    assert started.wait(60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks in threaded programs
         for _ in range(3):
             child = multiprocessing.get_context("fork").Process(target=fingerprint_of_fit)
             child.start()
-            child.join(timeout=20)
+            child.join(timeout=60)
             assert child.exitcode == 0
+    done.set()
     thread.join()
 
 

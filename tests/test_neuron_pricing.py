@@ -1,12 +1,12 @@
 """The exact ReLU solver: its estimated gaps and proofs, what it never loses, what it stops for."""
 
-import time
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from convexbn import bounds
+from convexbn._types import now
 from convexbn.certificate.certificate import Found, judge
 from convexbn.certificate.dual_bounds import ReluDualBounds
 from convexbn.certificate.status import Scope, Status
@@ -82,7 +82,7 @@ def gap_of(rows, loss, beta, neurons):
 def proof_of(rows, loss, beta, neurons, seconds=10.0):
     first = neurons.first.T / np.linalg.norm(neurons.first.T, axis=1)[:, None]
     program = ReluProgram(rows, loss, beta)
-    prover = ReluDualBounds(program, first, tol=1e-6, deadline=time.monotonic() + seconds)
+    prover = ReluDualBounds(program, first, tol=1e-6, deadline=now() + seconds)
     norms = float(neurons.norms.sum())
     found = Found(network_outputs(rows, neurons), norms, norms)
     return judge(loss, found, beta, prover, Scope("all patterns"), 1e-5, "tolerance")

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -231,6 +232,8 @@ def refusals():
         ),
         "no decay": (dict(optimizer=optim.Adam(parameters)), "weight decay is 0.0 for batch norm and 0.0 for the last"),
         "on one": (dict(optimizer=optim.SGD(split, weight_decay=0.2)), "is 0.1 for weight and 0.2 for bias of Batch"),
+        "complex": (dict(y=np.zeros((9, 2)) + 1j, weight_decay=1.0), "y must be real, and is complex"),
+        "complex rows": (dict(X=torch.ones(9, 4) * 1j, weight_decay=1.0), "X must be real, and is complex"),
         "maximise": (dict(optimizer=optim.SGD(parameters, weight_decay=0.1, maximize=True)), "SGD maximises"),
         "other": (dict(optimizer=optim.SGD(parameters[:3], weight_decay=0.1)), "does not hold bias of BatchNorm1d '1'"),
         "none": (dict(), "give optimizer=, whose weight decay .* or weight_decay=.* lam \\* sqrt\\(n\\)"),
@@ -273,6 +276,29 @@ def test_what_has_no_such_objective_is_refused_in_a_sentence(case):
     with pytest.raises((TypeError, ValueError), match=words) as refusal:
         certify(module, **data | given)
     assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
+
+
+def test_a_frozen_scale_has_no_decay():
+    module = two_layers(4, 6, 2)
+    module(torch.randn(9, 4, dtype=torch.float64))
+    module[1].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(module.parameters(), weight_decay=0.1)
+    with pytest.raises(ValueError, match="weight of BatchNorm1d '1' is frozen"):
+        certify(module, torch.ones(9, 4), np.ones((9, 2)), loss=nn.MSELoss(), optimizer=optimizer)
+
+
+def test_asgd_decays_by_its_lambd_too():
+    rng = np.random.default_rng(0)
+    X, y = torch.tensor(rng.standard_normal((30, 3))), torch.tensor(rng.standard_normal((30, 1)))
+    module = two_layers(3, 4, 1)
+    optimizer = torch.optim.ASGD(module.parameters(), lr=0.05, weight_decay=1e-2, lambd=3e-2, t0=1e9)
+    trained(module, X, y, nn.MSELoss(), optimizer, 5000)
+    last = module[3].weight
+    slope = torch.autograd.grad(nn.MSELoss()(module(X), y), last)[0]
+    at_work = -float((slope * last.detach()).sum() / last.detach().square().sum())  # gradient and decay cancel
+    found = certify(module, X, y, loss=nn.MSELoss(), optimizer=optimizer, time_limit=0)
+    assert found.weight_decay * 2 / 30 * np.sqrt(30) == pytest.approx(at_work, rel=2e-2)  # of an unfinished descent
+    assert at_work == pytest.approx(4e-2, rel=2e-2)
 
 
 def test_adamw_is_judged_for_a_weight_decay_that_is_given():
@@ -647,6 +673,7 @@ def hostile(folder):
     yield "short.pt2", rezipped(pt2, {"data/weights/weight_0": b"abc"}), "other bytes than its shape"
     yield "large.pt2", rezipped(pt2, {config: meta_of("0.weight", sizes=[{"as_int": 2**62}] * 2)}), "not contiguous"
     yield "strides.pt2", rezipped(pt2, {config: meta_of("0.weight", strides=[{"as_int": 0}] * 2)}), "not contiguous"
+    yield "sizes.pt2", rezipped(pt2, {config: meta_of("0.weight", sizes=[{"as_int": 1}])}), "another form than torch"
     yield "dtype.pt2", rezipped(pt2, {config: meta_of("0.weight", dtype=12)}), "no plain tensor"
     yield "path.pt2", rezipped(pt2, {config: weight_of("0.weight", path_name="../../../x")}), "has no entry"
     yield "big-endian.pt2", rezipped(pt2, {"byteorder": b"big"}), "other bytes"
@@ -695,10 +722,18 @@ def test_nothing_in_a_hostile_file_is_executed(tmp_path, monkeypatch):
         with pytest.raises(FormatError, match=words) as refusal:
             read_checkpoint(path)
         assert str(refusal.value).startswith(f"{path} is not read: ") and str(refusal.value).count("\n") == 0
-    assert count == 40 and not (tmp_path / CANARY).exists()
+    assert count == 41 and not (tmp_path / CANARY).exists()
     with open(tmp_path / "hostile-mixed.pt", "rb") as file:
         torch.load(file, weights_only=False)["canary"].close()
     assert (tmp_path / CANARY).exists()  # the canary sings where it is let
+
+
+def test_a_pipe_and_a_name_with_nul_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="Not a regular file"):  # without a writer a reader would wait
+        read_checkpoint(tmp_path / "pipe")
+    with pytest.raises(OSError, match="cannot hold a NUL character"):
+        read_checkpoint("a\0b")
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "state.pt", "state.safetensors"])

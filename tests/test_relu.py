@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 import convexbn
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Status, max_weight_decay
+from convexbn._types import now
 from convexbn.certificate.certificate import certify
 from convexbn.program.losses import SquaredLoss
 from convexbn.program.output_bias import WithOutputBias
@@ -117,13 +118,14 @@ def test_valid_and_estimated_gap_are_told_apart():
     assert "an estimate, not a bound" in proof.sentence and "valid" in proof.sentence
 
 
+@pytest.mark.cpu_clock
 def test_a_time_limit_is_obeyed_by_solver_and_proof():
     X = rows(300, 15)
     Y = values_of(X, 3)
     for limit in (0, 2):
         started = time.process_time()
         model = regressor(time_limit=limit).fit(X, Y)
-        assert time.process_time() - started <= limit + 1
+        assert time.process_time() - started <= limit + 1  # for steps that nothing cuts short
         assert model.certificate_.status in (Status.GAP_OPEN, Status.RESTRICTED)
         assert 0 <= model.certificate_.relative_gap <= 1
 
@@ -182,7 +184,7 @@ def test_invariance_to_units_mixing_and_order_of_rows(seed):
     rng = np.random.default_rng(seed)
     X = rows(30, 3, seed)
     y = values_of(X)
-    model = regressor(weight_decay=0.5, time_limit=2)
+    model = regressor(weight_decay=0.5, time_limit=20)
     expected = clone(model).fit(X, y)
     order = rng.permutation(30)
     for changed, targets in ((X * [1e-3, 1.0, 1e4], y), (X @ rng.standard_normal((3, 3)), y), (X[order], y[order])):
@@ -249,7 +251,7 @@ def test_no_wrong_relu_network_is_certified(capsys):
         for network in _wrong(model.network_, rng):
             for loss in (data.loss, other):
                 question = data.question(ReluProgram(data.whitening.rows, loss, beta), 1e-6)
-                proof = certify(question, network, deadline=time.monotonic() + 0.1)
+                proof = certify(question, network, deadline=now() + 0.1)
                 runs += 1
                 certified = proof.status in (Status.CERTIFIED, Status.TRIVIAL)
                 refused += not certified

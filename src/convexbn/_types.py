@@ -16,14 +16,23 @@ Index: TypeAlias = NDArray[np.intp]
 EPS = float(np.finfo(np.float64).eps)
 
 
+#: Clock of all time limits; the tests put one in its place that counts its readings, so that limits are of work.
+_clock = time.monotonic
+
+
+def now() -> float:
+    """Seconds on the clock of all deadlines."""
+    return _clock()
+
+
 def is_over(deadline: float | None) -> bool:
-    """Whether ``time.monotonic()`` has reached the deadline; never without one."""
-    return deadline is not None and time.monotonic() >= deadline
+    """Whether ``now()`` has reached the deadline; never without one."""
+    return deadline is not None and now() >= deadline
 
 
 def share_of(deadline: float | None, share: float) -> float | None:
-    """``time.monotonic()`` at which a share of the time that is left is over, None without a deadline."""
+    """``now()`` at which a share of the time that is left is over, None without a deadline."""
     if deadline is None:
         return None
-    now = time.monotonic()
-    return now + share * (deadline - now)
+    current = now()
+    return current + share * (deadline - current)

@@ -2,7 +2,7 @@
 
 ``A`` (n, q) has orthonormal columns, or orthogonal ones of at most unit norm (a spectral filter). For weighted data
 rows are multiplied by ``sqrt(w)`` and ``V`` is divided by it. A bound is never below the maximum, rounding included;
-``local_maxima`` gives lower estimates. At a ``deadline``, a ``time.monotonic()``, the best so far is returned.
+``local_maxima`` gives lower estimates. At a ``deadline``, a ``now()``, the best so far is returned.
 
 ===================== ============== ==================================================================
 ``orthant``           K outputs      ignores A; exact at rank n - 1

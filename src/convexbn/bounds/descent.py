@@ -29,7 +29,7 @@ def minimise(
     max_iter : int
         Largest number of iterations.
     deadline : float, optional
-        ``time.monotonic()`` after which the best point so far is returned.
+        ``now()`` after which the best point so far is returned.
     worthwhile, ftol : float
         Relative decrease of the value that 20 iterations and a single one have to reach, else the descent ends.
     """

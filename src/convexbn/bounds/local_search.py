@@ -50,7 +50,7 @@ def local_maxima(
     rounds : int
         Largest number of convex-concave steps.
     deadline : float, optional
-        ``time.monotonic()`` after which nothing climbs further.
+        ``now()`` after which nothing climbs further.
     """
     scale = unit_scale(V)
     V = V / scale

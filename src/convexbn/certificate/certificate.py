@@ -96,7 +96,7 @@ def certify(
         Whether the network was trained on these rows. Its stored statistics must then give the loss that is judged,
         else the status is NUMERICAL.
     deadline : float or None
-        ``time.monotonic()`` after which no further bound over all patterns is tried; None: each does its stated work.
+        ``now()`` after which no further bound over all patterns is tried; None: each does its stated work.
     known : KnownBound
         Lower bound over all patterns of this very program that was proved before, and its name.
     """

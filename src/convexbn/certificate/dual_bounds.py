@@ -100,7 +100,7 @@ class ReluDualBounds:
     tol : float
         Relative gap that counts as optimal; bounds are no sharper than it needs.
     deadline : float or None
-        ``time.monotonic()`` after which no bound beyond the orthant is tried; None: each does its stated work.
+        ``now()`` after which no bound beyond the orthant is tried; None: each does its stated work.
     known : KnownBound
         Lower bound of the program that was proved before.
     """

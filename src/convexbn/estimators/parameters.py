@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,7 +93,11 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     def _validate_params(self) -> None:
         automatic = {"auto"} if self._task == "classification" else set()
         constraints = self._parameter_constraints | {"loss": [Choices(automatic | set(losses_for(self._task)))]}
-        validate_parameter_constraints(constraints, self.get_params(deep=False), caller_name=type(self).__name__)
+        values = self.get_params(deep=False)
+        validate_parameter_constraints(constraints, values, caller_name=type(self).__name__)
+        for name, value in values.items():
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise ValueError(f"{name} is an integer beyond the largest float, {sys.float_info.max:.3g}: lower it.")
 
     @property
     def _unused(self) -> list[str]:

@@ -41,7 +41,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let OS errors name the caller's file, not the temporary one."""
+    """Let OS errors name the caller's file, not the temporary one; a name with a NUL character is one."""
+    if b"\0" in os.fsencode(path):
+        raise OSError(errno.EINVAL, "A file name cannot hold a NUL character", os.fspath(path))
     try:
         yield
     except OSError as error:

@@ -47,8 +47,8 @@ def certify(
         (half the squares), ``"huber"`` (of delta 1), ``"cross_entropy"``, ``"logistic"`` and ``"squared_hinge"``
         (targets -1 and +1).
     optimizer : torch.optim.Optimizer, optional
-        The optimiser that trained it, for its weight decay: SGD, Adam and others that add it to the gradient. AdamW
-        does not add it, and minimises no such objective: give ``weight_decay`` instead.
+        The optimiser that trained it, for its weight decay: SGD, Adam and others that add it to the gradient, with
+        the ``lambd`` of ASGD. AdamW does not add it, and minimises no such objective: give ``weight_decay`` instead.
     weight_decay : float, optional
         Instead of an optimiser, beta of ``sum of losses + beta / 2 * (gamma^2 + shift^2 + output^2)``, with
         ``gamma = sqrt(n) * scale`` and ``shift = sqrt(n) * offset``, and a last bias without decay. A common decay
@@ -159,8 +159,14 @@ def _decays(last: LastLayers | ConvolutionalLayers, optimizer: Any) -> dict[str,
                     f"the optimiser does not hold {key} of {type(module).__name__} '{layer}': give the one that "
                     "trained it, or weight_decay."
                 )
-            _check_in_the_gradient(optimizer, groups[id(tensor)])
-            decays[f"{layer}.{key}"] = float(groups[id(tensor)]["weight_decay"])
+            if not tensor.requires_grad and (layer, key) != (last.output, "bias"):  # the bias may be held
+                raise ValueError(
+                    f"{key} of {type(module).__name__} '{layer}' is frozen, so that no weight decay acts on it, and "
+                    "certificates need one for all: give the weight_decay that you mean."
+                )
+            group = groups[id(tensor)]
+            _check_in_the_gradient(optimizer, group)
+            decays[f"{layer}.{key}"] = float(group["weight_decay"]) + float(group.get("lambd", 0.0))  # ASGD has both
     return decays
 
 

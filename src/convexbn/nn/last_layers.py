@@ -195,6 +195,8 @@ def leaves_of(module: nn.Module) -> list[tuple[str, Any]]:
 
 def as_tensor(X: Any) -> torch.Tensor:
     """Rows in float64 on the CPU, checked to be finite numbers; a copy, as layers may work in place."""
+    if np.iscomplexobj(X):
+        raise TypeError("X must be real, and is complex: give its parts as features.")
     if isinstance(X, torch.Tensor):
         rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)
     else:

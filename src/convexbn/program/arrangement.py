@@ -70,7 +70,7 @@ def enumerate_patterns(
         Angle between normals up to which hyperplanes are one, with the columns of ``A`` made orthonormal. On a flat
         where normals are nearly dependent it grows with their rounding.
     deadline : float, optional
-        ``time.monotonic()`` after which a ``TimeoutError`` ends the enumeration.
+        ``now()`` after which a ``TimeoutError`` ends the enumeration.
 
     Examples
     --------

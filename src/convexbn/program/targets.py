@@ -79,6 +79,7 @@ def checked_targets(y: Any, n_outputs: int, loss: str) -> Float:
 
 def numbers(y: Any, n_outputs: int) -> Float:
     """Finite targets (n, K) in float64, or a ValueError."""
+    require(not np.iscomplexobj(y), "y must be real, and is complex")
     targets = np.asarray(y, dtype=np.float64)
     targets = targets[:, None] if targets.ndim == 1 else targets
     fits = targets.ndim == 2 and targets.shape[1] == n_outputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from convexbn._types import Float, is_over
+from convexbn._types import Float, is_over, now
 from convexbn.program.gated import Frobenius, GateBlocks, GatedProgram, MaskedRows, Nuclear, PooledFeatures
 from convexbn.program.losses import Loss
 
@@ -66,20 +65,20 @@ class Budget:
 
     time_limit: float | None = None
     callback: Callable[[Progress], object] | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=now)
 
     @property
     def deadline(self) -> float | None:
-        """``time.monotonic()`` at which the time limit is over, None without one."""
+        """``now()`` at which the time limit is over, None without one."""
         return self.until(1.0)
 
     def until(self, share: float) -> float | None:
-        """``time.monotonic()`` at which a share of the time limit is over, None without one."""
+        """``now()`` at which a share of the time limit is over, None without one."""
         return None if self.time_limit is None else self.started + share * self.time_limit
 
     def sooner(self, seconds: float | None) -> float | None:
-        """``time.monotonic()`` at which so many seconds (none and infinity: no limit) or the time limit are over."""
-        limits = [] if seconds is None or np.isinf(seconds) else [time.monotonic() + seconds]
+        """``now()`` at which so many seconds (none and infinity: no limit) or the time limit are over."""
+        limits = [] if seconds is None or np.isinf(seconds) else [now() + seconds]
         return min([*limits, *([] if self.deadline is None else [self.deadline])], default=None)
 
     def stop_reason(self, progress: Progress, *, tol: float, max_iter: int) -> str | None:

@@ -26,7 +26,7 @@ def minimise_over_box(Q: Float, b: Float, upper: Float, start: Float, deadline: 
     Q, b, upper, start : ndarray (p, p), (p,), (p,), (p,)
         A positive semidefinite matrix, the linear term, the bounds, and a guess.
     deadline : float, optional
-        ``time.monotonic()`` after which the current point is returned.
+        ``now()`` after which the current point is returned.
     """
     if (exact := _active_set(Q, b, upper, start)) is not None:
         return exact

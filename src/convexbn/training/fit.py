@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convexbn._threads import single_scipy_blas
-from convexbn._types import Float
+from convexbn._types import Float, now
 from convexbn.certificate.certificate import Certificate, certify
 from convexbn.certificate.dual_bounds import NOTHING_KNOWN, KnownBound
 from convexbn.program.gated import GateBlocks, GatedProgram, MaskedRows
@@ -98,7 +97,7 @@ def fit_gated(
     method = SOLVERS[choose_solver(solver, program)](**settings)
     budget = budget or Budget()
     limit = None if budget.time_limit is None else GATED_SHARE * budget.time_limit
-    solution = _solve_somehow(method, program, start, replace(budget, time_limit=limit), tol)
+    solution = _Unbroken(method, tol).solve(program, start, replace(budget, time_limit=limit))
     index, values = solution.weights
     if not np.isfinite(values).all():
         solution = replace(solution, weights=GateBlocks(index[:0], values[:0]), stopped_by="numerical")
@@ -108,18 +107,23 @@ def fit_gated(
     return Fit(network, proof, solution.history, solution.n_iter)
 
 
-def _solve_somehow(
-    method: Solver[GatedProgram, GateBlocks], program: GatedProgram, start: GateBlocks | None, budget: Budget | None,
-    tol: float,
-) -> Solution[GateBlocks]:  # fmt: skip
-    """Solution of a solver; where rounding breaks it, without the start, then by descent; at last the zero network."""
-    attempts = [(method, start)] if start is None else [(method, start), (method, None)]
-    if isinstance(program.operator, MaskedRows):
-        attempts.append((Subspace(tol), None))
-    for solver, begin in attempts:
-        with suppress(np.linalg.LinAlgError):
-            return solver.solve(program, begin, budget)
-    return Solution(nonzero(np.zeros((program.n_gates, *program.block_shape))), "numerical")
+@dataclass(frozen=True)
+class _Unbroken(Solver[GatedProgram, GateBlocks]):
+    """A solver; where rounding breaks it, the same without the start, then descent; at last the zero network."""
+
+    method: Solver[GatedProgram, GateBlocks]
+    tol: float
+
+    def _solve(
+        self, program: GatedProgram, start: GateBlocks | None, budget: Budget, rng: np.random.Generator
+    ) -> Solution[GateBlocks]:
+        attempts = [(self.method, start)] if start is None else [(self.method, start), (self.method, None)]
+        if isinstance(program.operator, MaskedRows):
+            attempts.append((Subspace(self.tol), None))
+        for solver, begin in attempts:
+            with suppress(np.linalg.LinAlgError):
+                return solver.solve(program, begin, budget)
+        return Solution(nonzero(np.zeros((program.n_gates, *program.block_shape))), "numerical")
 
 
 def fit_relu(
@@ -143,7 +147,7 @@ def fit_relu(
     budget, rng, start : Budget, numpy.random.Generator, Neurons, optional
         Limits of time, the source of random neurons and batches, and a warm start.
     """
-    program, budget, began = data.relu_program(weight_decay), budget or Budget(), time.monotonic()
+    program, budget, began = data.relu_program(weight_decay), budget or Budget(), now()
     solution = None
     if data.has_orthogonal_rows:
         with suppress(NoFormulaError):
@@ -155,8 +159,8 @@ def fit_relu(
     network = BatchNormNetwork.from_neurons(data.whitening, solution.weights, data.convolution)
     network = replace(network, output_bias=data.output_bias(lambda: program.outputs(solution.weights)))
     if proof_time is None and budget.time_limit is None:
-        proof_time = time.monotonic() - began + LEAST_PROOF
-    deadline = time.monotonic() if solution.stopped_by == "callback" else budget.sooner(proof_time)
+        proof_time = now() - began + LEAST_PROOF
+    deadline = now() if solution.stopped_by == "callback" else budget.sooner(proof_time)
     proof = judge_on(data, network, program, tol=tol, stopped_by=solution.stopped_by, own_rows=True, deadline=deadline)
     history = solution.history or [Progress(1, proof.objective, proof.lower_bound, network.n_neurons)]  # by formula
     return Fit(network, proof, history, len(history))
@@ -197,7 +201,8 @@ class ReluSettings:
 def chosen_weight_decay(program: GatedProgram, budget: Budget) -> Choice:
     """Weight decay that held-out rows choose for a gated program, by crude solutions; 1 if none is useful."""
     kind = choose_solver("auto", program)
-    return held_out_choice(program, SOLVERS[kind](tol=CRUDE, **CRUDE_STEPS.get(kind, {})), budget)
+    crude = SOLVERS[kind](tol=CRUDE, **CRUDE_STEPS.get(kind, {}))
+    return held_out_choice(program, _Unbroken(crude, CRUDE), budget)
 
 
 def judge_on(

@@ -163,7 +163,7 @@ class TrainingSet:
         linear : bool, default=False
             Whether the first gate is open everywhere: its block is a linear model on the whitened rows.
         deadline : float, optional
-            ``time.monotonic()`` by which the training of gates ends.
+            ``now()`` by which the training of gates ends.
         """
         (n, d), drawn = self.inputs.shape, isinstance(gates, str)
         if isinstance(gates, str):

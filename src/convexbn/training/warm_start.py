@@ -18,6 +18,7 @@ from convexbn.training.training_set import TrainingSet
 _FARTHEST = 2.0
 
 
+@np.errstate(all="ignore")
 def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks | Neurons | None:
     """A point near the solution of an estimator; None if the former ones do not help.
 
@@ -37,7 +38,7 @@ def start_of(data: TrainingSet, model: Any, former: Sequence[Any]) -> GateBlocks
         before, last, now = former[0].weight_decay, former[1].weight_decay, model.weight_decay
         if 0 < abs(now - last) <= _FARTHEST * abs(last - before):  # nearly piecewise linear in the weight decay
             blocks += (now - last) / (last - before) * (blocks - _blocks(data, former[0]))
-    return nonzero(blocks)
+    return nonzero(blocks) if np.isfinite(blocks).all() else None
 
 
 def _blocks(data: TrainingSet, fitted: Any) -> Float:
@@ -55,8 +56,12 @@ def _neurons(data: TrainingSet, fitted: Any) -> Neurons:
     Made of the weights alone: a start need not be accurate, and products with all rows cost as much as some iterations.
     """
     network, whitening = fitted.network_, data.whitening
-    lengths = np.linalg.norm(whitening.projection, axis=0)
-    coordinates = np.linalg.lstsq(whitening.projection / lengths, network.weight)[0] / lengths[:, None]
+    peaks = np.abs(whitening.projection).max(axis=0)  # squares of tiny entries would be zero
+    lengths = peaks * np.linalg.norm(whitening.projection / peaks, axis=0)
+    directions = whitening.projection / lengths
+    if not np.isfinite(directions).all():
+        raise np.linalg.LinAlgError("the units of the features are out of range for a warm start.")
+    coordinates = np.linalg.lstsq(directions, network.weight)[0] / lengths[:, None]
     first = network.gamma * coordinates / np.sqrt(whitening.total_weight)
     return Neurons(np.vstack([first, network.shift]), network.output)
 

@@ -36,7 +36,9 @@ def read_exported(archive: Archive) -> Layers:
         raise FormatError(f"it holds {len(names)} programs: export one")
     try:
         return _Program(archive, names[0].removeprefix("models/").removesuffix(".json")).layers()
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"its program has another form than torch writes ({error!r}): export it again") from None
 
 

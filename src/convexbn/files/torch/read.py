@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from convexbn.files.atomic import naming, regular
 from convexbn.files.model_file import FormatError
 from convexbn.files.torch.archive import Archive
 from convexbn.files.torch.exported import read_exported
@@ -65,7 +66,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
         When torch, which reads state dicts of ``torch.save``, is not installed or unsafe.
     """
     try:
-        if os.path.getsize(path) > _MOST_BYTES:
+        with naming(path):
+            size = regular(path).st_size
+        if size > _MOST_BYTES:
             raise FormatError(f"it has more than {_MOST_BYTES} bytes: save the tensors alone")
         kind = _format(path)
         if not kind:

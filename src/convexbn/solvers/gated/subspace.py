@@ -195,6 +195,18 @@ class _Descent:
 
     def step(self) -> bool:
         """Minimise over the preconditioned gradient and the last steps; whether the objective decreased."""
+        unchanged = self.blocks
+        try:
+            decreased = self._descend()
+        except np.linalg.LinAlgError:  # the curvature overflows, or is rounding
+            decreased = False
+        if not np.isfinite(self.objective):
+            self._judge(unchanged)
+            self._forget()
+            return False
+        return decreased
+
+    def _descend(self) -> bool:
         before = self.objective
         self._admit()
         if not self.norms.any():  # the loss is too large for its decrease to be seen
@@ -290,7 +302,10 @@ class _Descent:
         penalty = np.repeat(self.penalty, self.blocks.shape[1])
         hessian = (outputs.T * curvature) @ outputs + (columns.T * penalty) @ columns
         scale = 1 / np.sqrt(np.maximum(hessian.diagonal(), np.finfo(float).tiny))
-        values, vectors = scipy.linalg.eigh(scale[:, None] * hessian * scale)
+        hessian = scale[:, None] * hessian * scale
+        if not np.isfinite(hessian).all():
+            raise np.linalg.LinAlgError("the Hessian of the subspace overflows.")
+        values, vectors = scipy.linalg.eigh(hessian, check_finite=False)
         kept = values > _DEPENDENT * values[-1]
         return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
 

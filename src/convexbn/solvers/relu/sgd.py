@@ -21,14 +21,13 @@ patches, rectifiers and pooling take the rest (``benchmarks/convolution.py kerne
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from convexbn._threads import workers
-from convexbn._types import Float, is_over
+from convexbn._types import Float, is_over, now
 from convexbn.program.losses import Loss
 from convexbn.program.neurons import Neurons
 from convexbn.program.relu import ReluProgram
@@ -69,7 +68,7 @@ class SGD:
         program, start, rng : ReluProgram, Neurons, numpy.random.Generator
             The generator orders the batches.
         deadline : float, optional
-            ``time.monotonic()`` by which the learning rate falls to zero.
+            ``now()`` by which the learning rate falls to zero.
         """
         with workers() as threads:
             batches, most = Batches(program), _OF_ZERO * program.loss.value(np.zeros_like(program.loss.targets))
@@ -146,14 +145,14 @@ class _Clock:
     """Completed share of the training, by steps or by time, whichever ends first."""
 
     def __init__(self, steps: int, deadline: float | None) -> None:
-        self.steps, self.deadline, self.started = steps, deadline, time.monotonic()
+        self.steps, self.deadline, self.started = steps, deadline, now()
         self.done, self._ticks = 0.0, 0
 
     def tick(self) -> float:
         """Share at the beginning of a step."""
         self.done = self._ticks / self.steps
         if self.deadline is not None:
-            spent = (time.monotonic() - self.started) / max(self.deadline - self.started, 1e-9)
+            spent = (now() - self.started) / max(self.deadline - self.started, 1e-9)
             self.done = max(self.done, min(spent, 1.0))
         self._ticks += 1
         return self.done
