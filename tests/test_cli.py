@@ -338,7 +338,10 @@ def test_an_open_gap_is_reported_and_saved(tmp_path, capsys):
 )
 def test_bad_tables_are_refused_in_one_sentence(content, match, tmp_path, capsys):
     (tmp_path / "bad.csv").write_text(content)
-    refused(capsys, "fit", tmp_path / "bad.csv", "--target", "y", "--out", tmp_path / "m", match=match)
+    fit = ["fit", tmp_path / "bad.csv", "--target", "y", "--out", tmp_path / "m"]
+    refused(capsys, *fit, "--strict", match=match)
+    if "'" not in match or "no column" in match:  # text and missing cells are not refused otherwise
+        refused(capsys, *fit, match=match)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.csv"]
 
 

@@ -36,8 +36,9 @@ def network_parser() -> argparse.ArgumentParser:
     _add_data(parser)
     option = parser.add_argument
     option("--target", metavar="NAME", help="target column (files only)")
-    option("--columns", type=_names, metavar="NAME,...", help="features to use (files only), by default all others")
-    option("--drop", type=_names, metavar="NAME,...", help="columns to leave out (files only)")
+    option("--columns", type=names, metavar="NAME,...", help="features to use (files only), by default all others")
+    option("--drop", type=names, metavar="NAME,...", help="columns to leave out (files only)")
+    option("--strict", action="store_true", help="refuse text, missing cells and decimal commas in features")
     option("--activation", choices=["gated", "relu"], default="gated")
     losses = Names("convexbn.program.losses", "losses_for")
     option("--loss", choices=losses, metavar="LOSS", help="one of %(choices)s")
@@ -70,11 +71,17 @@ def network_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="digits, fashion-mnist, cifar-10, or a .csv, .parquet, .npz file")
+    parser.add_argument(
+        "data", metavar="DATA", help="digits, fashion-mnist, cifar-10, or a .csv, .csv.gz, .parquet, .npz file"
+    )
+    parser.add_argument(
+        "--decimal", choices=[",", "."], help="decimal mark of a text file, if it can be read both ways"
+    )
     parser.add_argument("--data-home", metavar="DIR", help="folder of the files of fashion-mnist or cifar-10")
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Names between commas."""
     return text.split(",")
 
 

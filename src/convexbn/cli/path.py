@@ -66,7 +66,7 @@ def path(options: argparse.Namespace) -> int:
         return broken_off(signalled, f"{printed} of {len(points)} points are finished{kept}")
     chosen = points.best if options.validation_size else points.points[-1]
     if options.out is not None:
-        chosen.model.source_ = rows.description
+        rows.describe(chosen.model)
         chosen.model.save(options.out)
     _draw_path(points.points, chosen.model, rows.X_train, options)
     if options.validation_size and not options.json:

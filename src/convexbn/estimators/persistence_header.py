@@ -14,6 +14,7 @@ from convexbn._version import __version__
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import STOPPED_BY, Status
 from convexbn.data.convolution import Convolution
+from convexbn.estimators import table_columns
 from convexbn.files import schema
 from convexbn.files.model_file import JSON, FormatError
 from convexbn.files.schema import NOT_FINITE, none_or, require
@@ -22,7 +23,7 @@ from convexbn.files.schema import NOT_FINITE, none_or, require
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
 #: Fields that files of former versions do not have.
-FORMER_FIELDS = {"temperature": None}
+FORMER_FIELDS = {"temperature": None, "columns": None}
 #: Parameters that they do not have, with the values that these had in effect; with them they are not written.
 FORMERLY: dict[str, Any] = {"linear": False, "fit_intercept": False, "standardize": False, "proof_time": None}
 
@@ -110,6 +111,7 @@ _FITTED = {
     "single_output": _Field("_single_output", none_or(schema.flag)),
     "certificate": _Field("certificate_", _CERTIFICATE, _certificate_to_json, _certificate_from_json),
     "source": _Field("source_", none_or(_SOURCE)),
+    "columns": _Field("columns_", none_or(table_columns.RULE), table_columns.to_json, table_columns.from_json),
 }
 
 #: Rules of all fields.

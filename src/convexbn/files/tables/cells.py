@@ -87,7 +87,7 @@ def has_decimal_commas(column: TextColumn) -> bool:
     return counts["comma"] > 0 and not counts["text"] and not counts["not finite"]
 
 
-def numbers(column: TextColumn, decimal: str, remedy: str) -> NDArray[np.float64] | None:
+def numbers(column: TextColumn, decimal: str, remedy: str, few: float = _FEW) -> NDArray[np.float64] | None:
     """Numbers of a column, NaN where a cell is missing; None if it is text.
 
     A column of numbers but for a few cells is refused with the line of the first.
@@ -99,13 +99,15 @@ def numbers(column: TextColumn, decimal: str, remedy: str) -> NDArray[np.float64
         Decimal mark of numbers that have a comma.
     remedy : str
         End of the sentence that refuses a cell.
+    few : float
+        Largest share of other cells in a column that is meant to be numbers.
     """
     kinds = _Kinds(column)
     counts = kinds.counts
     with_comma = counts["comma"] + counts["thousands"]
     words = counts["text"] + counts["not finite"] + counts["inexact"]
     present = len(column.cells) - counts["missing"]
-    if words > _FEW * present and counts["text"]:
+    if words > few * present and counts["text"]:
         return None
     kinds.refuse(("text",), f" among numbers; {remedy}")
     kinds.refuse(("inexact",), f", an integer beyond 2^53 that float64 does not hold exactly; {remedy}")
@@ -147,9 +149,7 @@ def target_of(column: TextColumn, kind: str, decimal: str) -> NDArray[Any]:
         return as_labels(column.cells)
     for line, cell in zip(column.lines, column.cells, strict=True):
         if not cell:
-            raise TableError(
-                f"line {line}: column {column.name!r} is empty; fill in the cell or delete the row"
-            )
+            raise TableError(f"line {line}: column {column.name!r} is empty; fill in the cell or delete the row")
         if NOT_FINITE.fullmatch(cell) or (NUMBER.fullmatch(cell) and not isfinite(float(cell))):
             raise TableError(
                 f"line {line}: column {column.name!r} holds {quoted(cell)}, not a finite number in float64; "
@@ -163,8 +163,6 @@ def target_of(column: TextColumn, kind: str, decimal: str) -> NDArray[Any]:
     remedy = "correct it" if kind == "number" else "correct it, or if it is a label, give --task classification"
     values = numbers(column, decimal, remedy)
     kinds = _Kinds(column)
-    if values is None and kind == "number":
-        kinds.refuse(("text",), ", not a number, and regression is of numbers; correct it, or name another target")
     if values is None:
         return as_labels(column.cells)
     kinds.refuse(("missing",), f" among numbers; {remedy} or delete the row")

@@ -41,6 +41,8 @@ class Reading(NamedTuple):
     decimal : {",", "."}, optional
         Decimal mark of a text file that is not strict. None: a point, and a comma in columns that can mean nothing
         else.
+    texts : sequence of str, optional
+        The columns of text, of a file that is not strict; all others are numbers. None: the cells decide.
     verbatim : sequence of str
         Columns to return as they are written, besides.
     """
@@ -48,6 +50,7 @@ class Reading(NamedTuple):
     target: str = "auto"
     strict: bool = True
     decimal: str | None = None
+    texts: Sequence[str] | None = None
     verbatim: Sequence[str] = ()
 
 

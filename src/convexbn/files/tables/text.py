@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from math import isfinite, nan
@@ -65,13 +65,14 @@ def read_text(path: Path, wanted: Selection) -> Dataset:
     rows = _read(path, wanted, set())
     if rows.odd:
         rows = _read(path, wanted, rows.odd)
-    matrix = np.frombuffer(rows.values, dtype=np.float64).reshape(-1, len(rows.names))
+    n = len(next(iter(rows.columns.values())).cells) if rows.columns else len(rows.values) // len(rows.names)
+    matrix = np.frombuffer(rows.values, dtype=np.float64).reshape(n, len(rows.names))
     decimal = reading.decimal or "."
     read_as_numbers = [rows.columns[name] for name in (*rows.features, target) if name in rows.columns]
     if not (reading.strict or reading.decimal) and any(map(has_decimal_commas, read_as_numbers)):
         decimal = ","
     y = None if target is None else target_of(rows.columns[target], reading.target, decimal)
-    X: Any = matrix if reading.strict else _table(matrix, rows, decimal)
+    X: Any = matrix if reading.strict else _table(matrix, rows, decimal, reading.texts)
     commas = [column.name for column in read_as_numbers if decimal == "," and has_decimal_commas(column)]
     return Dataset(
         path.name, X, y, feature_names=rows.features, target=target,
@@ -80,13 +81,21 @@ def read_text(path: Path, wanted: Selection) -> Dataset:
     )  # fmt: skip
 
 
-def _table(matrix: np.ndarray, rows: _Rows, decimal: str) -> Table:
-    """Table of the number columns and of those that are kept as text, some of which may be numbers too."""
+def _table(matrix: np.ndarray, rows: _Rows, decimal: str, known: Sequence[str] | None) -> Table:
+    """Table of the number columns and of those that are kept as text, some of which may be numbers too.
+
+    Parameters
+    ----------
+    matrix, rows, decimal : ndarray, _Rows, str
+    known : sequence of str, optional
+        The columns of text. None: the cells decide.
+    """
+    remedy, few = "correct it or leave the column out (--drop)", {} if known is None else {"few": 1.0}
     texts, more, names = {}, [matrix], list(rows.names)
     for name in rows.features:
         if name not in names:
             column = rows.columns[name]
-            values = numbers(column, decimal, "correct it or leave the column out (--drop)")
+            values = None if name in (known or ()) else numbers(column, decimal, remedy, **few)
             if values is None:
                 texts[name] = text(column)
             else:
@@ -97,7 +106,7 @@ def _table(matrix: np.ndarray, rows: _Rows, decimal: str) -> Table:
 
 def _read(path: Path, wanted: Selection, texts: set[str]) -> _Rows:
     """Read a file once, some columns as text."""
-    strict = wanted.reading.strict
+    reading, strict = wanted.reading, wanted.reading.strict
     with opened(path, strict=strict) as stream:
         records = _records(stream, strict)
         _, header = next(records, (0, None))
@@ -111,13 +120,15 @@ def _read(path: Path, wanted: Selection, texts: set[str]) -> _Rows:
             )
         chosen = wanted.choose(names)
         wanted.check_rows(_estimated_rows(path), len(chosen))
-        if not strict:
+        if reading.texts is not None:
+            texts = texts.union(reading.texts)
+        elif not strict:
             first = list(islice(records, _FIRST_ROWS))
             records = chain(first, records)
             odd = [{n for n, cell in zip(names, row, strict=False) if _is_text(cell.strip())} for _, row in first]
             texts = texts.union(*odd)
         kept = [name for name in chosen if name not in texts]
-        as_text = [*(name for name in chosen if name in texts), *wanted.reading.verbatim]
+        as_text = [*(name for name in chosen if name in texts), *reading.verbatim]
         as_text = list(dict.fromkeys(as_text if wanted.target is None else [*as_text, wanted.target]))
         found = set[str]()
         values, cells, lines = _parse(records, header, kept, as_text, None if strict else found.add)
