@@ -58,7 +58,7 @@ class Dataset:
     verbatim : mapping of str to sequence of str
         Columns as they are written, beside the features.
     notes : tuple of str
-        What the reader took another way than it is written, in short lines.
+        What the reader left out or took another way than it is written, in short lines.
     """
 
     name: str

@@ -44,6 +44,7 @@ def read_parquet(path: Path, wanted: Selection) -> Dataset:
             X = Table(matrix, kept, cells)
         return Dataset(
             path.name, X, np.concatenate(labels) if labels else None, feature_names=chosen, target=wanted.target,
+            notes=tuple(wanted.told(schema.names)),
             verbatim={
                 name: ["" if cell is None else str(cell) for cell in texts[name]] for name in wanted.reading.verbatim
             },

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 # Half of the physical memory in bytes; 4 GiB where the system does not tell its size (Windows).
 MEMORY_BUDGET = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
 _LONGEST_LABEL = 256  # numpy stores every label as wide as the longest: one long text would cost n times its size
-_UNNAMED = ("", "__index_level_0__")  # pandas' row index: as a feature, a column nobody meant
+UNNAMED = ("", "__index_level_0__")  # pandas' row index: as a feature, a column nobody meant
 _LABEL_BYTES = 80  # a CSV target is text until its last cell is seen: one Python string per row
 
 _quoter = reprlib.Repr()
@@ -75,8 +75,8 @@ class Selection(NamedTuple):
             raise TableError(f"column {self.target!r} is asked for as target and as feature; name it once")
         chosen = tuple(name for name in chosen if name not in self.dropped)
         if not self.reading.strict and self.features is None:
-            chosen = tuple(name for name in chosen if name not in _UNNAMED)
-        for unnamed in _UNNAMED:
+            chosen = tuple(name for name in chosen if name not in UNNAMED)
+        for unnamed in UNNAMED:
             if unnamed in chosen:
                 position = names.index(unnamed) + 1
                 raise TableError(
@@ -85,6 +85,13 @@ class Selection(NamedTuple):
         if not chosen:
             raise TableError("no feature column is left; a table needs one besides the target")
         return chosen
+
+    def told(self, names: Sequence[str]) -> list[str]:
+        """Return lines on the columns that `choose` left out because they have no name."""
+        unnamed = [] if self.reading.strict or self.features is not None else [*set(UNNAMED).intersection(names)]
+        return [
+            f"left out: column {names.index(name) + 1}, which has no name" for name in unnamed if name != self.target
+        ]
 
     def check_rows(self, rows: int, columns: int) -> None:
         """Refuse, before they are read, more rows of features and target than the memory allows."""

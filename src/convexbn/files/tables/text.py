@@ -50,6 +50,8 @@ class _Rows(NamedTuple):
         Columns that are kept as text.
     odd : set of str
         Columns among the numbers that hold text after all.
+    notes : list of str
+        On columns without a name.
     """
 
     features: tuple[str, ...]
@@ -57,6 +59,7 @@ class _Rows(NamedTuple):
     values: array[float]
     columns: dict[str, TextColumn]
     odd: set[str]
+    notes: list[str]
 
 
 def read_text(path: Path, wanted: Selection) -> Dataset:
@@ -77,7 +80,7 @@ def read_text(path: Path, wanted: Selection) -> Dataset:
     return Dataset(
         path.name, X, y, feature_names=rows.features, target=target,
         verbatim={name: rows.columns[name].cells for name in reading.verbatim},
-        notes=(f"read with decimal commas: {listed(commas)}",) if commas else (),
+        notes=(*rows.notes, *([f"read with decimal commas: {listed(commas)}"] if commas else ())),
     )  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def _read(path: Path, wanted: Selection, texts: set[str]) -> _Rows:
     if not (values or lines):
         raise TableError("has a header but no rows; add at least one")
     columns = {name: TextColumn(name, column, lines) for name, column in zip(as_text, cells, strict=True)}
-    return _Rows(chosen, kept, values, columns, found)
+    return _Rows(chosen, kept, values, columns, found, wanted.told(names))
 
 
 def _is_text(cell: str) -> bool:
