@@ -135,7 +135,7 @@ def encode(columns: TableColumns, table: Table, *, strict: bool = False) -> np.n
     """
     filled = columns.told_of_gaps(table)
     if strict and filled:
-        raise ValueError(f"--strict refuses this table ({"; ".join(filled)}): correct it, or give no --strict.")
+        raise ValueError(f"--strict refuses this table ({'; '.join(filled)}): correct it, or give no --strict.")
     note(filled)
     return columns.encode(table)
 
