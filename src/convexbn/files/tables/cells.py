@@ -83,6 +83,8 @@ class _Kinds:
 
 def has_decimal_commas(column: TextColumn) -> bool:
     """Whether the cells are numbers, some of them with a comma that can be a decimal mark alone."""
+    if not any("," in cell for cell in column.cells):
+        return False
     counts = _Kinds(column).counts
     return counts["comma"] > 0 and not counts["text"] and not counts["not finite"]
 
@@ -102,6 +104,8 @@ def numbers(column: TextColumn, decimal: str, remedy: str, few: float = _FEW) ->
     few : float
         Largest share of other cells in a column that is meant to be numbers.
     """
+    if (plain := _plain(column.cells)) is not None:
+        return plain
     kinds = _Kinds(column)
     counts = kinds.counts
     with_comma = counts["comma"] + counts["thousands"]
@@ -122,6 +126,15 @@ def numbers(column: TextColumn, decimal: str, remedy: str, few: float = _FEW) ->
             kinds.refuse(("comma", "thousands"), " beside decimals or thousands with a point; write all in one way")
     values = {cell: nan if kind == "missing" else _decimal(cell) for cell, kind in kinds.of.items()}
     return np.array([values[cell] for cell in column.cells], dtype=np.float64)
+
+
+def _plain(cells: Sequence[str]) -> NDArray[np.float64] | None:
+    """Finite numbers of cells that hold nothing else, in a third of the time."""
+    if not all(map(NUMBER.fullmatch, cells)):
+        return None
+    values = np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
+    large = np.flatnonzero(np.abs(values) >= 2**53)
+    return values if np.isfinite(values).all() and all(exact(cells[row]) for row in large.tolist()) else None
 
 
 def _decimal(cell: str) -> float | None:
@@ -147,6 +160,22 @@ def target_of(column: TextColumn, kind: str, decimal: str) -> NDArray[Any]:
     """
     if kind == "text":
         return as_labels(column.cells)
+    if all(map(INTEGER.fullmatch, column.cells)):
+        codes = kind != "number" and any(map(_CODE.fullmatch, column.cells))  # 01 is not 1
+        return as_labels(column.cells) if codes else _integers(column.cells)
+    if kind != "label" and (values := _plain(column.cells)) is not None:
+        return values
+    _check_present(column)
+    remedy = "correct it" if kind == "number" else "correct it, or if it is a label, give --task classification"
+    values = None if kind == "label" else numbers(column, decimal, remedy)
+    if values is None:
+        return as_labels(column.cells)
+    _Kinds(column).refuse(("missing",), f" among numbers; {remedy}, or delete the row")
+    return values
+
+
+def _check_present(column: TextColumn) -> None:
+    """Refuse empty cells, and numbers that are not finite."""
     for line, cell in zip(column.lines, column.cells, strict=True):
         if not cell:
             raise TableError(f"line {line}: column {column.name!r} is empty; fill in the cell or delete the row")
@@ -155,18 +184,6 @@ def target_of(column: TextColumn, kind: str, decimal: str) -> NDArray[Any]:
                 f"line {line}: column {column.name!r} holds {quoted(cell)}, not a finite number in float64; "
                 "correct it or delete the row"
             )
-    if all(map(INTEGER.fullmatch, column.cells)):
-        codes = kind != "number" and any(map(_CODE.fullmatch, column.cells))  # 01 is not 1
-        return as_labels(column.cells) if codes else _integers(column.cells)
-    if kind == "label":
-        return as_labels(column.cells)
-    remedy = "correct it" if kind == "number" else "correct it, or if it is a label, give --task classification"
-    values = numbers(column, decimal, remedy)
-    kinds = _Kinds(column)
-    if values is None:
-        return as_labels(column.cells)
-    kinds.refuse(("missing",), f" among numbers; {remedy} or delete the row")
-    return values
 
 
 def _integers(cells: Sequence[str]) -> NDArray[np.int64]:
