@@ -68,7 +68,7 @@ def split(
     """
     if data.y is None:
         raise ValueError("--target is required for a file: name the column to predict.")
-    task = _infer_task(data.y) if task == "auto" else task
+    task = _infer_task(data.y, data.target) if task == "auto" else task
     if task == "regression" and data.y.dtype.kind not in "iufb":
         raise ValueError(f"regression is of numbers, and the target holds text such as {str(data.y[0])!r}.")
     if task == "regression":
@@ -124,15 +124,18 @@ def _encoded(data: Dataset, train: Any, test: Any, columns: TableColumns | None)
     return X[train], None if test is None else X[test], columns
 
 
-def encode(columns: TableColumns, table: Table, *, strict: bool = False) -> np.ndarray:
+def encode(columns: TableColumns, table: Any, *, strict: bool = False) -> np.ndarray:
     """Inputs of a network from the columns of a table; what is filled in is told, or refused.
 
     Parameters
     ----------
-    columns, table : TableColumns, Table
+    columns, table : TableColumns, Table or ndarray
+        A matrix is taken as it is.
     strict : bool
         Whether a table with missing cells or unknown categories is refused.
     """
+    if not isinstance(table, Table):
+        return np.asarray(table)
     filled = columns.told_of_gaps(table)
     if strict and filled:
         raise ValueError(f"--strict refuses this table ({'; '.join(filled)}): correct it, or give no --strict.")
@@ -241,8 +244,13 @@ def read_data(
     return read_table(data, target, features, dropped, reading)
 
 
-def _infer_task(y: np.ndarray) -> str:
+def _infer_task(y: np.ndarray, target: str | None) -> str:
     """Classification for text and for integers of few distinct values: at most 100, and 5 rows each on average."""
     kind, distinct = y.dtype.kind, len(np.unique(y))
+    if kind not in "iufb" and distinct > max(100, len(y) / 2):
+        raise ValueError(
+            f"the target {target!r} holds {distinct} different texts in {len(y)} rows, such as {str(y[0])!r}: name another, "
+            "or give --task classification."
+        )
     classes = kind not in "iufb" or (kind != "f" and distinct <= 100 and len(y) >= 5 * distinct)
     return "classification" if classes else "regression"

@@ -22,6 +22,13 @@ def say(message: str, code: int) -> int:
     return code
 
 
+def sentence_of(error: Exception) -> str:
+    """Message of an error, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
+
+
 def note(lines: Iterable[str]) -> None:
     """Print what was done to the data to standard error."""
     for line in lines:

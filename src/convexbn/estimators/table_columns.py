@@ -143,6 +143,13 @@ class TableColumns:
         """Names of the inputs of the network."""
         return [name for column in self.columns for name in column.inputs]
 
+    @property
+    def summary(self) -> dict[str, str]:
+        """Names of the columns that are no numbers, by what they became."""
+        kinds = {"categories": "columns of text, an indicator a category", "left out": "columns left out"}
+        names = {told: [c.name for c in self.columns if c.kind == kind] for kind, told in kinds.items()}
+        return {told: ", ".join(map(quoted, of[:_NAMED])) for told, of in names.items() if of}
+
     def encode(self, table: Table | Mapping[str, Any]) -> Float:
         """Inputs of the network (n, d) from the columns of a table, found by name.
 

@@ -71,6 +71,8 @@ class Selection(NamedTuple):
         wanted = (*chosen, self.target, *self.dropped, *self.reading.verbatim)
         if missing := [name for name in wanted if name is not None and name not in known]:
             raise TableError(f"has no column {listed(missing)}; its columns are {listed(names)}")
+        if self.target in self.dropped:
+            raise TableError(f"column {self.target!r} is asked for as target and to be left out (--drop); choose one")
         if self.target in chosen:
             raise TableError(f"column {self.target!r} is asked for as target and as feature; name it once")
         chosen = tuple(name for name in chosen if name not in self.dropped)
