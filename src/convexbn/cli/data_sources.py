@@ -249,8 +249,8 @@ def _infer_task(y: np.ndarray, target: str | None) -> str:
     kind, distinct = y.dtype.kind, len(np.unique(y))
     if kind not in "iufb" and distinct > max(100, len(y) / 2):
         raise ValueError(
-            f"the target {target!r} holds {distinct} different texts in {len(y)} rows, such as {str(y[0])!r}: name another, "
-            "or give --task classification."
+            f"the target {target!r} holds {distinct} different texts in {len(y)} rows, such as {str(y[0])!r}: name "
+            "another, or give --task classification."
         )
     classes = kind not in "iufb" or (kind != "f" and distinct <= 100 and len(y) >= 5 * distinct)
     return "classification" if classes else "regression"

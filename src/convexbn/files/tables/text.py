@@ -244,7 +244,7 @@ def _numbers(cells: list[str]) -> list[float] | None:
         numbers = list(map(float, cells))
     except ValueError:
         return None
-    if sum(map(abs, numbers)) <= 2**53:
+    if sum(map(abs, numbers)) < 2**53:
         return numbers
     return numbers if isfinite(sum(numbers)) and all(exact(cell.strip()) for cell in cells) else None
 
