@@ -33,6 +33,8 @@ def refuse_columns(X: Any) -> None:
         values = _as_array(X)
         if values is not None and values.dtype.kind in "mM":
             raise TypeError(f"X holds dates or durations ({values.dtype}), which are not numeric: encode or drop them.")
+        if values is not None and values.dtype.kind in "US":
+            raise TypeError(f"X holds text such as {str(values.flat[0])!r}, which is not numeric: encode or drop it.")
         if values is not None and values.dtype.kind == "O":
             for place, value in np.ndenumerate(values):
                 where = ", ".join(f"{axis} {i}" for axis, i in zip(("row", "column"), place, strict=False))
@@ -71,9 +73,11 @@ def _refuse(value: Any, where: str, remedy: str) -> None:
 
 
 def _as_array(values: Any) -> np.ndarray | None:
-    """Array of numpy; None if there is none, which scikit-learn reports."""
+    """Array of numpy, of objects for lists with text; None if there is none, which scikit-learn reports."""
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
+        mixed = isinstance(values, (list, tuple)) and array.dtype.kind in "US"  # numpy made text of the numbers
+        return np.asarray(values, dtype=object) if mixed else array
     except (ValueError, TypeError, RuntimeError):
         return None
 
@@ -92,6 +96,8 @@ def plain_targets(y: Any, *, numeric: bool) -> Any:
         return y
     if values.dtype.kind == "O":
         values = _of_objects(values, numeric)
+        if isinstance(y, (list, tuple)) and isinstance(values.flat[0], str):
+            values = np.asarray(y)
     if values.dtype.kind in "fmM" and (missing := np.isnan(values)).any():
         row, *column = np.argwhere(missing)[0].tolist()
         where = f"row {row}" + "".join(f", column {c}" for c in column)
