@@ -26,7 +26,7 @@ FRAMES = {"pandas": pd.DataFrame, "polars": pl.DataFrame, "pyarrow": pa.table}
 
 
 def regressor():
-    return ConvexBNRegressor(n_gates=5, weight_decay=1.0, random_state=0)
+    return ConvexBNRegressor(n_gates=5, gates="data", weight_decay=1.0, random_state=0)
 
 
 def doors(model):
@@ -36,7 +36,7 @@ def doors(model):
     return {
         "fit": lambda X: regressor().fit(X, Y),
         "fit_path": lambda X: fit_path(regressor(), X, Y, weight_decays=[1.0]),
-        "CV": lambda X: ConvexBNRegressorCV(weight_decays=[1.0], n_gates=5).fit(X, Y),
+        "CV": lambda X: ConvexBNRegressorCV(weight_decays=[1.0], n_gates=5, gates="data").fit(X, Y),
         "certify": lambda X: model.certify(X, Y),
         "predict": lambda X: model.predict(X),
         "score": lambda X: model.score(X, Y),
@@ -88,7 +88,10 @@ MISSING = {
 @pytest.mark.parametrize("kind", MISSING)
 def test_a_missing_target_is_named_with_its_row(kind):
     labels = np.array(["n", "y"])[(Y > 0).astype(int)].tolist()
-    for y, make in ((Y.tolist(), regressor), (labels, lambda: ConvexBNClassifier(n_gates=5, weight_decay=1.0))):
+    for y, make in (
+        (Y.tolist(), regressor),
+        (labels, lambda: ConvexBNClassifier(n_gates=5, gates="data", weight_decay=1.0)),
+    ):
         wrong = MISSING[kind](y)
         fitted = make().fit(X, y)
         for use in (make().fit, fitted.certify, fitted.score, fitted.fingerprint):
@@ -127,14 +130,14 @@ LABELS = {
 @pytest.mark.parametrize("kind", LABELS)
 def test_labels_that_fit_takes_are_saved(kind, tmp_path):
     y = LABELS[kind]
-    model = ConvexBNClassifier(n_gates=5, weight_decay=1.0, random_state=0).fit(X, y)
+    model = ConvexBNClassifier(n_gates=5, gates="data", weight_decay=1.0, random_state=0).fit(X, y)
     model.save(tmp_path / "m.safetensors")
     loaded = convexbn.load(tmp_path / "m.safetensors")
     assert len(model.classes_) == 2 and loaded.classes_.dtype == model.classes_.dtype
     assert loaded.predict(X).tolist() == model.predict(X).tolist()
     assert loaded.score(X, y) == np.mean(model.predict(X) == plain_targets(y, numeric=False)) > 0.9
     assert loaded.certify(X, y).objective == pytest.approx(model.certificate_.objective, rel=1e-9)
-    chosen = ConvexBNClassifierCV(weight_decays=[1.0], n_gates=5, cv=2, random_state=0).fit(X, y)
+    chosen = ConvexBNClassifierCV(weight_decays=[1.0], n_gates=5, gates="data", cv=2, random_state=0).fit(X, y)
     assert chosen.score(X, y) > 0.9
 
 
