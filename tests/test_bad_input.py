@@ -70,12 +70,12 @@ def test_a_value_in_X_that_is_not_finite_is_named_with_its_place(make, value):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_in_y_that_is_not_finite_is_named_with_its_place(value):
-    cause = "NaN" if np.isnan(value) else "infinity"
-    with pytest.raises(ValueError, match=rf"y contains {cause}.*row 5"):
+    cause = "missing value" if np.isnan(value) else "y contains infinity"
+    with pytest.raises(ValueError, match=rf"{cause}.*row 5"):
         regressor().fit(X, spoiled(Y, [5, 8], value))
-    with pytest.raises(ValueError, match=rf"y contains {cause}.*row 5, column 1"):
+    with pytest.raises(ValueError, match=rf"{cause}.*row 5, column 1"):
         regressor().fit(X, spoiled(np.c_[Y, Y], ([5, 8], [1, 0]), value))
-    with pytest.raises(ValueError, match=rf"y contains {cause}.*row 5"):
+    with pytest.raises(ValueError, match=rf"{cause}.*row 5"):
         classifier().fit(X, spoiled(LABELS, 5, value))
 
 

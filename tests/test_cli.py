@@ -337,7 +337,10 @@ def test_an_open_gap_is_reported_and_saved(tmp_path, capsys):
 )
 def test_bad_tables_are_refused_in_one_sentence(content, match, tmp_path, capsys):
     (tmp_path / "bad.csv").write_text(content)
-    refused(capsys, "fit", tmp_path / "bad.csv", "--target", "y", "--out", tmp_path / "m", match=match)
+    fit = ["fit", tmp_path / "bad.csv", "--target", "y", "--out", tmp_path / "m"]
+    refused(capsys, *fit, "--strict", match=match)
+    if "'" not in match or "no column" in match:  # text and missing cells are not refused otherwise
+        refused(capsys, *fit, match=match)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.csv"]
 
 
@@ -350,22 +353,22 @@ def test_good_tables_of_other_dialects(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--weight-decay", "-1"], "weight_decay"),
-        (["--weight-decay", "nan"], "weight_decay"),
-        (["--n-gates", "0"], "n_gates"),
-        (["--n-starts", "0"], "n_starts"),
+        (["--weight-decay", "-1"], "--weight-decay must be"),
+        (["--weight-decay", "nan"], "--weight-decay must be"),
+        (["--n-gates", "0"], "--n-gates must be"),
+        (["--n-starts", "0"], "--n-starts must be"),
         (["--n-gates", "1000000000000"], "bytes"),
         (["--rank", "0"], "rank"),
         (["--rank", "1.5"], "rank"),
         (["--tol", "-1"], "tol"),
-        (["--max-iter", "-1"], "max_iter"),
-        (["--time-limit", "-1"], "time_limit"),
+        (["--max-iter", "-1"], "--max-iter must be"),
+        (["--time-limit", "-1"], "--time-limit must be"),
         (["--seed", "-1"], "seed|random_state"),
         (["--test-size", "1"], "test-size"),
         (["--test-size", "-0.1"], "test-size"),
         (["--test-size", "nan"], "test-size"),
         (["--loss", "logistic"], "loss"),
-        (["--loss", "huber", "--huber-delta", "0"], "huber_delta"),
+        (["--loss", "huber", "--huber-delta", "0"], "--huber-delta must be"),
         (["--huber-delta", "2"], "--huber-delta is for --loss huber"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -166,7 +166,7 @@ def test_options_that_do_not_fit(data, tmp_path, capsys):
 def test_columns_are_chosen_or_dropped_and_the_model_knows_them(table, tmp_path, capsys):
     out = str(tmp_path / "m.safetensors")
     fit = ["fit", str(table), "--target", "count", "--task", "regression", "--out", out]
-    assert "column 'word' holds the text" in (sentence := refused(capsys, *fit)) and "(--drop)" in sentence
+    assert "column 'word' holds the text" in (sentence := refused(capsys, *fit, "--strict")) and "(--drop)" in sentence
     for options, names in (
         (["--drop", "word,id"], ["a", "b", "c"]),
         (["--columns", "c,a"], ["c", "a"]),

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from convexbn._version import __version__
 from convexbn.cli import certify, fit, path, predict, report, reproduce
-from convexbn.cli.output import Terminated, broken_off, say
+from convexbn.cli.output import Terminated, broken_off, say, sentence_of
 
 #: What Python's own MemoryError leaves out.
 _WITHOUT_WORDS = "out of memory: raise the limit of this process, or give it fewer rows or gates"
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `convexbn ... | head`: the reader has enough
         return 0
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
-        return say(f"error: {error if str(error) else _WITHOUT_WORDS}", 1)
+        return say(f"error: {sentence_of(error) or _WITHOUT_WORDS}", 1)
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, former)

@@ -39,7 +39,7 @@ def fit(options: argparse.Namespace) -> int:
         with quiet():
             model.fit(rows.X_train, rows.y_train)
     seconds = time.perf_counter() - started
-    model.source_ = rows.description
+    rows.describe(model)
     model.save(options.out)
     proof, network, held_out = model.certificate_, model.network_, rows.X_test is not None
     result = verdict(proof) | {

@@ -135,6 +135,8 @@ def _data(subject: Subject) -> Iterator[Html]:
     target, n_classes = subject.target, len(subject.model.classes_) if subject.classifies else None
     task = described(subject.task, None if target is None else _short(target), n_classes)
     told = {"name": _short(subject.data), "task": task, "training rows": len(subject.X), "features": subject.X.shape[1]}
+    if (columns := getattr(subject.model, "columns_", None)) is not None:
+        told |= columns.summary
     if subject.X_test is not None:
         told["rows held out"] = len(subject.X_test)
     if not subject.classifies:

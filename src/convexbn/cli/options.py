@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 #: Options of a convolution, and its poolings by their names here.
@@ -36,8 +38,9 @@ def network_parser() -> argparse.ArgumentParser:
     _add_data(parser)
     option = parser.add_argument
     option("--target", metavar="NAME", help="target column (files only)")
-    option("--columns", type=_names, metavar="NAME,...", help="features to use (files only), by default all others")
-    option("--drop", type=_names, metavar="NAME,...", help="columns to leave out (files only)")
+    option("--columns", type=names, metavar="NAME,...", help="features to use (files only), by default all others")
+    option("--drop", type=names, metavar="NAME,...", help="columns to leave out (files only)")
+    option("--strict", action="store_true", help="refuse text, missing cells and decimal commas in features")
     option("--activation", choices=["gated", "relu"], default="gated")
     losses = Names("convexbn.program.losses", "losses_for")
     option("--loss", choices=losses, metavar="LOSS", help="one of %(choices)s")
@@ -70,11 +73,17 @@ def network_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="digits, fashion-mnist, cifar-10, or a .csv, .parquet, .npz file")
+    parser.add_argument(
+        "data", metavar="DATA", help="digits, fashion-mnist, cifar-10, or a .csv, .csv.gz, .parquet, .npz file"
+    )
+    parser.add_argument(
+        "--decimal", choices=[",", "."], help="decimal mark of a text file, if it can be read both ways"
+    )
     parser.add_argument("--data-home", metavar="DIR", help="folder of the files of fashion-mnist or cifar-10")
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Names between commas."""
     return text.split(",")
 
 
@@ -116,11 +125,35 @@ def estimator_from(options: argparse.Namespace, task: str, image_shape: tuple[in
     known, layer = estimator.get_params(), _convolution(options, image_shape)
     given = {name: value for name, value in vars(options).items() if name in known and value is not None}
     given["spectral_filter"] = None if options.spectral_filter == "none" else options.spectral_filter
-    estimator.set_params(**given, convolution=layer, random_state=options.seed, **others)._validate_params()
+    estimator.set_params(**given, convolution=layer, random_state=options.seed, **others)
+    with in_words_of_options():
+        estimator._validate_params()
     if unused := estimator._unused:
         other = "gated" if options.activation == "relu" else "relu"
         raise ValueError(f"--{unused[0].replace('_', '-')} is for --activation {other}: leave it out, or change that.")
     return estimator
+
+
+@contextmanager
+def in_words_of_options(**renamed: str) -> Iterator[None]:
+    """Context in which refusals of parameters name options.
+
+    Parameters
+    ----------
+    **renamed : str
+        Options by their parameters, where they have another name.
+    """
+    renamed = {"random_state": "seed", **renamed}
+    try:
+        yield
+    except ValueError as error:
+        found = re.fullmatch(r"(?:The '(\w+)' parameter of \w+|(weight_decays)) must be (.*)", str(error))
+        if found is None:
+            raise
+        name = found[1] or found[2]
+        valid = re.sub(r"(, an instance of '[^']*')| or None(?=\.)", "", found[3])
+        valid = re.sub(r", (?=a float [^,]*, [^,]*$)", " or ", valid)
+        raise ValueError(f"--{renamed.get(name, name.replace('_', '-'))} must be {valid}") from error
 
 
 def _check_loss(loss: str | None, task: str) -> None:

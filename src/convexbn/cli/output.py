@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,19 @@ def say(message: str, code: int) -> int:
     """Print a sentence to standard error and return the exit code."""
     print(f"convexbn: {message}", file=sys.stderr)
     return code
+
+
+def sentence_of(error: Exception) -> str:
+    """Message of an error, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
+
+
+def note(lines: Iterable[str]) -> None:
+    """Print what was done to the data to standard error."""
+    for line in lines:
+        print(f"convexbn: {line}", file=sys.stderr)
 
 
 def broken_off(signalled: BaseException, kept: str) -> int:
@@ -81,6 +94,8 @@ def quiet() -> Iterator[None]:
 
 def feature_names(model: Any) -> list[str] | None:
     """Names of the columns that the model was trained on, if it knows them."""
+    if hasattr(model, "columns_"):
+        return [column.name for column in model.columns_.used]
     if hasattr(model, "feature_names_in_"):
         return list(model.feature_names_in_)
     return getattr(model, "source_", {}).get("feature_names")

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convexbn.cli.options import estimator_from, floats, network_parser, ranks
+from convexbn.cli.options import estimator_from, floats, in_words_of_options, network_parser, ranks
 from convexbn.cli.output import (
     Terminated,
     broken_off,
@@ -50,11 +50,12 @@ def path(options: argparse.Namespace) -> int:
     data = read_columns(options)
     rows = split(data, options.validation_size, options.seed, task=options.task)
     model = estimator_from(options, rows.task, data.image_shape)
-    points = fit_path(
-        model, rows.X_train, rows.y_train,
-        weight_decays=options.weight_decays, ranks=options.ranks, checkpoint=options.checkpoint,
-        validation=(rows.X_test, rows.y_test) if options.validation_size else None,
-    )  # fmt: skip
+    with in_words_of_options(rank="ranks"):
+        points = fit_path(
+            model, rows.X_train, rows.y_train,
+            weight_decays=options.weight_decays, ranks=options.ranks, checkpoint=options.checkpoint,
+            validation=(rows.X_test, rows.y_test) if options.validation_size else None,
+        )  # fmt: skip
     printed = 0
     try:
         for printed, point in enumerate(points, start=1):
@@ -66,7 +67,7 @@ def path(options: argparse.Namespace) -> int:
         return broken_off(signalled, f"{printed} of {len(points)} points are finished{kept}")
     chosen = points.best if options.validation_size else points.points[-1]
     if options.out is not None:
-        chosen.model.source_ = rows.description
+        rows.describe(chosen.model)
         chosen.model.save(options.out)
     _draw_path(points.points, chosen.model, rows.X_train, options)
     if options.validation_size and not options.json:

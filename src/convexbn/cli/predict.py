@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from convexbn.cli.options import model_parser
-from convexbn.cli.output import check_writable, feature_names
+from convexbn.cli.options import model_parser, names
+from convexbn.cli.output import check_writable, feature_names, note
 
 
 def add_parser(commands: Any) -> None:
@@ -17,14 +17,15 @@ def add_parser(commands: Any) -> None:
     use = commands.add_parser("predict", parents=[model_parser()], help="predict with a saved network")
     use.set_defaults(command=predict)
     use.add_argument("--out", metavar="CSV", help="write here instead of to standard output")
-    use.add_argument("--id", metavar="NAME", help="column of a file to copy before the predictions")
+    use.add_argument("--id", type=names, metavar="NAME,...", help="columns of a file to copy before the predictions")
+    use.add_argument("--strict", action="store_true", help="refuse missing cells and categories that are unknown")
     use.add_argument("--proba", action="store_true", help="add the probability of each class")
     use.add_argument("--digits", type=int, metavar="N", help="significant digits of numbers, by default all")
 
 
 def predict(options: argparse.Namespace) -> int:
     """Write one line a row of the data."""
-    from convexbn.cli.data_sources import read_data, read_model
+    from convexbn.cli.data_sources import encode, read_data, read_model, reading_of
     from convexbn.files.atomic import write_atomically
 
     if options.out is not None:
@@ -36,12 +37,18 @@ def predict(options: argparse.Namespace) -> int:
         raise ValueError("--proba is for classes, and this model is of regression.")
     if options.id is not None and not os.path.isfile(options.data):
         raise ValueError(f"--id is for files, and {options.data} is none.")
-    source = read_data(options.data, options.id, data_home=options.data_home, features=feature_names(model))
-    X = source.X if source.X_test is None else source.X_test
+    source = read_data(
+        options.data, None, data_home=options.data_home, features=feature_names(model),
+        reading=reading_of(model, options, options.id or ()),
+    )  # fmt: skip
+    note(source.notes)
+    X: Any = source.X if source.X_test is None else source.X_test
+    if hasattr(model, "columns_"):
+        X = encode(model.columns_, X, strict=options.strict)
     lines = _lines(model, X, options.proba)
     if options.id is not None:
-        assert source.y is not None
-        lines = ([name, *cells] for name, cells in zip([options.id, *source.y], lines, strict=True))
+        ids = [[name, *source.verbatim[name]] for name in options.id]
+        lines = ([*first, *cells] for *first, cells in zip(*ids, lines, strict=True))
     text = "".join(f"{','.join(_cell(value, options.digits) for value in line)}\n" for line in lines)
     if options.out is None:
         sys.stdout.write(text)

@@ -42,10 +42,11 @@ def report(options: argparse.Namespace) -> int:
     model = read_model(options.file)
     points = [] if options.path is None else load_path(options.path)
     rows, proof, same = judge_again(model, options)
+    names = feature_names(model) if rows.columns is None else rows.columns.inputs
     subject = Subject(
         name=Path(options.file).name, model=model, certificate=proof, data=rows.description["data"],
         X=rows.X_train, y=rows.y_train, X_test=rows.X_test, y_test=rows.y_test,
-        feature_names=feature_names(model), target=rows.description["target"], own_rows=same,
+        feature_names=names, target=rows.description["target"], own_rows=same,
     )  # fmt: skip
     write_atomically(out, written(subject, points))
     print(f"page: {out}")

@@ -94,7 +94,8 @@ class BaseConvexBN(NetworkParameters):
             budget = Budget(self.time_limit, self.callback)
             with one_warning():
                 data, labels = self._prepare(X, y, sample_weight)
-                self.__dict__ = self.__dict__ | self._train(data, budget) | labels  # all at once, for other threads
+                kept = {name: value for name, value in self.__dict__.items() if name not in ("columns_", "source_")}
+                self.__dict__ = kept | self._train(data, budget) | labels  # all at once, for other threads
                 self._warn_if_open()
         except BaseException:
             self.__dict__ = before

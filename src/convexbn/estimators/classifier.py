@@ -13,12 +13,13 @@ from convexbn.data.canonical import canonical_rows
 from convexbn.estimators.base import BaseConvexBN
 from convexbn.estimators.class_weight import class_weighted
 from convexbn.estimators.parameters import ClassificationParameters, parameters, trained_loss
+from convexbn.estimators.plain_values import ScoreOfPlainTargets
 from convexbn.program.losses import LOSSES, LossKind, class_loss, softmax
 from convexbn.program.targets import class_targets
 
 
 @parameters
-class ConvexBNClassifier(ClassifierMixin, ClassificationParameters, BaseConvexBN):
+class ConvexBNClassifier(ScoreOfPlainTargets, ClassifierMixin, ClassificationParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for classification.
 
     Two classes are one output with targets -1 and +1; more are one-hot, for the squared hinge -1 and +1.

@@ -36,8 +36,10 @@ from convexbn.estimators.parameters import (
 from convexbn.estimators.path import RegularisationPath
 from convexbn.estimators.path_data import PathData
 from convexbn.estimators.path_grid import Ranks, checked_decays, checked_values, default_decays, unfitted, with_seed
+from convexbn.estimators.plain_values import ScoreOfPlainTargets, plain_targets
 from convexbn.estimators.regressor import ConvexBNRegressor
 from convexbn.estimators.selection import FoldScores, SelectionProgress, reporter
+from convexbn.estimators.validation import refuse_containers
 
 #: Relative gap to which a search solves on the folds; the best candidate has the estimator's own.
 _SEARCH_TOL = 1e-2
@@ -96,7 +98,8 @@ class _SelectionCV(NetworkParameters):
             For parameters and data that are refused, and if no candidate has a score that is a number on any fold.
         """
         self._validate_params()
-        y = _plain(y)
+        refuse_containers("y", y)
+        y = plain_targets(y, numeric=self._task == "regression")
         with one_warning():
             model, grid, data = self._candidates(X, y, sample_weight)
             candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -210,7 +213,7 @@ class _SelectionCV(NetworkParameters):
 
 
 @parameters
-class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _SelectionCV):
+class ConvexBNClassifierCV(ScoreOfPlainTargets, ClassifierMixin, ClassificationParameters, _SelectionCV):
     """``ConvexBNClassifier`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
     Each training fold is whitened once, and warm-started paths go over the candidates. The scores equal those of
@@ -281,7 +284,7 @@ class ConvexBNClassifierCV(ClassifierMixin, ClassificationParameters, _Selection
 
 
 @parameters
-class ConvexBNRegressorCV(RegressorMixin, RegressionParameters, _SelectionCV):
+class ConvexBNRegressorCV(ScoreOfPlainTargets, RegressorMixin, RegressionParameters, _SelectionCV):
     """``ConvexBNRegressor`` with weight decay, rank, filter and number of gates chosen by cross-validation.
 
     Parameters

@@ -185,6 +185,7 @@ def _check_agreement(model: Any, fitted: Mapping[str, Any]) -> None:
     require(K == 1 or not fitted.get("_single_output"), "single_output")
     require(class_loss(trained_loss(vars(model) | dict(fitted)), K).takes_outputs(K), "parameters")
     require(len(fitted.get("feature_names_in_", range(d))) == d, "feature_names")
+    require("columns_" not in fitted or len(fitted["columns_"].inputs) == d, "columns")
     require(fitted["rank_"] <= len(network.mean), "rank")
     require(fitted["n_iter_"] == (history[-1].iteration if history else 0), "n_iter")
     with np.errstate(over="ignore"):  # the two layers of every neuron have equal norms, as `from_neurons` makes them

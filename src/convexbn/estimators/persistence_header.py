@@ -14,6 +14,7 @@ from convexbn._version import __version__
 from convexbn.certificate.certificate import Certificate
 from convexbn.certificate.status import STOPPED_BY, Status
 from convexbn.data.convolution import Convolution
+from convexbn.estimators import table_columns
 from convexbn.files import schema
 from convexbn.files.model_file import JSON, FormatError
 from convexbn.files.schema import NOT_FINITE, none_or, require
@@ -22,7 +23,7 @@ from convexbn.files.schema import NOT_FINITE, none_or, require
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
 #: Fields that files of former versions do not have.
-FORMER_FIELDS = {"temperature": None}
+FORMER_FIELDS = {"temperature": None, "columns": None}
 #: Parameters that they do not have, with the values that these had in effect; with them they are not written.
 FORMERLY: dict[str, Any] = {"linear": False, "fit_intercept": False, "standardize": False, "proof_time": None}
 
@@ -48,7 +49,9 @@ _SOURCE = schema.record(
 )  # fmt: skip
 
 _LABELS = (str, int, float, bool)
-_CLASSES = schema.record(dtype=schema.matching(r"[<>|=]?[biufUO]\d*"), labels=schema.list_of(*_LABELS, least=2))
+_CLASSES = schema.record(
+    dtype=schema.matching(r"[<>|=]?([biufUO]\d*|[mM]8\[\w+\])"), labels=schema.list_of(*_LABELS, least=2)
+)
 _LABEL = schema.list_of(*_LABELS, least=1)
 _MAX_CLASS_BYTES = 1 << 28
 
@@ -78,14 +81,22 @@ def _certificate_from_json(block: Mapping[str, Any]) -> Certificate:
 
 def _classes_from_json(block: Mapping[str, Any]) -> Any:
     """Class labels in order, each exactly as its type holds it."""
-    labels = None
+    labels: Any = None
+    dates = False
     with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
         if np.dtype(block["dtype"]).itemsize * len(block["labels"]) <= _MAX_CLASS_BYTES:
-            array = np.array(block["labels"], dtype=block["dtype"])
+            dates = np.dtype(block["dtype"]).kind in "mM"
+            array = np.array(block["labels"], dtype=np.int64 if dates else block["dtype"])
             labels = array if np.array_equal(np.unique(array), array) else None
     # compared as text: 1, 1.0 and True are three labels
     require(labels is not None and repr(labels.tolist()) == repr(block["labels"]), "classes")
-    return labels
+    return labels.view(block["dtype"]) if dates else labels
+
+
+def _classes_to_json(labels: Any) -> dict[str, Any]:
+    """Class labels and their type; dates and durations as numbers of their unit."""
+    values = labels.astype(np.int64) if labels.dtype.kind in "mM" else labels
+    return {"dtype": labels.dtype.str, "labels": values.tolist()}
 
 
 class _Field(NamedTuple):
@@ -104,12 +115,11 @@ _FITTED = {
     "n_iter": _Field("n_iter_", schema.count, int),
     "fingerprint": _Field("fingerprint_", schema.matching(r"[0-9a-f]{64}")),
     "feature_names": _Field("feature_names_in_", none_or(schema.names), list, lambda names: np.array(names, object)),
-    "classes": _Field(
-        "classes_", none_or(_CLASSES), lambda y: {"dtype": y.dtype.str, "labels": y.tolist()}, _classes_from_json
-    ),
+    "classes": _Field("classes_", none_or(_CLASSES), _classes_to_json, _classes_from_json),
     "single_output": _Field("_single_output", none_or(schema.flag)),
     "certificate": _Field("certificate_", _CERTIFICATE, _certificate_to_json, _certificate_from_json),
     "source": _Field("source_", none_or(_SOURCE)),
+    "columns": _Field("columns_", none_or(table_columns.RULE), table_columns.to_json, table_columns.from_json),
 }
 
 #: Rules of all fields.

@@ -10,11 +10,12 @@ from sklearn.base import RegressorMixin
 from convexbn._types import Float
 from convexbn.estimators.base import BaseConvexBN
 from convexbn.estimators.parameters import RegressionParameters, parameters
+from convexbn.estimators.plain_values import ScoreOfPlainTargets
 from convexbn.program.losses import LossKind, loss_kind
 
 
 @parameters
-class ConvexBNRegressor(RegressorMixin, RegressionParameters, BaseConvexBN):
+class ConvexBNRegressor(ScoreOfPlainTargets, RegressorMixin, RegressionParameters, BaseConvexBN):
     """Batch-normalised two-layer network trained to a certified optimum, for regression.
 
     The default, ``activation="gated"``, is piecewise linear and jumps at its gates; ``activation="relu"`` is

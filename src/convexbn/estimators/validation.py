@@ -9,6 +9,7 @@ import scipy.sparse
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from convexbn._types import EPS, Float, FloatMatrix
+from convexbn.estimators.plain_values import plain_targets, refuse_columns
 
 
 def checked_data(
@@ -26,6 +27,7 @@ def checked_data(
     """
     for name, array in (("X", X), ("y", y), ("sample_weight", sample_weight)):
         refuse_containers(name, array)
+    y = plain_targets(y, numeric=numeric_targets)
     for name, array in (("y", y), ("sample_weight", sample_weight)):
         check_finite(name, array)
     targets = {"multi_output": numeric_targets, "y_numeric": numeric_targets}
@@ -73,7 +75,7 @@ def check_finite(name: str, array: Any) -> None:
 
 def _validate(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     """Validate by scikit-learn, for numbers alone; a refusal names the column."""
-    _refuse_columns(X)
+    refuse_columns(X)
     try:
         result = validate_data(estimator, X, *y, ensure_all_finite=False, **options)
     except RuntimeError as error:  # tensors that require gradients
@@ -94,18 +96,3 @@ def refuse_containers(name: str, array: Any) -> None:
         )
     if np.ma.isMaskedArray(array) and np.ma.getmaskarray(array).any():
         raise ValueError(f"{name} has masked values: fill them or leave their rows out.")
-
-
-def _refuse_columns(X: Any) -> None:
-    """Refuse a data frame with a column that is not numeric, by its name."""
-    if not (hasattr(X, "columns") and hasattr(X, "dtypes") and hasattr(X, "iloc")):
-        return
-    for column, dtype in X.dtypes.items():
-        kind = getattr(dtype, "kind", "O")
-        if kind not in "fiubcO" or str(dtype) in ("category", "string", "str"):
-            raise ValueError(f"column {column!r} of X has type {dtype}, which is not numeric: encode or drop it.")
-        if kind == "O":
-            try:
-                np.asarray(X[column], dtype=np.float64)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"column {column!r} of X holds values that are not numbers: {error}.") from error

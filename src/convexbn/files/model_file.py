@@ -46,6 +46,7 @@ _KINDS = {
     rb"PK(?:\x03\x04|\x05\x06)": "a zip archive, such as a NumPy .npz",
     rb"\x89HDF\r\n\x1a\n": "an HDF5 file",
     rb"\x1f\x8b\x08|BZh\d|\xfd7zXZ\x00|\x28\xb5\x2f\xfd": "a compressed file, such as gzip",
+    rb"\x08[\x01-\x14](?:\x12|:)": "an ONNX file",
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8": "an image",
     rb"(?:\xef\xbb\xbf)?\s*<[!?a-zA-Z]": "an HTML or XML page",
     rb"(?:\xef\xbb\xbf)?\s*[\[{]\s*[\[{\]}\"\d]": "a JSON text",

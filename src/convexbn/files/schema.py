@@ -72,6 +72,11 @@ def list_of(*types: type, least: int) -> Rule:
     return lambda value: type(value) is list and len(value) >= least and all(type(item) in types for item in value)
 
 
+def each(rule: Rule) -> Rule:
+    """A list of values that satisfy a rule."""
+    return lambda value: type(value) is list and all(map(rule, value))
+
+
 def one_of(*choices: str) -> Rule:
     """One of the strings."""
     return lambda value: type(value) is str and value in choices

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 from torch import nn
 
 from convexbn.nn.convolution import ConvolutionalLayers, is_convolutional, read_convolutional
-from convexbn.nn.last_layers import LastLayers, as_tensor, read_last_layers
+from convexbn.nn.last_layers import LastLayers, as_targets, as_tensor, read_last_layers
 from convexbn.training.audit import Effort, audit, effort_of
 from convexbn.training.audit_report import Audit
 from convexbn.training.trained_objective import Objective, TrainedLoss, loss_names, torch_losses
@@ -97,7 +96,7 @@ _IN_THE_GRADIENT = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adade
 
 def _trained_loss(loss: Any, y: Any, n_outputs: int) -> TrainedLoss:
     """Loss of a torch module or a name, bound to its targets."""
-    targets = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    targets = as_targets(y)
     if isinstance(loss, str):
         return TrainedLoss.from_name(loss, targets, n_outputs)
     name = type(loss).__name__

@@ -12,6 +12,7 @@ from torch import nn
 
 from convexbn._types import Float, Index
 from convexbn.nn.batch_statistics import outputs_of
+from convexbn.nn.last_layers import as_targets
 from convexbn.program.layers import Layers
 from convexbn.program.losses import LOSSES, Loss, losses_for
 from convexbn.program.targets import checked_labels, class_targets
@@ -70,7 +71,7 @@ class Task:
         fitting = [name for name in losses_for("classification") if LOSSES[name].takes_outputs(K)]
         if loss not in fitting:
             raise ValueError(f"loss={loss!r} is not for a module of {K} outputs: give {', '.join(map(repr, fitting))}.")
-        values, n, labels = _array(y), len(X), None
+        values, n, labels = as_targets(y), len(X), None
         if values.dtype.kind in "iub":
             labels = checked_labels(values, K, n)
             targets = class_targets(labels, K, loss)
@@ -82,7 +83,7 @@ class Task:
 
     def validated_on(self, rows: torch.Tensor, y: Any) -> Task:
         """Task with validation rows and their classes."""
-        labels = checked_labels(_array(y), self.loss.targets.shape[1], len(rows), "y_val")
+        labels = checked_labels(as_targets(y), self.loss.targets.shape[1], len(rows), "y_val")
         return replace(self, validation=(rows, labels))
 
     def validates(self, module: nn.Module) -> float:
@@ -108,10 +109,6 @@ class Task:
             train_accuracy=None if self.labels is None else _accuracy(module, self.rows, self.labels),
             validation_accuracy=None if self.validation is None else self.validates(module),
         )
-
-
-def _array(y: Any) -> np.ndarray:
-    return y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
 
 
 def _accuracy(module: nn.Module, rows: torch.Tensor, labels: Index) -> float:

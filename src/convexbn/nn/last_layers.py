@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from convexbn._types import Float
+from convexbn.estimators.plain_values import plain_targets, refuse_columns
 from convexbn.program.layers import Layers
 from convexbn.program.output_check import output_error
 
@@ -193,6 +194,13 @@ def leaves_of(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in leaves if type(layer) not in _SKIPPED]
 
 
+def as_targets(y: Any) -> np.ndarray:
+    """Targets, tensor or array-like of numbers, as an array."""
+    if isinstance(y, torch.Tensor):
+        return y.detach().cpu().numpy()
+    return np.asarray(plain_targets(y, numeric=True))
+
+
 def as_tensor(X: Any) -> torch.Tensor:
     """Rows in float64 on the CPU, checked to be finite numbers; a copy, as layers may work in place."""
     if np.iscomplexobj(X):
@@ -200,6 +208,7 @@ def as_tensor(X: Any) -> torch.Tensor:
     if isinstance(X, torch.Tensor):
         rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)
     else:
+        refuse_columns(X)
         try:
             rows = torch.from_numpy(np.array(X, dtype=np.float64))
         except (TypeError, ValueError) as error:

@@ -2,10 +2,11 @@
 
 `read_table` returns a `Dataset`: a finite float64 matrix with the names of its columns and, on request, a target. A
 file is either read exactly or refused with a `TableError`, one sentence that names the file, the place, the cause and
-the remedy: no cell is guessed, skipped or filled in, and no pickle is loaded.
+the remedy: no cell is guessed, skipped or filled in, and no pickle is loaded. A `Reading` that is not strict leaves
+text as text and missing cells missing, in a `Table`.
 """
 
 from convexbn.files.tables.read import read_table
-from convexbn.files.tables.table import TableError
+from convexbn.files.tables.table import Reading, TableError
 
-__all__ = ["TableError", "read_table"]
+__all__ = ["Reading", "TableError", "read_table"]

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convexbn.files.dataset import Dataset
-from convexbn.files.tables.table import Selection, TableError, check_memory, declared, finite, listed, sound
+from convexbn.files.tables.table import (
+    Selection,
+    TableError,
+    check_memory,
+    declared,
+    exactly,
+    finite,
+    listed,
+    sound,
+)
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What zipfile and numpy.lib.format raise on damaged bytes.
@@ -40,20 +49,34 @@ def read_npz(path: Path, wanted: Selection) -> Dataset:
         width = prod(shape)
         if not rows:
             raise TableError(f"array {name!r} has no rows; add at least one")
-        if target is not None and (target not in members or members[target].shape != (rows,)):
-            shapes = ", ".join(f"{other!r} {member.shape}" for other, member in list(members.items())[:20])
-            raise TableError(f"has no array {target!r} of shape ({rows},) for the target; its arrays are {shapes}")
+        if target is not None:
+            _check_column(members, target, rows, "the target")
+        for other in wanted.reading.verbatim:
+            _check_column(members, other, rows, "--id")
         check_memory(8 * rows * width)
-        chosen = wanted._replace(target=None).choose([f"x{index}" for index in range(width)])
+        alone = wanted._replace(target=None, reading=wanted.reading._replace(verbatim=()))
+        chosen = alone.choose([f"x{index}" for index in range(width)])
+        values = _array(archive, members[name]).reshape(rows, width)
         with np.errstate(over="ignore"):
-            matrix = np.asarray(_array(archive, members[name]).reshape(rows, width), dtype=np.float64)
+            matrix = np.asarray(values, dtype=np.float64)
         for index, column in enumerate(matrix.T):  # a mask of the whole matrix would cost an eighth of it
+            exactly(values[:, index], f"x{index}")
             finite(column, f"x{index}")
         if len(chosen) < width or wanted.features is not None:
             matrix = matrix[:, [int(column[1:]) for column in chosen]]
         image_shape = tuple(shape) if len(shape) > 1 else None
         y = None if target is None else finite(declared(_array(archive, members[target]), target), target)
-        return Dataset(path.name, matrix, y, feature_names=chosen, target=target, image_shape=image_shape)
+        ids = {other: list(map(str, _array(archive, members[other]).tolist())) for other in wanted.reading.verbatim}
+        return Dataset(
+            path.name, matrix, y, feature_names=chosen, target=target, image_shape=image_shape, verbatim=ids
+        )  # fmt: skip
+
+
+def _check_column(members: dict[str, _Member], name: str, rows: int, purpose: str) -> None:
+    """Refuse an archive without an array of one value a row."""
+    if name not in members or members[name].shape != (rows,):
+        shapes = ", ".join(f"{other!r} {member.shape}" for other, member in list(members.items())[:20])
+        raise TableError(f"has no array {name!r} of shape ({rows},) for {purpose}; its arrays are {shapes}")
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, _Member]:

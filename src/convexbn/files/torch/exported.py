@@ -13,11 +13,12 @@ import numpy as np
 
 from convexbn.files.model_file import FormatError
 from convexbn.files.torch.archive import Archive
-from convexbn.files.torch.state_dict import assembled
+from convexbn.files.torch.state_dict import assembled, of_bfloat16
 from convexbn.program.layers import Layers
 
 #: Number types by torch's codes.
-_DTYPES = {5: "<i8", 6: "<f2", 7: "<f4", 8: "<f8"}
+_DTYPES = {5: "<i8", 6: "<f2", 7: "<f4", 8: "<f8", 13: "<u2"}
+_BFLOAT16 = 13
 
 #: Steps that are the identity in eval mode.
 _NO_OPS = ("aten.flatten.using_ints", "aten.dropout.default", "aten.dropout_.default")
@@ -114,4 +115,5 @@ class _Program:
         data, dtype = self.archive.read(f"data/weights/{weight['path_name']}"), np.dtype(_DTYPES[meta["dtype"]])
         if len(data) != math.prod(shape) * dtype.itemsize or self.archive.read("byteorder") != b"little":
             raise FormatError(f"{self.stored[name]} has other bytes than its shape {shape} needs: export it again")
-        return np.frombuffer(data, dtype).reshape(shape)
+        values = of_bfloat16(data) if meta["dtype"] == _BFLOAT16 else np.frombuffer(data, dtype)
+        return values.reshape(shape)

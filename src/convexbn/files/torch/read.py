@@ -13,6 +13,8 @@ from convexbn.files.torch.state_dict import of_arrays, read_safetensors, read_to
 from convexbn.program.layers import Layers
 
 _MOST_BYTES = 4 * 2**30
+#: First bytes of what torch.save wrote before torch 1.6: a pickle of a number.
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class Checkpoint(NamedTuple):
@@ -23,14 +25,16 @@ class Checkpoint(NamedTuple):
 
 
 def _format(path: str | os.PathLike[str]) -> str:
-    """Return "zip", "safetensors" or "", by the first bytes of the file."""
+    """Return "zip", "safetensors", "old" or "", by the first bytes of the file."""
     with open(path, "rb") as file:
-        start = file.read(9)
-    return "zip" if start.startswith(b"PK\x03\x04") else "safetensors" if start[8:] == b"{" else ""
+        start = file.read(len(_OLD))
+    if start == _OLD:
+        return "old"
+    return "zip" if start.startswith(b"PK\x03\x04") else "safetensors" if start[8:9] == b"{" else ""
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a zip archive, as torch's are, or a safetensors file without a model of this package.
+    """Whether a file is one of torch's, or a safetensors file without a model of this package.
 
     False for damaged files; ``load`` reports what is wrong with them.
     """
@@ -38,7 +42,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
     kind = _format(path) if os.path.isfile(path) else ""
     if kind != "safetensors":
-        return kind == "zip"
+        return kind in ("zip", "old")
     try:
         with safe_open(path, framework="numpy") as tensors:
             return "convexbn" not in (tensors.metadata() or {})
@@ -75,6 +79,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, eps: float | None = None) -
             raise FormatError(
                 "it is neither an archive of torch nor a safetensors file: save the state dict, by "
                 "torch.save(model.state_dict(), ...)"
+            )
+        if kind == "old":
+            raise FormatError(
+                "it is in the format of torch before 1.6: save it again, by torch.save(torch.load(file, "
+                "map_location='cpu', weights_only=True), file)"
             )
         archive = Archive(path) if kind == "zip" else None
         if archive is not None and "archive_format" in archive.names and archive.read("archive_format") == b"pt2":

@@ -115,13 +115,24 @@ def read_torch(archive: Archive) -> dict[str, np.ndarray[Any, Any]]:
     return {name: _array(torch, name, tensor) for name, tensor in _state(torch, value).items()}
 
 
+def of_bfloat16(data: Any) -> np.ndarray[Any, Any]:
+    """Numbers of bytes in bfloat16, which numpy does not have: the upper halves of float32."""
+    return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
     """Read the arrays of a safetensors file of any origin."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, deserialize, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+            half = [name for name in file.keys() if file.get_slice(name).get_dtype() == "BF16"]  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys() if name not in half}  # noqa: SIM118
+        if half:
+            with open(path, "rb") as stream:
+                stored = dict(deserialize(stream.read()))  # type: ignore[no-untyped-call]
+            arrays |= {name: of_bfloat16(stored[name]["data"]).reshape(stored[name]["shape"]) for name in half}
+        return arrays
     except (SafetensorError, TypeError, AttributeError, ValueError) as error:
         raise FormatError(f"it cannot be read ({error}): save float32 or float64 tensors") from None
 
