@@ -1,6 +1,7 @@
 """Attacks on the lower bounds: runs and beaten bounds, by kind of data and model.
 
 Usage: python benchmarks/attacks.py [--runs 5000] [--first 0] [--kinds offset float32 ...] [--models paper default relu]
+                                     [--seconds 600]
 
 Every run fits random data whose directions are hard to tell from rounding, and searches an explicit network below the
 bound of the certificate (the judge is tests/attacks.py, in 50 digits). A seed reproduces a run. A bound counts as
@@ -11,6 +12,7 @@ names directions that it does not speak of, and among these the networks that us
 import argparse
 import collections
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -59,11 +61,14 @@ def main():
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    chosen = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=np.inf, help="stop before the next run after so long")
+    chosen, began = parser.parse_args(), time.monotonic()
     warnings.simplefilter("ignore")
     pairs = [(kind, name) for kind in chosen.kinds for name in chosen.models]
     counts = collections.defaultdict(collections.Counter)
     for seed in range(chosen.first, chosen.first + chosen.runs):
+        if time.monotonic() - began > chosen.seconds:
+            break
         kind, name = pairs[seed % len(pairs)]
         count = counts[kind, name]
         count["runs"] += 1

@@ -324,6 +324,7 @@ def test_a_network_is_judged_in_all_directions_of_its_rows():
     module = two_layers(3, 2, 1, bias=False)
     with torch.no_grad():
         module[0].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
+        module(torch.tensor(X))
     found = certify(module, X, sign, loss="squared", weight_decay=0.05, time_limit=0)
     assert found.lower_bound <= value and "except" not in found.scope
     X[:, 2] = column + 2e-15 * sign
