@@ -6,9 +6,11 @@ import mpmath as mp
 import numpy as np
 import pytest
 
+from convexbn import ConvexBNRegressor
 from convexbn.certificate import certificate
-from convexbn.certificate.certificate import Found, judge
+from convexbn.certificate.certificate import Found, certify, judge, lower_bound
 from convexbn.certificate.dual_bounds import NOTHING_KNOWN, DualBound
+from convexbn.certificate.question import Question
 from convexbn.certificate.status import STOPPED_BY, Scope, Status
 from convexbn.data.whitening import whiten
 from convexbn.program.gated import GateBlocks, GatedProgram, gated_operator
@@ -312,6 +314,57 @@ def _turned_out(X, network, angle):
     _, values, right = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
     outside = right[-1] / values[-1] * np.sqrt(len(X))
     return dataclasses.replace(network, weight=network.weight + np.tan(angle) * outside[:, None])
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-5])
+def test_the_penalty_of_leaning_neurons_is_that_of_the_weights_as_stored(angle):
+    """Neurons of one gate that lean to both sides of the whitened directions nearly cancel inside them."""
+    program, X, _, _, network = solved(K=1, rank=3)
+    leaning = [_turned_out(X, network, side * angle) for side in (1, -1)]
+    pair = {
+        name: np.concatenate([getattr(n, name) for n in leaning], axis=-1)
+        for name in ("weight", "gamma", "shift", "gates", "gate_offsets", "gate_index")
+    }
+    pair = dataclasses.replace(network, **pair, output=np.vstack([50 * network.output, -50 * network.output]))
+    proof = judged(program, X, pair)
+    z = (X - X.mean(axis=0)) @ pair.weight
+    first = np.vstack([pair.gamma * z / np.linalg.norm(z, axis=0), pair.shift])  # in the rows' own coordinates
+    blocks = [first[:, pair.gate_index == i] @ pair.output[pair.gate_index == i] for i in set(pair.gate_index)]
+    value = program.loss.value(_own_outputs(X, pair))
+    penalty = sum(np.linalg.norm(block) for block in blocks)
+    assert penalty > 10 * angle * np.abs(network.output).max() * network.gamma.max()
+    assert proof.objective == pytest.approx(value + program.weight_decay * penalty, rel=1e-10)
+
+
+@pytest.mark.parametrize("times", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("activation", ["gated", "relu"])
+@pytest.mark.parametrize("wrong", ["n_effective", "mean", "weight"])
+def test_wrong_statistics_are_refused_however_unbalanced_the_neurons_are(times, activation, wrong):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((24, 2))
+    y = np.maximum(X[:, 0], 0) + 0.1 * rng.standard_normal(24)
+    limits = {"max_iter": 50, "proof_time": 0.0} if activation == "relu" else {}
+    model = ConvexBNRegressor(activation=activation, n_gates=10, random_state=0, weight_decay=0.3, **limits).fit(X, y)
+    net = model.network_
+    model.network_ = dataclasses.replace(
+        net, gamma=times * net.gamma, shift=times * net.shift, output=net.output / times
+    )
+    assert model.certify(X, y, time_limit=0).status is not Status.NUMERICAL
+    change = {"n_effective": 2 * net.n_effective, "mean": net.mean + 0.3, "weight": 1.5 * net.weight}[wrong]
+    model.network_ = dataclasses.replace(model.network_, **{wrong: change})
+    assert model.certify(X, y, time_limit=0).status is Status.NUMERICAL
+
+
+@pytest.mark.parametrize("stretch", [1.0, 1.1, 2.0])
+def test_the_departure_from_orthonormal_columns_enters_the_bound(stretch):
+    """A dual norm that is larger by a factor is that of a weight decay that is smaller by it."""
+    program, X, _, _, network = solved()
+    question = Question(X, network.mean, program, TOLERANCE, stretch=stretch)
+    proof = certify(question, network)
+    dual = program.loss.negative_gradient(_own_outputs(X, network))
+    exact = lower_bound(program.loss, dual, stretch * program.dual_norm_bound(dual)[0], program.weight_decay)
+    assert proof.lower_bound == pytest.approx(exact, rel=1e-9)
+    assert (proof.status is Status.CERTIFIED) == (stretch == 1)
 
 
 def _own_outputs(X, network):

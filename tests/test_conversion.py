@@ -28,8 +28,8 @@ def values_of(X, K=1):
 
 
 def training_set(model, X, y, weights=None):
-    X, y, weights, input_eps = model._checked_data(X, y, weights, reset=False)
-    return model._training_set(X, model._encode_known(y), weights, input_eps)
+    X, y, weights = model._checked_data(X, y, weights, reset=False)
+    return model._training_set(X, model._encode_known(y), weights)
 
 
 def converted(model, X, y, weights=None, **options):

@@ -339,6 +339,26 @@ def test_the_best_bias_is_found_from_where_the_huber_loss_is_linear_on_all_rows(
     assert np.abs(pull).max() < 30 * EPS * 3e4 * inner.weights.sum()
 
 
+def test_a_network_is_judged_in_all_directions_of_its_rows():
+    """Beside a column of large offset, two columns that differ by the target: their network is not below a bound."""
+    rng = np.random.default_rng(0)
+    sign, column = np.sign(rng.standard_normal(40)), rng.standard_normal(40)
+    X = np.c_[3e7 + rng.standard_normal(40), column, column + 1e-10 * sign]
+    hidden = np.maximum(np.c_[sign, -sign] - sign.mean() * np.array([1, -1]), 0) / np.std(sign)
+    output = np.linalg.lstsq(hidden, sign, rcond=None)[0]
+    value = 0.5 * np.sum((hidden @ output - sign) ** 2) + 0.05 * np.sqrt(40) * np.abs(output).sum()
+    module = two_layers(3, 2, 1, bias=False)
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
+        module(torch.tensor(X))
+    found = certify(module, X, sign, loss="squared", weight_decay=0.05, time_limit=0)
+    assert found.lower_bound <= value and "except" not in found.scope
+    X[:, 2] = column + 2e-15 * sign
+    found = certify(module, X, sign, loss="squared", weight_decay=0.05, time_limit=0)
+    assert found.scope.endswith("of any width, except along 1 direction of features 1, 2, which rounding may have made")
+    assert "except along" in found.explanation
+
+
 def test_one_hot_targets_with_an_output_bias_at_the_known_optimum():
     """Mathematics 2f: counts (4, 4, 4), b = 1/3, optimum 1.7195918 at beta 0.4."""
     labels, beta = np.arange(12) % 3, 0.4

@@ -41,8 +41,9 @@ class Certificate:
         Loss plus penalty, recomputed with the network's own batch norm; no network of the scope is below the bound.
     tolerance : float
         Relative gap that counts as optimal.
-    scope : {"these gates", "all patterns"}
-        Networks with the same gates, or all batch-normalised ReLU networks.
+    scope : str
+        ``"these gates"`` or ``"all patterns"``, the networks with the same gates or all batch-normalised ReLU networks;
+        followed by ``", except along ..."`` if directions of the data were cut because they may be rounding.
     status, sentence : Status, str
         The result in one word; status, cause and remedy in words.
     stopped_by : str
@@ -117,7 +118,7 @@ def certify(
     found = Found(outputs, case.penalty(coordinates), network.weight_decay_penalty, bias)
     proof = judge(
         program.loss, found, program.weight_decay, case.bounds, question.scope, question.tol,
-        "outside" if outside else stopped_by,
+        "outside" if outside else stopped_by, question.stretch,
     )  # fmt: skip
     return _with_stored_statistics(proof, case, found) if own_rows else proof
 
@@ -154,8 +155,9 @@ class Prover(Protocol):
 
 
 def judge(
-    loss: Loss, found: Found, weight_decay: float, prover: Prover, scope: Scope, tol: float, stopped_by: str
-) -> Certificate:
+    loss: Loss, found: Found, weight_decay: float, prover: Prover, scope: Scope, tol: float, stopped_by: str,
+    stretch: float = 1.0,
+) -> Certificate:  # fmt: skip
     """Certificate of outputs with a given output bias and penalty.
 
     Parameters
@@ -167,11 +169,13 @@ def judge(
         Networks to compare with.
     tol, stopped_by : float, str
         Relative gap that counts as optimal, and why the solver stopped.
+    stretch : float
+        Factor of the prover's dual norms, see ``Question``.
     """
     value, dual = loss.value_at(found.outputs, found.bias), loss.negative_gradient(found.outputs)
     objective, best = value + weight_decay * found.penalty, _Best()
     if np.isfinite(objective) and np.isfinite(dual).all():
-        best = _best_bound(loss, dual, weight_decay, prover, objective, tol, at_zero=found.penalty == 0)
+        best = _best_bound(loss, dual, weight_decay, prover, objective, tol, stretch, at_zero=found.penalty == 0)
     lower, gap = best.lower, objective - best.lower
     if 0 > gap > -1e-9 * abs(objective):  # the objective's own rounding
         lower, gap = objective, 0.0
@@ -179,7 +183,7 @@ def judge(
     status = status_of(relative, tol, trivial=best.trivial, stopped_by=stopped_by, estimated=best.estimated)
     sentence = message(status, objective, relative, tol, best.floor, scope, stopped_by, best.estimated)
     return Certificate(
-        objective=objective, lower_bound=lower, tolerance=tol, scope=scope.name, status=status,
+        objective=objective, lower_bound=lower, tolerance=tol, scope=scope.label, status=status,
         sentence=sentence + bound_note(status, best.estimated, best.bound, prover.remark), stopped_by=stopped_by,
         weight_decay_objective=value + weight_decay * found.plain, bound=best.bound, estimated_gap=best.estimated,
     )  # fmt: skip
@@ -199,12 +203,13 @@ class _Best(NamedTuple):
 
 
 def _best_bound(
-    loss: Loss, dual: Float, weight_decay: float, prover: Prover, objective: float, tol: float, *, at_zero: bool
-) -> _Best:
+    loss: Loss, dual: Float, weight_decay: float, prover: Prover, objective: float, tol: float, stretch: float, *,
+    at_zero: bool,
+) -> _Best:  # fmt: skip
     """Best of the prover's bounds, up to one that closes the gap; ``at_zero``: ``F`` is of the zero network."""
     best, trivial, closed = _Best(*prover.known), False, False
     for point in prover.bounded(dual):
-        found = lower_bound(loss, point.dual, point.bound, weight_decay)
+        found = lower_bound(loss, point.dual, stretch * point.bound, weight_decay)
         if found > best.lower:
             best = _Best(found, point.name, point.rounding / max(point.bound, weight_decay) + 64 * EPS)
         own = at_zero and np.array_equal(point.dual, dual)
@@ -260,17 +265,17 @@ def _with_stored_statistics(proof: Certificate, case: GatedCase | ReluCase, foun
     loss, total = question.program.loss, float(question.row_weights.sum())
     scale = network.gamma * responses.norms / np.sqrt(network.n_effective)
     constant = (network.gamma * responses.offsets + network.shift) * np.sqrt(total / network.n_effective)
-    allowed = max(proof.tolerance, _SAME_LOSS) * proof.weight_decay_objective
+    allowed = max(proof.tolerance, _SAME_LOSS) * proof.objective
     change = np.hypot(scale - network.gamma, constant - network.shift) @ np.linalg.norm(network.output, axis=1)
     if isinstance(case, GatedCase) and not np.array_equal(network.mean, question.mean):
         case = case.at_mean(network.mean)
     elif _loss_moves_at_most(loss, found, question.readout.norm * float(change)) <= allowed:
         return proof
     stored = case.outputs(np.vstack([scale * responses.coefficients, constant]))
-    judged = proof.weight_decay_objective - question.program.weight_decay * network.weight_decay_penalty
+    judged = loss.value_at(found.outputs, found.bias)
     if not abs(loss.value_at(stored, found.bias) - judged) <= allowed:
         numbers = proof.objective, proof.relative_gap, proof.tolerance, 0.0
-        sentence = message(Status.NUMERICAL, *numbers, Scope(proof.scope), "statistics")
+        sentence = message(Status.NUMERICAL, *numbers, question.scope, "statistics")
         return replace(proof, status=Status.NUMERICAL, sentence=sentence, stopped_by="statistics")
     return proof
 

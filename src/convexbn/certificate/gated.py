@@ -52,7 +52,12 @@ class GatedCase:
         return cls(question, network, responses, GateDualBounds(program), place, patterns[:, used])
 
     def penalty(self, coordinates: Float) -> float:
-        """``sum_i ||S_i||`` of first layers along whitened coordinates (q - 1, m)."""
+        """``sum_i ||S_i||`` of first layers along whitened coordinates (q - 1, m).
+
+        Without a filter it is that of the weights as stored, whatever the whitened rows hold of their directions.
+        """
+        if self.question.spectral_filter is None:
+            coordinates = self.responses.orthonormal()
         first = np.vstack([self.network.gamma * coordinates, self.network.shift])
         return float(self.bounds.program.norm.of(self._blocks(first)).sum())
 

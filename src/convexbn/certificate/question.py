@@ -7,6 +7,7 @@ from typing import Any
 
 from convexbn._types import Float
 from convexbn.certificate.status import Scope
+from convexbn.data.rounding import NOTHING_CUT, CutByRounding
 from convexbn.program.gated import GatedProgram
 from convexbn.program.relu import ReluProgram
 
@@ -28,6 +29,10 @@ class Question:
         ``phi`` of rows ``A Phi``: the penalty is on ``||Phi^{-1} s||``.
     target_offset : float or ndarray (K,)
         What the program subtracts from the targets, and so from the output bias of a network.
+    cut : CutByRounding
+        What the whitened rows leave out because it may be rounding.
+    stretch : float
+        Factor of dual norms on the whitened rows, for their departure from orthonormal columns: ``Whitening.stretch``.
     """
 
     X: Any
@@ -37,6 +42,8 @@ class Question:
     truncated: bool = False
     spectral_filter: Float | None = None
     target_offset: Float | float = 0.0
+    cut: CutByRounding = NOTHING_CUT
+    stretch: float = 1.0
 
     @property
     def rows(self) -> Any:
@@ -62,8 +69,8 @@ class Question:
         if self.spectral_filter is not None:
             restriction += " with this spectral filter (weight decay of the filtered program)"
         if isinstance(self.program, GatedProgram):
-            return Scope("these gates", restriction, self.program.norm.name)
-        return Scope("all patterns", restriction)
+            return Scope("these gates", restriction, self.program.norm.name, str(self.cut))
+        return Scope("all patterns", restriction, exception=str(self.cut))
 
     @property
     def _source(self) -> Any:

@@ -44,17 +44,25 @@ class Scope:
     """Networks to compare with.
 
     ``restriction`` tells how the program differs from that of dense data without truncation or filter; ``block_norm``
-    is the penalty of a gate.
+    is the penalty of a gate; ``exception`` names what rounding cut from the data, in words that follow.
     """
 
     name: str
     restriction: str = ""
     block_norm: str = "Frobenius"
+    exception: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name and exception."""
+        return self.name + self.exception
 
     def __str__(self) -> str:
         if self.name == "these gates":
-            return f"all networks with these gates (penalty: one {self.block_norm} norm per gate){self.restriction}"
-        return f"all batch-normalised ReLU networks of any width{self.restriction}"
+            networks = f"networks with these gates (penalty: one {self.block_norm} norm per gate)"
+        else:
+            networks = "batch-normalised ReLU networks of any width"
+        return f"all {networks}{self.restriction}{self.exception}"
 
 
 def status_of(relative: float, tol: float, *, trivial: bool, stopped_by: str, estimated: float | None) -> Status:

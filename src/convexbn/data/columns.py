@@ -16,8 +16,8 @@ class Columns:
 
     ``total`` is the weight of all rows.
 
-    Columns that are ``constant`` (d,) do not vary beyond rounding. A direction is rounding if its singular value among
-    the standardised columns, relative to the largest, is below ``rank_cut``.
+    Columns that are ``constant`` (d,) do not vary beyond rounding; the indices of those that hold two different values
+    are ``nearly_constant``. ``eps`` is the machine epsilon of the numbers that the columns may have been rounded to.
     """
 
     mean: Float
@@ -25,7 +25,8 @@ class Columns:
     exponents: Index
     total: float
     constant: Bool
-    rank_cut: float
+    nearly_constant: tuple[int, ...]
+    eps: float
 
     @classmethod
     def measure(
@@ -40,7 +41,7 @@ class Columns:
         varies, total : ndarray (d,) of bool, float
             Columns that hold two different values; it is a ``ValueError`` if none varies beyond rounding.
         input_eps : float
-            Machine epsilon of the type in which the data came.
+            Machine epsilon of the numbers that the columns may have been rounded to.
         """
         deviation = norms / np.sqrt(total)
         constant = (deviation <= 8 * input_eps * np.abs(mean)) | ~varies
@@ -49,8 +50,9 @@ class Columns:
                 "all features are constant, so batch normalisation has nothing to normalise: "
                 "give at least one feature that varies over the rows of positive weight."
             )
-        if (near := constant & varies).any():
-            warn(f"feature {near.argmax()} varies by no more than rounding around its mean: treated as constant.")
+        nearly = np.flatnonzero(constant & varies)
+        if len(nearly):
+            warn(f"feature {nearly[0]} varies by no more than rounding around its mean: treated as constant.")
         kept = np.flatnonzero(~constant)
         offsets = np.abs(mean[kept]) / deviation[kept]
         worst = int(np.argmax(offsets))
@@ -59,13 +61,22 @@ class Columns:
                 f"feature {kept[worst]} has |mean| / deviation = {offsets[worst]:.1e}: most digits of its variation "
                 "are lost in the input; subtract the offset before storing the data."
             )
-        cut = min(len(kept) * input_eps * (1 + offsets.max()), 1 / 16)
-        return cls(mean, np.where(constant, 0.0, deviation), exponents, total, constant, float(cut))
+        deviation = np.where(constant, 0.0, deviation)
+        return cls(mean, deviation, exponents, total, constant, tuple(nearly.tolist()), input_eps)
 
     @property
     def kept(self) -> Index:
         """Indices of the columns that vary."""
         return np.flatnonzero(~self.constant)
+
+    @property
+    def rank_cut(self) -> float:
+        """Rounding of a factorisation, relative to the largest singular value: no direction below it is kept."""
+        return len(self.kept) * self.eps
+
+    def rounding(self, eps: float) -> Float:
+        """``eps (1 + |mean| / deviation)`` of the columns that vary, in units of their deviations: (d',)."""
+        return eps * (1 + np.abs(self.mean[self.kept]) / self.deviation[self.kept])
 
     def padded(self, array: Float) -> Float:
         """Rows (d, k) for all columns from rows of the columns that vary; zero for constant columns."""

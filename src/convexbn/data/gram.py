@@ -18,11 +18,14 @@ from convexbn._types import Float, FloatMatrix
 from convexbn.data.columns import Columns
 from convexbn.data.kernels import projected
 from convexbn.data.moments import Moments, blocks, cached_rows, moments, weighted_sums
+from convexbn.data.rounding import CutByRounding
 from convexbn.data.row_matrix import is_projected, row_matrix
 from convexbn.data.spectrum import Directions, Kept
 
 #: Eigenvalues of a Gram matrix above this multiple of the largest hold six digits and more.
 RESOLVED = 1e-10
+#: Rounding of columns up to which no direction that is resolved may be rounding.
+_ROUNDING = 1e-6
 #: Binary exponents of columns up to which their squares are far from overflow and underflow.
 _ORDINARY = 300
 #: Departure from orthonormality (Frobenius norm of ``A'A - I``) that is left alone, and that one correction removes.
@@ -44,7 +47,7 @@ def by_gram(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tup
     columns = Columns.measure(found.mean, norms, found.varies, found.exponents, float(weights.sum()), input_eps)
     kept, exponents = columns.kept, found.exponents[columns.kept]
     gram, norms = found.gram[np.ix_(kept, kept)], norms[kept]
-    if np.abs(exponents).max() > _ORDINARY:
+    if np.abs(exponents).max() > _ORDINARY or columns.rounding(columns.eps).max() > _ROUNDING:
         return None
     r, correlation = len(kept), gram / norms / norms[:, None]
     # still positive definite less a share of its trace, which is at least its largest eigenvalue
@@ -69,7 +72,8 @@ def by_gram(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tup
     if (basis := _orthonormal_basis(X, weights, found, columns.padded(back))) is None:
         return None
     rows, projection, departure = basis
-    return columns, Directions(rows, projection[kept], directions, values, phi, r, departure)
+    cut = CutByRounding(constant=columns.nearly_constant)
+    return columns, Directions(rows, projection[kept], directions, values, phi, r, cut, departure)
 
 
 def spectrum(gram: Float, kept: Callable[[Float], int]) -> tuple[Float, Float]:

@@ -36,15 +36,18 @@ class PreActivations:
 
     ``rows`` (n, r + 1) are the basis and the constant column ``1 / sqrt(total weight)``. ``coefficients`` (r, m) are
     zero for a neuron that does not vary on the rows. ``norms`` (m,) are ``||C X w_j||``, and ``offsets`` (m,) are
-    ``(mu - mean)'w_j`` if a ``mean`` other than that of the rows, ``mu``, was given. ``covariances`` (d, m) are
-    ``X' C X w_j / ||C X w_j||`` if the Gram matrix is exact.
+    ``(mu - mean)'w_j`` if a ``mean`` other than that of the rows, ``mu``, was given. ``triangle`` (r, r) is that of a
+    QR of the centred basis. If the Gram matrix is exact there are instead ``covariances`` (d, m),
+    ``X' C X w_j / ||C X w_j||``, and ``directions`` (d, m), ``w_j / ||C X w_j||``.
     """
 
     rows: Rows
     coefficients: Float
     norms: Float
     offsets: Float
+    triangle: Float | None = None
     covariances: np.ndarray | None = None
+    directions: np.ndarray | None = None
 
     @classmethod
     @np.errstate(all="ignore")
@@ -69,7 +72,7 @@ class PreActivations:
         span, coefficients = _span_of(plain, rank)
         constant, gram = 1 / np.sqrt(sample_weight.sum()), None
         rows: Any
-        covariances: Any = None
+        triangle = covariances = directions = None
         if is_projected(X, span.shape[1]):
             found = moments(X, sample_weight)
             own, gram = np.ldexp(found.mean, found.exponents), found.exact
@@ -80,23 +83,37 @@ class PreActivations:
             row_matrix(X).map(projected, cached_rows(X), shared=[first, span, *powers(-exponents)], out=rows[:, :-1])
             centre = centre_columns(rows[:, :-1], sample_weight)
         if gram is None:
-            norms = _norms(rows, coefficients, sample_weight)
+            triangle = _triangle(rows, sample_weight)
+            norms = np.linalg.norm(triangle @ coefficients, axis=0)
         else:
             by_feature = np.ldexp(plain, -exponents[:, None])
             covariances = gram @ by_feature
             norms = np.sqrt(np.maximum(np.einsum("ij,ij->j", by_feature, covariances), 0)).astype(np.float64)
-            covariances /= np.where(norms > 0, norms, np.inf)
+            lengths_or_none = np.where(norms > 0, norms, np.inf)
+            covariances, directions = covariances / lengths_or_none, by_feature / lengths_or_none
         unit = np.divide(coefficients, norms, out=np.zeros_like(coefficients), where=norms > 0)
         offsets = np.zeros(len(norms))
         if mean is not None:
             offsets = centre @ coefficients
             offsets += (first - np.ldexp(mean, -exponents)) @ plain
-        return cls(rows, unit, np.ldexp(norms, lengths), np.ldexp(offsets, lengths), covariances)
+        norms, offsets = np.ldexp(norms, lengths), np.ldexp(offsets, lengths)
+        return cls(rows, unit, norms, offsets, triangle, covariances, directions)
 
     @property
     def normalized(self) -> Float:
         """``C X w_j / ||C X w_j||``, one per column: (n, m)."""
         return self.rows[:][:, :-1] @ self.coefficients
+
+    def orthonormal(self) -> Float:
+        """Coordinates of ``C X w_j / ||C X w_j||``, weighted, in an orthonormal basis, one per column."""
+        if self.triangle is not None:
+            return self.triangle @ self.coefficients
+        assert self.covariances is not None
+        assert self.directions is not None
+        gram = self.directions.T @ self.covariances.astype(np.float64)
+        values, vectors = scipy.linalg.eigh((gram + gram.T) / 2)
+        found: Float = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+        return found
 
     def products(self, rows: Any, sample_weight: Float) -> Float:
         """``A' diag(w) C X w_j / ||C X w_j||`` for rows ``[A, constant]`` (n, q), without the responses: (q - 1, m)."""
@@ -130,11 +147,11 @@ def _span_of(weight: Float, rank: int | None) -> tuple[Float, Float]:
     return (weight, np.eye(m)) if m <= d else (np.eye(d), weight)
 
 
-def _norms(rows: Rows, coefficients: Float, sample_weight: Float) -> Float:
-    """Weighted norms of ``basis coefficients[:, j]``, by the triangle of the basis, all columns but the last."""
+def _triangle(rows: Rows, sample_weight: Float) -> Float:
+    """Triangle of a QR of the weighted basis, all columns but the last."""
     r = rows.shape[1] - 1
     triangle = np.zeros((0, r))
     for part in BlockSize(1, _BLOCK_ROWS).slices(len(rows)):
         stacked = np.vstack([triangle, np.sqrt(sample_weight[part])[:, None] * rows[part][:, :-1]])
         triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][:r]
-    return np.linalg.norm(triangle @ coefficients, axis=0)
+    return triangle

@@ -9,8 +9,10 @@ from scipy.linalg import lapack
 from convexbn._types import Float, FloatMatrix
 from convexbn.data.blocks import BlockSize
 from convexbn.data.columns import Columns
+from convexbn.data.rounding import CutByRounding, cut_by_rounding, direction_cuts
 from convexbn.data.scaling import centre_columns, times_power
-from convexbn.data.spectrum import Directions, Kept, numerical_rank
+from convexbn.data.spectrum import Directions, Kept
+from convexbn.data.warn import warn
 
 #: Rows of a block in the tall QR: one block takes well under a second, so that Ctrl-C is answered.
 BLOCK_ROWS = 4096
@@ -27,7 +29,8 @@ def by_qr(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tuple
         As in ``whiten``.
     """
     exponents = np.frexp(np.abs(X).max(axis=0))[1]
-    centred = np.array(times_power(X, -exponents))  # a copy in [-1, 1], safe from overflow and underflow
+    scaled = times_power(X, -exponents)  # in [-1, 1], safe from overflow and underflow
+    centred = np.array(scaled)
     mean = centre_columns(centred, weights)
     norms = np.sqrt(np.einsum("ij,ij,i->j", centred, centred, weights))
     columns = Columns.measure(mean, norms, np.ptp(X, axis=0) > 0, exponents, float(weights.sum()), input_eps)
@@ -35,15 +38,20 @@ def by_qr(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tuple
     Q, R = _tall_qr(np.hstack([root, root * centred[:, kept]]))
     R = R[1:, 1:]  # to rounding, the first column of Q is the constant and the others are orthogonal to it
     left, values, right = scipy.linalg.svd(R / norms[kept], full_matrices=False)
-    r = numerical_rank(values, columns.rank_cut)
+    cuts = direction_cuts(columns, values, right.T)
+    order = np.argsort(values <= cuts, kind="stable")  # weak directions last
+    left, values, right, r = left[:, order], values[order], right[order], int(np.count_nonzero(values > cuts))
+    strong = right[:r].T / values[:r], Q[:, 1:] @ left[:, :r]
+    cut = cut_by_rounding(columns, scaled, weights, values, right[r:].T, strong)
+    _warn_of_weak_directions(values[:r], cuts[order][:r], cut)
     phi = keep.filter(values, r) if keep.standardize else np.ones(r)
     basis, directions = left[:, : len(phi)], right[: len(phi)].T
     back = np.ldexp(directions / values[: len(phi)] / norms[kept][:, None], -exponents[kept][:, None])
     if not (keep.standardize or keep.every):
         # the triangle in the user's units, up to one power of two: its top singular directions, as a rotation of the
         # standardised ones, so that mixed units cost no digits
-        scaled = np.ldexp(R, exponents[kept] - exponents[kept].max())
-        left, values, right = scipy.linalg.svd(scaled, full_matrices=False)
+        own = np.ldexp(R, exponents[kept] - exponents[kept].max())
+        left, values, right = scipy.linalg.svd(own, full_matrices=False)
         phi = keep.filter(values, r)
         k = len(phi)
         values = np.ldexp(values, exponents[kept].max())
@@ -52,7 +60,19 @@ def by_qr(X: FloatMatrix, weights: Float, keep: Kept, input_eps: float) -> tuple
         basis, back, directions = basis @ rotation, back @ rotation, right[:k].T
     rows = np.empty((len(X), len(phi) + 1))
     rows[:, :-1] = Q[:, 1:] @ basis / root
-    return columns, Directions(rows, back, directions, values, phi, r)
+    return columns, Directions(rows, back, directions, values, phi, r, cut)
+
+
+def _warn_of_weak_directions(values: Float, cuts: Float, cut: CutByRounding) -> None:
+    """Warn of directions near their cuts, and of those that were cut although they may be more than rounding."""
+    if (near := values < 10 * cuts).any():
+        warn(
+            f"a singular value of the standardised data lies within a factor 10 of the rank cut "
+            f"{cuts[near].max() / values.max():.1e}: columns are nearly collinear, and the numerical rank may change "
+            "with rounding."
+        )
+    if cut.directions:
+        warn(f"the rank cut leaves out what may be rounding: the network is judged among all{cut}.")
 
 
 def _tall_qr(matrix: Float) -> tuple[Float, Float]:

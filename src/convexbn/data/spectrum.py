@@ -1,4 +1,4 @@
-"""Which singular directions are kept: the numerical rank, ``rank`` and the spectral filter."""
+"""Which singular directions are kept: ``rank`` and the spectral filter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convexbn._types import Float
-from convexbn.data.warn import warn
+from convexbn.data.rounding import CutByRounding
 
 #: Directions that the spectral filter shrinks below this are left out, as a truncation.
 FAINTEST = 2.0**-26
@@ -37,7 +37,8 @@ class Directions(NamedTuple):
     ``rows`` (n, k + 1) holds these columns and room for the constant one, or is None if they are computed on access.
     ``back`` and the right singular ``vectors`` (d', k) are for the ``d'`` columns of ``X`` that vary. ``values`` are
     all singular values that were found, ``filter`` (k,) is ``phi``, and ``numerical_rank`` counts the independent
-    directions of the data. ``departure`` from orthonormality was measured; it is None for a QR.
+    directions of the data, ``cut`` tells which more may be. ``departure`` from orthonormality was measured; it is None
+    for a QR.
     """
 
     rows: Float | None
@@ -46,21 +47,8 @@ class Directions(NamedTuple):
     values: Float
     filter: Float
     numerical_rank: int
+    cut: CutByRounding
     departure: float | None = None
-
-
-def numerical_rank(values: Float, cut: float) -> int:
-    """Number of singular values above ``cut``, relative to the largest; warns if one is close to it.
-
-    Below it lie those of columns that are exactly collinear, as all columns of a dummy coding are.
-    """
-    relative = values / values[0]
-    if np.any((relative > cut) & (relative < 10 * cut)):
-        warn(
-            f"a singular value of the standardised data lies within a factor 10 of the rank cut {cut:.1e}: "
-            "columns are nearly collinear, and the numerical rank may change with rounding."
-        )
-    return int(np.count_nonzero(relative > cut))
 
 
 def kept_filter(values: Float, r: int, rank: int | float | None, spectral_filter: float | None) -> Float:

@@ -23,6 +23,7 @@ from convexbn.data.columns import Columns
 from convexbn.data.gram import by_gram
 from convexbn.data.kernels import projected
 from convexbn.data.moments import cached_rows
+from convexbn.data.rounding import CutByRounding
 from convexbn.data.row_matrix import ProjectedRows, Rows, is_projected, row_matrix
 from convexbn.data.scaling import headroom, powers, times_power
 from convexbn.data.spectrum import Directions, Kept, kept_filter
@@ -49,7 +50,10 @@ class Whitening:
     total_weight : float
         Sum of the sample weights: the number of rows if they are 1.
     numerical_rank, rank_cut : int, float
-        Number of independent directions in the data, more than ``rank`` if truncated, and the cut that decided it.
+        Number of independent directions in the data, more than ``rank`` if truncated, and the singular value of the
+        standardised data, relative to the largest, below which there are none; a direction has its own cut above it.
+    cut : CutByRounding
+        What was left out although it may be more than rounding.
     constant : ndarray (d,) of bool
         Columns that do not vary. They carry no information and are left out.
     filter : ndarray (r,)
@@ -72,6 +76,7 @@ class Whitening:
     rank_cut: float
     filter: Float
     deviations: Float
+    cut: CutByRounding
     departure: float | None = None
 
     @property
@@ -83,6 +88,16 @@ class Whitening:
     def truncated(self) -> bool:
         """Whether directions that the data have were left out."""
         return self.rank < self.numerical_rank
+
+    @property
+    def stretch(self) -> float:
+        """Factor of dual norms on ``A`` for its departure from orthonormal columns.
+
+        If ``||A'A - I|| <= delta``, orthonormal columns of the same range are ``Q = A (A'A)^{-1/2}``: coordinates ``s``
+        on ``Q`` are ``(A'A)^{-1/2} s`` on ``A``, of a norm of at most ``(1 - delta)^{-1/2} ||s||``. A dual norm, the
+        maximum over ``||s|| <= 1``, is on ``Q`` at most this multiple of that on ``A``.
+        """
+        return float((1 - (self.departure or 0.0)) ** -0.5)
 
     @property
     def filtered(self) -> bool:
@@ -156,7 +171,8 @@ def whiten(
         Whether ``rank`` and ``spectral_filter`` refer to the columns divided by their deviations, so that units never
         matter.
     input_eps : float
-        Machine epsilon of the type in which the data came, which decides the rank.
+        Machine epsilon of the numbers that the data may have been rounded to: directions and columns that may be such
+        rounding are left out. Numbers of smaller types are exact unless this is said.
 
     Examples
     --------
@@ -208,5 +224,6 @@ def _filtered(X: FloatMatrix, columns: Columns, found: Directions) -> Whitening:
         rank_cut=columns.rank_cut,
         filter=found.filter,
         deviations=np.ldexp(columns.deviation, columns.exponents),
+        cut=found.cut,
         departure=found.departure,
     )

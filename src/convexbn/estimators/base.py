@@ -221,7 +221,7 @@ class BaseConvexBN(NetworkParameters):
         X, y, sample_weight : array-like
         """
         check_is_fitted(self)
-        X, y, weights, _ = self._checked_data(X, y, sample_weight, reset=False)
+        X, y, weights = self._checked_data(X, y, sample_weight, reset=False)
         return fingerprint(*canonical_rows(*self._weighed(X, self._encode_known(y), weights, self._classes)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -244,17 +244,17 @@ class BaseConvexBN(NetworkParameters):
     def _training_rows(self, X: Any, y: Any, sample_weight: Any) -> TrainingSet:
         """Training set of rows for a fitted estimator."""
         check_is_fitted(self)
-        X, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=False)
+        X, y, weights = self._checked_data(X, y, sample_weight, reset=False)
         rows = self._weighed(X, self._encode_known(y), weights, self._classes)
-        return self._training_set(*rows, input_eps, self._layer)
+        return self._training_set(*rows, self._layer)
 
     def _prepare(self, X: Any, y: Any, sample_weight: Any) -> tuple[TrainingSet, dict[str, Any]]:
         """Training set of rows to fit, and the fitted attributes that describe ``y``."""
-        rows, y, weights, input_eps = self._checked_data(X, y, sample_weight, reset=True)
+        rows, y, weights = self._checked_data(X, y, sample_weight, reset=True)
         layer = None if self.convolution is None else self.convolution.for_inputs(X)
         Y, labels = self._encode_new(y)
         weighed = self._weighed(rows, Y, weights, labels.get("classes_"))
-        return self._training_set(*weighed, input_eps, layer), labels
+        return self._training_set(*weighed, layer), labels
 
     def _train(
         self,
@@ -342,9 +342,7 @@ class BaseConvexBN(NetworkParameters):
         fitted = self.convolution is not None and hasattr(self, "network_")
         return self.network_.convolution if fitted else self.convolution
 
-    def _training_set(
-        self, X: FloatMatrix, Y: Float, weights: Float, input_eps: float, layer: Convolution | None = None
-    ) -> TrainingSet:
+    def _training_set(self, X: FloatMatrix, Y: Float, weights: Float, layer: Convolution | None = None) -> TrainingSet:
         with blas_threads(len(X)):
             square = float(np.sum(Y**2))
             if Y.any() and not 1e-305 < square < np.inf:
@@ -353,7 +351,7 @@ class BaseConvexBN(NetworkParameters):
             return TrainingSet.prepare(
                 X, Y, weights,
                 loss=self._loss_kind(Y), rank=self.rank, spectral_filter=self._tau,
-                standardize=self.standardize, input_eps=input_eps,
+                standardize=self.standardize,
                 merge_features=self.activation == "relu", convolution=layer, fit_intercept=self.fit_intercept,
             )  # fmt: skip
 
@@ -377,14 +375,12 @@ class BaseConvexBN(NetworkParameters):
     def _encode_known(self, y: Any) -> Float:
         raise NotImplementedError
 
-    def _checked_data(
-        self, X: Any, y: Any, sample_weight: Any, *, reset: bool
-    ) -> tuple[FloatMatrix, Any, Float, float]:
+    def _checked_data(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> tuple[FloatMatrix, Any, Float]:
         X, numeric = self._as_rows(X, self.convolution if reset else self._layer), self._task == "regression"
-        X, y, weights, input_eps = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
+        X, y, weights = checked_data(self, X, y, sample_weight, numeric_targets=numeric, reset=reset)
         if not weights.all():  # as if the rows of weight zero were not there
             X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
-        return X, y, weights, input_eps
+        return X, y, weights
 
     def _checked_rows(self, X: Any) -> Float:
         check_is_fitted(self)

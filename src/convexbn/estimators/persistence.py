@@ -199,7 +199,7 @@ def _claims(proof: Any, model: Any, n_neurons: int, penalty: float) -> Iterator[
     """Whether a certificate contradicts neither itself nor the weights."""
     numbers = (proof.objective, proof.lower_bound, proof.weight_decay_objective)
     largest = proof.weight_decay_objective * (1 + _ROUNDING) + float(np.finfo(np.float64).tiny)
-    yield proof.scope == headers.SCOPES[model.activation]
+    yield proof.scope.split(",")[0] == headers.SCOPES[model.activation]
     if proof.status is not Status.NUMERICAL:
         yield all(map(math.isfinite, numbers)) and proof.lower_bound <= proof.objective
         # under a spectral filter the penalty is larger than that of the plain weights

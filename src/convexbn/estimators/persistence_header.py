@@ -19,7 +19,7 @@ from convexbn.files import schema
 from convexbn.files.model_file import JSON, FormatError
 from convexbn.files.schema import NOT_FINITE, none_or, require
 
-#: Scope of the certificate, by activation.
+#: Scope of the certificate, by activation; what rounding cut follows.
 SCOPES = {"gated": "these gates", "relu": "all patterns"}
 
 #: Fields that files of former versions do not have.
@@ -36,7 +36,7 @@ _OF_TYPE: dict[Any, schema.Rule] = {
 }
 _NARROWER: dict[str, schema.Rule] = {
     "tolerance": schema.not_negative,
-    "scope": schema.one_of(*SCOPES.values()),
+    "scope": schema.matching(f"({'|'.join(SCOPES.values())})(, except along .+)?"),
     "stopped_by": schema.one_of(*STOPPED_BY),
     "estimated_gap": none_or(schema.not_negative),
 }

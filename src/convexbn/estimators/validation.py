@@ -8,14 +8,14 @@ import numpy as np
 import scipy.sparse
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from convexbn._types import EPS, Float, FloatMatrix
+from convexbn._types import Float, FloatMatrix
 from convexbn.estimators.plain_values import plain_targets, refuse_columns
 
 
 def checked_data(
     estimator: Any, X: Any, y: Any, sample_weight: Any, *, numeric_targets: bool, reset: bool
-) -> tuple[FloatMatrix, Any, Float, float]:
-    """Rows (float64 or a smaller type), targets, weights, and the machine epsilon of the given rows.
+) -> tuple[FloatMatrix, Any, Float]:
+    """Rows (float64 or a smaller type), targets and weights.
 
     Parameters
     ----------
@@ -32,7 +32,6 @@ def checked_data(
         check_finite(name, array)
     targets = {"multi_output": numeric_targets, "y_numeric": numeric_targets}
     X, y = _validate(estimator, X, y, reset=reset, ensure_min_samples=2, **targets)
-    input_eps = float(np.finfo(X.dtype).eps) if X.dtype.kind == "f" else EPS
     X = _at_most_float64(X)
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if not np.any(weights > 0):
@@ -40,7 +39,7 @@ def checked_data(
     with np.errstate(over="ignore"):
         if not np.isfinite(weights.sum()):
             raise ValueError("The sum of sample_weight overflows: divide the weights by a common factor.")
-    return X, y, weights, input_eps
+    return X, y, weights
 
 
 def checked_rows(estimator: Any, X: Any) -> FloatMatrix:

@@ -148,7 +148,8 @@ def _report(
     report = Audit(
         objective=objective, balanced_objective=factor * reached, lower_bound=factor * lower, tol=case.tol,
         status=status, cause=_cause(case, found, status, lower), explanation="",
-        scope=f"{'the last two layers on these features' if deep else 'the network'}, of any width{bias}",
+        scope=f"{'the last two layers on these features' if deep else 'the network'}, of any width{bias}"
+        f"{case.data.whitening.cut}",
         factor=factor, weight_decay=case.program.weight_decay, n_neurons=case.n_neurons,
         loss=loss, stored_loss=stored_loss,
         trained_on_objective=None if found.trained_on is None else factor * found.trained_on,

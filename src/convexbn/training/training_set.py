@@ -137,9 +137,12 @@ class TrainingSet:
 
     def question(self, program: GatedProgram | ReluProgram, tol: float) -> Question:
         """Question that the certificate of a network on these rows answers."""
-        phi = self.whitening.filter if self.whitening.filtered else None
-        truncated, offset = self.whitening.truncated, self.target_offset
-        return Question(self.inputs, self.whitening.mean, program, tol, truncated, phi, offset)
+        whitening = self.whitening
+        return Question(
+            self.inputs, whitening.mean, program, tol, whitening.truncated,
+            spectral_filter=whitening.filter if whitening.filtered else None, target_offset=self.target_offset,
+            cut=whitening.cut, stretch=whitening.stretch,
+        )  # fmt: skip
 
     def output_bias(self, outputs: Callable[[], Float]) -> Float:
         """Output bias (K,) of a network; its outputs without it on these rows are asked for only if it has one."""
@@ -217,7 +220,9 @@ class TrainingSet:
                 return (exact := closed_form.max_weight_decay(self.loss)), exact
         program = self.relu_program(weight_decay=0.0)
         prover = ReluDualBounds(program, directions=np.zeros((0, program.n_inputs)), deadline=deadline)
-        return prover.dual_norm(self.loss.negative_gradient(np.zeros_like(self.loss.targets)), proved=proved)
+        dual = self.loss.negative_gradient(np.zeros_like(self.loss.targets))
+        lower, upper = prover.dual_norm(dual, proved=proved)
+        return lower, self.whitening.stretch * upper
 
 
 def _split_gates(gates: FloatMatrix, d: int) -> tuple[Float, Float]:
