@@ -104,8 +104,8 @@ def test_pictures(ending, data, tmp_path):
         (["--checkpoint", "missing/points"], "--checkpoint missing/points: the folder .* does not exist"),
         (["--plot", "missing/a.png"], "--plot missing/a.png: the folder"),
         (["--validation-size", "1.5"], r"must lie in \[0, 1\)"),
-        (["--weight-decays", "1,-1"], "weight_decays must be"),
-        (["--ranks", "0"], "The 'rank' parameter"),
+        (["--weight-decays", "1,-1"], "--weight-decays must be"),
+        (["--ranks", "0"], "--ranks must be"),
     ],
 )
 def test_refusals(options, match, data, tmp_path, monkeypatch, capsys):

@@ -41,16 +41,16 @@ MODULES = {
         "convert_cross_iteration_batch_norm", "diagnostics", "excess_risk", "normalised_layers",
     ],
 }  # fmt: skip
-DATA = "--data-home --target"
+DATA = "--data-home --decimal --target"
 NETWORK = (
-    "--columns --drop --activation --loss --class-weight --huber-delta --n-gates --width --n-starts --gates "
+    "--columns --drop --strict --activation --loss --class-weight --huber-delta --n-gates --width --n-starts --gates "
     "--no-linear --no-intercept --no-standardize --spectral-filter --filter --stride --padding --pool --regions "
     "--image --tol --max-iter --time-limit "
     "--proof-time --task --seed"
 )
 OPTIONS = {
     "fit": f"{DATA} {NETWORK} --out --weight-decay --rank --test-size --json",
-    "predict": "--data-home --out --id --proba --digits",
+    "predict": "--data-home --decimal --out --id --strict --proba --digits",
     "certify": f"{DATA} --time-limit --without-filter --json --loss --huber-delta --weight-decay --optimizer-decay "
     "--eps --tol",
     "path": f"{DATA} {NETWORK} --weight-decays --ranks --validation-size --checkpoint --out --plot --plot-spectrum "

@@ -6,12 +6,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convexbn.cli.output import described, feature_names, note, quiet
-from convexbn.estimators.table_columns import TableColumns
 from convexbn.files import datasets
 from convexbn.files.dataset import Dataset, Table
 from convexbn.files.tables import Reading, read_table
@@ -19,6 +18,9 @@ from convexbn.files.tables.table import exactly
 
 #: Share held out by default when a data set has no test part of its own.
 _DEFAULT_TEST_SIZE = {"digits": 0.2, "fashion-mnist": 0.0, "cifar-10": 0.0}
+
+if TYPE_CHECKING:
+    from convexbn.estimators.table_columns import TableColumns
 
 _STRICTLY = Reading()
 
@@ -117,6 +119,8 @@ def _encoded(data: Dataset, train: Any, test: Any, columns: TableColumns | None)
         return data.X[train], data.X_test if test is None else data.X[test], None
     assert data.feature_names is not None
     if columns is None:
+        from convexbn.estimators.table_columns import TableColumns
+
         rows = data.X if test is None else data.X.rows(train)
         columns = TableColumns.learn(rows, data.feature_names)
         note(columns.told_of_training(rows))

@@ -135,6 +135,8 @@ RULES: dict[str, schema.Rule] = {
 def of_model(model: Any) -> dict[str, JSON]:
     """Header of a fitted estimator, in plain Python values."""
     values = {name: getattr(model, field.attribute, None) for name, field in _FITTED.items()}
+    if values["columns"] is None:  # as in files from before there were columns
+        del values["columns"]
     return {
         "version": __version__,
         "estimator": type(model).__name__,
