@@ -76,3 +76,9 @@ def test_a_solver_that_breaks_while_weight_decays_are_compared(monkeypatch):
     X = rng.standard_normal((30, 3))
     model = ConvexBNRegressor(n_gates=5, random_state=0).fit(X, np.abs(X[:, 0]))
     assert model.certificate_.status is Status.CERTIFIED and model.certificate_.relative_gap <= model.tol
+
+
+def test_gates_are_trained_where_no_neuron_begins_above_zero():
+    X = np.random.default_rng(9).standard_normal((3, 1))
+    model = ConvexBNRegressor(n_gates=1, random_state=9, fit_intercept=False, weight_decay=0.1).fit(X, X[:, 0])
+    assert model.certificate_.status is Status.CERTIFIED

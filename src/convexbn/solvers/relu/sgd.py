@@ -117,6 +117,8 @@ class SGD:
         hidden = np.concatenate([readout.pool(block) for block in blocks])
         hidden = np.hstack([hidden, np.full((len(hidden), 1), float(batches.biased))])
         square = float(np.linalg.eigvalsh(hidden @ hidden.T)[-1]) / len(hidden)  # of the mean of h h' over its rows h
+        if square == 0:  # no hidden unit is positive on any row
+            return self.learning_rate
         return min(self.learning_rate, _STABLE * (1 + self.momentum) / (loss.curvature * square))
 
 
