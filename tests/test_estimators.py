@@ -49,7 +49,7 @@ def regressor(**changes):
 def blocks_of(model, X, y, weights=None):
     """The program of a fitted model on its rows, and the blocks that its neurons add up to."""
     weights = np.ones(len(X)) if weights is None else weights
-    data = model._training_set(X, model._encode_known(y), weights, np.finfo(float).eps)
+    data = model._training_set(X, model._encode_known(y), weights)
     program = data.gated_program(model.gates_, model.gate_offsets_, model.weight_decay_)
     network = model.network_
     centred = (data.X - network.mean) @ network.weight / np.sqrt(weights.sum())
