@@ -203,7 +203,7 @@ def as_targets(y: Any) -> np.ndarray:
 
 def as_tensor(X: Any) -> torch.Tensor:
     """Rows in float64 on the CPU, checked to be finite numbers; a copy, as layers may work in place."""
-    if np.iscomplexobj(X):
+    if X.is_complex() if isinstance(X, torch.Tensor) else np.iscomplexobj(X):
         raise TypeError("X must be real, and is complex: give its parts as features.")
     if isinstance(X, torch.Tensor):
         rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)
