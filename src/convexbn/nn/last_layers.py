@@ -203,12 +203,13 @@ def as_targets(y: Any) -> np.ndarray:
 
 def as_tensor(X: Any) -> torch.Tensor:
     """Rows in float64 on the CPU, checked to be finite numbers; a copy, as layers may work in place."""
+    if not isinstance(X, torch.Tensor):
+        refuse_columns(X)
     if X.is_complex() if isinstance(X, torch.Tensor) else np.iscomplexobj(X):
         raise TypeError("X must be real, and is complex: give its parts as features.")
     if isinstance(X, torch.Tensor):
         rows = X.detach().to(device="cpu", dtype=torch.float64, copy=True)
     else:
-        refuse_columns(X)
         try:
             rows = torch.from_numpy(np.array(X, dtype=np.float64))
         except (TypeError, ValueError) as error:
