@@ -6,6 +6,7 @@ import scipy.optimize
 from sklearn.linear_model import LogisticRegression
 
 from convexbn import ConvexBNClassifier, ConvexBNRegressor, Convolution
+from convexbn.cli import main
 from convexbn.program.losses import LOSSES, SquaredLoss
 from convexbn.program.targets import class_targets
 from convexbn.solvers.base import Budget
@@ -107,3 +108,9 @@ def test_convolutions_have_the_squared_loss():
     assert ConvexBNRegressor(loss="huber").loss_ == "huber"
     with pytest.raises(ValueError, match="loss"):
         ConvexBNRegressor(loss="auto").fit(images[:, 0, 0], np.arange(20.0))
+
+
+def test_the_command_line_names_the_automatic_loss(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+    assert "one of auto, squared" in capsys.readouterr().out

@@ -73,7 +73,8 @@ def _formula(cell: Cell, X: Float, labels: np.ndarray) -> list[Row]:
     from convexbn import ConvexBNClassifier
 
     started = time.process_time()
-    model = ConvexBNClassifier(activation="relu", weight_decay=_weight_decay(len(X)), **PAPER).fit(X, labels)
+    program: dict[str, Any] = PAPER | {"activation": "relu", "loss": "squared"}
+    model = ConvexBNClassifier(weight_decay=_weight_decay(len(X)), **program).fit(X, labels)
     seconds, proof = time.process_time() - started, model.certificate_
     settings = {key: cell[key] for key in ("data", "n", "method")}
     return [

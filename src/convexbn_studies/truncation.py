@@ -141,7 +141,7 @@ def _convex(given: Any, *rows: tuple[FloatMatrix, np.ndarray]) -> Iterator[_Try]
         "truncated": _tries(given, (50, 100, 25, 200) if gated else (200, 100), decays[:2]),
         "filtered": _tries(given, (0.1, 0.3, 0.03, 1.0) if gated else (0.05, 0.1), decays[:2]),
     }
-    shared: dict[str, Any] = PAPER | {"random_state": given["seed"], "tol": 1e-3}
+    shared: dict[str, Any] = PAPER | {"loss": "squared", "random_state": given["seed"], "tol": 1e-3}
     shared |= {"gates": "data", "n_gates": 60} if gated else {"activation": "relu", "width": 300}
     if not gated and given["method"] == "truncated":
         shared["time_limit"] = _TRUNCATED_SECONDS

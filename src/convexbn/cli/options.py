@@ -42,7 +42,7 @@ def network_parser() -> argparse.ArgumentParser:
     option("--drop", type=names, metavar="NAME,...", help="columns to leave out (files only)")
     option("--strict", action="store_true", help="refuse text, missing cells and decimal commas in features")
     option("--activation", choices=["gated", "relu"], default="gated")
-    losses = Names("convexbn.program.losses", "losses_for")
+    losses = Names("convexbn.estimators.parameters", "loss_names")
     option("--loss", choices=losses, metavar="LOSS", help="one of %(choices)s")
     option("--class-weight", choices=["balanced"], help="give all classes the same total weight")
     option("--huber-delta", type=float, metavar="DELTA", help="error from which on huber is linear")
@@ -158,12 +158,12 @@ def in_words_of_options(**renamed: str) -> Iterator[None]:
 
 def _check_loss(loss: str | None, task: str) -> None:
     """Refuse a loss of the other task."""
-    from convexbn.program.losses import losses_for
+    from convexbn.estimators.parameters import loss_names
 
-    if loss is not None and loss not in losses_for(task):
+    if loss is not None and loss not in loss_names(task):
         other = "regression" if task == "classification" else "classification"
         raise ValueError(
-            f"--loss {loss} is for {other}, and this is {task}: choose among {', '.join(losses_for(task))}, or give "
+            f"--loss {loss} is for {other}, and this is {task}: choose among {', '.join(loss_names(task))}, or give "
             f"--task {other}."
         )
 

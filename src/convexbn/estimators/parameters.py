@@ -36,6 +36,17 @@ class Choices(StrOptions):
         return f"a str among {{{', '.join(map(repr, sorted(self.options)))}}}"
 
 
+def loss_names(task: str | None = None) -> list[str]:
+    """Values of the parameter ``loss`` for ``"classification"`` or ``"regression"``, or of both.
+
+    Examples
+    --------
+    >>> loss_names("regression"), loss_names("classification")[0]
+    (['squared', 'huber'], 'auto')
+    """
+    return ([] if task == "regression" else ["auto"]) + losses_for(task)
+
+
 def trained_loss(values: Mapping[str, Any]) -> str:
     """Name of the loss that parameters and fitted attributes stand for."""
     if values["loss"] != "auto":
@@ -91,8 +102,7 @@ class NetworkParameters(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         return trained_loss(self.__dict__)
 
     def _validate_params(self) -> None:
-        automatic = {"auto"} if self._task == "classification" else set()
-        constraints = self._parameter_constraints | {"loss": [Choices(automatic | set(losses_for(self._task)))]}
+        constraints = self._parameter_constraints | {"loss": [Choices(set(loss_names(self._task)))]}
         values = self.get_params(deep=False)
         validate_parameter_constraints(constraints, values, caller_name=type(self).__name__)
         for name, value in values.items():
