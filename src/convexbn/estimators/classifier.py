@@ -40,7 +40,7 @@ class ConvexBNClassifier(ScoreOfPlainTargets, ClassifierMixin, ClassificationPar
         classes. ``"squared"`` is half the sum of squared errors, which is trained several times as fast.
         ``"squared_hinge"`` is ``1/2 sum (1 - y f)_+^2``, for more than two classes summed over the outputs, each of
         which tells one class from all others. ``"auto"`` is the cross-entropy for at most 60 columns, the squared loss
-        for more, where it is as accurate (docs/tables.md), and for convolutions; ``loss_`` names it.
+        for more, where it is about as accurate and faster (docs/tables.md), and for convolutions; ``loss_`` names it.
     weight_decay : float or "auto", default="auto"
         Strength beta of the weight decay on batch norm's scale and shift and on the output layer, against the *sum* of
         the losses: ``beta = lam * sqrt(n)`` for a torch optimiser's ``weight_decay`` lam with a mean loss. ``"auto"``
